@@ -1,0 +1,45 @@
+"""What flows through training: decoded pairs, what the towers make of them, and how far a run has come."""
+
+from dataclasses import asdict, dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Pairs(NamedTuple):
+    """A decoded batch of B image-text pairs: this rank's share of the global batch."""
+
+    image: Tensor  # (B, 3, H, W) uint8; the towers normalise
+    text: Tensor  # (B, L) int64 token ids
+    index: Tensor  # (B,) int64, the pair's stable number in the data set, unique within a global batch
+    caption_hash: Tensor  # (B,) int64, hash of the normalised caption: equal captions are no negatives
+
+    def to(self, device: torch.device) -> "Pairs":
+        return Pairs(*(field.to(device, non_blocking=True) for field in self))
+
+
+class Embeddings(NamedTuple):
+    """What the towers make of B pairs. As `rows`: my own; as `columns`: those of the whole global batch."""
+
+    image: Tensor  # (B, D), unit length
+    text: Tensor  # (B, D), unit length
+    index: Tensor  # (B,) int64
+    caption_hash: Tensor  # (B,) int64
+    logit_scale: Tensor  # () positive, already exponentiated; multiplies every cosine
+    logit_bias: Tensor  # () added to every scaled cosine
+
+
+@dataclass
+class Progress:
+    """How far a run has come. Pairs seen is the unit; an epoch is never inferred from a length."""
+
+    step: int = 0
+    pairs: int = 0
+
+    def advance(self, pairs: int) -> None:
+        self.step += 1
+        self.pairs += pairs
+
+    def state_dict(self) -> dict[str, int]:
+        return asdict(self)

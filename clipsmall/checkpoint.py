@@ -1,0 +1,190 @@
+"""Checkpoints: all state of a run in one folder of safetensors and JSON, complete or not there at all.
+
+A folder `step_00001234` holds the five homes of state: weights (`model.safetensors`), optimizer and schedule
+(`optimizer.*`), objective memory (`objective.safetensors`), and in `state.json` the place in the data, Progress and
+every rank's random generators. `manifest.json` is written last, with size and sha256 of every other file; a folder
+gets its final name only after that.
+"""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+VERSION = 1
+Tensors = dict[str, Tensor]
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be used; the message names the folder and the file."""
+
+
+# ---- random generators -----------------------------------------------------------------------------------------
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """All generators of this process, as JSON."""
+    kind, keys, *place = np.random.get_state(legacy=True)
+    return {
+        "torch": torch.get_rng_state().numpy().tobytes().hex(),
+        "cuda": torch.cuda.get_rng_state(device).numpy().tobytes().hex() if device.type == "cuda" else "",
+        "python": random.getstate(),
+        "numpy": [kind, np.asarray(keys).tolist(), *place],
+    }
+
+
+def set_random_state(state: dict[str, Any], device: torch.device) -> None:
+    def tensor(text: str) -> Tensor:
+        return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
+
+    torch.set_rng_state(tensor(state["torch"]))
+    if device.type == "cuda" and state["cuda"]:
+        torch.cuda.set_rng_state(tensor(state["cuda"]), device)
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, *place = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *place))
+
+
+# ---- optimizer state as tensors and JSON -----------------------------------------------------------------------
+
+
+def split_optimizer(state: dict[str, Any]) -> tuple[Tensors, dict[str, Any]]:
+    """`optimizer.state_dict()` -> its tensors by `parameter.name`, and the rest, which is JSON."""
+    tensors, rest = Tensors(), dict[str, dict[str, Any]]()
+    for parameter, entries in state["state"].items():
+        rest[str(parameter)] = {}
+        for name, value in entries.items():
+            if isinstance(value, Tensor):
+                tensors[f"{parameter}.{name}"] = value
+            else:
+                rest[str(parameter)][name] = value
+    return tensors, {"state": rest, "param_groups": state["param_groups"]}
+
+
+def joined_optimizer(tensors: Tensors, rest: dict[str, Any]) -> dict[str, Any]:
+    state: dict[int, dict[str, Any]] = {int(parameter): dict(entries) for parameter, entries in rest["state"].items()}
+    for key, value in tensors.items():
+        parameter, _, name = key.partition(".")
+        state[int(parameter)][name] = value
+    return {"state": state, "param_groups": rest["param_groups"]}
+
+
+# ---- folders ---------------------------------------------------------------------------------------------------
+
+
+def step_folder(checkpoints: Path, step: int) -> Path:
+    return checkpoints / f"step_{step:08d}"
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def save(folder: Path, tensors: dict[str, Tensors], state: dict[str, Any], extra: Callable[[Path], None]) -> None:
+    """Write a checkpoint folder, whole or not at all.
+
+    Args:
+        folder: final name; an existing folder of that name is replaced.
+        tensors: file stem -> tensors; empty ones write no file.
+        state: JSON.
+        extra: writes further files into the folder it is given.
+    """
+    temporary = folder.with_name(f".tmp-{os.getpid()}-{folder.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        for stem, named in tensors.items():
+            if named:
+                # clone: tied weights share memory, which safetensors refuses
+                whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in named.items()}
+                save_file(whole, temporary / f"{stem}.safetensors")
+        (temporary / "state.json").write_text(json.dumps(state))
+        extra(temporary)
+        files = sorted(path for path in temporary.rglob("*") if path.is_file())
+        for path in files:
+            _sync(path)
+        manifest = {
+            "version": VERSION,
+            "files": {
+                str(path.relative_to(temporary)): {"size": path.stat().st_size, "sha256": _digest(path)}
+                for path in files
+            },
+        }
+        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2))
+        _sync(temporary / "manifest.json")
+        _sync(temporary)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(temporary, folder)
+        _sync(folder.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def verify(folder: Path) -> None:
+    """Raises CheckpointError unless every file is there, as long and with the hash that the manifest says."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+    except (OSError, json.JSONDecodeError):
+        raise CheckpointError(f"{folder}: no checkpoint of ours, or an incomplete one (no manifest.json)") from None
+    if manifest.get("version") != VERSION:
+        raise CheckpointError(f"{folder}: checkpoint version {manifest.get('version')}; this clipsmall reads {VERSION}")
+    for name, facts in manifest["files"].items():
+        path = folder / name
+        if not path.exists() or path.stat().st_size != facts["size"] or _digest(path) != facts["sha256"]:
+            raise CheckpointError(f"{path}: missing, cut or changed since it was saved; use another checkpoint")
+
+
+def newest(checkpoints: Path) -> Path | None:
+    """The newest complete checkpoint; broken ones are named on stderr and passed over."""
+    for folder in sorted(checkpoints.glob("step_*"), reverse=True):
+        try:
+            verify(folder)
+        except CheckpointError as error:
+            print(f"warning: {error}; falling back to the one before", file=sys.stderr)
+        else:
+            return folder
+    return None
+
+
+def tidy(checkpoints: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints, and what an interrupted save left."""
+    for stale in checkpoints.glob(".tmp-*"):
+        shutil.rmtree(stale, ignore_errors=True)
+    for old in sorted(checkpoints.glob("step_*"))[:-keep]:
+        shutil.rmtree(old)
+
+
+def read_tensors(folder: Path, stem: str) -> Tensors:
+    """The tensors of one file, {} if there is none. Raises CheckpointError."""
+    path = folder / f"{stem}.safetensors"
+    try:
+        return load_file(path) if path.exists() else {}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    state: dict[str, Any] = json.loads((folder / "state.json").read_text())
+    return state

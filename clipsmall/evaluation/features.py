@@ -1,0 +1,143 @@
+"""Features of a whole data set: each rank encodes its batches, every rank gets all rows, none twice."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from clipsmall import world
+from clipsmall.preprocess import BadImage, ImageTransform
+from clipsmall.shards import Catalog, captions_of
+from clipsmall.towers import DualEncoder
+
+
+class _Images(Dataset[tuple[int, Tensor | None]]):
+    def __init__(self, catalog: Catalog, transform: ImageTransform) -> None:
+        self.catalog, self.transform = catalog, transform
+
+    def __getitem__(self, row: int) -> tuple[int, Tensor | None]:
+        try:
+            return row, self.transform(self.catalog.read(row).image)
+        except BadImage:
+            return row, None
+
+
+def _collate(samples: list[tuple[int, Tensor | None]]) -> tuple[Tensor, Tensor]:
+    good = [(row, image) for row, image in samples if image is not None]
+    images = torch.stack([image for _, image in good]) if good else torch.empty(0)
+    return torch.tensor([row for row, _ in good], dtype=torch.int64), images
+
+
+def _mine(batches: list[Any]) -> list[Any]:
+    """Whole batches are dealt to ranks, cut as one process would: the features are the same to the bit."""
+    return batches[world.rank() :: world.size()]
+
+
+@dataclass
+class Texts:
+    """Captions and labels of the good pairs of a catalog, by row."""
+
+    captions: list[list[str]]
+    labels: list[str | int]
+
+
+@dataclass
+class Encoder:
+    """A model with what it needs to see data sets; put into eval mode for the duration of each call."""
+
+    model: DualEncoder
+    tokenize: Callable[[list[str]], Tensor]
+    device: torch.device
+    batch_size: int = 512
+    workers: int = 0
+    progress: bool = False
+
+    def images(self, catalog: Catalog) -> tuple[Tensor, Tensor]:
+        """(n, D) unit features and (n,) their rows in the catalog, ascending; broken images are not among them."""
+        batches = list(torch.arange(len(catalog)).split(self.batch_size))
+        loader = DataLoader(
+            _Images(catalog, ImageTransform(self.model.spec)),
+            batch_sampler=[batch.tolist() for batch in _mine(batches)],
+            num_workers=self.workers,
+            collate_fn=_collate,
+            generator=torch.Generator(),  # the global one belongs to training
+        )
+        width = self._width()
+        rows, parts = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, width)]
+        for here, images in self._bar(loader, "images"):
+            if len(here):
+                rows.append(here)
+                parts.append(self._encode(self.model.encode_image, images))
+        return self._gathered(torch.cat(rows), torch.cat(parts))
+
+    def texts(self, captions: Sequence[str]) -> Tensor:
+        """(n, D) unit features of n captions."""
+        batches = list(torch.arange(len(captions)).split(self.batch_size))
+        rows, parts = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, self._width())]
+        for here in self._bar(_mine(batches), "texts"):
+            rows.append(here)
+            parts.append(self._encode(self.model.encode_text, self.tokenize([captions[i] for i in here.tolist()])))
+        return self._gathered(torch.cat(rows), torch.cat(parts))[0]
+
+    @torch.no_grad()
+    def _encode(self, encode: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
+        training = self.model.training
+        self.model.eval()
+        features = encode(inputs.to(self.device)).float().cpu()
+        self.model.train(training)
+        return features
+
+    def _width(self) -> int:
+        return int(self._encode(self.model.encode_text, self.tokenize(["a"])).shape[1])
+
+    def _gathered(self, rows: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        rows = world.gather_uneven(rows.to(self.device)).cpu()
+        features = world.gather_uneven(features.to(self.device)).cpu()
+        order = rows.argsort()
+        return features[order], rows[order]
+
+    def _bar(self, batches: Any, what: str) -> Any:
+        return tqdm(batches, desc=f"encoding {what}", disable=not self.progress or world.rank() > 0, leave=False)
+
+
+def read_texts(catalog: Catalog, label: str = "") -> Texts:
+    """Captions and labels of every pair.
+
+    A label is the json field `label` if that is named, else the `.cls` member (a number), else the first caption.
+
+    Raises:
+        ValueError: the named field is missing in a pair.
+    """
+    captions, labels = [], list[str | int]()
+    for row in range(len(catalog)):
+        members = catalog.read(row)
+        fields = json.loads(members.json) if members.json else {}
+        captions.append(captions_of(members.text, fields))
+        if label:
+            if label not in fields:
+                raise ValueError(f"{catalog.name(row)}: its json has no field {label!r}; it has {', '.join(fields)}")
+            labels.append(fields[label])
+        else:
+            labels.append(int(members.label) if members.label else captions[-1][0])
+    return Texts(captions, labels)
+
+
+def class_indices(labels: Sequence[str | int], classes: Sequence[str]) -> Tensor:
+    """(n,) class numbers: a number as it is, a name by its place among the classes (blind to letter case).
+
+    Raises:
+        ValueError: a label that is no class.
+    """
+    places = {name.casefold(): place for place, name in reversed(list(enumerate(classes)))}
+    found = np.array(
+        [label if isinstance(label, int) else places.get(label.casefold(), -1) for label in labels], dtype=np.int64
+    )
+    if (odd := np.flatnonzero((found < 0) | (found >= len(classes)))).size:
+        raise ValueError(f"label {labels[int(odd[0])]!r} is none of the {len(classes)} classes; check classes and label")
+    return torch.from_numpy(found)

@@ -1,0 +1,91 @@
+"""The stream of pairs a rank trains on: counts what was skipped, measures the wait, and ends when asked to."""
+
+import signal
+import time
+from collections import Counter
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from clipsmall import world
+from clipsmall.batch import Pairs
+from clipsmall.shards import LoadedBatch, ShardError, Skips
+
+ENOUGH = 10_000  # pairs before the error rate is judged: one bad pair in a first batch of 32 is 3 %
+
+
+class Stop:
+    """SIGTERM and the first Ctrl-C ask a run to save and leave; a second Ctrl-C ends it at once."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+
+    def listen(self) -> "Stop":
+        signal.signal(signal.SIGTERM, self._note)
+        signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.signal = number
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+class Feed:
+    """Iterates over `Pairs` on `device`; all ranks end at the same step.
+
+    Args:
+        loader: of this rank's batches.
+        stop: looked at after every step, on all ranks together.
+        max_error_rate: bad pairs a pair seen, over all ranks, that end the run with a ShardError.
+    """
+
+    def __init__(
+        self, loader: DataLoader[LoadedBatch], device: torch.device, stop: Stop, max_error_rate: float, pairs: int
+    ) -> None:
+        self.loader, self.device, self.stop = loader, device, stop
+        self.max_error_rate, self.enough = max_error_rate, min(ENOUGH, pairs)
+        self.skips = Skips()
+        self.waited = 0.0  # seconds spent waiting for data
+        self.stopped = False
+
+    def __iter__(self) -> Iterator[Pairs]:
+        batches: Any = iter(self.loader)
+        try:
+            while True:
+                start = time.perf_counter()
+                loaded = next(batches, None)
+                self.waited += time.perf_counter() - start
+                if loaded is None:
+                    return
+                self.skips.merge(loaded.skips)
+                yield loaded.pairs.to(self.device)
+                self._agree()
+                if self.stopped:
+                    return
+        finally:
+            del batches  # ends the workers now: at interpreter exit they would be waited for
+
+    def _agree(self) -> None:
+        """Every rank learns whether one was told to stop, and how many bad pairs all have met."""
+        mine = torch.tensor([int(self.stop.signal), self.skips.total, self.skips.seen], device=self.device)
+        told, bad, seen = (world.mean(mine.double()) * world.size()).tolist()
+        self.stopped = told > 0
+        if bad > self.max_error_rate * max(seen, self.enough):
+            raise ShardError(
+                f"{bad:.0f} of {seen:.0f} pairs could not be read, over data.max_error_rate={self.max_error_rate}: "
+                f"{self.skips}; find them with: python -m data_tools.check_shards FOLDER --decode"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seen": self.skips.seen, "reasons": dict(self.skips.reasons), "examples": self.skips.examples}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.skips = self.read_skips(state)
+
+    @staticmethod
+    def read_skips(state: dict[str, Any]) -> Skips:
+        return Skips(state["seen"], Counter(state["reasons"]), state["examples"])

@@ -1,0 +1,216 @@
+"""A run's report as one self-contained HTML page: pure rendering, from numbers and images to a string."""
+
+import base64
+import io
+import math
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+from jinja2 import Environment, StrictUndefined
+from matplotlib import style
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, PercentFormatter
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+Line = tuple["pd.Series[float]", dict[str, Any]]  # values over the pairs seen, and matplotlib's style
+Plot = tuple[str, str, str]  # title, last value in words, the drawing as a data: address
+SHARE = re.compile(r"acc|recall|chance|precision|share|r@\d|top[- _]?\d|\bmap\b", re.IGNORECASE)
+NUMBER = re.compile(r"[-+]?[\d,]*\.?\d+(e[-+]?\d+)?(\s?%)?", re.IGNORECASE)
+STYLE: list[str | dict[str, Any]] = [
+    "seaborn-v0_8-colorblind",
+    {
+        "font.size": 9,
+        "text.parse_math": False,
+        "svg.hashsalt": "clipsmall",
+    },  # salted: same report, same bytes
+]
+KNOWN = {"loss": "Loss", "logit_scale": "Logit scale", "logit_bias": "Logit bias", "lr": "Learning rate"}
+KNOWN |= {"pairs_per_second": "Pairs per second", "data_wait": "Share of time waiting for data"}
+
+
+@dataclass
+class Table:
+    """A table of results; under a name like accuracy or chance, numbers from 0 to 1 are shown in percent."""
+
+    title: str
+    note: str
+    columns: list[str]
+    rows: list[list[Any]]  # text or numbers; None and NaN become a dash
+
+
+@dataclass
+class Query:
+    """One query of the gallery with what was retrieved for it, best first: (what, cosine, correct)."""
+
+    image: bytes  # the query's image, or the true image of a text query
+    text: str  # the true caption of an image query, or the query's text
+    direction: Literal["image_to_text", "text_to_image"]
+    seen: str = ""  # the group's label, such as "never-seen captions"
+    images: list[tuple[bytes, str, float, bool]] = field(default_factory=list)
+    texts: list[tuple[str, float, bool]] = field(default_factory=list)
+
+
+@dataclass
+class Report:
+    """Everything the page shows; what is empty leaves no heading behind."""
+
+    title: str
+    subtitle: str = ""
+    facts: list[tuple[str, str]] = field(default_factory=list)
+    metrics: pd.DataFrame = field(default_factory=pd.DataFrame)
+    tables: list[Table] = field(default_factory=list)
+    gallery: list[Query] = field(default_factory=list)
+    matrix: NDArray[Any] | None = None  # (B, B): images down, texts across
+    matrix_labels: list[str] = field(default_factory=list)
+    config: str = ""
+    command: str = ""
+
+
+def render(report: Report) -> str:
+    """The whole page; captions, labels and config are untrusted and escaped."""
+    room = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    page = room.from_string(Path(__file__).with_suffix(".html.jinja").read_text(encoding="utf-8"))
+    # Captions become labels; a script that the plots' font lacks is worth a box, not a warning per glyph.
+    with style.context(STYLE), warnings.catch_warnings(action="ignore"):
+        curves = {"Training": list(training(report.metrics)), "Evaluation": list(evaluation(report.metrics))}
+        matrix = heat_map(report.matrix, report.matrix_labels) if report.matrix is not None else ""
+    return page.render(report=report, curves=curves, matrix=matrix, cell=cell, picture=picture)
+
+
+def write(report: Report, path: Path) -> None:
+    """Render to `path`, whole or not at all."""
+    html = render(report).encode(errors="replace")  # a caption may hold a lone surrogate
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part.write_bytes(html)
+    os.replace(part, path)
+
+
+def quantity(value: float, share: bool = False) -> str:
+    """1234567 -> '1,234,567', 0.12345 -> '0.1235'; as a share 0.593 -> '59.3 %', 0.00014 -> '0.014 %'."""
+    if share:
+        return f"{100 * value:.1f} %" if value == 0 or value >= 0.01 else f"{100 * value:.2g} %"
+    return f"{value:,.0f}" if abs(value) >= 1000 or float(value).is_integer() else f"{value:.4g}"
+
+
+def cell(column: str, value: Any) -> tuple[str, bool]:
+    """How a cell of a table reads, and whether it is a number."""
+    if isinstance(value, int | float | np.number) and math.isfinite(value):
+        return quantity(float(value), SHARE.search(column) is not None and 0 <= float(value) <= 1), True
+    if value is None or value != value:  # NaN
+        return "\N{EN DASH}", True
+    return str(value), NUMBER.fullmatch(str(value)) is not None
+
+
+def training(frame: pd.DataFrame) -> Iterator[Plot]:
+    """A curve for each plain column: the known ones first, then whatever else the objective reported."""
+    for name in dict.fromkeys([*KNOWN, *frame.columns]):
+        curve, share = series(frame, name), name == "data_wait"
+        if curve.empty or name in {"step", "pairs", "chance"} or "/" in name:
+            continue
+        window = 1 if name.startswith(("lr", "logit")) else 1 + len(curve) // 40  # what is set has no noise
+        middle = curve.rolling(window, center=True, min_periods=1).median()
+        lines: list[Line] = [(curve, {"alpha": 0.35, "linewidth": 0.8}), (middle, {})]
+        note = quantity(curve.iloc[-1], share)
+        level = series(frame, "chance")
+        if name == "loss" and not level.empty:
+            note += f" · chance, ln {math.exp(min(level.iloc[-1], 50)):,.0f}: {quantity(level.iloc[-1])}"
+            lines.append((level, {"color": "#333333", "linestyle": "--", "label": "chance"}))
+        yield KNOWN.get(name, name.replace("_", " ").capitalize()), note, draw(lines, share)
+
+
+def evaluation(frame: pd.DataFrame) -> Iterator[Plot]:
+    """A drawing for each task and metric of the columns task/set/metric: a line a set, its chance dashed."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name in (name for name in frame.columns if "/" in name and not name.endswith("/chance")):
+        groups.setdefault((name.split("/")[0], name.split("/")[-1]), []).append(name)
+    for (task, metric), names in groups.items():
+        lines: list[Line] = []
+        share, first = bool(SHARE.search(metric)), not re.search(r"(?<!\d)(?!1$)\d+$", metric)
+        for at, name in enumerate(names):
+            curve, parent, colour = series(frame, name), name.rpartition("/")[0], f"C{at}"
+            if curve.empty:
+                continue
+            label = f"{parent.partition('/')[2] or parent}: {quantity(curve.iloc[-1], share)}"
+            lines.append((curve, {"color": colour, "marker": "o", "markersize": 3, "label": label}))
+            # A set's chance is that of the first guess: it says nothing of acc5 or recall@10.
+            for level in [f"{name}/chance", f"{parent}/chance" if first else ""]:
+                lines.append((series(frame, level), {"color": colour, "linestyle": "--", "linewidth": 1}))
+        if lines:
+            yield f"{task} · {metric}".replace("_", " "), "", draw(lines, share)
+
+
+def series(frame: pd.DataFrame, name: str) -> "pd.Series[float]":
+    """The finite values of a column over the pairs seen; a stretch repeated after a resume counts once."""
+    if name not in frame or "pairs" not in frame:
+        return pd.Series(dtype=float)
+    values = pd.to_numeric(frame[name], errors="coerce").to_numpy(dtype=float)
+    curve = pd.Series(values, index=frame["pairs"].to_numpy(dtype=float))
+    return curve[np.isfinite(values)].groupby(level=0).last()
+
+
+def draw(lines: list[Line], share: bool) -> str:
+    """Lines over the pairs seen; shares in percent."""
+    axes = Figure(figsize=(4.2, 2.5), layout="constrained").add_subplot()
+    for curve, look in lines:
+        curve = curve.iloc[:: -1 - len(curve) // 1000]  # from the end, which must stay
+        axes.plot(curve.index.to_numpy(), curve.to_numpy(), **({"color": "C0", "linewidth": 1.5} | look))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#e8e8e8")
+    axes.set_xlabel("pairs seen")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    if share:
+        axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
+    if any("label" in look for _, look in lines):
+        axes.legend(frameon=False)
+    return svg(axes.figure)
+
+
+def heat_map(matrix: NDArray[Any], labels: list[str]) -> str:
+    """The similarities of a batch, images down and texts across; captions only where they can be read."""
+    axes = Figure(figsize=(8, 7), layout="constrained").add_subplot()
+    reach = np.abs(matrix[np.isfinite(matrix)]).max(initial=1e-6)
+    diverging = {"cmap": "RdBu_r", "vmin": -reach, "vmax": reach} if (matrix < 0).any() else {}
+    shown = axes.imshow(matrix, interpolation="auto", **diverging)
+    axes.figure.colorbar(shown, shrink=0.8)
+    axes.set(xlabel="texts", ylabel="images")
+    if len(labels) == len(matrix) <= 40:
+        # A control character would break the SVG: matplotlib repeats each label in a comment there.
+        clean = ["".join(filter(str.isprintable, label)) for label in labels]
+        short = [label if len(label) <= 36 else f"{label[:35]}…" for label in clean]
+        axes.set_xticks(range(len(short)), short, rotation=90)
+        axes.set_yticks(range(len(short)), short)
+    return svg(axes.figure)
+
+
+def svg(figure: Any) -> str:
+    """A figure as a data: address."""
+    file = io.BytesIO()
+    figure.savefig(file, format="svg", dpi=200, metadata={"Date": None})
+    return address(file.getvalue(), "image/svg+xml")
+
+
+def picture(data: bytes) -> tuple[str, bool]:
+    """An image as a data: address and whether it is tiny; a large one is shrunk to what the page shows."""
+    try:
+        image = Image.open(io.BytesIO(data))
+        if max(image.size) <= 256:
+            return address(data, image.get_format_mimetype() or "image/png"), max(image.size) <= 96
+        small, file = ImageOps.exif_transpose(image).convert("RGB"), io.BytesIO()
+        small.thumbnail((256, 256))
+        small.save(file, "webp", quality=85)
+    except OSError:  # a broken image is the browser's to mark
+        return address(data, "image/png"), False
+    return address(file.getvalue(), "image/webp"), False
+
+
+def address(data: bytes, kind: str) -> str:
+    """Bytes as a data: address, so that the page needs nothing beside it."""
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"

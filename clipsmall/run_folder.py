@@ -1,0 +1,63 @@
+"""The folder of a run: claimed by one process, described by files that lie beside every result."""
+
+import fcntl
+import json
+import platform
+import shlex
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+PACKAGES = ("clipsmall", "torch", "torchvision", "accelerate", "transformers", "open_clip_torch", "numpy", "pillow")
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    found["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return found
+
+
+class RunFolder:
+    """Paths of a run's results.
+
+    `claim` is for the main rank only. Its lock is held until the process ends.
+    """
+
+    def __init__(self, out: str) -> None:
+        self.path = Path(out)
+        self.checkpoints = self.path / "checkpoints"
+        self.metrics = self.path / "metrics.jsonl"
+        self.evaluations = self.path / "eval"
+
+    def refuse_if_used(self, resume: str) -> None:
+        """Raises ValueError when a run already lies here and nobody asked to continue it."""
+        if not resume and (self.path / "run.yaml").exists():
+            raise ValueError(f"{self.path}: holds a run already; continue it with --resume=auto, or give another --out")
+
+    def claim(self, config: str) -> None:
+        """Make the folder, lock it, and write run.yaml, command.txt and env.json.
+
+        Raises:
+            ValueError: the folder cannot be written, or another run is using it.
+        """
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / ".lock").open("w")
+        except OSError as error:
+            raise ValueError(f"{self.path}: cannot be written ({error.strerror}); give another --out") from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{self.path}: another run is writing here; wait for it, or give another --out") from None
+        except OSError:  # some network file systems know no locks
+            pass
+        (self.path / "run.yaml").write_text(config, encoding="utf-8")
+        (self.path / "command.txt").write_text(shlex.join(sys.argv) + "\n", encoding="utf-8")
+        (self.path / "env.json").write_text(json.dumps(versions(), indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,32 @@
+"""WebDataset shards on local disk: an index for random access, an order, and decoded global batches."""
+
+from clipsmall.shards.catalog import Catalog, open_catalog, shard_paths
+from clipsmall.shards.index import (
+    ShardError,
+    build_index,
+    caption_hash,
+    captions_of,
+    index_path,
+    read_index,
+    write_index,
+)
+from clipsmall.shards.order import Order
+from clipsmall.shards.reader import GlobalBatches, LoadedBatch, Skips, batch_loader
+
+__all__ = [
+    "Catalog",
+    "GlobalBatches",
+    "LoadedBatch",
+    "Order",
+    "ShardError",
+    "Skips",
+    "batch_loader",
+    "build_index",
+    "caption_hash",
+    "captions_of",
+    "index_path",
+    "open_catalog",
+    "read_index",
+    "shard_paths",
+    "write_index",
+]

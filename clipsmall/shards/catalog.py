@@ -1,0 +1,137 @@
+"""All shards of a data set as one table of pairs: which file, which bytes, which number, which caption."""
+
+import hashlib
+import os
+from dataclasses import dataclass, field
+from glob import glob
+from pathlib import Path
+from typing import NamedTuple
+
+import braceexpand
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from clipsmall.shards.index import ShardError, read_index
+
+COLUMNS = [
+    "index", "image_offset", "image_size", "text_offset", "text_size",
+    "json_offset", "json_size", "label_offset", "label_size", "caption_hash", "status",
+]  # fmt: skip
+
+
+class Members(NamedTuple):
+    """The raw bytes of one sample; b"" for a member that is not there."""
+
+    image: bytes
+    text: bytes
+    json: bytes
+    label: bytes
+
+
+@dataclass
+class Catalog:
+    """N good pairs over several shards; a *row* is a pair's place in this table.
+
+    Files are opened on first use and kept open, one descriptor a shard and process.
+    """
+
+    shards: list[Path]
+    shard: NDArray[np.int32]  # (N,) which shard
+    index: NDArray[np.int64]  # (N,) the pair's stable number
+    spans: NDArray[np.int64]  # (N, 4, 2) offset and size of image, text, json, label
+    caption_hash: NDArray[np.int64]  # (N,) of the first caption
+    left_out: dict[str, int]  # reason -> pairs that the index knows to be bad
+    fingerprint: str  # of shard names, sizes and pair numbers
+    _files: dict[int, int] = field(default_factory=dict, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Pairs in each shard."""
+        return np.bincount(self.shard, minlength=len(self.shards)).tolist()  # type: ignore[no-any-return]
+
+    def read(self, row: int) -> Members:
+        """The members of one pair, in one read: they lie side by side in the tar."""
+        spans = self.spans[row]
+        there = spans[spans[:, 0] >= 0]
+        low, high = int(there[:, 0].min()), int(there.sum(axis=1).max())
+        data = os.pread(self.descriptor(int(self.shard[row])), high - low, low)
+        if len(data) < high - low:
+            raise ShardError(f"{self.shards[self.shard[row]]}: ends before its index says; it was cut while in use")
+        return Members(*(data[o - low : o - low + n] if o >= 0 else b"" for o, n in spans.tolist()))
+
+    def name(self, row: int) -> str:
+        """For messages: shard and key of a pair (read from the index file, so not for hot paths)."""
+        shard = self.shards[self.shard[row]]
+        table = read_index(shard, ["key", "image_offset"])
+        place = int(np.flatnonzero(table["image_offset"].to_numpy() == self.spans[row, 0, 0])[0])
+        return f"{shard}:{table['key'][place].as_py()}"
+
+    def descriptor(self, shard: int) -> int:
+        if shard not in self._files:
+            self._files[shard] = os.open(self.shards[shard], os.O_RDONLY)
+        return self._files[shard]
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_files": {}}  # descriptors stay in the process that opened them
+
+
+def shard_paths(patterns: str | list[str]) -> list[Path]:
+    """Folders, globs and `{000..123}` brace lists -> sorted tar paths.
+
+    Raises:
+        ShardError: a pattern that names no tar, a URL, a compressed tar.
+    """
+    found: list[Path] = []
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        if "://" in pattern or pattern.startswith("pipe:"):
+            raise ShardError(f"{pattern}: not a local path; remote shards are read with data.streaming=true")
+        for name in braceexpand.braceexpand(pattern):
+            here = sorted(Path(name).glob("*.tar")) if Path(name).is_dir() else [Path(p) for p in sorted(glob(name))]
+            if not here:
+                raise ShardError(f"{name}: no shards there (*.tar)")
+            found += here
+    if odd := [path for path in found if path.suffix != ".tar"]:
+        raise ShardError(f"{odd[0]}: not a .tar; compressed shards cannot be read at random, unpack them first")
+    return found
+
+
+def open_catalog(patterns: str | list[str]) -> Catalog:
+    """Open the indexes of all shards, and leave out the pairs known to be bad (counted in `left_out`).
+
+    A pair's number is what its json says, when all pairs have one and no two the same (make_shards writes it so);
+    otherwise its place in the list of shards.
+
+    Raises:
+        ShardError: a shard is missing, has no index, has changed since it was indexed, or nothing good is left.
+    """
+    shards = shard_paths(patterns)
+    tables = [read_index(shard, COLUMNS) for shard in shards]
+    sizes = [len(table) for table in tables]
+    table = pa.concat_tables([t.replace_schema_metadata(None) for t in tables]).combine_chunks()
+    status = table["status"].to_numpy(zero_copy_only=False)
+    good = status == ""
+    if not good.any():
+        raise ShardError(f"{patterns}: no usable pair in {len(shards)} shards")
+    index = table["index"].to_numpy()
+    if (index < 0).any() or len(np.unique(index)) < len(index):
+        index = np.arange(len(index), dtype=np.int64)
+    spans = np.stack(
+        [np.stack([table[f"{m}_offset"], table[f"{m}_size"]], axis=-1) for m in ("image", "text", "json", "label")],
+        axis=1,
+    )
+    reasons, counts = np.unique(status[~good].astype(str), return_counts=True)
+    digest = hashlib.sha256(index[good].tobytes())
+    digest.update(repr([(shard.name, shard.stat().st_size) for shard in shards]).encode())
+    return Catalog(
+        shards=shards,
+        shard=np.repeat(np.arange(len(shards), dtype=np.int32), sizes)[good],
+        index=index[good],
+        spans=spans[good],
+        caption_hash=table["caption_hash"].to_numpy()[good],
+        left_out=dict(zip(reasons.tolist(), counts.tolist(), strict=True)),
+        fingerprint=digest.hexdigest(),
+    )

@@ -1,0 +1,217 @@
+"""The index of one tar shard: where each sample's members lie, their hashes, and what is wrong with them.
+
+It stands beside the shard as `NAME.index.parquet` and makes three things possible that a streamed tar cannot
+give: random access (hence exact resume), truncation noticed before training, and known bad samples left out.
+"""
+
+import hashlib
+import json
+import os
+import tarfile
+import unicodedata
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "avif", "gif", "bmp", "tif", "tiff")
+VERSION = 1
+MAX_TEXT_BYTES = 1 << 20  # a longer caption or json is a mistake, and reading it into memory a risk
+
+SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("index", pa.int64()),  # the pair's number as its json says; -1 when it says nothing
+        ("image_offset", pa.int64()),
+        ("image_size", pa.int64()),
+        ("image_suffix", pa.string()),
+        ("text_offset", pa.int64()),
+        ("text_size", pa.int64()),
+        ("json_offset", pa.int64()),
+        ("json_size", pa.int64()),
+        ("label_offset", pa.int64()),  # CLIP_benchmark's .cls
+        ("label_size", pa.int64()),
+        ("sha256", pa.string()),  # of the image's bytes
+        ("caption_hash", pa.int64()),  # of the first caption
+        ("caption_chars", pa.int64()),
+        ("status", pa.string()),  # "" = good; else the reason why the pair is left out
+    ]
+)
+
+
+class ShardError(ValueError):
+    """A shard, or its index, cannot be used; the message names the file and says what to do."""
+
+
+class Member(NamedTuple):
+    name: str
+    offset: int  # of the data, in the tar
+    size: int  # bytes
+
+
+def caption_hash(caption: str) -> int:
+    """Signed 64-bit hash of a caption, blind to letter case, white space and Unicode form."""
+    plain = " ".join(unicodedata.normalize("NFKC", caption).casefold().split())
+    return int.from_bytes(hashlib.blake2b(plain.encode(), digest_size=8).digest(), "little", signed=True)
+
+
+def captions_of(text: bytes, fields: dict[str, Any]) -> list[str]:
+    """The captions of a sample, from its `.txt` and its parsed `.json`; blank ones are dropped.
+
+    `captions` in the json wins; a json with `caption` marks img2dataset's layout, whose `.txt` is one caption;
+    any other `.txt` holds one caption a line, as in CLIP_benchmark's retrieval sets.
+
+    Raises:
+        UnicodeDecodeError: the `.txt` is not UTF-8.
+    """
+    if isinstance(listed := fields.get("captions"), list):
+        found = [str(caption) for caption in listed]
+    else:
+        whole = text.decode("utf-8")
+        found = [whole] if "caption" in fields else whole.splitlines()
+    return [cleaned for caption in found if (cleaned := " ".join(caption.replace("\0", " ").split()))]
+
+
+def index_path(shard: Path) -> Path:
+    return shard.with_suffix(".index.parquet")
+
+
+def tar_members(shard: Path) -> list[Member]:
+    """Every regular file of an uncompressed tar, in order.
+
+    Links, devices and directories are passed over. Raises ShardError for anything but a whole tar: `tarfile`
+    and webdataset take a file that ends at a header, or inside one, for a shorter tar without a word.
+    """
+    size = shard.stat().st_size
+    if size == 0:
+        raise ShardError(f"{shard}: the file is empty; copy or make it again")
+    members, end = [], 0
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            for info in tar:
+                end = info.offset_data + -(-info.size // 512) * 512 if info.isreg() else info.offset_data
+                if info.offset_data + info.size > size:
+                    raise ShardError(f"{shard}: cut inside member {info.name!r}; copy or make it again")
+                if info.isreg():
+                    members.append(Member(info.name, info.offset_data, info.size))
+    except tarfile.TarError as error:
+        raise ShardError(f"{shard}: not an uncompressed tar, or cut ({error}); copy or make it again") from None
+    with shard.open("rb") as file:
+        file.seek(end)
+        if file.read(512) != b"\0" * 512:
+            raise ShardError(f"{shard}: cut after {len(members)} members (no end mark); copy or make it again")
+    return members
+
+
+def samples(members: list[Member]) -> Iterator[tuple[str, dict[str, Member]]]:
+    """Members grouped as webdataset does: neighbours with one name up to the first dot of the file name."""
+    key, group = None, dict[str, Member]()
+    for member in members:
+        folder, _, name = member.name.rpartition("/")
+        stem, _, suffix = name.partition(".")
+        if not stem or stem.startswith("__"):  # hidden files; webdataset's `__meta__` members
+            continue
+        here = f"{folder}/{stem}" if folder else stem
+        suffix = suffix.lower()
+        if key is not None and (here != key or suffix in group):
+            yield key, group
+            group = {}
+        key = here
+        group[suffix] = member
+    if key is not None:
+        yield key, group
+
+
+def _row(key: str, group: dict[str, Member], read: Any) -> dict[str, Any]:
+    """One row of the index; `read(member) -> bytes`."""
+    missing = Member("", -1, 0)
+    suffix = next((s for s in IMAGE_SUFFIXES if s in group), "")
+    image, text = group.get(suffix, missing), group.get("txt", missing)
+    record, label = group.get("json", missing), group.get("cls", missing)
+    status, fields, captions = "", dict[str, Any](), list[str]()
+    if record.size > MAX_TEXT_BYTES or text.size > MAX_TEXT_BYTES:
+        status = "caption or json over 1 MiB"
+    else:
+        try:
+            parsed = json.loads(read(record)) if record.size else {}
+            fields = parsed if isinstance(parsed, dict) else {}
+            captions = captions_of(read(text) if text.size > 0 else b"", fields)
+            if not captions:
+                status = "no caption" if text.offset < 0 else "empty caption"
+        except UnicodeDecodeError:
+            status = "caption is not UTF-8"
+        except (json.JSONDecodeError, RecursionError):  # the latter from hostile nesting
+            status = "broken json"
+    if image.size == 0:
+        status = "no image"
+    number = fields.get("index", -1)
+    return {
+        "key": key,
+        "index": number if isinstance(number, int) else -1,
+        "image_offset": image.offset,
+        "image_size": image.size,
+        "image_suffix": suffix,
+        "text_offset": text.offset,
+        "text_size": text.size,
+        "json_offset": record.offset,
+        "json_size": record.size,
+        "label_offset": label.offset,
+        "label_size": label.size,
+        "sha256": hashlib.sha256(read(image)).hexdigest() if image.size else "",
+        "caption_hash": caption_hash(captions[0]) if captions else 0,
+        "caption_chars": len(captions[0]) if captions else 0,
+        "status": status,
+    }
+
+
+def build_index(shard: Path) -> pa.Table:
+    """Read a whole tar shard once and describe every sample in it.
+
+    Raises:
+        ShardError: not a tar, truncated, or holding fewer samples than img2dataset's `_stats.json` promises.
+    """
+    members = tar_members(shard)
+    with shard.open("rb") as file:
+        rows = [_row(key, group, lambda m: os.pread(file.fileno(), m.size, m.offset)) for key, group in samples(members)]
+    stats = shard.with_name(f"{shard.stem}_stats.json")
+    if stats.exists() and (promised := json.loads(stats.read_text()).get("successes")) not in (None, len(rows)):
+        raise ShardError(f"{shard}: holds {len(rows)} samples, {stats.name} says {promised}; copy or make it again")
+    metadata = {"clipsmall_index": str(VERSION), "tar_size": str(shard.stat().st_size)}
+    return pa.Table.from_pylist(rows, schema=SCHEMA.with_metadata(metadata))
+
+
+def write_index(shard: Path, table: pa.Table) -> Path:
+    """Write `table` beside the shard, whole or not at all."""
+    path = index_path(shard)
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    pq.write_table(table, temporary)
+    os.replace(temporary, path)
+    return path
+
+
+def read_index(shard: Path, columns: list[str] | None = None) -> pa.Table:
+    """The index of a shard, after checking that it belongs to the file that lies there now.
+
+    Raises:
+        ShardError: no shard, no index, an index of another version, or a shard that has changed its size.
+    """
+    path = index_path(shard)
+    if not shard.exists():
+        raise ShardError(f"{shard}: no such shard")
+    if not path.exists():
+        raise ShardError(f"{shard}: has no index; make it with: python -m data_tools.check_shards {shard.parent}")
+    try:
+        table = pq.read_table(path, columns=columns)
+    except (pa.ArrowException, OSError) as error:
+        raise ShardError(f"{path}: unreadable ({error}); delete it and run data_tools.check_shards") from None
+    metadata = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
+    if metadata.get("clipsmall_index") != str(VERSION):
+        raise ShardError(f"{path}: not a clipsmall index of version {VERSION}; run data_tools.check_shards --rebuild")
+    if (size := shard.stat().st_size) != int(metadata["tar_size"]):
+        raise ShardError(
+            f"{shard}: has {size} bytes, its index was made for {metadata['tar_size']}: truncated or replaced; "
+            f"restore it, or run: python -m data_tools.check_shards {shard.parent} --rebuild"
+        )
+    return table

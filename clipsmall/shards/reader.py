@@ -1,0 +1,203 @@
+"""Global batches from shards: the same ones for any number of ranks and workers, resumed at any batch."""
+
+import json
+import os
+import signal
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from clipsmall.batch import Pairs
+from clipsmall.preprocess import BadImage, ImageTransform
+from clipsmall.shards.catalog import Catalog
+from clipsmall.shards.index import ShardError, caption_hash, captions_of
+from clipsmall.shards.order import Order, permutation
+
+READAHEAD = 128 * 1024  # bytes: what Linux reads at most for one WILLNEED advice
+MAX_SUBSTITUTES = 16  # tries to replace one bad pair before the run stops
+Tokenize = Callable[[list[str]], Tensor]  # n captions -> (n, L) int64
+
+
+@dataclass
+class Skips:
+    """Pairs that could not be read, counted by reason, with a few names of each."""
+
+    seen: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, reason: str, name: str) -> None:
+        self.reasons[reason] += 1
+        named = self.examples.setdefault(reason, [])
+        if len(named) < 5:
+            named.append(name)
+
+    def merge(self, other: "Skips") -> None:
+        self.seen += other.seen
+        self.reasons.update(other.reasons)
+        for reason, names in other.examples.items():
+            mine = self.examples.setdefault(reason, [])
+            mine += [name for name in names if name not in mine][: 5 - len(mine)]
+
+    @property
+    def total(self) -> int:
+        return sum(self.reasons.values())
+
+    @property
+    def rate(self) -> float:
+        return self.total / max(self.seen, 1)
+
+    def __str__(self) -> str:
+        return "; ".join(f"{n} × {why} (e.g. {', '.join(self.examples[why][:2])})" for why, n in self.reasons.items())
+
+
+class LoadedBatch(NamedTuple):
+    pairs: Pairs
+    skips: Skips
+
+
+class GlobalBatches(Dataset[LoadedBatch]):
+    """`batches[k]` is this rank's slice of global batch k, a pure function of (catalog, seed, k).
+
+    Global batch k of an epoch is places k·B … (k+1)·B of its order, and rank r of W takes the r-th W-th of it, so
+    every world size sees the same batches. The `length mod B` pairs that fill no batch are left for other epochs,
+    whose order differs. A bad pair is replaced by the pair at the same slot of a following batch: that depends on
+    no rank, and no pair comes twice in one batch.
+
+    Args:
+        batch_size: B, pairs of one step over all ranks.
+        rank, world_size: which slice is mine.
+
+    Raises:
+        ValueError: B does not divide by the ranks, or the data set is smaller than one batch.
+    """
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        order: Order,
+        image: ImageTransform,
+        tokenize: Tokenize,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if batch_size % world_size:
+            raise ValueError(f"data.batch_size={batch_size} is not divisible by {world_size} ranks")
+        if batch_size > len(catalog):
+            raise ValueError(f"data.batch_size={batch_size} is more than the {len(catalog)} pairs of the data set")
+        self.catalog, self.order, self.image, self.tokenize = catalog, order, image, tokenize
+        self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
+        self.per_epoch = len(catalog) // batch_size
+        self._advised: tuple[int, int] | None = None
+
+    def place(self, number: int) -> tuple[int, int]:
+        """Global batch number since the start of the run -> (epoch, batch within the epoch)."""
+        return divmod(number, self.per_epoch)
+
+    def rows(self, number: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+        """(B/W,) rows of the catalog: my slice of global batch `number`, before bad pairs are replaced."""
+        epoch, batch = self.place(number)
+        local = self.batch_size // self.world_size
+        first = batch * self.batch_size + self.rank * local
+        return self.order.rows(epoch, np.arange(first, first + local))
+
+    def __getitem__(self, number: int) -> LoadedBatch:
+        epoch, batch = self.place(number)
+        self._read_ahead(epoch, batch)
+        local = self.batch_size // self.world_size
+        skips = Skips(seen=local)
+        loaded = [
+            self._pair(epoch, batch * self.batch_size + self.rank * local + slot, row, skips)
+            for slot, row in enumerate(self.rows(number).tolist())
+        ]
+        images, captions, rows = zip(*loaded, strict=True)
+        pairs = Pairs(
+            image=torch.stack(images),
+            text=self.tokenize(list(captions)),
+            index=torch.from_numpy(self.catalog.index[list(rows)]),
+            caption_hash=torch.tensor([caption_hash(caption) for caption in captions]),
+        )
+        return LoadedBatch(pairs, skips)
+
+    def _pair(self, epoch: int, position: int, row: int, skips: Skips) -> tuple[Tensor, str, int]:
+        """The pair at `position` of the epoch, or its deterministic substitute."""
+        for step in range(1, MAX_SUBSTITUTES + 1):
+            try:
+                members = self.catalog.read(row)
+                image = self._augmented(members.image, epoch, row)
+                captions = captions_of(members.text, json.loads(members.json) if members.json else {})
+                return image, captions[self._choice(len(captions), epoch, row)], row
+            except BadImage as reason:
+                skips.add(str(reason), self.catalog.name(row))
+            position = (position + self.batch_size) % (self.per_epoch * self.batch_size)
+            row = int(self.order.rows(epoch, np.array([position]))[0])
+            if step >= self.per_epoch:
+                break
+        raise ShardError(f"no good pair found in place of a bad one after {skips}; run data_tools.check_shards --decode")
+
+    def _choice(self, captions: int, epoch: int, row: int) -> int:
+        """Which of a pair's captions this epoch shows: each once before any comes again."""
+        return int((permutation(captions, self.order.seed, row)[epoch % captions])) if captions > 1 else 0
+
+    def _augmented(self, data: bytes, epoch: int, row: int) -> Tensor:
+        """Random crops seeded by (seed, epoch, row): the same in any worker, and the global RNG untouched."""
+        if not self.image.random:
+            return self.image(data)
+        with torch.random.fork_rng(devices=[]):
+            seed = np.random.SeedSequence((self.order.seed, epoch, row)).generate_state(1, np.uint64)[0]
+            torch.default_generator.manual_seed(int(seed) >> 1)
+            return self.image(data)
+
+    def _read_ahead(self, epoch: int, batch: int) -> None:
+        """On entering a window, ask the system to read the next one into memory, in the order of the disk."""
+        if self.order.window == 0 or not hasattr(os, "posix_fadvise"):
+            return
+        window = batch * self.batch_size // self.order.window
+        if self._advised == (epoch, window):
+            return
+        first_time = self._advised is None
+        self._advised = (epoch, window)
+        for ahead in (window, window + 1) if first_time else (window + 1,):
+            for row, count in self.order.window_blocks(epoch, ahead):
+                low = int(self.catalog.spans[row, 0, 0])
+                last = self.catalog.spans[row + count - 1]
+                for offset in range(low, int(last.sum(axis=1).max()), READAHEAD):
+                    descriptor = self.catalog.descriptor(int(self.catalog.shard[row]))
+                    os.posix_fadvise(descriptor, offset, READAHEAD, os.POSIX_FADV_WILLNEED)
+
+
+LAST_SERVICE = 30  # seconds a worker serves on after SIGTERM, while the trainer finishes its step and saves
+
+
+def _outlive_the_signal(worker: int) -> None:
+    """SIGTERM and Ctrl-C reach the whole process group; the trainer answers them, its workers leave after it."""
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(LAST_SERVICE))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+def batch_loader(
+    batches: Dataset[LoadedBatch], numbers: Iterable[int], workers: int, timeout: float = 600.0, pin: bool = False
+) -> DataLoader[LoadedBatch]:
+    """A DataLoader over whole batches: `numbers` in order, whatever the number of workers.
+
+    A worker that answers nothing for `timeout` seconds ends the run with an error instead of a hang.
+    """
+    return DataLoader(
+        batches,
+        sampler=numbers,
+        batch_size=None,
+        num_workers=workers,
+        timeout=timeout if workers else 0,
+        pin_memory=pin,
+        worker_init_fn=_outlive_the_signal,
+        prefetch_factor=4 if workers else None,
+        generator=torch.Generator(),  # its own: a loader must not draw from the global one
+    )

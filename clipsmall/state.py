@@ -1,0 +1,117 @@
+"""All state of a run in one place: what a checkpoint holds, and what a resumed run must share with it."""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from clipsmall import checkpoint, world
+from clipsmall.batch import Progress
+from clipsmall.checkpoint import CheckpointError
+from clipsmall.feed import Feed
+from clipsmall.towers import DualEncoder, Loaded, save_model_files
+
+# A run that changes one of these is another run: its order, its loss or its weights would not be continued.
+FIXED = ("seed", "model.name", "data.batch_size", "data.shuffle_window", "data.crop_scale", "objective.name")
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
+
+
+@dataclass
+class RunState:
+    """The five homes of state: weights, optimizer and schedule, objective memory, place in the data, progress and RNG."""
+
+    accelerator: Accelerator
+    model: DualEncoder  # unwrapped
+    loaded: Loaded
+    optimizer: Any
+    scheduler: Any
+    objective: Any
+    feed: Feed
+    progress: Progress
+    config: dict[str, Any]  # as JSON
+    fingerprint: str  # of the training shards
+
+    def save(self, checkpoints: Path, keep: int) -> Path:
+        """Write `step_N`; every rank must call, the main one writes. Older ones beyond `keep` are deleted."""
+        device = self.accelerator.device
+        mine = {"rng": checkpoint.random_state(device), "feed": self.feed.state_dict()}
+        ranks = [json.loads(data) for data in world.gather_bytes(json.dumps(mine).encode(), device)]
+        folder = checkpoint.step_folder(checkpoints, self.progress.step)
+        if self.accelerator.is_main_process:
+            moments, rest = checkpoint.split_optimizer(self.optimizer.state_dict())
+            memory = self.objective.state_dict() if isinstance(self.objective, nn.Module) else {}
+            scaler = self.accelerator.scaler
+            state = {
+                "progress": self.progress.state_dict(),
+                "optimizer": rest,
+                "scheduler": self.scheduler.state_dict(),
+                "scaler": scaler.state_dict() if scaler is not None else None,
+                "ranks": ranks,
+                "config": self.config,
+                "data": self.fingerprint,
+            }
+            tensors = {"model": self.model.state_dict(), "optimizer": moments, "objective": memory}
+            checkpoint.save(folder, tensors, state, lambda path: save_model_files(self.loaded, path))
+            checkpoint.tidy(checkpoints, keep)
+        world.barrier()
+        return folder
+
+    def load(self, folder: Path) -> None:
+        """Put everything back; the folder was verified.
+
+        Raises:
+            CheckpointError: it belongs to another run, or to other shards.
+        """
+        state = checkpoint.read_state(folder)
+        self._refuse_another_run(folder, state)
+        device = self.accelerator.device
+        missing = self.model.load_state_dict(checkpoint.read_tensors(folder, "model"), strict=False)
+        if missing.missing_keys or missing.unexpected_keys:
+            names = (missing.missing_keys + missing.unexpected_keys)[:3]
+            raise CheckpointError(f"{folder}: holds another model (first differing weights: {', '.join(names)})")
+        moments = checkpoint.read_tensors(folder, "optimizer")
+        self.optimizer.load_state_dict(checkpoint.joined_optimizer(moments, state["optimizer"]))
+        self.scheduler.load_state_dict(state["scheduler"])
+        if isinstance(self.objective, nn.Module):
+            self.objective.load_state_dict(checkpoint.read_tensors(folder, "objective"))
+        if self.accelerator.scaler is not None and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.progress.step, self.progress.pairs = state["progress"]["step"], state["progress"]["pairs"]
+        self._load_ranks(state["ranks"], device)
+
+    def _refuse_another_run(self, folder: Path, state: dict[str, Any]) -> None:
+        was, now = flat(state["config"]), flat(self.config)
+        changed = {key: (was.get(key), now[key]) for key in now if was.get(key) != now[key]}
+        if fixed := [key for key in FIXED if key in changed]:
+            said = "; ".join(f"{key} was {changed[key][0]!r}, now {changed[key][1]!r}" for key in fixed)
+            raise CheckpointError(f"{folder}: another run: {said}. Change it back, or start anew with another --out")
+        if state["data"] != self.fingerprint:
+            raise CheckpointError(f"{folder}: data.train has changed since (other shards, sizes or numbers); restore it")
+        changed.pop("resume", None)
+        if changed and self.accelerator.is_main_process:
+            said = ", ".join(f"{key}: {old!r} -> {new!r}" for key, (old, new) in changed.items())
+            print(f"note: resumed with changes: {said}", file=sys.stderr)
+
+    def _load_ranks(self, ranks: list[dict[str, Any]], device: torch.device) -> None:
+        rank = world.rank()
+        if len(ranks) == world.size():
+            checkpoint.set_random_state(ranks[rank]["rng"], device)
+            self.feed.load_state_dict(ranks[rank]["feed"])
+            return
+        # another world size: the order of pairs does not depend on it; generators (dropout) start anew, skips are kept
+        torch.manual_seed(self.config["seed"] + self.progress.step * 1_000 + rank)
+        if rank == 0:
+            for each in ranks:
+                kept = Feed.read_skips(each["feed"])
+                self.feed.skips.merge(kept)

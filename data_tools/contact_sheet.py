@@ -1,0 +1,111 @@
+"""A picture of a data set: a grid of its pairs above the spread of caption lengths and image sizes."""
+
+import textwrap
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from PIL import Image, ImageOps
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+COLUMNS = 8
+THUMBNAIL = 200  # pixels
+CAPTION_WIDTH = 24  # characters a line
+CAPTION_LINES = 3
+INK, QUIET, HAIRLINE, BAR = "#1f2328", "#6e7781", "#d8dee4", "#4f7cac"
+
+
+class Cell(NamedTuple):
+    """A picture, or the reason why there is none, and its caption."""
+
+    picture: Image.Image | str
+    caption: str
+
+
+def draw_sheet(
+    path: Path, cells: Sequence[Cell], caption_chars: ArrayLike, image_bytes: ArrayLike, title: str
+) -> None:
+    """Write the sheet as a PNG.
+
+    Args:
+        cells: pairs to show, row by row.
+        caption_chars, image_bytes: of all pairs, for the histograms.
+        title: one line above all.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    rows = max(-(-len(cells) // COLUMNS), 1)
+    height = rows * 1.75 + 2.9  # inches
+    figure = Figure(figsize=(COLUMNS * 1.45, height), dpi=120, facecolor="white")
+    figure.text(
+        0.03, 1 - 0.18 / height, title, va="top", fontsize=12, color=INK, weight="bold", parse_math=False
+    )
+    top, bottom = 1 - 0.55 / height, 2.3 / height
+    grid = figure.add_gridspec(
+        rows, COLUMNS, left=0.03, right=0.97, top=top, bottom=bottom + 0.55 / height, hspace=0.52, wspace=0.14
+    )
+    for number, cell in enumerate(cells):
+        axes = figure.add_subplot(grid[divmod(number, COLUMNS)])
+        axes.set_axis_off()
+        axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
+        if isinstance(cell.picture, str):
+            axes.text(
+                0.5,
+                0.5,
+                textwrap.fill(cell.picture, 14),
+                ha="center",
+                va="center",
+                color="firebrick",
+                fontsize=8,
+            )
+        else:
+            small = ImageOps.contain(cell.picture, (THUMBNAIL, THUMBNAIL))
+            wide, high = small.width / max(small.size), small.height / max(small.size)
+            box = (0.5 - wide / 2, 0.5 + wide / 2, 0.0, high)  # on the caption
+            axes.imshow(np.asarray(small), extent=box, interpolation="lanczos")
+            axes.set(xlim=(0, 1), ylim=(0, 1))
+            frame = Rectangle(
+                (box[0], 0), wide, high, fill=False, edgecolor=HAIRLINE, linewidth=0.8, clip_on=False
+            )
+            axes.add_patch(frame)  # white pictures are seen too
+        lines = textwrap.wrap(cell.caption, CAPTION_WIDTH, max_lines=CAPTION_LINES, placeholder=" …")
+        # captions are foreign text: "$" must not start mathematics
+        axes.text(
+            0.5, -0.05, "\n".join(lines), ha="center", va="top", fontsize=7, color=INK, parse_math=False
+        )
+    plots = figure.add_gridspec(
+        1, 2, left=0.06, right=0.97, top=1.95 / height, bottom=0.5 / height, wspace=0.16
+    )
+    for place, values, name in (
+        (0, caption_chars, "characters in a caption"),
+        (1, image_bytes, "bytes in an image"),
+    ):
+        _histogram(figure.add_subplot(plots[0, place]), np.asarray(values), name)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # scripts that the font lacks are drawn as boxes
+        figure.savefig(path, format="png")
+
+
+def _histogram(axes: "Axes", values: NDArray[np.int64], name: str) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    low, high = float(values.min()), float(values.max())
+    wide = low > 0 and high > 50 * low
+    if wide:
+        bins = np.geomspace(low, high, 41)
+        axes.set_xscale("log")
+    else:
+        step = max(-(-(high - low + 1) // 40), 1)
+        bins = np.arange(low - 0.5, high + step + 0.5, step)
+    axes.hist(values, bins=bins.tolist(), color=BAR)
+    axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=7, colors=QUIET)
+    axes.set_ylabel("pairs", fontsize=8, color=QUIET)
+    axes.set_xlabel(f"{name} (median {np.median(values):,.0f})", fontsize=8, color=INK)

@@ -1,0 +1,140 @@
+"""Rows of a table, selected and merged into numbered image-text pairs."""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from data_tools.sources import Request, Source
+from data_tools.stores import Place
+from data_tools.tables import CAPTION_NAMES, columns_of, pick
+
+RESERVED = (
+    "key",
+    "index",
+    "caption",
+    "captions",
+    "status",
+    "error_message",
+    "width",
+    "height",
+    "sha256",
+    "label",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One image and its captions, before any image is read."""
+
+    index: int  # the stable number
+    image: Place
+    captions: list[str]  # clean; [] = the pair cannot be used
+    fields: dict[str, Any]  # for the json
+
+
+def pairs_of(source: Source, request: Request) -> list[Pair]:
+    """The rows that `--where` selects, those of one image merged, numbered in the order of the table.
+
+    Rows are merged by `--group`, else by the image's path: captions are put together, everything else is the
+    first row's. Images inside the table (bytes) are merged by `--group` only.
+
+    Raises:
+        ValueError: a column that is not there, a bad query, nothing selected.
+    """
+    frame = _selected(source.frame, request.where)
+    columns = columns_of(frame)
+    captions = list(request.caption) or [pick(columns, CAPTION_NAMES, None, "--caption")]
+    label = request.label or source.label
+    asked: dict[str, Iterable[str | None]] = {
+        "--caption": captions,
+        "--label": [label],
+        "--keep": request.keep,
+        "--group": [request.group],
+    }
+    for option, names in asked.items():
+        for name in names:
+            if name is not None:
+                pick(columns, (), name, option)
+    places: list[Place] = frame.index.tolist() if source.image is None else [
+        name if isinstance(name, str) else "" if pd.isna(name) else str(name) for name in frame[source.image]
+    ]  # fmt: skip
+    keys = _group_keys(frame[request.group]) if request.group else places
+    found: dict[Any, Pair] = {}
+    kept = {(f"input_{name}" if name in RESERVED else name): frame[name].tolist() for name in request.keep}
+    if label is not None:
+        kept["label"] = frame[label].tolist()
+    texts = [frame[name].tolist() for name in captions]
+    for row, (key, place) in enumerate(zip(keys, places, strict=True)):
+        if key not in found:
+            found[key] = Pair(
+                len(found), place, [], {name: _plain(values[row]) for name, values in kept.items()}
+            )
+        mine = found[key].captions
+        for column in texts:
+            mine += [text for text in clean_captions(column[row], request.caption_split) if text not in mine]
+    return list(found.values())
+
+
+def clean_captions(value: Any, split: str | None = None) -> list[str]:
+    """The captions in one cell: a string (cut at `split`), or a list of them; anything else is none.
+
+    White space is made single; NUL and lone surrogates, which no tokenizer or UTF-8 file takes, are replaced.
+    """
+    if isinstance(value, str):
+        parts = value.split(split) if split else [value]
+        whole = (part.replace("\0", " ").encode("utf-8", "replace").decode() for part in parts)
+        return [text for part in whole if (text := " ".join(part.split()))]
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return [text for each in value for text in clean_captions(each, split)]
+    return []
+
+
+def pairs_hash(pairs: Iterable[Pair]) -> str:
+    """SHA-256 over places, captions and fields of all pairs."""
+    digest = hashlib.sha256()
+    for pair in pairs:
+        digest.update(json.dumps([pair.image, pair.captions, pair.fields]).encode())
+    return digest.hexdigest()
+
+
+def _selected(frame: pd.DataFrame, where: str | None) -> pd.DataFrame:
+    if where is None:
+        return frame
+    try:
+        chosen = frame.query(where, engine="python")
+    except Exception as error:  # a user's expression can raise anything
+        raise ValueError(f"--where {where!r}: {error}; columns: {', '.join(map(str, frame))}") from None
+    if chosen.empty:
+        raise ValueError(f"--where {where!r}: selects none of {len(frame)} rows")
+    return chosen
+
+
+def _group_keys(column: pd.Series) -> list[Any]:
+    """Rows without a value stay alone."""
+    return [("alone", row) if pd.isna(value) else value for row, value in enumerate(column.tolist())]
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can say; missing values are null."""
+    if isinstance(value, dict):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    if (
+        value is None
+        or value is pd.NA
+        or value is pd.NaT
+        or (isinstance(value, float) and not math.isfinite(value))
+    ):
+        return None
+    return value if isinstance(value, bool | int | float) else str(value)

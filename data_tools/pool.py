@@ -1,0 +1,51 @@
+"""Work spread over processes that need no fork of this one, and that end when it does."""
+
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from typing import TypeVar
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+HEAVY = ["clipsmall.preprocess", "data_tools.shard_writer", "pandas"]  # imported once, in the fork server
+
+
+def _end_with_parent() -> None:
+    """A killed parent closes no queues, and its workers would wait for ever."""
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def in_processes(function: Callable[[Task], Result], tasks: Sequence[Task], workers: int) -> Iterator[Result]:
+    """`function(task)` for every task, as they finish; in this process when one worker is enough.
+
+    Raises:
+        RuntimeError: a worker was killed, as a rule for want of memory.
+        Whatever `function` raises; tasks not yet begun are then dropped.
+    """
+    workers = min(workers, len(tasks))
+    if workers <= 1:
+        yield from map(function, tasks)
+        return
+    # a plain fork would copy the locks of this process's threads (pyarrow, tqdm, torch), held or not
+    methods = multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+    if "forkserver" in methods:
+        context.set_forkserver_preload(HEAVY)
+    executor = ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent)
+    try:
+        for future in as_completed([executor.submit(function, task) for task in tasks]):
+            yield future.result()
+    except BrokenProcessPool:
+        raise RuntimeError("a worker process was killed (out of memory?); try fewer --workers") from None
+    finally:
+        executor.shutdown(cancel_futures=True)

@@ -1,0 +1,183 @@
+"""The check of one shard: whole, indexed and, on request, every image decoded and its checksum compared."""
+
+import hashlib
+import json
+import os
+import re
+import warnings
+from glob import glob
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import braceexpand
+import pandas as pd
+import pyarrow as pa
+
+from clipsmall.preprocess import BadImage, decode
+from clipsmall.shards import build_index, captions_of, index_path, read_index, write_index
+
+SHA_DIFFERS = "sha256 differs"
+
+
+class Problem(NamedTuple):
+    """Why a shard cannot be used."""
+
+    shard: Path
+    reason: str
+
+
+def find_shards(paths: list[str]) -> tuple[list[Path], list[Problem]]:
+    """Folders (of shards, or of split folders of shards), files, globs, brace lists -> shards, missing ones.
+
+    Missing are shards named here, or that a `_stats.json`, an index or CLIP_benchmark's nshards.txt promises.
+
+    Raises:
+        ValueError: a path that names nothing, or something else than tars.
+    """
+    found, missing = dict[Path, None](), dict[Path, str]()
+    for path in paths:
+        names = list(braceexpand.braceexpand(path))
+        for name in names:
+            if Path(name).is_dir():
+                shards, absent = _in_folder(Path(name))
+                missing |= absent
+            else:
+                shards = [Path(p) for p in sorted(glob(name))] or (
+                    [Path(name)] if Path(name).is_file() else []
+                )
+            if odd := [shard for shard in shards if shard.suffix != ".tar"]:
+                raise ValueError(
+                    f"{odd[0]}: not a .tar; compressed shards cannot be read at random, unpack them first"
+                )
+            if not shards and len(names) == 1 and not missing:
+                raise ValueError(f"{name}: no shards there (*.tar)")
+            if not shards and name.endswith(".tar"):
+                missing[Path(name)] = "no such file"
+            found |= dict.fromkeys(shards)
+    if not found and not missing:
+        raise ValueError(f"{' '.join(paths)}: no shards there (*.tar)")
+    return list(found), [Problem(shard, f"{shard}: {reason}") for shard, reason in missing.items()]
+
+
+def _in_folder(folder: Path) -> tuple[list[Path], dict[Path, str]]:
+    shards = sorted(folder.glob("*.tar"))
+    missing = {}
+    for suffix in ("_stats.json", ".index.parquet"):
+        for side in sorted(folder.glob(f"*{suffix}")):
+            if (
+                not (shard := folder / f"{side.name.removesuffix(suffix)}.tar").exists()
+                and side.name[0] != "."
+            ):
+                missing[shard] = f"missing, but {side.name} is there"
+    count = folder / "nshards.txt"
+    if count.exists() and re.fullmatch(r"\d{1,6}", promised := count.read_text().strip()):
+        for number in range(int(promised)):
+            if not (shard := folder / f"{number}.tar").exists():
+                missing[shard] = f"missing, but nshards.txt says {promised}"
+    if not shards and not missing:
+        for inner in sorted(
+            inner for inner in folder.iterdir() if inner.is_dir() and any(inner.glob("*.tar"))
+        ):
+            more, absent = _in_folder(inner)
+            shards += more
+            missing |= absent
+    return shards, missing
+
+
+def check_shard(shard: Path, rebuild: bool, decode_images: bool) -> tuple[Path, Problem | None]:
+    """Make the index that is missing (or every one), decode if asked; say why a shard cannot be used."""
+    try:
+        if rebuild or decode_images or not index_path(shard).exists():
+            table = build_index(shard)
+            if decode_images:
+                table = table.set_column(
+                    table.column_names.index("status"), "status", pa.array(_decoded(shard, table))
+                )
+            write_index(shard, table)
+        else:
+            _compare(shard)
+    except (ValueError, AttributeError, OSError, OverflowError) as error:
+        reason = str(error) if str(shard) in str(error) else f"{shard}: {error}"
+        return shard, Problem(shard, reason)
+    return shard, None
+
+
+def _compare(shard: Path) -> None:
+    """A quick look at a shard that has an index: the number of pairs, and three images byte for byte.
+
+    The size alone is no proof: tars are padded to 10 KiB, so a small shard and another may be as long.
+    """
+    rows = read_index(shard, ["sha256", "image_offset", "image_size"]).to_pylist()
+    stats = shard.with_name(f"{shard.stem}_stats.json")
+    promised = json.loads(stats.read_text()).get("successes") if stats.exists() else len(rows)
+    if promised not in (None, len(rows)):
+        raise ValueError(
+            f"{shard}: holds {len(rows)} samples, {stats.name} says {promised}; copy or make it again"
+        )
+    pictures = [row for row in rows if row["image_size"] > 0]
+    with shard.open("rb") as file:
+        for row in (
+            [pictures[place] for place in {0, len(pictures) // 2, len(pictures) - 1}] if pictures else []
+        ):
+            data = os.pread(file.fileno(), row["image_size"], row["image_offset"])
+            if hashlib.sha256(data).hexdigest() != row["sha256"]:
+                raise ValueError(
+                    f"{shard}: is not the file that its index was made for; restore it, or --rebuild"
+                )
+
+
+def _decoded(shard: Path, table: pa.Table) -> list[str]:
+    """The status of every pair, after its image was decoded and compared with the json's `sha256`.
+
+    img2dataset's `sha256` is of the picture as downloaded, before it was resized. So a checksum counts
+    only in a shard where most of them are right.
+    """
+    status, differs, agree = [], [], 0
+    with shard.open("rb") as file, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="PIL")  # odd EXIF; the picture decodes or it does not
+        for number, row in enumerate(table.to_pylist()):
+            status.append(row["status"])
+            if row["image_size"] <= 0:
+                continue
+            if (promised := _promised_sha256(file.fileno(), row)) is not None:
+                agree += promised == row["sha256"]
+                differs += [number] if promised != row["sha256"] else []
+            try:
+                decode(os.pread(file.fileno(), row["image_size"], row["image_offset"]))
+            except BadImage as reason:
+                status[-1] = status[-1] or str(reason)
+    for number in differs if agree >= len(differs) else []:
+        status[number] = status[number] or SHA_DIFFERS
+    return status
+
+
+def _promised_sha256(descriptor: int, row: dict[str, Any]) -> str | None:
+    if row["json_size"] <= 0 or row["status"] in ("broken json", "caption or json over 1 MiB"):
+        return None
+    try:
+        fields = json.loads(os.pread(descriptor, row["json_size"], row["json_offset"]))
+    except (ValueError, RecursionError):
+        return None
+    value = fields.get("sha256") if isinstance(fields, dict) else None
+    return value.lower() if isinstance(value, str) and value else None
+
+
+def pair_image(row: "pd.Series[Any]") -> bytes:
+    """The image's bytes of a row of the index, with its `shard`."""
+    return _bytes(row, "image")
+
+
+def pair_captions(row: "pd.Series[Any]") -> list[str]:
+    """The captions of a row of the index, with its `shard`; [] when they cannot be read."""
+    try:
+        fields = json.loads(_bytes(row, "json") or b"{}")
+        return captions_of(_bytes(row, "text"), fields if isinstance(fields, dict) else {})
+    except (ValueError, RecursionError):
+        return []
+
+
+def _bytes(row: "pd.Series[Any]", member: str) -> bytes:
+    if row[f"{member}_size"] <= 0:
+        return b""
+    with open(row["shard"], "rb") as file:
+        return os.pread(file.fileno(), int(row[f"{member}_size"]), int(row[f"{member}_offset"]))

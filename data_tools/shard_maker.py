@@ -1,0 +1,130 @@
+"""One shard from its pairs: each image read, verified, perhaps re-encoded, and what failed counted."""
+
+import json
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image
+
+from clipsmall.preprocess import BadImage, decode
+from clipsmall.shards import read_index
+from data_tools.pairs import Pair
+from data_tools.shard_writer import PAIRS_PER_SHARD, Sample, write_shard
+from data_tools.stores import Store
+
+NO_CAPTION = "empty caption"
+SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # Pillow's name -> ours
+QUALITY = 95  # of jpg and webp made here
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How pairs become shards: with the pairs, all that the tars' bytes depend on."""
+
+    resize: int | None = None  # pixels of the short side
+    format: str = "keep"
+    pairs_per_shard: int = PAIRS_PER_SHARD
+    shuffle: int | None = 0  # seed; None = the order of the table
+
+
+class Job(NamedTuple):
+    """One shard to make, as it travels to a worker."""
+
+    number: int
+    pairs: list[Pair]
+
+
+@dataclass
+class Tally:
+    """What became of the pairs of one shard, or of all."""
+
+    pairs: int = 0
+    written: int = 0
+    made: int = 0  # pairs read by this run, not by a former one
+    failures: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+
+    def fail(self, reason: str, name: str) -> None:
+        self.failures[reason] += 1
+        self.examples.setdefault(reason, []).append(name)
+        del self.examples[reason][3:]
+
+    def lines(self) -> list[str]:
+        """A line for each reason, commonest first."""
+        return [
+            f"{count:,} {reason}"
+            + (f", e.g. {', '.join(names)}" if (names := self.examples.get(reason)) else "")
+            for reason, count in self.failures.most_common()
+        ]
+
+    def add(self, other: "Tally") -> None:
+        self.pairs, self.written = self.pairs + other.pairs, self.written + other.written
+        self.made += other.made
+        self.failures.update(other.failures)
+        for reason, names in other.examples.items():
+            self.examples[reason] = (self.examples.get(reason, []) + names)[:3]
+
+
+def stored(data: bytes, recipe: Recipe) -> tuple[bytes, str, int, int]:
+    """The bytes that the shard shall hold, their suffix, and the upright picture's width and height (pixels).
+
+    Raises:
+        BadImage: the picture cannot be decoded.
+    """
+    picture = decode(data)
+    with Image.open(BytesIO(data)) as header:
+        suffix = SUFFIXES.get(header.format or "")
+    size = picture.size
+    if recipe.resize is not None and min(size) > recipe.resize:
+        scale = recipe.resize / min(size)
+        size = (max(round(size[0] * scale), recipe.resize), max(round(size[1] * scale), recipe.resize))
+    wanted = recipe.format if recipe.format != "keep" else suffix or "png"
+    if size == picture.size and wanted == suffix:
+        return data, suffix, *size
+    if size != picture.size:
+        picture = picture.resize(size, Image.Resampling.BICUBIC)
+    out = BytesIO()
+    picture.info = {}  # a CMYK picture's colour profile does not fit its RGB copy
+    picture.save(out, "JPEG" if wanted == "jpg" else wanted, quality=QUALITY)
+    return out.getvalue(), wanted, *size
+
+
+def make_shard(job: Job, store: Store, recipe: Recipe, out: Path) -> Tally:
+    """Read, verify and write the pairs of one shard; bad ones are left out and counted."""
+    tally = Tally(pairs=len(job.pairs), made=len(job.pairs))
+
+    def samples() -> Iterator[Sample]:
+        for pair in job.pairs:
+            try:
+                if not pair.captions:
+                    raise BadImage(NO_CAPTION)
+                image, suffix, width, height = stored(store.read(pair.image), recipe)
+            except BadImage as reason:
+                tally.fail(str(reason), str(pair.image))
+                continue
+            yield Sample(pair.index, image, suffix, pair.captions, width, height, pair.fields)
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", module="PIL"
+        )  # odd EXIF and the like; the picture decodes or it does not
+        tally.written = write_shard(out, job.number, samples(), tally.failures)
+    return tally
+
+
+def finished(out: Path, job: Job) -> Tally | None:
+    """What a former run counted for a shard that is whole; None when it has to be made."""
+    try:
+        stats = json.loads((out / f"{job.number:05d}_stats.json").read_text())
+        rows = read_index(out / f"{job.number:05d}.tar", ["key"]).num_rows
+        if (stats["count"], stats["successes"]) != (len(job.pairs), rows):
+            return None
+        failures = Counter({why: n for why, n in stats["status_dict"].items() if why != "success"})
+        return Tally(len(job.pairs), rows, failures=failures)
+    except (OSError, KeyError, TypeError, ValueError):
+        return None

@@ -1,0 +1,179 @@
+"""The report on shards: what can be said of a data set from the table of its indexes alone."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from data_tools.shard_check import Problem
+
+EXAMPLES = 3
+LARGEST = 10  # groups of duplicates shown
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How a quantity is spread over pairs."""
+
+    least: int
+    median: float
+    mean: float
+    p95: float
+    most: int
+
+
+@dataclass(frozen=True)
+class Group:
+    """Pairs that have the same caption or the same image."""
+
+    pairs: int
+    caption: str
+    examples: list[str]
+
+
+@dataclass(frozen=True)
+class Duplicates:
+    """Groups of two and more equal ones among the good pairs."""
+
+    groups: int
+    pairs: int  # in all groups
+    largest: list[Group]
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why pairs are left out of training."""
+
+    pairs: int
+    examples: list[str]
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that check_shards says."""
+
+    shards: int  # usable
+    unusable: dict[str, str]  # shard -> reason
+    bytes: int  # of usable shards
+    pairs: int
+    good: int
+    decoded: bool  # whether all images were decoded in this check
+    left_out: dict[str, Reason]
+    labelled: int  # pairs with a .cls
+    image_bytes: Spread | None
+    caption_chars: Spread | None
+    same_caption: Duplicates
+    same_image: Duplicates
+    same_key: int  # samples whose key another sample of the shard has: members that do not lie together
+
+    @property
+    def title(self) -> str:
+        plural = "" if self.shards == 1 else "s"
+        return f"{self.good:,} good of {self.pairs:,} pairs in {self.shards:,} shard{plural}"
+
+    def as_json(self) -> str:
+        return json.dumps(asdict(self), indent=2, ensure_ascii=False)
+
+
+def report_of(
+    frame: pd.DataFrame,
+    problems: list[Problem],
+    shards: int,
+    size: int,
+    captions: Callable[["pd.Series[Any]"], list[str]],
+    decoded: bool = False,
+) -> Report:
+    """Count.
+
+    Args:
+        frame: the indexes of all usable shards in one table, with the column `shard`.
+        problems: shards that cannot be used.
+        shards, size: number and bytes of those that can.
+        captions: reads the captions of one row, for the largest groups.
+        decoded: whether all images were decoded.
+    """
+    good = frame[frame["status"] == ""]
+    bad = frame[frame["status"] != ""]
+    pictures = frame[frame["image_size"] > 0] if len(frame) else frame
+    return Report(
+        shards=shards,
+        unusable={str(problem.shard): problem.reason for problem in problems},
+        bytes=size,
+        pairs=len(frame),
+        good=len(good),
+        decoded=decoded,
+        left_out={
+            str(reason): Reason(len(rows), _names(rows))
+            for reason, rows in sorted(bad.groupby("status"), key=lambda each: -len(each[1]))
+        },
+        labelled=int((frame["label_size"] > 0).sum()) if len(frame) else 0,
+        image_bytes=_spread(pictures["image_size"]) if len(pictures) else None,
+        caption_chars=_spread(good["caption_chars"]) if len(good) else None,
+        same_caption=_duplicates(good, "caption_hash", captions),
+        same_image=_duplicates(good, "sha256", captions),
+        same_key=int(frame.duplicated(["shard", "key"], keep=False).sum()) if len(frame) else 0,
+    )
+
+
+def _spread(values: "pd.Series[int]") -> Spread:
+    return Spread(
+        least=int(values.min()),
+        median=float(values.median()),
+        mean=round(float(values.mean()), 1),
+        p95=float(values.quantile(0.95)),
+        most=int(values.max()),
+    )
+
+
+def _names(rows: pd.DataFrame) -> list[str]:
+    return [f"{shard}:{key}" for shard, key in rows[["shard", "key"]].head(EXAMPLES).itertuples(index=False)]
+
+
+def _duplicates(
+    rows: pd.DataFrame, column: str, captions: Callable[["pd.Series[Any]"], list[str]]
+) -> Duplicates:
+    if rows.empty:
+        return Duplicates(0, 0, [])
+    counts = rows[column].value_counts()
+    counts = counts[counts > 1]
+    largest = []
+    for value, count in counts.head(LARGEST).items():
+        same = rows[rows[column] == value]
+        text = captions(same.iloc[0])
+        largest.append(Group(int(count), text[0] if text else "", _names(same)))
+    return Duplicates(len(counts), int(counts.sum()), largest)
+
+
+def as_text(report: Report) -> str:
+    """The report for a terminal."""
+    lines = [
+        ("shards", f"{report.shards:,} usable, {report.bytes / 1e6:,.1f} MB"),
+        (
+            "pairs",
+            f"{report.pairs:,}, {report.good:,} good" + ("" if report.decoded else " (images not decoded)"),
+        ),
+    ]
+    lines += [("UNUSABLE", reason) for reason in report.unusable.values()]
+    for name, why in report.left_out.items():
+        lines.append(("left out", f"{why.pairs:,} {name}, e.g. {', '.join(_short(e) for e in why.examples)}"))
+    if report.labelled:
+        lines.append(("labels", f"{report.labelled:,} pairs have a class (.cls)"))
+    for name, spread in (("image bytes", report.image_bytes), ("caption", report.caption_chars)):
+        if spread:
+            unit = " characters" if name == "caption" else ""
+            middle = f"{spread.least:,} least, {spread.median:,.0f} median, {spread.mean:,.0f} mean, "
+            lines.append((name, f"{middle}{spread.p95:,.0f} at 95 %, {spread.most:,} most{unit}"))
+    for name, same in (("captions", report.same_caption), ("images", report.same_image)):
+        if same.groups:
+            lines.append((f"same {name}", f"{same.pairs:,} pairs in {same.groups:,} groups; the largest:"))
+            lines += [("", f"{group.pairs:>7,} times {group.caption[:70]}") for group in same.largest[:5]]
+    if report.same_key:
+        lines.append(("same key", f"{report.same_key:,} samples; their members may not lie side by side"))
+    return "\n".join(f"{name:<14}{text}" for name, text in lines)
+
+
+def _short(name: str) -> str:
+    return Path(name).name

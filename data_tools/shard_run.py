@@ -1,0 +1,124 @@
+"""A run that makes all shards of a data set: over processes, and going on where a former one stopped."""
+
+import hashlib
+import json
+import math
+import os
+import re
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from clipsmall.shards.order import permutation
+from data_tools.pairs import Pair, pairs_hash
+from data_tools.pool import in_processes
+from data_tools.shard_maker import Job, Recipe, Tally, finished, make_shard
+from data_tools.stores import Store
+
+RECORD = "make_shards.json"
+
+
+class TooManyErrors(ValueError):
+    """More pairs could not be used than `--max_error_rate` allows."""
+
+
+def make_shards(
+    pairs: list[Pair],
+    store: Store,
+    recipe: Recipe,
+    out: Path,
+    arguments: dict[str, Any],
+    workers: int = 1,
+    overwrite: bool = False,
+    max_error_rate: float = 0.05,
+) -> Tally:
+    """Write all pairs into `out`, but for shards that a run with the same input and recipe has finished.
+
+    Args:
+        arguments: written into make_shards.json, and compared to say what has changed.
+        max_error_rate: share of all pairs that may be unusable.
+
+    Raises:
+        ValueError: `out` holds other shards.
+        TooManyErrors: finished shards stay.
+    """
+    content = hashlib.sha256(
+        json.dumps([asdict(recipe), pairs_hash(pairs), store.fingerprint()]).encode()
+    ).hexdigest()
+    _prepare(out, {"arguments": arguments, "pairs": len(pairs), "fingerprint": content}, overwrite)
+    order = (
+        list(range(len(pairs)))
+        if recipe.shuffle is None
+        else permutation(len(pairs), recipe.shuffle).tolist()
+    )
+    size = recipe.pairs_per_shard
+    jobs = [
+        Job(number, [pairs[row] for row in order[number * size : (number + 1) * size]])
+        for number in range(math.ceil(len(pairs) / size))
+    ]
+    total, left = Tally(), list[Job]()
+    for job in jobs:
+        if tally := finished(out, job):
+            total.add(tally)
+        else:
+            left.append(job)
+    with tqdm(total=len(pairs), initial=total.pairs, unit="pair", desc="shards", disable=None) as bar:
+        for tally in in_processes(partial(make_shard, store=store, recipe=recipe, out=out), left, workers):
+            total.add(tally)
+            bar.update(tally.pairs)
+            if (bad := total.failures.total()) > max_error_rate * len(pairs):
+                reasons = "; ".join(total.lines())
+                raise TooManyErrors(
+                    f"{bad} of {total.pairs} pairs read so far cannot be used, more than --max_error_rate "
+                    f"{max_error_rate} of all {len(pairs)}: {reasons}"
+                )
+    return total
+
+
+def _prepare(out: Path, record: dict[str, Any], overwrite: bool) -> None:
+    """Make `out` ready: refuse other shards, sweep what a killed run left, note what is made here."""
+    record = json.loads(json.dumps(record))  # tuples become lists, as in the file
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out}: is a file, not a folder")
+    path = out / RECORD
+    if overwrite:
+        # stats first: without them no shard counts as finished, wherever this is interrupted
+        for pattern in ("_stats.json", ".index.parquet", ".tar"):
+            for old in out.glob(f"*{pattern}"):
+                if re.fullmatch(r"\d{5,}", old.name.removesuffix(pattern)):
+                    old.unlink()
+        path.unlink(missing_ok=True)
+    elif path.exists():
+        _compare(path, record)
+    elif any(out.glob("*.tar")):
+        raise ValueError(
+            f"{out}: holds shards that make_shards did not make; choose another folder, or --overwrite"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    for stale in out.glob(".tmp-*"):
+        stale.unlink(missing_ok=True)
+    temporary = out / f".tmp-{os.getpid()}-{RECORD}"
+    temporary.write_text(json.dumps(record, indent=2, ensure_ascii=False))
+    os.replace(temporary, path)
+
+
+def _compare(path: Path, record: dict[str, Any]) -> None:
+    try:
+        old = json.loads(path.read_text())
+        same, before = old["fingerprint"] == record["fingerprint"], dict(old["arguments"])
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path}: unreadable; choose another folder, or --overwrite") from None
+    if not same:
+        now = record["arguments"]
+        changed = [
+            f"{name} {before.get(name)!r} -> {value!r}"
+            for name, value in now.items()
+            if before.get(name) != value
+        ]
+        reason = (
+            f"made with other arguments: {', '.join(changed)}" if changed else "its input has changed since"
+        )
+        raise ValueError(f"{path.parent}: {reason}; choose another folder, or --overwrite to make it anew")

@@ -1,0 +1,176 @@
+"""Anything that holds images and texts, opened as one table and one store of image bytes."""
+
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import pandas as pd
+import pyarrow as pa
+
+from clipsmall.shards.index import IMAGE_SUFFIXES
+from data_tools.stores import Rows, Store, open_store
+from data_tools.tables import IMAGE_NAMES, TABLES, columns_of, parquet_schema, pick, read_table
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for; `make_shards --help` says what each field means."""
+
+    input: str
+    table: str | None = None
+    images: str | None = None
+    split: str | None = None
+    subset: str | None = None
+    image: str | None = None
+    caption: tuple[str, ...] = ()
+    label: str | None = None
+    keep: tuple[str, ...] = ()
+    group: str | None = None
+    caption_split: str | None = None
+    where: str | None = None
+
+    @property
+    def texts(self) -> set[str]:
+        """Columns that must be read as text."""
+        return {*self.caption, *([self.image] if self.image else [])}
+
+
+class Source(NamedTuple):
+    """A table whose rows name images in a store: by the column `image`, or by row number if that is None."""
+
+    frame: pd.DataFrame
+    store: Store
+    image: str | None
+    label: str | None = None  # the column to take for the class when the user names none
+
+
+def open_source(request: Request) -> Source:
+    """Open `request.input`, reading texts but no images.
+
+    Raises:
+        ValueError: nothing there, or nothing that can be read; the message names it.
+    """
+    if request.input.startswith("hf:"):
+        return _dataset_source(_load_dataset(request), request)
+    path = Path(request.input)
+    if path.suffix == ".tar" or (path.is_dir() and any(path.glob("*.tar"))):
+        raise ValueError(
+            f"{path}: holds shards already; look at them with: python -m data_tools.check_shards {path}"
+        )
+    if path.is_file() and path.suffix.lower() in TABLES:
+        return _table_source(path, Path(request.images) if request.images else path.parent, request)
+    if path.is_file() and path.suffix.lower() != ".zip":
+        raise ValueError(f"{path}: not a folder, a .zip or a table ({', '.join(TABLES)})")
+    if request.images:
+        raise ValueError(
+            f"{path} holds the images already: give the table by --table, and leave --images out"
+        )
+    if request.table:
+        return _table_source(Path(request.table), path, request)
+    store = open_store(path)
+    names = store.names()
+    for name in (f"metadata{suffix}" for suffix in TABLES):
+        if name in names:
+            frame = read_table(name, BytesIO(store.read(name)), request.texts)
+            return Source(frame, store, pick(columns_of(frame), IMAGE_NAMES, request.image, "--image"))
+    return _files_source(str(path), store, names)
+
+
+def _table_source(table: Path, images: Path, request: Request) -> Source:
+    if not table.is_file():
+        raise ValueError(f"{table}: no such file")
+    if table.suffix.lower() not in TABLES:
+        raise ValueError(f"{table}: not a table ({', '.join(TABLES)})")
+    if table.suffix.lower() == ".parquet":
+        schema = parquet_schema(table)
+        kind = schema.field(pick(schema.names, IMAGE_NAMES, request.image, "--image")).type
+        if pa.types.is_struct(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+            # images inside: `datasets` maps them into memory; Parquet itself is read by whole row groups
+            return _dataset_source(_load_dataset(request, parquet=table), request)
+    with table.open("rb") as file:
+        frame = read_table(str(table), file, request.texts)
+    image = pick(columns_of(frame), IMAGE_NAMES, request.image, "--image")
+    if frame[image].head(100).astype(str).str.match(r"https?://").any():
+        raise ValueError(f"{table}: column {image} holds web addresses; download them with img2dataset first")
+    return Source(frame, open_store(images), image)
+
+
+def _files_source(origin: str, store: Store, names: list[str]) -> Source:
+    """A table of image files: `image`, `class` (its folder), `caption` (the .txt beside it, else class)."""
+    images = [
+        PurePosixPath(name) for name in names if PurePosixPath(name).suffix[1:].lower() in IMAGE_SUFFIXES
+    ]
+    if not images:
+        raise ValueError(f"{origin}: no image files there (*.{', *.'.join(IMAGE_SUFFIXES)})")
+    texts = {name for name in names if name.endswith(".txt")}
+    beside = [str(path.with_suffix(".txt")) for path in images]
+    frame = pd.DataFrame(
+        {"image": [str(path) for path in images], "class": [path.parent.name for path in images]}
+    )
+    if texts & set(beside):
+        lines = [
+            store.read(text).decode("utf-8", "replace").splitlines() if text in texts else []
+            for text in beside
+        ]
+        return Source(frame.assign(caption=pd.Series(lines, dtype=object)), store, "image")
+    if not frame["class"].any():
+        raise ValueError(
+            f"{origin}: no captions: neither a .txt beside an image, class folders, metadata.csv nor --table"
+        )
+    captions = frame["class"].str.replace(r"[_\s]+", " ", regex=True)
+    return Source(frame.assign(caption=captions), store, "image", label="class")
+
+
+def _load_dataset(request: Request, parquet: Path | None = None) -> "Dataset":
+    import datasets
+
+    name = request.input.removeprefix("hf:")
+    try:
+        if parquet:
+            return datasets.load_dataset("parquet", data_files=str(parquet), split="train")
+        if any(Path(name, mark).exists() for mark in ("dataset_dict.json", "state.json")):
+            found = datasets.load_from_disk(name)
+        else:
+            found = datasets.load_dataset(name, request.subset)
+    except Exception as error:  # the hub, fsspec, pyarrow: anything
+        reason = (str(error).splitlines() or [""])[0]
+        raise ValueError(
+            f"{parquet or request.input}: cannot be loaded: {type(error).__name__}: {reason}"
+        ) from None
+    if isinstance(found, datasets.Dataset):
+        return found
+    if request.split is None and len(found) > 1:
+        raise ValueError(f"{request.input}: has several splits; say --split {' or '.join(found)}")
+    if request.split is not None and request.split not in found:
+        raise ValueError(f"{request.input}: no split {request.split}; there are: {', '.join(found)}")
+    return found[request.split or next(iter(found))]
+
+
+def _dataset_source(dataset: "Dataset", request: Request) -> Source:
+    import datasets
+
+    def binary(kind: Any) -> bool:
+        if isinstance(kind, dict):
+            return "bytes" in kind
+        return isinstance(kind, datasets.Image) or getattr(kind, "dtype", "") in ("binary", "large_binary")
+
+    inside = [name for name, kind in dataset.features.items() if binary(kind)]
+    others = [name for name in dataset.column_names if name not in inside]
+    if not others:
+        raise ValueError(f"{request.input}: has no column beside the images ({', '.join(inside)})")
+    frame: pd.DataFrame = dataset.select_columns(others).with_format(None).to_pandas()
+    for name in others:
+        if isinstance(classes := dataset.features[name], datasets.ClassLabel):
+            frame[name] = [classes.int2str(i) if i is not None and i >= 0 else None for i in dataset[name]]
+    if request.image in others or (request.image is None and not inside):
+        image = pick(others, IMAGE_NAMES, request.image, "--image")
+        return Source(frame, open_store(Path(request.images or request.input.removeprefix("hf:"))), image)
+    column = pick(inside, [*IMAGE_NAMES, *(name.lower() for name in inside)], request.image, "--image")
+    pictures = dataset.select_columns([column])
+    if isinstance(dataset.features[column], datasets.Image):
+        pictures = pictures.cast_column(column, datasets.Image(decode=False))
+    return Source(frame, Rows(pictures, column), None)

@@ -1,0 +1,103 @@
+"""The headline: W ranks with 256/W pairs each train exactly as one process with the 256×256 matrix.
+
+Seen to fail when: `_AllGather.backward` drops its all_reduce, or returns the first rank's chunk on all; a loss is
+summed instead of averaged over rows; sinkhorn's column sums stay on the rank.
+"""
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+from clipsmall import world
+from clipsmall.batch import Pairs
+from clipsmall.objectives import OBJECTIVES, USES_BIAS
+from clipsmall.preprocess import ImageSpec
+from clipsmall.small_towers import SmallConfig, SmallTowers
+from clipsmall.towers import DualEncoder
+from tests.shards_for_tests import TOWERS
+
+B = 256
+OPTIONS: dict[str, dict[str, Any]] = {"sinkhorn": {"tolerance": 1e-6}}
+
+
+def global_batch() -> Pairs:
+    """256 pairs; the last quarter repeats captions of the first, so that duplicates cross ranks."""
+    generator = torch.Generator().manual_seed(1)
+    text = torch.randint(1, 512, (B, 8), generator=generator)
+    text[-B // 4 :] = text[: B // 4]
+    caption_hash = torch.randint(-(2**62), 2**62, (B,), generator=generator)
+    caption_hash[-B // 4 :] = caption_hash[: B // 4]
+    image = torch.randint(0, 256, (B, 3, 16, 16), generator=generator, dtype=torch.uint8)
+    return Pairs(image, text, torch.randperm(10_000, generator=generator)[:B], caption_hash)
+
+
+def loss_and_gradients(name: str, mask: bool) -> tuple[float, dict[str, Any]]:
+    torch.manual_seed(0)
+    towers = SmallTowers(SmallConfig.model_validate(TOWERS))
+    model = DualEncoder(towers, ImageSpec(16), 20.0, -5.0, learn_bias=name in USES_BIAS).double()
+    wrapped = DDP(model) if world.size() > 1 else model
+    local = B // world.size()
+    pairs = Pairs(*(field[world.rank() * local : (world.rank() + 1) * local] for field in global_batch()))
+    rows = wrapped(pairs)
+    objective = partial(OBJECTIVES[name], mask_duplicates=mask, **OPTIONS.get(name, {}))
+    loss = objective(rows, world.columns(rows))["loss"]
+    loss.backward()
+    gradients = {n: p.grad.numpy() for n, p in model.named_parameters() if p.grad is not None}
+    return world.mean(loss).item(), gradients
+
+
+@pytest.mark.parametrize("mask", [True, False])
+@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_ranks_train_as_one_process(ranks: Any, name: str, world_size: int, mask: bool) -> None:
+    expected, gradients = loss_and_gradients(name, mask)
+    assert {"logit_scale", *(["logit_bias"] if name in USES_BIAS else [])} <= set(gradients)
+    assert all(abs(g).max() > 0 for g in gradients.values())
+    for loss, found in ranks(world_size, loss_and_gradients, name, mask):
+        assert loss == pytest.approx(expected, rel=1e-10)
+        assert found.keys() == gradients.keys()
+        for key, value in gradients.items():
+            torch.testing.assert_close(
+                torch.from_numpy(found[key]), torch.from_numpy(value), rtol=1e-10, atol=1e-14, msg=f"{key}: {name}"
+            )
+
+
+def uneven() -> list[list[int]]:
+    mine = torch.arange(world.rank() * 10, world.rank() * 10 + world.rank() % 3)
+    parts = world.gather_bytes(b"x" * world.rank() + b"!", torch.device("cpu"))
+    return [world.gather_uneven(mine).tolist(), [len(part) for part in parts]]
+
+
+def test_uneven_gather_keeps_every_row_once(ranks: Any) -> None:
+    for rows, lengths in ranks(4, uneven):
+        assert rows == [10, 20, 21]
+        assert lengths == [1, 2, 3, 4]
+
+
+def summed() -> torch.Tensor:
+    x = torch.randn(3, 5, generator=torch.Generator().manual_seed(world.rank()), dtype=torch.float64) * 300
+    return torch.stack([world.logsumexp(x), torch.logsumexp(world.gather(x), dim=0)])
+
+
+def test_logsumexp_over_ranks_is_that_of_all_rows(ranks: Any) -> None:
+    for found, expected in ranks(4, summed):
+        torch.testing.assert_close(found, expected, rtol=1e-14, atol=0)
+
+
+def told() -> tuple[bool, bool]:
+    cpu = torch.device("cpu")
+    return world.any_rank(world.rank() == 2, cpu), world.any_rank(False, cpu)
+
+
+def test_one_rank_tells_all(ranks: Any) -> None:
+    assert ranks(4, told) == [(True, False)] * 4
+
+
+def test_ranks_that_are_not_joined_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    world.check(1)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="train apart"):
+        world.check(1)
