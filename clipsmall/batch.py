@@ -12,7 +12,8 @@ class Pairs(NamedTuple):
 
     image: Tensor  # (B, 3, H, W) uint8; the towers normalise
     text: Tensor  # (B, L) int64 token ids
-    index: Tensor  # (B,) int64, the pair's stable number in the data set, unique within a global batch
+    # the pair's stable number in the data set, unique within a global batch: (B,) int64
+    index: Tensor  # type: ignore[assignment]
     caption_hash: Tensor  # (B,) int64, hash of the normalised caption: equal captions are no negatives
 
     def to(self, device: torch.device) -> "Pairs":
@@ -24,7 +25,7 @@ class Embeddings(NamedTuple):
 
     image: Tensor  # (B, D), unit length
     text: Tensor  # (B, D), unit length
-    index: Tensor  # (B,) int64
+    index: Tensor  # type: ignore[assignment]  # (B,) int64
     caption_hash: Tensor  # (B,) int64
     logit_scale: Tensor  # () positive, already exponentiated; multiplies every cosine
     logit_bias: Tensor  # () added to every scaled cosine

@@ -9,20 +9,20 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import set_seed
 from torch import Tensor
 
-from clipsmall import checkpoint, optim, towers, world
+from clipsmall import checkpoint, optim, tower_loading, world
 from clipsmall.batch import Progress
 from clipsmall.config import Config
-from clipsmall.evaluation import Cell, Encoder, print_cells, retrieval, write_cell, zero_shot
 from clipsmall.feed import Feed, Stop
 from clipsmall.objectives import OBJECTIVES, USES_BIAS
 from clipsmall.preprocess import ImageTransform
-from clipsmall.report import Report
 from clipsmall.run_folder import RunFolder
 from clipsmall.shards import Catalog, GlobalBatches, Order, batch_loader, captions_of, open_catalog
 from clipsmall.state import RunState
-from clipsmall.towers import DualEncoder, Loaded
+from clipsmall.tower_sources import Loaded
+from clipsmall.towers import DualEncoder
 
 
 def accelerator(config: Config) -> Accelerator:
@@ -53,8 +53,8 @@ def captions(catalog: Catalog) -> Iterator[str]:
 def loaded_towers(config: Config, catalog: Catalog, resumed: Path | None) -> Loaded:
     """Of the checkpoint if the run continues (same vocabulary), else by name."""
     if resumed is not None:
-        return towers.rebuild(resumed)
-    return towers.load_towers(config.model.name, config.model.pretrained, lambda: captions(catalog))
+        return tower_loading.rebuild(resumed)
+    return tower_loading.load_towers(config.model.name, config.model.pretrained, lambda: captions(catalog))
 
 
 def dual_encoder(config: Config, loaded: Loaded) -> DualEncoder:
@@ -84,10 +84,14 @@ def objective(config: Config) -> Callable[..., dict[str, Tensor]]:
     return chosen
 
 
+def order(config: Config, catalog: Catalog) -> Order:
+    return Order(catalog.sizes, config.seed, config.data.shuffle_window)
+
+
 def global_batches(config: Config, catalog: Catalog, loaded: Loaded) -> GlobalBatches:
     return GlobalBatches(
         catalog,
-        Order(catalog.sizes, config.seed, config.data.shuffle_window),
+        order(config, catalog),
         ImageTransform(loaded.spec, config.data.crop_scale, config.data.max_pixels),
         loaded.tokenize,
         config.data.batch_size,
@@ -96,8 +100,11 @@ def global_batches(config: Config, catalog: Catalog, loaded: Loaded) -> GlobalBa
     )
 
 
-def feed(config: Config, batches: GlobalBatches, progress: Progress, device: torch.device, stop: Stop) -> Feed:
+def feed(
+    config: Config, catalog: Catalog, loaded: Loaded, progress: Progress, device: torch.device, stop: Stop
+) -> Feed:
     """From the batch after `progress` to the last one; `progress` is read when iteration starts."""
+    batches = global_batches(config, catalog, loaded)
 
     class Remaining:
         def __iter__(self) -> Iterator[int]:
@@ -107,7 +114,46 @@ def feed(config: Config, batches: GlobalBatches, progress: Progress, device: tor
             return config.steps - progress.step
 
     loader = batch_loader(batches, Remaining(), config.data.workers, pin=device.type == "cuda")
-    return Feed(loader, device, stop, config.data.max_error_rate, len(batches.catalog))
+    return Feed(loader, device, stop, config.data.max_error_rate, len(catalog))
+
+
+def source(config: Config, catalog: Catalog) -> str:
+    """The training data in words, with all that is left out of it."""
+    left, rest = sum(catalog.left_out.values()), len(catalog) % config.data.batch_size
+    return (
+        f"{len(catalog):,} pairs in {len(catalog.shards)} shards"
+        + (f" ({left} known to be bad are left out: {catalog.left_out})" if left else "")
+        + f"; an epoch is {len(catalog) // config.data.batch_size} batches"
+        + (f" and {rest} pairs that wait for another epoch" if rest else "")
+    )
+
+
+def run_state(
+    config: Config, accelerator: Accelerator, resumed: Path | None, stop: Stop
+) -> tuple[torch.nn.Module, RunState]:
+    """The model as Accelerate wraps it, and all state of the run, put back from `resumed` if given."""
+    set_seed(config.seed)
+    catalog = open_catalog(config.data.train)
+    loaded = loaded_towers(config, catalog, resumed)
+    encoder, progress = dual_encoder(config, loaded).to(accelerator.device), Progress()
+    fed = feed(config, catalog, loaded, progress, accelerator.device, stop)
+    model, adamw = accelerator.prepare(encoder, optimizer(config, encoder))
+    state = RunState(
+        accelerator=accelerator,
+        model=encoder,
+        loaded=loaded,
+        optimizer=adamw,
+        scheduler=scheduler(config, adamw.optimizer),
+        objective=objective(config),
+        feed=fed,
+        progress=progress,
+        config=config.model_dump(mode="json"),
+        fingerprint=catalog.fingerprint,
+        source=source(config, catalog),
+    )
+    if resumed is not None:
+        state.load(resumed)
+    return model, state
 
 
 def optimizer(config: Config, model: DualEncoder) -> torch.optim.Optimizer:
@@ -134,64 +180,3 @@ def resumed_folder(config: Config, folder: RunFolder) -> Path | None:
         checkpoint.verify(Path(config.resume))
         return Path(config.resume)
     return None
-
-
-def evaluations(config: Config) -> list[Callable[[Encoder], Cell]]:
-    """Shards are opened now, so that a missing one is told before training, not after."""
-    found: list[Callable[[Encoder], Cell]] = []
-    for z in config.evaluate.zero_shot:
-        catalog = open_catalog(z.data)
-        found.append(
-            partial(zero_shot, catalog=catalog, name=z.name, classes=z.classes, templates=z.templates, label=z.label)
-        )
-    for r in config.evaluate.retrieval:
-        found.append(partial(retrieval, catalog=open_catalog(r.data), name=r.name))
-    return found
-
-
-def evaluate_job(
-    config: Config, state: RunState, report: Report, folder: RunFolder, jobs: list[Callable[[Encoder], Cell]]
-) -> Callable[[Progress, Any], None]:
-    """A job that fills all cells: files beside the run, a line in metrics.jsonl, a table on the terminal."""
-    encoder = Encoder(state.model, state.loaded.tokenize, state.accelerator.device, config.evaluate.batch_size)
-
-    def run(progress: Progress, losses: Any) -> None:
-        cells = [job(encoder) for job in jobs]
-        row: dict[str, Any] = {"step": progress.step, "pairs": progress.pairs}
-        for cell in cells:
-            row |= {f"{cell.dataset}/{name}": value for name, value in cell.metrics.items()}
-            row |= {f"{cell.dataset}/{name}/chance": value for name, value in cell.chance.items()}
-            if state.accelerator.is_main_process:
-                write_cell(cell, folder.evaluations, Path(config.model.name).stem, folder.path.name)
-        if cells:
-            report.write(row)
-            report.bar.write(print_cells(cells)) if state.accelerator.is_main_process else None
-
-    return run
-
-
-def load_model(name: str, pretrained: str = "") -> tuple[DualEncoder, Loaded]:
-    """A model to evaluate: a run folder or checkpoint of ours, or anything `towers.load_towers` knows.
-
-    Raises:
-        ValueError: nothing usable of that name.
-    """
-    path = Path(name)
-    if (path / "checkpoints").is_dir():
-        newest = checkpoint.newest(path / "checkpoints")
-        if newest is None:
-            raise ValueError(f"{path}: no complete checkpoint in this run")
-        path = newest
-    if (path / "manifest.json").exists():
-        checkpoint.verify(path)
-        loaded = towers.rebuild(path)
-        model = DualEncoder(loaded.towers, loaded.spec, 1.0, 0.0, False)
-        model.load_state_dict(checkpoint.read_tensors(path, "model"))
-        return model, loaded
-
-    def no_captions() -> Iterator[str]:
-        raise ValueError(f"{name}: an untrained tower JSON has no vocabulary; give a run folder or checkpoint")
-
-    loaded = towers.load_towers(name, pretrained, no_captions)
-    model = DualEncoder(loaded.towers, loaded.spec, loaded.logit_scale or 1.0, loaded.logit_bias or 0.0, False)
-    return model, loaded

@@ -44,7 +44,12 @@ class Feed:
     """
 
     def __init__(
-        self, loader: DataLoader[LoadedBatch], device: torch.device, stop: Stop, max_error_rate: float, pairs: int
+        self,
+        loader: DataLoader[LoadedBatch],
+        device: torch.device,
+        stop: Stop,
+        max_error_rate: float,
+        pairs: int,
     ) -> None:
         self.loader, self.device, self.stop = loader, device, stop
         self.max_error_rate, self.enough = max_error_rate, min(ENOUGH, pairs)

@@ -3,7 +3,6 @@
 import base64
 import io
 import math
-import os
 import re
 import warnings
 from collections.abc import Iterator
@@ -22,16 +21,10 @@ from PIL import Image, ImageOps
 
 Line = tuple["pd.Series[float]", dict[str, Any]]  # values over the pairs seen, and matplotlib's style
 Plot = tuple[str, str, str]  # title, last value in words, the drawing as a data: address
-SHARE = re.compile(r"acc|recall|chance|precision|share|r@\d|top[- _]?\d|\bmap\b", re.IGNORECASE)
+SHARE = re.compile(r"(?<![a-z])acc(?!um)|recall|chance|precision|share|r@\d|top[- _]?\d|\bmap\b", re.IGNORECASE)
 NUMBER = re.compile(r"[-+]?[\d,]*\.?\d+(e[-+]?\d+)?(\s?%)?", re.IGNORECASE)
-STYLE: list[str | dict[str, Any]] = [
-    "seaborn-v0_8-colorblind",
-    {
-        "font.size": 9,
-        "text.parse_math": False,
-        "svg.hashsalt": "clipsmall",
-    },  # salted: same report, same bytes
-]
+# With a fixed salt the same report gives the same bytes; captions with $ are no formulas.
+STYLE: list[Any] = ["seaborn-v0_8-colorblind", {"text.parse_math": False, "svg.hashsalt": "page"}]
 KNOWN = {"loss": "Loss", "logit_scale": "Logit scale", "logit_bias": "Logit bias", "lr": "Learning rate"}
 KNOWN |= {"pairs_per_second": "Pairs per second", "data_wait": "Share of time waiting for data"}
 
@@ -87,10 +80,9 @@ def render(report: Report) -> str:
 
 def write(report: Report, path: Path) -> None:
     """Render to `path`, whole or not at all."""
-    html = render(report).encode(errors="replace")  # a caption may hold a lone surrogate
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_bytes(html)
-    os.replace(part, path)
+    part = path.with_name(f".{path.name}.part")
+    part.write_bytes(render(report).encode(errors="replace"))  # a caption may hold a lone surrogate
+    part.replace(path)
 
 
 def quantity(value: float, share: bool = False) -> str:
@@ -104,7 +96,7 @@ def cell(column: str, value: Any) -> tuple[str, bool]:
     """How a cell of a table reads, and whether it is a number."""
     if isinstance(value, int | float | np.number) and math.isfinite(value):
         return quantity(float(value), SHARE.search(column) is not None and 0 <= float(value) <= 1), True
-    if value is None or value != value:  # NaN
+    if pd.isna(value):  # None or NaN
         return "\N{EN DASH}", True
     return str(value), NUMBER.fullmatch(str(value)) is not None
 
@@ -112,88 +104,81 @@ def cell(column: str, value: Any) -> tuple[str, bool]:
 def training(frame: pd.DataFrame) -> Iterator[Plot]:
     """A curve for each plain column: the known ones first, then whatever else the objective reported."""
     for name in dict.fromkeys([*KNOWN, *frame.columns]):
-        curve, share = series(frame, name), name == "data_wait"
-        if curve.empty or name in {"step", "pairs", "chance"} or "/" in name:
+        if name in {"step", "pairs", "chance"} or "/" in name or series(frame, name).empty:
             continue
+        curve, level, share = series(frame, name), series(frame, "chance"), name == "data_wait"
         window = 1 if name.startswith(("lr", "logit")) else 1 + len(curve) // 40  # what is set has no noise
-        middle = curve.rolling(window, center=True, min_periods=1).median()
-        lines: list[Line] = [(curve, {"alpha": 0.35, "linewidth": 0.8}), (middle, {})]
+        lines: list[Line] = [(curve, {"color": "C0", "alpha": 0.35, "linewidth": 0.8})]
+        lines.append((curve.rolling(window, center=True, min_periods=1).median(), {"color": "C0"}))
         note = quantity(curve.iloc[-1], share)
-        level = series(frame, "chance")
         if name == "loss" and not level.empty:
-            note += f" · chance, ln {math.exp(min(level.iloc[-1], 50)):,.0f}: {quantity(level.iloc[-1])}"
-            lines.append((level, {"color": "#333333", "linestyle": "--", "label": "chance"}))
+            note += f" · dashed: chance, ln {math.exp(min(level.iloc[-1], 50)):,.0f} = {quantity(level.iloc[-1])}"
+            lines.append((level, {"color": "#333333", "linestyle": "--"}))
         yield KNOWN.get(name, name.replace("_", " ").capitalize()), note, draw(lines, share)
 
 
 def evaluation(frame: pd.DataFrame) -> Iterator[Plot]:
-    """A drawing for each task and metric of the columns task/set/metric: a line a set, its chance dashed."""
+    """A drawing for each metric of the columns set/metric or task/set/metric: a line a set, chance dashed."""
     groups: dict[tuple[str, str], list[str]] = {}
-    for name in (name for name in frame.columns if "/" in name and not name.endswith("/chance")):
-        groups.setdefault((name.split("/")[0], name.split("/")[-1]), []).append(name)
+    for name in frame.columns:
+        if "/" in name and not name.endswith("/chance") and not series(frame, name).empty:
+            task, metric = name.split("/")[0] if name.count("/") > 1 else "", name.rpartition("/")[2]
+            groups.setdefault((task, metric), []).append(name)
     for (task, metric), names in groups.items():
         lines: list[Line] = []
-        share, first = bool(SHARE.search(metric)), not re.search(r"(?<!\d)(?!1$)\d+$", metric)
+        share, later = bool(SHARE.search(metric)), re.search(r"(?<!\d)(?!1$)\d+$", metric)
         for at, name in enumerate(names):
             curve, parent, colour = series(frame, name), name.rpartition("/")[0], f"C{at}"
-            if curve.empty:
-                continue
             label = f"{parent.partition('/')[2] or parent}: {quantity(curve.iloc[-1], share)}"
             lines.append((curve, {"color": colour, "marker": "o", "markersize": 3, "label": label}))
             # A set's chance is that of the first guess: it says nothing of acc5 or recall@10.
-            for level in [f"{name}/chance", f"{parent}/chance" if first else ""]:
+            for level in [f"{name}/chance", f"{parent}/chance" if share and not later else ""]:
                 lines.append((series(frame, level), {"color": colour, "linestyle": "--", "linewidth": 1}))
-        if lines:
-            yield f"{task} · {metric}".replace("_", " "), "", draw(lines, share)
+        yield " · ".join(filter(None, (task, metric))).replace("_", " "), "", draw(lines, share)
 
 
 def series(frame: pd.DataFrame, name: str) -> "pd.Series[float]":
     """The finite values of a column over the pairs seen; a stretch repeated after a resume counts once."""
-    if name not in frame or "pairs" not in frame:
-        return pd.Series(dtype=float)
-    values = pd.to_numeric(frame[name], errors="coerce").to_numpy(dtype=float)
-    curve = pd.Series(values, index=frame["pairs"].to_numpy(dtype=float))
-    return curve[np.isfinite(values)].groupby(level=0).last()
+    part = frame.reindex(columns=["pairs", name]).apply(pd.to_numeric, errors="coerce").astype(float)
+    part = part[np.isfinite(part).all(axis=1)].drop_duplicates("pairs", keep="last")
+    return pd.Series(part[name].to_numpy(), index=part["pairs"]).sort_index()
 
 
 def draw(lines: list[Line], share: bool) -> str:
     """Lines over the pairs seen; shares in percent."""
-    axes = Figure(figsize=(4.2, 2.5), layout="constrained").add_subplot()
+    labels = sum("label" in look for _, look in lines)
+    axes = Figure(figsize=(4.6, 2.8 + 0.22 * labels), layout="constrained").add_subplot()
     for curve, look in lines:
-        curve = curve.iloc[:: -1 - len(curve) // 1000]  # from the end, which must stay
-        axes.plot(curve.index.to_numpy(), curve.to_numpy(), **({"color": "C0", "linewidth": 1.5} | look))
+        curve = curve.iloc[:: -1 - len(curve) // 1000]  # thinned from the end, which must stay
+        axes.plot(curve.index.to_numpy(), curve.to_numpy(), **look)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e8e8e8")
     axes.set_xlabel("pairs seen")
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     if share:
         axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
-    if any("label" in look for _, look in lines):
-        axes.legend(frameon=False)
+    if labels:  # below: a few long names would cover the lines
+        axes.figure.legend(loc="outside lower left", frameon=False)
     return svg(axes.figure)
 
 
 def heat_map(matrix: NDArray[Any], labels: list[str]) -> str:
     """The similarities of a batch, images down and texts across; captions only where they can be read."""
-    axes = Figure(figsize=(8, 7), layout="constrained").add_subplot()
+    axes = Figure(figsize=(8.5, 7.2), layout="constrained").add_subplot()
     reach = np.abs(matrix[np.isfinite(matrix)]).max(initial=1e-6)
-    diverging = {"cmap": "RdBu_r", "vmin": -reach, "vmax": reach} if (matrix < 0).any() else {}
-    shown = axes.imshow(matrix, interpolation="auto", **diverging)
-    axes.figure.colorbar(shown, shrink=0.8)
+    axes.figure.colorbar(axes.imshow(matrix, cmap="RdBu_r", vmin=-reach, vmax=reach), shrink=0.8)
     axes.set(xlabel="texts", ylabel="images")
     if len(labels) == len(matrix) <= 40:
         # A control character would break the SVG: matplotlib repeats each label in a comment there.
-        clean = ["".join(filter(str.isprintable, label)) for label in labels]
-        short = [label if len(label) <= 36 else f"{label[:35]}…" for label in clean]
-        axes.set_xticks(range(len(short)), short, rotation=90)
-        axes.set_yticks(range(len(short)), short)
+        short = ["".join(filter(str.isprintable, label))[:36] for label in labels]
+        axes.set_xticks(range(len(short)), short, rotation=90, fontsize=min(10, 260 / len(short)))
+        axes.set_yticks(range(len(short)), short, fontsize=min(10, 260 / len(short)))
     return svg(axes.figure)
 
 
 def svg(figure: Any) -> str:
     """A figure as a data: address."""
-    file = io.BytesIO()
-    figure.savefig(file, format="svg", dpi=200, metadata={"Date": None})
+    figure.savefig(file := io.BytesIO(), format="svg", dpi=200, metadata={"Date": None})
     return address(file.getvalue(), "image/svg+xml")
 
 
@@ -203,10 +188,10 @@ def picture(data: bytes) -> tuple[str, bool]:
         image = Image.open(io.BytesIO(data))
         if max(image.size) <= 256:
             return address(data, image.get_format_mimetype() or "image/png"), max(image.size) <= 96
-        small, file = ImageOps.exif_transpose(image).convert("RGB"), io.BytesIO()
+        small = ImageOps.exif_transpose(image).convert("RGB")
         small.thumbnail((256, 256))
-        small.save(file, "webp", quality=85)
-    except OSError:  # a broken image is the browser's to mark
+        small.save(file := io.BytesIO(), "webp", quality=85)
+    except Exception:  # Pillow raises of many kinds; a broken image is the browser's to mark
         return address(data, "image/png"), False
     return address(file.getvalue(), "image/webp"), False
 

@@ -1,5 +1,6 @@
 """Bytes to pixels: decode any picture safely to RGB, resize and crop it, as uint8."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from io import BytesIO
@@ -14,6 +15,9 @@ from torchvision.transforms import v2
 MAX_PIXELS = 89_478_485  # Pillow's own limit: a quarter GiB of RGB
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+# Pillow remarks on broken EXIF blocks and odd MPO headers whose pixels are good: noise, once a worker and file
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 class BadImage(Exception):
@@ -44,7 +48,7 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
         BadImage: with one of a handful of reasons.
     """
     try:
-        image = Image.open(BytesIO(data))
+        image: Image.Image = Image.open(BytesIO(data))
     except Image.DecompressionBombError:
         raise BadImage("too many pixels") from None
     except Exception:  # Pillow's plugins raise nearly anything on hostile bytes

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from tqdm import tqdm
 from clipsmall import world
 from clipsmall.batch import Progress
 from clipsmall.feed import Feed
+
+LINE_EVERY = 15.0  # seconds between lines in a log file
 
 
 def truncate_metrics(path: Path, step: int) -> None:
@@ -38,26 +41,21 @@ class Report:
     """
 
     def __init__(
-        self,
-        accelerator: Accelerator,
-        path: Path,
-        model: Any,
-        optimizer: torch.optim.Optimizer,
-        feed: Feed,
-        batch_size: int,
-        pairs: int,
+        self, accelerator: Accelerator, path: Path, model: Any, optimizer: Any, feed: Feed, pairs: int
     ) -> None:
         self.accelerator, self.path, self.model, self.optimizer, self.feed = accelerator, path, model, optimizer, feed
-        self.chance = math.log(batch_size)
-        self.bar = tqdm(total=pairs, unit=" pairs", unit_scale=True, disable=not accelerator.is_main_process)
-        self._mark: tuple[float, int, float] | None = None
+        shown = accelerator.is_main_process and sys.stderr.isatty()
+        self.bar = tqdm(total=pairs, unit=" pairs", unit_scale=True, disable=not shown)
+        self.chance = 0.0
+        self._mark = (0.0, 0, 0.0)
+        self._said = 0.0
 
-    def start(self, progress: Progress) -> None:
+    def start(self, progress: Progress, batch_size: int) -> None:
+        self.chance = math.log(batch_size)
         self.bar.update(progress.pairs - self.bar.n)
         self._mark = (time.perf_counter(), progress.pairs, self.feed.waited)
 
     def __call__(self, progress: Progress, losses: dict[str, Tensor]) -> None:
-        assert self._mark is not None
         now, (then, pairs, waited) = time.perf_counter(), self._mark
         names = sorted(losses)
         means = world.mean(torch.stack([losses[name].detach().double().to(losses["loss"].device) for name in names]))
@@ -75,11 +73,20 @@ class Report:
         }
         self._mark = (now, progress.pairs, self.feed.waited)
         self.write(row)
-        self.bar.update(progress.pairs - self.bar.n)
-        self.bar.set_postfix_str(
-            f"loss {row['loss']:.3f} of ln B {self.chance:.2f}, lr {row['lr']:.1e}, scale {row['logit_scale']:.1f}, "
+        self._say(row)
+
+    def _say(self, row: dict[str, Any]) -> None:
+        """On the bar; where there is no terminal, as a line every LINE_EVERY seconds."""
+        words = (
+            f"loss {row['loss']:.3f} (ln B {self.chance:.2f}), lr {row['lr']:.1e}, scale {row['logit_scale']:.1f}, "
             f"{row['effective_negatives']:.0f} negatives, data wait {row['data_wait']:.0%}"
         )
+        self.bar.update(row["pairs"] - self.bar.n)
+        self.bar.set_postfix_str(words)
+        now = time.perf_counter()
+        if self.bar.disable and self.accelerator.is_main_process and now - self._said > LINE_EVERY:
+            self._said = now
+            print(f"{row['pairs']:,} pairs, {row['pairs_per_second']:,.0f}/s, {words}", file=sys.stderr, flush=True)
 
     def write(self, row: dict[str, Any]) -> None:
         """One line of metrics.jsonl, and the trackers."""

@@ -10,7 +10,16 @@ from pathlib import Path
 
 import torch
 
-PACKAGES = ("clipsmall", "torch", "torchvision", "accelerate", "transformers", "open_clip_torch", "numpy", "pillow")
+PACKAGES = (
+    "clipsmall",
+    "torch",
+    "torchvision",
+    "accelerate",
+    "transformers",
+    "open_clip_torch",
+    "numpy",
+    "pillow",
+)
 
 
 def versions() -> dict[str, str]:

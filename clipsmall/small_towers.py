@@ -2,10 +2,11 @@
 
 import json
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import WordLevel
 from tokenizers.trainers import WordLevelTrainer
@@ -30,6 +31,12 @@ class SmallText(BaseModel):
     context_length: int = Field(16, ge=2, description="words")
     vocab_size: int = Field(8192, ge=16, description="words at most, the most frequent of the training captions")
 
+    @model_validator(mode="after")
+    def _divides(self) -> "SmallText":
+        if self.width % self.heads:
+            raise ValueError(f"width={self.width} does not divide by heads={self.heads}")
+        return self
+
 
 class SmallConfig(BaseModel):
     """The `small` kind of tower JSON."""
@@ -47,7 +54,7 @@ class SmallTowers(nn.Module):
         self.config = config
         channels = (3, *config.image.widths)
         layers: list[nn.Module] = []
-        for before, after in zip(channels, channels[1:], strict=False):
+        for before, after in pairwise(channels):
             layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.GELU()]
         side = config.image.size // 8
         self.visual = nn.Sequential(*layers, nn.Flatten(), nn.Linear(side * side * channels[-1], config.embed_dim))
@@ -55,7 +62,13 @@ class SmallTowers(nn.Module):
         self.words = nn.Embedding(text.vocab_size, text.width, padding_idx=PAD)
         self.positions = nn.Parameter(torch.randn(text.context_length, text.width) * 0.01)
         block = nn.TransformerEncoderLayer(
-            text.width, text.heads, 4 * text.width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+            text.width,
+            text.heads,
+            4 * text.width,
+            dropout=0.0,
+            activation="gelu",
+            batch_first=True,
+            norm_first=True,
         )
         self.blocks = nn.TransformerEncoder(block, text.layers, enable_nested_tensor=False)
         self.head = nn.Linear(text.width, config.embed_dim)
@@ -89,9 +102,7 @@ class WordTokenizer:
         tokenizer = Tokenizer(WordLevel(unk_token="[UNK]"))
         tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
         tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-        trainer = WordLevelTrainer(
-            vocab_size=config.vocab_size, special_tokens=["[PAD]", "[UNK]"], show_progress=False
-        )
+        trainer = WordLevelTrainer(vocab_size=config.vocab_size, special_tokens=["[PAD]", "[UNK]"], show_progress=False)
         tokenizer.train_from_iterator(captions, trainer)
         return cls(tokenizer, config.context_length)
 

@@ -14,7 +14,9 @@ from clipsmall import checkpoint, world
 from clipsmall.batch import Progress
 from clipsmall.checkpoint import CheckpointError
 from clipsmall.feed import Feed
-from clipsmall.towers import DualEncoder, Loaded, save_model_files
+from clipsmall.tower_loading import save_model_files
+from clipsmall.tower_sources import Loaded
+from clipsmall.towers import DualEncoder
 
 # A run that changes one of these is another run: its order, its loss or its weights would not be continued.
 FIXED = ("seed", "model.name", "data.batch_size", "data.shuffle_window", "data.crop_scale", "objective.name")
@@ -29,7 +31,7 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 @dataclass
 class RunState:
-    """The five homes of state: weights, optimizer and schedule, objective memory, place in the data, progress and RNG."""
+    """The five homes of state: weights, optimizer and schedule, memory, place in the data, progress and RNG."""
 
     accelerator: Accelerator
     model: DualEncoder  # unwrapped
@@ -41,6 +43,7 @@ class RunState:
     progress: Progress
     config: dict[str, Any]  # as JSON
     fingerprint: str  # of the training shards
+    source: str = ""  # the training data in words
 
     def save(self, checkpoints: Path, keep: int) -> Path:
         """Write `step_N`; every rank must call, the main one writes. Older ones beyond `keep` are deleted."""
@@ -97,7 +100,9 @@ class RunState:
             said = "; ".join(f"{key} was {changed[key][0]!r}, now {changed[key][1]!r}" for key in fixed)
             raise CheckpointError(f"{folder}: another run: {said}. Change it back, or start anew with another --out")
         if state["data"] != self.fingerprint:
-            raise CheckpointError(f"{folder}: data.train has changed since (other shards, sizes or numbers); restore it")
+            raise CheckpointError(
+                f"{folder}: data.train has changed since (other shards, sizes or numbers); restore it"
+            )
         changed.pop("resume", None)
         if changed and self.accelerator.is_main_process:
             said = ", ".join(f"{key}: {old!r} -> {new!r}" for key, (old, new) in changed.items())

@@ -19,18 +19,17 @@ if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader workers are forked after its threads would start
 
-import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from clipsmall import build, world
+from clipsmall import build, build_jobs, world
 from clipsmall.batch import Pairs, Progress
-from clipsmall.config import Config, read, refuse, written
+from clipsmall.config import Config
+from clipsmall.config_reader import read, refuse, written
 from clipsmall.feed import Stop
 from clipsmall.optim import check_finite
 from clipsmall.report import Report, truncate_metrics
 from clipsmall.run_folder import RunFolder
-from clipsmall.shards import open_catalog
 from clipsmall.state import RunState
 
 Job = Callable[[Progress, dict[str, Tensor]], None]
@@ -66,79 +65,59 @@ def train(
 def run(config: Config, stop: Stop) -> int:
     """Build everything, train, evaluate; returns the exit code. Nothing is written before all is built."""
     accelerator = build.accelerator(config)
-    torch.manual_seed(config.seed)
     folder = RunFolder(config.out)
     folder.refuse_if_used(config.resume)
     resumed = build.resumed_folder(config, folder)
-    catalog = open_catalog(config.data.train)
-    evaluations = build.evaluations(config)
-    loaded = build.loaded_towers(config, catalog, resumed)
-    encoder = build.dual_encoder(config, loaded)
-    batches = build.global_batches(config, catalog, loaded)
-    progress = Progress()
-    feed = build.feed(config, batches, progress, accelerator.device, stop)
-    model, optimizer = accelerator.prepare(encoder.to(accelerator.device), build.optimizer(config, encoder))
-    scheduler = build.scheduler(config, optimizer.optimizer)
-    objective = build.objective(config)
-    state = RunState(
-        accelerator, encoder, loaded, optimizer, scheduler, objective, feed, progress,
-        config.model_dump(mode="json"), catalog.fingerprint,
-    )  # fmt: skip
-    if resumed is not None:
-        state.load(resumed)
+    evaluations = build_jobs.evaluations(config)
+    model, state = build.run_state(config, accelerator, resumed, stop)
     if accelerator.is_main_process:
         folder.claim(written(config))
-        truncate_metrics(folder.metrics, progress.step)
-        describe(config, batches, encoder, progress)
+        truncate_metrics(folder.metrics, state.progress.step)
+        describe(config, state)
     world.barrier()
     accelerator.init_trackers("clipsmall", config={"run": written(config)})
-    report = Report(
-        accelerator, folder.metrics, encoder, optimizer.optimizer, feed, config.data.batch_size, config.optim.pairs
-    )
-    report.start(progress)
-    evaluate = build.evaluate_job(config, state, report, folder, evaluations)
-    saved = [progress.step if resumed else -1]
-
-    def save(progress: Progress, losses: Any = None) -> None:
-        if saved[0] != progress.step:
-            state.save(folder.checkpoints, config.run.keep_checkpoints)
-            saved[0] = progress.step
-
+    report = Report(accelerator, folder.metrics, state.model, state.optimizer, state.feed, config.optim.pairs)
+    save = build_jobs.save_job(config, state, folder, resumed)
+    evaluate = build_jobs.evaluate_job(config, state, report, folder, evaluations)
     jobs: list[tuple[int, Job]] = [(config.run.log_every, report), (config.run.checkpoint_every, save)]
     if config.run.evaluate_every:
         jobs.append((config.run.evaluate_every, evaluate))
-    train(accelerator, model, objective, feed, optimizer, scheduler, config.optim.clip, progress, jobs)
-    save(progress)
-    if not feed.stopped:
-        evaluate(progress, {})
+    report.start(state.progress, config.data.batch_size)
+    train(
+        accelerator, model, state.objective, state.feed, state.optimizer, state.scheduler,
+        config.optim.clip, state.progress, jobs,
+    )  # fmt: skip
+    save(state.progress, {})
+    if not state.feed.stopped:
+        evaluate(state.progress, {})
     report.close()
     accelerator.end_training()
     if accelerator.is_main_process:
-        summarise(feed, folder, progress)
-    return 128 + (stop.signal or signal.SIGTERM) if feed.stopped else 0
+        summarise(state, folder)
+    return 128 + (stop.signal or signal.SIGTERM) if state.feed.stopped else 0
 
 
-def describe(config: Config, batches: Any, encoder: Any, progress: Progress) -> None:
+def describe(config: Config, state: RunState) -> None:
     """The opening lines: what trains on what, and what is left out."""
-    catalog, size = batches.catalog, config.data.batch_size
-    trainable = sum(p.numel() for p in encoder.parameters() if p.requires_grad)
-    left = sum(catalog.left_out.values())
+    size = config.data.batch_size
+    trainable = sum(p.numel() for p in state.model.parameters() if p.requires_grad)
     print(
-        f"{config.objective.name}: {trainable / 1e6:.2f}M parameters, {len(catalog):,} pairs in {len(catalog.shards)} shards"
-        + (f" ({left} known to be bad are left out: {catalog.left_out})" if left else "")
-        + f"; {world.size()} ranks × {size // world.size()} = batch {size}, each pair against {size - 1} others"
-        + f"; an epoch is {batches.per_epoch} batches, {len(catalog) % size} pairs wait for another epoch"
-        + (f"; continuing after step {progress.step}" if progress.step else ""),
+        f"{config.objective.name}: {trainable / 1e6:.2f}M parameters; {state.source}; {world.size()} ranks x "
+        f"{size // world.size()} = batch {size}, each pair against {size - 1} others"
+        + (f"; continuing after step {state.progress.step}" if state.progress.step else ""),
         file=sys.stderr,
     )
 
 
-def summarise(feed: Any, folder: RunFolder, progress: Progress) -> None:
+def summarise(state: RunState, folder: RunFolder) -> None:
     """The closing lines: how far, what was skipped, where the results are."""
-    if feed.skips.total:
-        print(f"skipped on this rank: {feed.skips}; each was replaced by a later pair", file=sys.stderr)
-    verb = "stopped; continue with --resume=auto" if feed.stopped else "done"
-    print(f"{verb}: {progress.pairs:,} pairs, {progress.step} steps; results in {folder.path}", file=sys.stderr)
+    if state.feed.skips.total:
+        print(f"skipped on this rank: {state.feed.skips}", file=sys.stderr)
+    verb = "stopped; continue with --resume=auto" if state.feed.stopped else "done"
+    print(
+        f"{verb}: {state.progress.pairs:,} pairs, {state.progress.step} steps; results in {folder.path}",
+        file=sys.stderr,
+    )
 
 
 def main(words: list[str] | None = None) -> int:

@@ -30,8 +30,9 @@ def check(accelerate_processes: int) -> None:
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if not launched == size() == accelerate_processes:
         raise ValueError(
-            f"the launcher started {launched} ranks, torch.distributed joins {size()}, Accelerate {accelerate_processes}: "
-            "they would train apart; on CPU start them with: ACCELERATE_USE_CPU=1 torchrun --nproc_per_node N ..."
+            f"the launcher started {launched} ranks, torch.distributed joins {size()}, Accelerate "
+            f"{accelerate_processes}: they would train apart; on CPU start them with: "
+            "ACCELERATE_USE_CPU=1 torchrun --nproc_per_node N ..."
         )
 
 
@@ -45,7 +46,7 @@ class _AllGather(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         grad = grad.contiguous().clone()
         dist.all_reduce(grad)
         return grad.chunk(size())[rank()]
@@ -59,7 +60,7 @@ def gather(x: Tensor) -> Tensor:
     """
     if size() == 1:
         return x
-    gathered: Tensor = _AllGather.apply(x)  # type: ignore[no-untyped-call]
+    gathered: Tensor = _AllGather.apply(x)
     return gathered
 
 
@@ -121,10 +122,15 @@ def gather_bytes(data: bytes, device: torch.device) -> list[bytes]:
     """Every rank's bytes, in rank order, on every rank."""
     mine = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
     lengths = gather(torch.tensor([len(data)], device=device)).tolist()
-    return [part.cpu().numpy().tobytes() for part in gather_uneven(mine).split(lengths)]
+    return [part.cpu().numpy().tobytes() for part in gather_uneven(mine).split(lengths)]  # type: ignore[no-untyped-call]
 
 
 def barrier() -> None:
     if size() > 1:
         dist.barrier()
 
+
+def leave() -> None:
+    """Leave the process group in good order; torch warns of a leak otherwise."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

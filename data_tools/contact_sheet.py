@@ -27,9 +27,7 @@ class Cell(NamedTuple):
     caption: str
 
 
-def draw_sheet(
-    path: Path, cells: Sequence[Cell], caption_chars: ArrayLike, image_bytes: ArrayLike, title: str
-) -> None:
+def draw_sheet(path: Path, cells: Sequence[Cell], caption_chars: ArrayLike, image_bytes: ArrayLike, title: str) -> None:
     """Write the sheet as a PNG.
 
     Args:
@@ -43,9 +41,7 @@ def draw_sheet(
     rows = max(-(-len(cells) // COLUMNS), 1)
     height = rows * 1.75 + 2.9  # inches
     figure = Figure(figsize=(COLUMNS * 1.45, height), dpi=120, facecolor="white")
-    figure.text(
-        0.03, 1 - 0.18 / height, title, va="top", fontsize=12, color=INK, weight="bold", parse_math=False
-    )
+    figure.text(0.03, 1 - 0.18 / height, title, va="top", fontsize=12, color=INK, weight="bold", parse_math=False)
     top, bottom = 1 - 0.55 / height, 2.3 / height
     grid = figure.add_gridspec(
         rows, COLUMNS, left=0.03, right=0.97, top=top, bottom=bottom + 0.55 / height, hspace=0.52, wspace=0.14
@@ -70,18 +66,12 @@ def draw_sheet(
             box = (0.5 - wide / 2, 0.5 + wide / 2, 0.0, high)  # on the caption
             axes.imshow(np.asarray(small), extent=box, interpolation="lanczos")
             axes.set(xlim=(0, 1), ylim=(0, 1))
-            frame = Rectangle(
-                (box[0], 0), wide, high, fill=False, edgecolor=HAIRLINE, linewidth=0.8, clip_on=False
-            )
+            frame = Rectangle((box[0], 0), wide, high, fill=False, edgecolor=HAIRLINE, linewidth=0.8, clip_on=False)
             axes.add_patch(frame)  # white pictures are seen too
         lines = textwrap.wrap(cell.caption, CAPTION_WIDTH, max_lines=CAPTION_LINES, placeholder=" …")
         # captions are foreign text: "$" must not start mathematics
-        axes.text(
-            0.5, -0.05, "\n".join(lines), ha="center", va="top", fontsize=7, color=INK, parse_math=False
-        )
-    plots = figure.add_gridspec(
-        1, 2, left=0.06, right=0.97, top=1.95 / height, bottom=0.5 / height, wspace=0.16
-    )
+        axes.text(0.5, -0.05, "\n".join(lines), ha="center", va="top", fontsize=7, color=INK, parse_math=False)
+    plots = figure.add_gridspec(1, 2, left=0.06, right=0.97, top=1.95 / height, bottom=0.5 / height, wspace=0.16)
     for place, values, name in (
         (0, caption_chars, "characters in a caption"),
         (1, image_bytes, "bytes in an image"),

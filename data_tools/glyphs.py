@@ -52,7 +52,9 @@ def glyphs_of(face: str) -> list[Glyph]:
     """The named characters of one face, by code point."""
     from matplotlib.ft2font import FT2Font
 
-    named = ((code, unicodedata.name(chr(code), "")) for code in FT2Font(str(fonts_folder() / f"{face}.ttf")).get_charmap())
+    named = (
+        (code, unicodedata.name(chr(code), "")) for code in FT2Font(str(fonts_folder() / f"{face}.ttf")).get_charmap()
+    )
     return sorted((Glyph(face, code, name.lower()) for code, name in named if name), key=lambda g: g.codepoint)
 
 

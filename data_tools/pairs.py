@@ -72,9 +72,7 @@ def pairs_of(source: Source, request: Request) -> list[Pair]:
     texts = [frame[name].tolist() for name in captions]
     for row, (key, place) in enumerate(zip(keys, places, strict=True)):
         if key not in found:
-            found[key] = Pair(
-                len(found), place, [], {name: _plain(values[row]) for name, values in kept.items()}
-            )
+            found[key] = Pair(len(found), place, [], {name: _plain(values[row]) for name, values in kept.items()})
         mine = found[key].captions
         for column in texts:
             mine += [text for text in clean_captions(column[row], request.caption_split) if text not in mine]
@@ -130,11 +128,6 @@ def _plain(value: Any) -> Any:
         return [_plain(each) for each in value]
     if isinstance(value, str):
         return value.encode("utf-8", "replace").decode()
-    if (
-        value is None
-        or value is pd.NA
-        or value is pd.NaT
-        or (isinstance(value, float) and not math.isfinite(value))
-    ):
+    if value is None or value is pd.NA or value is pd.NaT or (isinstance(value, float) and not math.isfinite(value)):
         return None
     return value if isinstance(value, bool | int | float) else str(value)

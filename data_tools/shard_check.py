@@ -42,13 +42,9 @@ def find_shards(paths: list[str]) -> tuple[list[Path], list[Problem]]:
                 shards, absent = _in_folder(Path(name))
                 missing |= absent
             else:
-                shards = [Path(p) for p in sorted(glob(name))] or (
-                    [Path(name)] if Path(name).is_file() else []
-                )
+                shards = [Path(p) for p in sorted(glob(name))] or ([Path(name)] if Path(name).is_file() else [])
             if odd := [shard for shard in shards if shard.suffix != ".tar"]:
-                raise ValueError(
-                    f"{odd[0]}: not a .tar; compressed shards cannot be read at random, unpack them first"
-                )
+                raise ValueError(f"{odd[0]}: not a .tar; compressed shards cannot be read at random, unpack them first")
             if not shards and len(names) == 1 and not missing:
                 raise ValueError(f"{name}: no shards there (*.tar)")
             if not shards and name.endswith(".tar"):
@@ -64,10 +60,7 @@ def _in_folder(folder: Path) -> tuple[list[Path], dict[Path, str]]:
     missing = {}
     for suffix in ("_stats.json", ".index.parquet"):
         for side in sorted(folder.glob(f"*{suffix}")):
-            if (
-                not (shard := folder / f"{side.name.removesuffix(suffix)}.tar").exists()
-                and side.name[0] != "."
-            ):
+            if not (shard := folder / f"{side.name.removesuffix(suffix)}.tar").exists() and side.name[0] != ".":
                 missing[shard] = f"missing, but {side.name} is there"
     count = folder / "nshards.txt"
     if count.exists() and re.fullmatch(r"\d{1,6}", promised := count.read_text().strip()):
@@ -75,9 +68,7 @@ def _in_folder(folder: Path) -> tuple[list[Path], dict[Path, str]]:
             if not (shard := folder / f"{number}.tar").exists():
                 missing[shard] = f"missing, but nshards.txt says {promised}"
     if not shards and not missing:
-        for inner in sorted(
-            inner for inner in folder.iterdir() if inner.is_dir() and any(inner.glob("*.tar"))
-        ):
+        for inner in sorted(inner for inner in folder.iterdir() if inner.is_dir() and any(inner.glob("*.tar"))):
             more, absent = _in_folder(inner)
             shards += more
             missing |= absent
@@ -90,9 +81,7 @@ def check_shard(shard: Path, rebuild: bool, decode_images: bool) -> tuple[Path, 
         if rebuild or decode_images or not index_path(shard).exists():
             table = build_index(shard)
             if decode_images:
-                table = table.set_column(
-                    table.column_names.index("status"), "status", pa.array(_decoded(shard, table))
-                )
+                table = table.set_column(table.column_names.index("status"), "status", pa.array(_decoded(shard, table)))
             write_index(shard, table)
         else:
             _compare(shard)
@@ -111,19 +100,13 @@ def _compare(shard: Path) -> None:
     stats = shard.with_name(f"{shard.stem}_stats.json")
     promised = json.loads(stats.read_text()).get("successes") if stats.exists() else len(rows)
     if promised not in (None, len(rows)):
-        raise ValueError(
-            f"{shard}: holds {len(rows)} samples, {stats.name} says {promised}; copy or make it again"
-        )
+        raise ValueError(f"{shard}: holds {len(rows)} samples, {stats.name} says {promised}; copy or make it again")
     pictures = [row for row in rows if row["image_size"] > 0]
     with shard.open("rb") as file:
-        for row in (
-            [pictures[place] for place in {0, len(pictures) // 2, len(pictures) - 1}] if pictures else []
-        ):
+        for row in [pictures[place] for place in {0, len(pictures) // 2, len(pictures) - 1}] if pictures else []:
             data = os.pread(file.fileno(), row["image_size"], row["image_offset"])
             if hashlib.sha256(data).hexdigest() != row["sha256"]:
-                raise ValueError(
-                    f"{shard}: is not the file that its index was made for; restore it, or --rebuild"
-                )
+                raise ValueError(f"{shard}: is not the file that its index was made for; restore it, or --rebuild")
 
 
 def _decoded(shard: Path, table: pa.Table) -> list[str]:

@@ -57,8 +57,7 @@ class Tally:
     def lines(self) -> list[str]:
         """A line for each reason, commonest first."""
         return [
-            f"{count:,} {reason}"
-            + (f", e.g. {', '.join(names)}" if (names := self.examples.get(reason)) else "")
+            f"{count:,} {reason}" + (f", e.g. {', '.join(names)}" if (names := self.examples.get(reason)) else "")
             for reason, count in self.failures.most_common()
         ]
 
@@ -110,9 +109,7 @@ def make_shard(job: Job, store: Store, recipe: Recipe, out: Path) -> Tally:
             yield Sample(pair.index, image, suffix, pair.captions, width, height, pair.fields)
 
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", module="PIL"
-        )  # odd EXIF and the like; the picture decodes or it does not
+        warnings.filterwarnings("ignore", module="PIL")  # odd EXIF and the like; the picture decodes or it does not
         tally.written = write_shard(out, job.number, samples(), tally.failures)
     return tally
 

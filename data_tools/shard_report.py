@@ -132,9 +132,7 @@ def _names(rows: pd.DataFrame) -> list[str]:
     return [f"{shard}:{key}" for shard, key in rows[["shard", "key"]].head(EXAMPLES).itertuples(index=False)]
 
 
-def _duplicates(
-    rows: pd.DataFrame, column: str, captions: Callable[["pd.Series[Any]"], list[str]]
-) -> Duplicates:
+def _duplicates(rows: pd.DataFrame, column: str, captions: Callable[["pd.Series[Any]"], list[str]]) -> Duplicates:
     if rows.empty:
         return Duplicates(0, 0, [])
     counts = rows[column].value_counts()

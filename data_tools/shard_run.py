@@ -45,15 +45,9 @@ def make_shards(
         ValueError: `out` holds other shards.
         TooManyErrors: finished shards stay.
     """
-    content = hashlib.sha256(
-        json.dumps([asdict(recipe), pairs_hash(pairs), store.fingerprint()]).encode()
-    ).hexdigest()
+    content = hashlib.sha256(json.dumps([asdict(recipe), pairs_hash(pairs), store.fingerprint()]).encode()).hexdigest()
     _prepare(out, {"arguments": arguments, "pairs": len(pairs), "fingerprint": content}, overwrite)
-    order = (
-        list(range(len(pairs)))
-        if recipe.shuffle is None
-        else permutation(len(pairs), recipe.shuffle).tolist()
-    )
+    order = list(range(len(pairs))) if recipe.shuffle is None else permutation(len(pairs), recipe.shuffle).tolist()
     size = recipe.pairs_per_shard
     jobs = [
         Job(number, [pairs[row] for row in order[number * size : (number + 1) * size]])
@@ -94,9 +88,7 @@ def _prepare(out: Path, record: dict[str, Any], overwrite: bool) -> None:
     elif path.exists():
         _compare(path, record)
     elif any(out.glob("*.tar")):
-        raise ValueError(
-            f"{out}: holds shards that make_shards did not make; choose another folder, or --overwrite"
-        )
+        raise ValueError(f"{out}: holds shards that make_shards did not make; choose another folder, or --overwrite")
     out.mkdir(parents=True, exist_ok=True)
     for stale in out.glob(".tmp-*"):
         stale.unlink(missing_ok=True)
@@ -114,11 +106,7 @@ def _compare(path: Path, record: dict[str, Any]) -> None:
     if not same:
         now = record["arguments"]
         changed = [
-            f"{name} {before.get(name)!r} -> {value!r}"
-            for name, value in now.items()
-            if before.get(name) != value
+            f"{name} {before.get(name)!r} -> {value!r}" for name, value in now.items() if before.get(name) != value
         ]
-        reason = (
-            f"made with other arguments: {', '.join(changed)}" if changed else "its input has changed since"
-        )
+        reason = f"made with other arguments: {', '.join(changed)}" if changed else "its input has changed since"
         raise ValueError(f"{path.parent}: {reason}; choose another folder, or --overwrite to make it anew")

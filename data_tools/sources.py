@@ -58,17 +58,13 @@ def open_source(request: Request) -> Source:
         return _dataset_source(_load_dataset(request), request)
     path = Path(request.input)
     if path.suffix == ".tar" or (path.is_dir() and any(path.glob("*.tar"))):
-        raise ValueError(
-            f"{path}: holds shards already; look at them with: python -m data_tools.check_shards {path}"
-        )
+        raise ValueError(f"{path}: holds shards already; look at them with: python -m data_tools.check_shards {path}")
     if path.is_file() and path.suffix.lower() in TABLES:
         return _table_source(path, Path(request.images) if request.images else path.parent, request)
     if path.is_file() and path.suffix.lower() != ".zip":
         raise ValueError(f"{path}: not a folder, a .zip or a table ({', '.join(TABLES)})")
     if request.images:
-        raise ValueError(
-            f"{path} holds the images already: give the table by --table, and leave --images out"
-        )
+        raise ValueError(f"{path} holds the images already: give the table by --table, and leave --images out")
     if request.table:
         return _table_source(Path(request.table), path, request)
     store = open_store(path)
@@ -101,21 +97,14 @@ def _table_source(table: Path, images: Path, request: Request) -> Source:
 
 def _files_source(origin: str, store: Store, names: list[str]) -> Source:
     """A table of image files: `image`, `class` (its folder), `caption` (the .txt beside it, else class)."""
-    images = [
-        PurePosixPath(name) for name in names if PurePosixPath(name).suffix[1:].lower() in IMAGE_SUFFIXES
-    ]
+    images = [PurePosixPath(name) for name in names if PurePosixPath(name).suffix[1:].lower() in IMAGE_SUFFIXES]
     if not images:
         raise ValueError(f"{origin}: no image files there (*.{', *.'.join(IMAGE_SUFFIXES)})")
     texts = {name for name in names if name.endswith(".txt")}
     beside = [str(path.with_suffix(".txt")) for path in images]
-    frame = pd.DataFrame(
-        {"image": [str(path) for path in images], "class": [path.parent.name for path in images]}
-    )
+    frame = pd.DataFrame({"image": [str(path) for path in images], "class": [path.parent.name for path in images]})
     if texts & set(beside):
-        lines = [
-            store.read(text).decode("utf-8", "replace").splitlines() if text in texts else []
-            for text in beside
-        ]
+        lines = [store.read(text).decode("utf-8", "replace").splitlines() if text in texts else [] for text in beside]
         return Source(frame.assign(caption=pd.Series(lines, dtype=object)), store, "image")
     if not frame["class"].any():
         raise ValueError(
@@ -138,9 +127,7 @@ def _load_dataset(request: Request, parquet: Path | None = None) -> "Dataset":
             found = datasets.load_dataset(name, request.subset)
     except Exception as error:  # the hub, fsspec, pyarrow: anything
         reason = (str(error).splitlines() or [""])[0]
-        raise ValueError(
-            f"{parquet or request.input}: cannot be loaded: {type(error).__name__}: {reason}"
-        ) from None
+        raise ValueError(f"{parquet or request.input}: cannot be loaded: {type(error).__name__}: {reason}") from None
     if isinstance(found, datasets.Dataset):
         return found
     if request.split is None and len(found) > 1:

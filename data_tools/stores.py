@@ -98,9 +98,7 @@ class Zip:
         archive = self._zip()
         try:
             member = archive.getinfo(str(place).removeprefix("./"))
-            if (
-                member.file_size > MAX_FILE_BYTES
-            ):  # zipfile itself stops at the size that the directory claims
+            if member.file_size > MAX_FILE_BYTES:  # zipfile itself stops at the size that the directory claims
                 raise BadImage(TOO_LARGE)
             return archive.read(member)
         except KeyError:
@@ -148,6 +146,4 @@ def open_store(path: Path) -> Folder | Zip:
         return Folder(path)
     if path.is_file() and zipfile.is_zipfile(path):
         return Zip(path)
-    raise ValueError(
-        f"{path}: " + ("neither a folder nor a zip" if path.exists() else "no such file or folder")
-    )
+    raise ValueError(f"{path}: " + ("neither a folder nor a zip" if path.exists() else "no such file or folder"))

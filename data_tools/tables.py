@@ -73,9 +73,7 @@ def read_table(name: str, data: Any, texts: Iterable[str] = ()) -> pd.DataFrame:
                 dtype={column: str for column in header if column in texts or column.lower() in texts},
             )  # fmt: skip
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{name}: not UTF-8 at byte {error.start}; convert it first (iconv -t utf-8)"
-        ) from None
+        raise ValueError(f"{name}: not UTF-8 at byte {error.start}; convert it first (iconv -t utf-8)") from None
     except (ValueError, pa.ArrowException) as error:  # pandas' own parser errors are ValueErrors
         raise ValueError(f"{name}: cannot be read: {str(error).splitlines()[0]}") from None
     if frame.empty:

@@ -18,6 +18,7 @@ import pytest
 POOL = 8
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch: sums are cut alike in every process, and two cores are few
 
 
 def _serve(rank: int, tasks: Any, results: Any) -> None:
@@ -32,7 +33,11 @@ def _serve(rank: int, tasks: Any, results: Any) -> None:
             os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
             if world > 1:
                 dist.init_process_group(
-                    "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=60)
+                    "gloo",
+                    init_method=f"file://{store}",
+                    rank=rank,
+                    world_size=world,
+                    timeout=timedelta(seconds=60),
                 )
             results.put((rank, fn(*args), None))
         except BaseException:

@@ -23,9 +23,7 @@ def picture(colour: str, kind: str = "PNG", size: tuple[int, int] = (12, 8)) -> 
 
 
 def run(*args: object) -> int:
-    return main(
-        [str(arg) for arg in [*args, "--workers", 1]] if "--workers" not in args else [str(a) for a in args]
-    )
+    return main([str(arg) for arg in [*args, "--workers", 1]] if "--workers" not in args else [str(a) for a in args])
 
 
 def samples(out: Path) -> dict[str, dict[str, Any]]:
@@ -56,9 +54,7 @@ def make_photos(tmp_path: Path) -> Path:
     (folder / "images").mkdir(parents=True)
     for colour in COLOURS:
         (folder / "images" / f"{colour}.png").write_bytes(picture(colour))
-    table = pd.DataFrame(
-        {"path": [f"images/{c}.png" for c in COLOURS], "caption": [f"a {c} box" for c in COLOURS]}
-    )
+    table = pd.DataFrame({"path": [f"images/{c}.png" for c in COLOURS], "caption": [f"a {c} box" for c in COLOURS]})
     table.assign(size=range(len(COLOURS)), kind=["a", "b"] * 6).to_csv(folder / "photos.csv", index=False)
     return folder
 

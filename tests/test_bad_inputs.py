@@ -156,12 +156,7 @@ def png_claiming(width: int, height: int) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(b""))
-        + chunk(b"IEND", b"")
-    )
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
@@ -197,9 +192,7 @@ def test_the_collection_fails_where_its_table_says() -> None:
         image = decode(data)
         width, height = map(int, row.size.split("x"))
         turned_over = row.exif_orientation >= 5
-        assert (image.mode, image.size) == ("RGB", (height, width) if turned_over else (width, height)), (
-            row.filename
-        )
+        assert (image.mode, image.size) == ("RGB", (height, width) if turned_over else (width, height)), row.filename
 
 
 @beside

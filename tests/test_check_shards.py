@@ -6,13 +6,13 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 from PIL import Image
-from shard_samples import COLOURS, make_photos, pair_members, picture, run, write_tar
 
 from clipsmall.shards import ShardError, build_index, index_path, open_catalog, read_index, write_index
 from clipsmall.shards.index import tar_members
 from data_tools.check_shards import main
 from data_tools.shard_check import Problem
 from data_tools.shard_report import report_of
+from tests.shard_samples import COLOURS, make_photos, pair_members, picture, run, write_tar
 
 
 def check(*args: object) -> int:
@@ -25,9 +25,7 @@ def report(folder: Path) -> dict:
 
 def three_pairs() -> list[tuple[str, bytes]]:
     keys = zip(("a", "b", "c"), COLOURS, strict=False)
-    return [
-        member for key, colour in keys for member in pair_members(key, picture(colour), f"a {colour} box")
-    ]
+    return [member for key, colour in keys for member in pair_members(key, picture(colour), f"a {colour} box")]
 
 
 CUTS = {  # where in the third member's neighbourhood the file ends
@@ -107,13 +105,9 @@ def test_img2dataset_shards(tmp_path: Path) -> None:
     members = []
     for number, colour in enumerate(COLOURS[:6]):
         caption = None if number == 2 else f"a {colour}\nbox"
-        members += pair_members(
-            f"00003{number * 7:04d}", picture(colour), caption, sha256="0" * 64, url="http://x/y"
-        )
+        members += pair_members(f"00003{number * 7:04d}", picture(colour), caption, sha256="0" * 64, url="http://x/y")
     write_tar(tmp_path / "00003.tar", members)
-    (tmp_path / "00003_stats.json").write_text(
-        json.dumps({"count": 9, "successes": 6, "failed_to_download": 3})
-    )
+    (tmp_path / "00003_stats.json").write_text(json.dumps({"count": 9, "successes": 6, "failed_to_download": 3}))
     assert check(tmp_path, "--decode") == 0
     found = report(tmp_path)
     assert {why: left["pairs"] for why, left in found["left_out"].items()} == {"empty caption": 1}
@@ -126,9 +120,7 @@ def test_datacomp_shards(tmp_path: Path) -> None:
         members = []
         for place, colour in enumerate(COLOURS[:4]):
             uid = f"{number * 4 + place:032x}"
-            members += pair_members(
-                f"{number:08d}{place:04d}", picture(colour), f"{colour} {number}", uid=uid
-            )
+            members += pair_members(f"{number:08d}{place:04d}", picture(colour), f"{colour} {number}", uid=uid)
         write_tar(tmp_path / f"{number:08d}.tar", members)
     assert check(tmp_path) == 0
     assert open_catalog(str(tmp_path)).index.tolist() == list(range(8))  # no `index` in the json: the place
@@ -136,16 +128,10 @@ def test_datacomp_shards(tmp_path: Path) -> None:
 
 def test_clip_benchmark_shards(tmp_path: Path) -> None:
     """Split folders; classes in .cls and no text; several captions a picture, one a line."""
-    classes = [
-        m for i, c in enumerate(COLOURS) for m in ((f"s{i}.png", picture(c)), (f"s{i}.cls", str(i).encode()))
-    ]
+    classes = [m for i, c in enumerate(COLOURS) for m in ((f"s{i}.png", picture(c)), (f"s{i}.cls", str(i).encode()))]
     write_tar(tmp_path / "classes/test/0.tar", classes)
     (tmp_path / "classes/test/nshards.txt").write_text("2\n")
-    texts = [
-        m
-        for i, c in enumerate(COLOURS)
-        for m in ((f"s{i}.png", picture(c)), (f"s{i}.txt", f"a {c}\nb".encode()))
-    ]
+    texts = [m for i, c in enumerate(COLOURS) for m in ((f"s{i}.png", picture(c)), (f"s{i}.txt", f"a {c}\nb".encode()))]
     write_tar(tmp_path / "texts/test/0.tar", texts)
     (tmp_path / "texts/test/nshards.txt").write_text("1")
     assert check(tmp_path / "classes") == 1

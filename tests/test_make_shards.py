@@ -9,10 +9,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from PIL import Image
-from shard_samples import by_index, check_colours, make_photos, picture, run, samples
 
 from clipsmall.shards import read_index
 from data_tools.pairs import clean_captions
+from tests.shard_samples import by_index, check_colours, make_photos, picture, run, samples
 
 
 @pytest.fixture
@@ -37,9 +37,7 @@ def test_numbers_and_bytes_do_not_depend_on_workers_or_the_shuffle(photos: Path,
     assert len({tuple(order) for order in orders.values()}) == 3
 
 
-def test_unusable_pairs_are_left_out_and_counted(
-    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_unusable_pairs_are_left_out_and_counted(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     table = pd.read_csv(photos / "photos.csv")
     table.loc[1, "caption"] = "  \t "
     table.loc[2, "caption"] = None
@@ -113,9 +111,7 @@ def test_goes_on_after_a_kill(photos: Path, tmp_path: Path) -> None:
     check_colours(out)
 
 
-def test_other_arguments_or_inputs_are_refused(
-    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_other_arguments_or_inputs_are_refused(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     out = tmp_path / "out"
     assert run(photos / "photos.csv", out, "--pairs_per_shard", 3) == 0
     before = {path.name: path.read_bytes() for path in out.iterdir()}
@@ -131,14 +127,10 @@ def test_other_arguments_or_inputs_are_refused(
     assert sorted(path.name for path in out.glob("*.tar")) == ["00000.tar", "00001.tar"]
     assert {s["caption"] for s in samples(out).values()} == {"other"}
     (out / "make_shards.json").unlink()
-    assert (
-        run(photos / "photos.csv", out, "--pairs_per_shard", 6) == 2
-    )  # somebody else's shards, for all we know
+    assert run(photos / "photos.csv", out, "--pairs_per_shard", 6) == 2  # somebody else's shards, for all we know
 
 
-def test_zip_members_that_claim_too_much_are_not_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_zip_members_that_claim_too_much_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import data_tools.stores
 
     monkeypatch.setattr(data_tools.stores, "MAX_FILE_BYTES", 10_000)

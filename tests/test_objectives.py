@@ -60,11 +60,22 @@ def test_sinkhorn_is_pots_entropic_transport() -> None:
     size, cost = 24, -(e.image @ e.text.T)
     weights = torch.full((size,), 1 / size, dtype=torch.float64)
     solution = ot.solve(
-        cost, weights, weights, reg=1 / e.logit_scale.item(), reg_type="entropy", grad="envelope", tol=1e-13, max_iter=100_000
+        cost,
+        weights,
+        weights,
+        reg=1 / e.logit_scale.item(),
+        reg_type="entropy",
+        grad="envelope",
+        tol=1e-13,
+        max_iter=100_000,
     )
     theirs = e.logit_scale.detach() * (cost.diagonal().mean() - solution.value) - math.log(size)
     torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=0)
-    for mine, other in zip(torch.autograd.grad(ours, [e.image, e.text], retain_graph=True), torch.autograd.grad(theirs, [e.image, e.text]), strict=True):
+    for mine, other in zip(
+        torch.autograd.grad(ours, [e.image, e.text], retain_graph=True),
+        torch.autograd.grad(theirs, [e.image, e.text]),
+        strict=True,
+    ):
         torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-9)
 
 
@@ -72,7 +83,9 @@ def test_sinkhorn_scale_gradient_is_that_of_its_value() -> None:
     """The envelope theorem, checked by finite differences of the converged value."""
 
     def value(scale: float) -> Tensor:
-        return sinkhorn(embeddings(10, scale=scale), embeddings(10, scale=scale), iterations=5_000, tolerance=1e-14)["loss"]
+        return sinkhorn(embeddings(10, scale=scale), embeddings(10, scale=scale), iterations=5_000, tolerance=1e-14)[
+            "loss"
+        ]
 
     e = embeddings(10, scale=9.0)
     loss = sinkhorn(e, e, iterations=5_000, tolerance=1e-14)["loss"]
@@ -94,7 +107,7 @@ def test_sinkhorn_bounds_the_pairing_likelihood_within_a_nat(seed: int) -> None:
 
 
 def test_sinkhorn_stops_at_its_tolerance_and_says_how_far_it_came() -> None:
-    e = embeddings(32, noise=0.3)
+    e = embeddings(32, noise=1.5)
     rough, fine = sinkhorn(e, e, iterations=3, tolerance=0.0), sinkhorn(e, e, iterations=500, tolerance=1e-4)
     assert rough["iterations"] == 3
     assert fine["row_error"] <= 1e-4 < rough["row_error"]
@@ -135,7 +148,10 @@ def test_float32_at_scale_100_matches_float64(name: str) -> None:
     e = embeddings(64, noise=0.5, scale=100.0)
     low = Embeddings(*(x.detach().float() if x.is_floating_point() else x for x in e))
     torch.testing.assert_close(
-        OBJECTIVES[name](low, low)["loss"].double(), OBJECTIVES[name](e, e)["loss"].detach(), rtol=1e-4, atol=1e-4
+        OBJECTIVES[name](low, low)["loss"].double(),
+        OBJECTIVES[name](e, e)["loss"].detach(),
+        rtol=1e-4,
+        atol=1e-4,
     )
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from shard_samples import COLOURS, by_index, check_colours, make_photos, picture, run
+
+from tests.shard_samples import COLOURS, by_index, check_colours, make_photos, picture, run
 
 
 @pytest.fixture
@@ -74,9 +75,7 @@ def test_image_folders_and_zips(tmp_path: Path, layout: str, zipped: bool) -> No
     assert {(s["caption"], s[".image"]) for s in found} == {
         (f"{c} box" if layout == "classes" else f"a {c} box", picture(c)) for c in COLOURS
     }
-    assert {s.get("label") for s in found} == (
-        {f"{c}_box" for c in COLOURS} if layout == "classes" else {None}
-    )
+    assert {s.get("label") for s in found} == ({f"{c}_box" for c in COLOURS} if layout == "classes" else {None})
     if layout == "txt":
         assert all(s["captions"] == [s["caption"], "a second line"] for s in found)
 
@@ -122,9 +121,7 @@ def test_datasets_and_bytes_in_parquet(tmp_path: Path, monkeypatch: pytest.Monke
         assert found[number][".image"] == picture(colour)
         assert found[number]["label"] == "ab"[number % 2]
     before = (tmp_path / "out/00000.tar").stat().st_mtime_ns
-    assert (
-        run(name, tmp_path / "out", *options) == 0
-    )  # the fingerprint of a data set does not change by itself
+    assert run(name, tmp_path / "out", *options) == 0  # the fingerprint of a data set does not change by itself
     assert (tmp_path / "out/00000.tar").stat().st_mtime_ns == before
 
 

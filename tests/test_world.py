@@ -61,7 +61,11 @@ def test_ranks_train_as_one_process(ranks: Any, name: str, world_size: int, mask
         assert found.keys() == gradients.keys()
         for key, value in gradients.items():
             torch.testing.assert_close(
-                torch.from_numpy(found[key]), torch.from_numpy(value), rtol=1e-10, atol=1e-14, msg=f"{key}: {name}"
+                torch.from_numpy(found[key]),
+                torch.from_numpy(value),
+                rtol=1e-10,
+                atol=1e-14,
+                msg=f"{key}: {name}",
             )
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from clipsmall.evaluation import prompts
 from clipsmall.evaluation.cells import Cell
 from clipsmall.evaluation.features import Encoder, class_indices, read_texts
-from clipsmall.evaluation.hits import chance, chunk_rows, hits, refuse_non_finite
+from clipsmall.evaluation.hits import chance, chunk_rows, hits, refuse_non_finite, scores
 from clipsmall.shards import Catalog
 
 KS = (1, 5)
@@ -24,9 +24,9 @@ def class_features(encoder: Encoder, classes: Sequence[str], templates: Sequence
 def accuracies(images: Tensor, classes: Tensor, labels: Tensor) -> dict[str, float]:
     """(n, D), (C, D), (n,) -> acc1, acc5 (where C > 5) and mean_per_class_recall over the classes with images."""
     ks = tuple(k for k in KS if k == 1 or k < len(classes))
-    found = []
-    for features, truth in zip(images.split(size := chunk_rows(len(classes))), labels.split(size), strict=True):
-        found.append(hits(features @ classes.T, F.one_hot(truth, len(classes)).bool(), ks))
+    found, size = [], chunk_rows(len(classes))
+    for features, truth in zip(torch.split(images, size), torch.split(labels, size), strict=True):
+        found.append(hits(scores(features, classes), F.one_hot(truth, len(classes)).bool(), ks))
     hit = torch.cat(found)
     counts = torch.bincount(labels, minlength=len(classes))
     per_class = torch.zeros(len(classes), dtype=torch.float64).index_add_(0, labels, hit[:, 0])
@@ -35,7 +35,12 @@ def accuracies(images: Tensor, classes: Tensor, labels: Tensor) -> dict[str, flo
 
 
 def zero_shot(
-    encoder: Encoder, catalog: Catalog, name: str, classes: str = "captions", templates: str = "plain", label: str = ""
+    encoder: Encoder,
+    catalog: Catalog,
+    name: str,
+    classes: str = "captions",
+    templates: str = "plain",
+    label: str = "",
 ) -> Cell:
     """Classify every image of `catalog` among `classes`; exact under several ranks.
 

@@ -58,9 +58,18 @@ class Encoder:
     workers: int = 0
     progress: bool = False
 
-    def images(self, catalog: Catalog) -> tuple[Tensor, Tensor]:
-        """(n, D) unit features and (n,) their rows in the catalog, ascending; broken images are not among them."""
-        batches = list(torch.arange(len(catalog)).split(self.batch_size))
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size={self.batch_size}: must be at least 1")
+
+    def images(self, catalog: Catalog, only: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+        """(n, D) unit features and (n,) their rows in the catalog, ascending; broken images are not among them.
+
+        Raises:
+            ValueError: every image is broken.
+        """
+        wanted = torch.arange(len(catalog)) if only is None else torch.tensor(only)
+        batches = list(torch.split(wanted, self.batch_size))
         loader = DataLoader(
             _Images(catalog, ImageTransform(self.model.spec)),
             batch_sampler=[batch.tolist() for batch in _mine(batches)],
@@ -74,11 +83,14 @@ class Encoder:
             if len(here):
                 rows.append(here)
                 parts.append(self._encode(self.model.encode_image, images))
-        return self._gathered(torch.cat(rows), torch.cat(parts))
+        features, found = self._gathered(torch.cat(rows), torch.cat(parts))
+        if not len(found):
+            raise ValueError(f"{catalog.shards[0]} ...: none of {len(wanted)} images can be read")
+        return features, found
 
     def texts(self, captions: Sequence[str]) -> Tensor:
         """(n, D) unit features of n captions."""
-        batches = list(torch.arange(len(captions)).split(self.batch_size))
+        batches = list(torch.split(torch.arange(len(captions)), self.batch_size))
         rows, parts = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, self._width())]
         for here in self._bar(_mine(batches), "texts"):
             rows.append(here)
@@ -106,25 +118,28 @@ class Encoder:
         return tqdm(batches, desc=f"encoding {what}", disable=not self.progress or world.rank() > 0, leave=False)
 
 
-def read_texts(catalog: Catalog, label: str = "") -> Texts:
-    """Captions and labels of every pair.
+def read_texts(catalog: Catalog, label: str = "", rows: Sequence[int] | None = None) -> Texts:
+    """Captions and labels of every pair, or of some rows.
 
     A label is the json field `label` if that is named, else the `.cls` member (a number), else the first caption.
 
     Raises:
-        ValueError: the named field is missing in a pair.
+        ValueError: a pair without a label, or with one that is neither a name nor a whole number.
     """
     captions, labels = [], list[str | int]()
-    for row in range(len(catalog)):
+    for row in range(len(catalog)) if rows is None else rows:
         members = catalog.read(row)
         fields = json.loads(members.json) if members.json else {}
         captions.append(captions_of(members.text, fields))
-        if label:
-            if label not in fields:
-                raise ValueError(f"{catalog.name(row)}: its json has no field {label!r}; it has {', '.join(fields)}")
-            labels.append(fields[label])
-        else:
-            labels.append(int(members.label) if members.label else captions[-1][0])
+        if label and label not in fields:
+            raise ValueError(f"{catalog.name(row)}: its json has no field {label!r}; it has {', '.join(fields)}")
+        if not label and not members.label and not captions[-1]:
+            raise ValueError(f"{catalog.name(row)}: has neither a .cls nor a caption; name a json field as label")
+        number = members.label.strip()
+        found = fields[label] if label else int(number) if number.isdigit() else members.label or captions[-1][0]
+        if not isinstance(found, str | int):
+            raise ValueError(f"{catalog.name(row)}: label {found!r} is neither a name nor a whole number")
+        labels.append(found)
     return Texts(captions, labels)
 
 
@@ -136,8 +151,11 @@ def class_indices(labels: Sequence[str | int], classes: Sequence[str]) -> Tensor
     """
     places = {name.casefold(): place for place, name in reversed(list(enumerate(classes)))}
     found = np.array(
-        [label if isinstance(label, int) else places.get(label.casefold(), -1) for label in labels], dtype=np.int64
+        [label if isinstance(label, int) else places.get(label.casefold(), -1) for label in labels],
+        dtype=np.int64,
     )
     if (odd := np.flatnonzero((found < 0) | (found >= len(classes)))).size:
-        raise ValueError(f"label {labels[int(odd[0])]!r} is none of the {len(classes)} classes; check classes and label")
+        raise ValueError(
+            f"label {labels[int(odd[0])]!r} is none of the {len(classes)} classes; check classes and label"
+        )
     return torch.from_numpy(found)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from clipsmall.evaluation.cells import Cell
 from clipsmall.evaluation.features import Encoder, read_texts
-from clipsmall.evaluation.hits import chance, chunk_rows, hits, refuse_non_finite
+from clipsmall.evaluation.hits import chance, chunk_rows, hits, refuse_non_finite, scores
 from clipsmall.shards import Catalog, caption_hash
 
 KS = (1, 5, 10)
@@ -52,15 +52,12 @@ def relevance(captions: list[list[str]]) -> tuple[list[str], Relevance]:
 
 
 def recalls(queries: Tensor, answers: Tensor, belongs: Relevance, side: str) -> dict[int, float]:
-    """recall@k: the share of queries with a right answer among the k best; exact, in chunks of queries.
-
-    All scores of a query come from one product, so a right answer and its rivals are rounded alike.
-    """
+    """recall@k: the share of queries with a right answer among the k best; exact, in chunks of queries."""
     ks = tuple(k for k in KS if k == 1 or k < len(answers))
     total, size = torch.zeros(len(ks), dtype=torch.float64), chunk_rows(len(answers))
     for start in range(0, len(queries), size):
         part = queries[start : start + size]
-        total += hits(part @ answers.T, belongs.block(side, start, start + len(part)), ks).sum(dim=0)
+        total += hits(scores(part, answers), belongs.block(side, start, start + len(part)), ks).sum(dim=0)
     return dict(zip(ks, (total / len(queries)).tolist(), strict=True))
 
 

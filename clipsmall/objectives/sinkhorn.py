@@ -40,7 +40,9 @@ def sinkhorn(
         ValueError: columns are not as many as all ranks' rows (a queue): the plan needs a square matrix.
     """
     if len(columns.index) != len(rows.index) * world.size():
-        raise ValueError(f"sinkhorn needs {len(rows.index) * world.size()} columns, all ranks' rows, not {len(columns.index)}")
+        raise ValueError(
+            f"sinkhorn needs {len(rows.index) * world.size()} columns, all ranks' rows, not {len(columns.index)}"
+        )
     target = positives(rows, columns)
     scores = logits(rows.image, columns.text, rows.logit_scale)
     own = scores.gather(1, target[:, None])[:, 0]

@@ -12,6 +12,7 @@ from clipsmall.shards.index import (
 )
 from clipsmall.shards.order import Order
 from clipsmall.shards.reader import GlobalBatches, LoadedBatch, Skips, batch_loader
+from clipsmall.shards.streaming import StreamedBatches, stream_loader
 
 __all__ = [
     "Catalog",
@@ -20,6 +21,7 @@ __all__ = [
     "Order",
     "ShardError",
     "Skips",
+    "StreamedBatches",
     "batch_loader",
     "build_index",
     "caption_hash",
@@ -28,5 +30,6 @@ __all__ = [
     "open_catalog",
     "read_index",
     "shard_paths",
+    "stream_loader",
     "write_index",
 ]

@@ -99,8 +99,10 @@ def shard_paths(patterns: str | list[str]) -> list[Path]:
     return found
 
 
-def open_catalog(patterns: str | list[str]) -> Catalog:
+def open_catalog(patterns: str | list[str], captions: bool = True) -> Catalog:
     """Open the indexes of all shards, and leave out the pairs known to be bad (counted in `left_out`).
+
+    `captions=False` keeps images without one, for classification sets that have labels only.
 
     A pair's number is what its json says, when all pairs have one and no two the same (make_shards writes it so);
     otherwise its place in the list of shards.
@@ -113,7 +115,7 @@ def open_catalog(patterns: str | list[str]) -> Catalog:
     sizes = [len(table) for table in tables]
     table = pa.concat_tables([t.replace_schema_metadata(None) for t in tables]).combine_chunks()
     status = table["status"].to_numpy(zero_copy_only=False)
-    good = status == ""
+    good = (status == "") if captions else np.isin(status.astype(str), ["", "no caption"])
     if not good.any():
         raise ShardError(f"{patterns}: no usable pair in {len(shards)} shards")
     index = table["index"].to_numpy()

@@ -60,8 +60,8 @@ def caption_hash(caption: str) -> int:
 def captions_of(text: bytes, fields: dict[str, Any]) -> list[str]:
     """The captions of a sample, from its `.txt` and its parsed `.json`; blank ones are dropped.
 
-    `captions` in the json wins; a json with `caption` marks img2dataset's layout, whose `.txt` is one caption;
-    any other `.txt` holds one caption a line, as in CLIP_benchmark's retrieval sets.
+    `captions` in the json wins; a json with `caption` marks img2dataset's layout, whose `.txt` (or, without one,
+    that field) is one caption; any other `.txt` holds one caption a line, as in CLIP_benchmark's retrieval sets.
 
     Raises:
         UnicodeDecodeError: the `.txt` is not UTF-8.
@@ -70,7 +70,7 @@ def captions_of(text: bytes, fields: dict[str, Any]) -> list[str]:
         found = [str(caption) for caption in listed]
     else:
         whole = text.decode("utf-8")
-        found = [whole] if "caption" in fields else whole.splitlines()
+        found = [whole or str(fields["caption"] or "")] if "caption" in fields else whole.splitlines()
     return [cleaned for caption in found if (cleaned := " ".join(caption.replace("\0", " ").split()))]
 
 
@@ -174,9 +174,14 @@ def build_index(shard: Path) -> pa.Table:
     """
     members = tar_members(shard)
     with shard.open("rb") as file:
-        rows = [_row(key, group, lambda m: os.pread(file.fileno(), m.size, m.offset)) for key, group in samples(members)]
+        rows = [
+            _row(key, group, lambda m: os.pread(file.fileno(), m.size, m.offset)) for key, group in samples(members)
+        ]
     stats = shard.with_name(f"{shard.stem}_stats.json")
-    if stats.exists() and (promised := json.loads(stats.read_text()).get("successes")) not in (None, len(rows)):
+    if stats.exists() and (promised := json.loads(stats.read_text()).get("successes")) not in (
+        None,
+        len(rows),
+    ):
         raise ShardError(f"{shard}: holds {len(rows)} samples, {stats.name} says {promised}; copy or make it again")
     metadata = {"clipsmall_index": str(VERSION), "tar_size": str(shard.stat().st_size)}
     return pa.Table.from_pylist(rows, schema=SCHEMA.with_metadata(metadata))

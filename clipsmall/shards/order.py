@@ -32,7 +32,9 @@ class Order:
     def __init__(self, sizes: list[int], seed: int, window: int = 65_536, block: int = 1_024) -> None:
         self.length = sum(sizes)
         self.seed, self.window = seed, window
-        starts = [np.arange(0, size, block) + before for size, before in zip(sizes, np.cumsum([0, *sizes]), strict=False)]
+        starts = [
+            np.arange(0, size, block) + before for size, before in zip(sizes, np.cumsum([0, *sizes]), strict=False)
+        ]
         self._starts: Rows = np.concatenate([*starts, np.zeros(0)]).astype(np.int64)
         ends = np.minimum(
             self._starts + block,

@@ -54,7 +54,7 @@ class Skips:
         return self.total / max(self.seen, 1)
 
     def __str__(self) -> str:
-        return "; ".join(f"{n} × {why} (e.g. {', '.join(self.examples[why][:2])})" for why, n in self.reasons.items())
+        return "; ".join(f"{n} x {why} (e.g. {', '.join(self.examples[why][:2])})" for why, n in self.reasons.items())
 
 
 class LoadedBatch(NamedTuple):
@@ -140,11 +140,13 @@ class GlobalBatches(Dataset[LoadedBatch]):
             row = int(self.order.rows(epoch, np.array([position]))[0])
             if step >= self.per_epoch:
                 break
-        raise ShardError(f"no good pair found in place of a bad one after {skips}; run data_tools.check_shards --decode")
+        raise ShardError(
+            f"no good pair found in place of a bad one after {skips}; run data_tools.check_shards --decode"
+        )
 
     def _choice(self, captions: int, epoch: int, row: int) -> int:
         """Which of a pair's captions this epoch shows: each once before any comes again."""
-        return int((permutation(captions, self.order.seed, row)[epoch % captions])) if captions > 1 else 0
+        return int(permutation(captions, self.order.seed, row)[epoch % captions]) if captions > 1 else 0
 
     def _augmented(self, data: bytes, epoch: int, row: int) -> Tensor:
         """Random crops seeded by (seed, epoch, row): the same in any worker, and the global RNG untouched."""
@@ -184,7 +186,11 @@ def _outlive_the_signal(worker: int) -> None:
 
 
 def batch_loader(
-    batches: Dataset[LoadedBatch], numbers: Iterable[int], workers: int, timeout: float = 600.0, pin: bool = False
+    batches: Dataset[LoadedBatch],
+    numbers: Iterable[int],
+    workers: int,
+    timeout: float = 600.0,
+    pin: bool = False,
 ) -> DataLoader[LoadedBatch]:
     """A DataLoader over whole batches: `numbers` in order, whatever the number of workers.
 

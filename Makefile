@@ -1,0 +1,37 @@
+# make demo   set up, draw the glyph shards, train for about three minutes, evaluate, write the report
+# make test   set up, then lint, types, layers and tests: what CI runs
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO ?= runs/demo
+
+.PHONY: demo test lint bench clean
+
+# the stamp is newer than pyproject.toml and constraints.txt only after a whole installation
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: $(PYTHON) is older than Python 3.11; give another: make PYTHON=python3.12 ..." >&2; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q -e '.[test]' -c constraints.txt
+	touch $@
+
+demo: .venv/installed
+	$(BIN)/python -m data_tools.glyphs data/glyphs
+	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+		clipsmall/train.py --config configs/demo.yaml --out=$(DEMO) --resume=auto
+	$(BIN)/python -m clipsmall.report_page $(DEMO) --open
+
+test: .venv/installed lint
+	$(BIN)/python -m pytest
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+bench: .venv/installed
+	$(BIN)/python -m tests.bench.reader
+
+clean:
+	rm -rf .venv .venv-bench runs data

@@ -1,0 +1,35 @@
+"""A model to evaluate, by name: a run or checkpoint of ours, or whatever its libraries can load."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from clipsmall import checkpoint, tower_loading
+from clipsmall.tower_sources import Loaded
+from clipsmall.towers import DualEncoder
+
+
+def load_model(name: str, pretrained: str = "") -> tuple[DualEncoder, Loaded]:
+    """A model to evaluate: a run folder or checkpoint of ours, or anything `tower_loading.load_towers` knows.
+
+    Raises:
+        ValueError: nothing usable of that name.
+    """
+    path = Path(name)
+    if (path / "checkpoints").is_dir():
+        newest = checkpoint.newest(path / "checkpoints")
+        if newest is None:
+            raise ValueError(f"{path}: no complete checkpoint in this run")
+        path = newest
+    if (path / "manifest.json").exists():
+        checkpoint.verify(path)
+        loaded = tower_loading.rebuild(path)
+        model = DualEncoder(loaded.towers, loaded.spec, 1.0, 0.0, False)
+        model.load_state_dict(checkpoint.read_tensors(path, "model"))
+        return model, loaded
+
+    def no_captions() -> Iterator[str]:
+        raise ValueError(f"{name}: an untrained tower JSON has no vocabulary; give a run folder or checkpoint")
+
+    loaded = tower_loading.load_towers(name, pretrained, no_captions)
+    model = DualEncoder(loaded.towers, loaded.spec, loaded.logit_scale or 1.0, loaded.logit_bias or 0.0, False)
+    return model, loaded

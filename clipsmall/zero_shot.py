@@ -1,0 +1,38 @@
+"""Zero-shot classification of any model on any shards.
+
+    python -m clipsmall.zero_shot runs/demo --data data/glyphs/test_unseen --classes data/glyphs/classnames.txt
+    python -m clipsmall.zero_shot ViT-B-32 --pretrained laion2b_s34b_b79k --data imagenet/test \\
+        --classes imagenet --templates openai
+
+Accuracy is top-1, top-5 and the mean over classes, beside chance; the JSON cell is CLIP_benchmark's.
+"""
+
+import sys
+
+from clipsmall import commands
+from clipsmall.evaluation import Cell, Encoder, zero_shot
+from clipsmall.shards import open_catalog
+
+
+def main(words: list[str] | None = None) -> int:
+    parser = commands.parser("zero_shot", __doc__)
+    parser.add_argument(
+        "--classes",
+        default="captions",
+        help="imagenet, captions, labels (distinct ones of the data), or a file of lines",
+    )
+    parser.add_argument(
+        "--templates", default="plain", help="plain, simple (7), openai (80), or a file of lines with {c}"
+    )
+    parser.add_argument("--label", default="", help="json field of an image's class; default: .cls, else its caption")
+    options = parser.parse_args(words)
+
+    def measure(encoder: Encoder, name: str) -> Cell:
+        catalog = open_catalog(options.data, captions=False)
+        return zero_shot(encoder, catalog, name, options.classes, options.templates, options.label)
+
+    return commands.evaluate(options, measure)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

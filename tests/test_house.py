@@ -1,0 +1,54 @@
+"""Rules of the house that no linter knows."""
+
+import ast
+import sys
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = sorted([*ROOT.glob("clipsmall/**/*.py"), *ROOT.glob("data_tools/**/*.py")])
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_file_is_short_and_opens_with_a_sentence(path: Path) -> None:
+    text = path.read_text()
+    tree = ast.parse(text)
+    assert ast.get_docstring(tree), "opens with one sentence"
+    assert text.count("\n") <= 230
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            assert (node.end_lineno or 0) - node.lineno < 55, node.name
+
+
+def test_only_world_speaks_torch_distributed() -> None:
+    speakers = {path.name for path in FILES if "torch.distributed" in _imports(path)}
+    assert speakers == {"world.py"}
+
+
+def _imports(path: Path) -> set[str]:
+    found = set[str]()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {str(node.module)}
+    return found
+
+
+def test_no_module_hides_a_library() -> None:
+    """`accelerate launch clipsmall/train.py` puts that folder first on sys.path."""
+    names = {path.stem for path in (ROOT / "clipsmall").glob("*") if path.suffix in ("", ".py")} - {
+        "__init__",
+        "__pycache__",
+    }
+    assert not names & set(sys.stdlib_module_names)
+    assert not names & set(packages_distributions())
+
+
+def test_nothing_pickles() -> None:
+    for path in FILES:
+        assert not {name for name in _imports(path) if name.split(".")[0] in ("pickle", "dill", "joblib")}, path
+        assert "torch.load(" not in path.read_text(), path
+        assert "trust_remote_code" not in path.read_text(), path

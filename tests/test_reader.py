@@ -1,0 +1,192 @@
+"""Order and batches: every pair once an epoch, the same global batches for any ranks and workers, bad pairs told.
+
+Seen to fail when: the window's seed leaves out the epoch; a rank takes every W-th pair of its own shuffle; the
+substitute of a bad pair is the next position instead of the next batch's.
+"""
+
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from clipsmall.preprocess import ImageSpec, ImageTransform
+from clipsmall.shards import GlobalBatches, Order, ShardError, batch_loader, index_path, open_catalog
+from clipsmall.shards.order import permutation
+from clipsmall.small_towers import SmallText, WordTokenizer
+from data_tools.shard_writer import Sample, write_shard
+
+TOKENIZE = WordTokenizer.train(["latin small letter a"], SmallText(context_length=8))
+
+
+def batches(
+    folder: Path, size: int = 16, rank: int = 0, world: int = 1, window: int = 50, crop: float = 1.0
+) -> GlobalBatches:
+    catalog = open_catalog(str(folder))
+    order = Order(catalog.sizes, seed=3, window=window, block=8)
+    return GlobalBatches(catalog, order, ImageTransform(ImageSpec(16), crop), TOKENIZE, size, rank, world)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.lists(st.integers(0, 40), min_size=1, max_size=6),
+    window=st.integers(0, 90),
+    block=st.integers(1, 20),
+    epoch=st.integers(0, 3),
+)
+def test_an_epoch_shows_every_pair_once(sizes: list[int], window: int, block: int, epoch: int) -> None:
+    order = Order(sizes, 1, window, block)
+    rows = order.rows(epoch, np.arange(order.length))
+    assert sorted(rows.tolist()) == list(range(sum(sizes)))
+    backwards = [int(order.rows(epoch, np.array([p]))[0]) for p in reversed(range(order.length))]
+    assert backwards[::-1] == rows.tolist()  # whatever was asked before
+    if window:
+        pieces = [piece for w in range(-(-order.length // window)) for piece in order.window_blocks(epoch, w)]
+        assert sum(size for _, size in pieces) == order.length
+        for w in range(-(-order.length // window)):
+            inside = {row for start, size in order.window_blocks(epoch, w) for row in range(start, start + size)}
+            assert set(rows[w * window : (w + 1) * window].tolist()) == inside
+
+
+def test_epochs_and_seeds_differ_and_a_window_mixes_the_whole_set() -> None:
+    order = Order([5_000, 5_000], 0, window=1_024, block=64)
+    first, second = (order.rows(epoch, np.arange(1_024)) for epoch in (0, 1))
+    assert len(set(first.tolist()) & set(second.tolist())) < 300
+    assert Order([5_000, 5_000], 1, 1_024, 64).rows(0, np.arange(1_024)).tolist() != first.tolist()
+    assert 0.2 < (first < 5_000).mean() < 0.8
+    assert len(order.window_blocks(0, 0)) <= 1_024 // 64 + 4  # few contiguous reads
+
+
+def test_the_permutation_is_frozen() -> None:
+    """A resumed run may meet a newer numpy: the order must not change."""
+    assert permutation(8, 0, 1).tolist() == permutation(8, 0, 1).tolist() == FROZEN
+
+
+FROZEN = [7, 4, 5, 1, 6, 2, 0, 3]
+
+
+@pytest.mark.parametrize("world", [1, 2, 4, 8])
+@pytest.mark.parametrize("workers", [0, 3])
+def test_ranks_and_workers_see_the_same_global_batches(glyphs: Path, world: int, workers: int) -> None:
+    whole = batches(glyphs / "train", crop=0.7)
+    parts = [
+        list(batch_loader(batches(glyphs / "train", rank=r, world=world, crop=0.7), range(17, 22), workers))
+        for r in range(world)
+    ]
+    for step, number in enumerate(range(17, 22)):
+        expected = whole[number].pairs
+        for name in expected._fields:
+            found = torch.cat([getattr(part[step].pairs, name) for part in parts])
+            assert torch.equal(found, getattr(expected, name)), name
+
+
+def test_an_epoch_of_batches_repeats_nothing(glyphs: Path) -> None:
+    reader = batches(glyphs / "train")
+    seen = [int(i) for k in range(reader.per_epoch) for i in reader[k].pairs.index]
+    assert len(seen) == len(set(seen)) == len(reader.catalog) // 16 * 16
+    again = [int(i) for k in range(reader.per_epoch, 2 * reader.per_epoch) for i in reader[k].pairs.index]
+    assert again != seen
+
+
+def test_augmentation_leaves_the_global_generator_alone_and_changes_by_epoch(glyphs: Path) -> None:
+    reader = batches(glyphs / "train", crop=0.3, window=0)
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    first, later = reader[0].pairs, reader[reader.per_epoch].pairs
+    assert torch.equal(before, torch.get_rng_state())
+    assert torch.equal(first.index, later.index)
+    assert not torch.equal(first.image, later.image)
+
+
+def test_too_small_and_indivisible_are_refused(glyphs: Path) -> None:
+    with pytest.raises(ValueError, match="not divisible by 3 ranks"):
+        batches(glyphs / "train", size=16, world=3)
+    with pytest.raises(ValueError, match="more than the 300 pairs"):
+        batches(glyphs / "train", size=301)
+
+
+def damaged(glyphs: Path, folder: Path, keys: list[int]) -> Path:
+    """A copy of the training shards whose images `keys` are no images, unknown to the index."""
+    reader = open_catalog(str(glyphs / "train"))
+    for number in range(3):
+        samples = []
+        for row in range(number * 100, number * 100 + 100):
+            members = reader.read(row)
+            image = b"<html>404</html>" if row in keys else members.image
+            samples.append(Sample(row, image, "png", [members.text.decode()], 32, 32))
+        write_shard(folder, number, samples)
+    return folder
+
+
+def test_bad_pairs_are_replaced_alike_on_all_ranks_and_told(glyphs: Path, tmp_path: Path) -> None:
+    bad = [3, 57, 150, 151, 152, 299]
+    folder = damaged(glyphs, tmp_path / "bad", bad)
+    whole = [batches(folder)[k] for k in range(18)]
+    assert sum(batch.skips.total for batch in whole) >= len(bad) - 300 % 16
+    for batch in whole:
+        index = batch.pairs.index.tolist()
+        assert len(set(index)) == 16
+        assert not set(index) & set(bad)
+    named = str(whole[next(k for k in range(18) if whole[k].skips.total)].skips)
+    assert "not an image" in named
+    assert ".tar:" in named
+    for world in (2, 4):
+        for k in range(18):
+            parts = [batches(folder, rank=r, world=world)[k].pairs.index for r in range(world)]
+            assert torch.equal(torch.cat(parts), whole[k].pairs.index)
+
+
+def test_a_set_of_bad_pairs_ends_with_a_word(glyphs: Path, tmp_path: Path) -> None:
+    folder = damaged(glyphs, tmp_path / "bad", list(range(300)))
+    with pytest.raises(ShardError, match="check_shards --decode"):
+        batches(folder)[0]
+
+
+def test_a_shard_that_changed_is_refused(glyphs: Path, tmp_path: Path) -> None:
+    folder = damaged(glyphs, tmp_path / "s", [])
+    shard = folder / "00001.tar"
+    shard.write_bytes(shard.read_bytes()[:-10_240])
+    with pytest.raises(ShardError, match=r"00001\.tar: has .* truncated or replaced"):
+        open_catalog(str(folder))
+    shard.unlink()
+    with pytest.raises(ShardError, match=r"no such shard|no shards"):
+        open_catalog(str(folder / "0000{0..2}.tar"))
+    index_path(folder / "00000.tar").unlink()
+    with pytest.raises(ShardError, match="has no index; make it with"):
+        open_catalog(str(folder / "00000.tar"))
+
+
+@pytest.mark.parametrize("pattern", ["pipe:cat x.tar", "https://host/{0..3}.tar", "/nowhere/*.tar"])
+def test_what_is_no_local_shard_is_refused(pattern: str) -> None:
+    with pytest.raises(ShardError):
+        open_catalog(pattern)
+
+
+def test_numbers_come_from_the_json_or_from_the_place(glyphs: Path, tmp_path: Path) -> None:
+    catalog = open_catalog([str(glyphs / "train"), str(glyphs / "test")])  # both number from 0
+    assert catalog.index.tolist() == list(range(360))
+    assert open_catalog(str(glyphs / "train" / "00002.tar")).index.tolist() == list(range(200, 300))
+
+
+def test_a_pairs_captions_take_turns(tmp_path: Path, glyphs: Path) -> None:
+    image = open_catalog(str(glyphs / "train")).read(0).image
+    captions = ["latin small letter a", "latin small letter b", "c"]
+    write_shard(tmp_path, 0, [Sample(i, image, "png", captions, 32, 32) for i in range(4)])
+    reader = batches(tmp_path, size=4, window=0)
+    shown = [reader[epoch].pairs.caption_hash.tolist() for epoch in range(3)]
+    for pair in range(4):
+        assert len({shown[epoch][pair] for epoch in range(3)}) == 3
+
+
+def test_the_layout_is_img2datasets(glyphs: Path) -> None:
+    shard = glyphs / "train" / "00001.tar"
+    with tarfile.open(shard) as tar:
+        names = tar.getnames()
+        record = json.load(tar.extractfile("000010000.json"))  # type: ignore[arg-type]
+    assert set(names[:3]) == {"000010000.png", "000010000.txt", "000010000.json"}
+    assert record["index"] == 100
+    assert json.loads((glyphs / "train" / "00001_stats.json").read_text())["successes"] == 100
