@@ -55,7 +55,7 @@ class Optim(Section):
 
 
 class Run(Section):
-    precision: Literal["no", "fp16", "bf16"] = Field("no", description="no = fp32")
+    precision: Literal["auto", "no", "fp16", "bf16"] = Field("auto", description="no = fp32; auto = the launcher's")
     log_every: int = Field(10, ge=1, description="steps")
     checkpoint_every: int = Field(500, ge=1, description="steps")
     keep_checkpoints: int = Field(2, ge=2, description="one may be in the process of being written")

@@ -15,13 +15,13 @@ import pandas as pd
 from jinja2 import Environment, StrictUndefined
 from matplotlib import style
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, PercentFormatter
+from matplotlib.ticker import EngFormatter, PercentFormatter, ScalarFormatter
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 Line = tuple["pd.Series[float]", dict[str, Any]]  # values over the pairs seen, and matplotlib's style
 Plot = tuple[str, str, str]  # title, last value in words, the drawing as a data: address
-SHARE = re.compile(r"(?<![a-z])acc(?!um)|recall|chance|precision|share|r@\d|top[- _]?\d|\bmap\b", re.IGNORECASE)
+SHARE = re.compile(r"(?<![a-z])acc(?!um)|recall|chance|precision|share|wait|r@\d|top[- _]?\d|\bmap\b", re.IGNORECASE)
 NUMBER = re.compile(r"[-+]?[\d,]*\.?\d+(e[-+]?\d+)?(\s?%)?", re.IGNORECASE)
 # With a fixed salt the same report gives the same bytes; captions with $ are no formulas.
 STYLE: list[Any] = ["seaborn-v0_8-colorblind", {"text.parse_math": False, "svg.hashsalt": "page"}]
@@ -102,14 +102,15 @@ def cell(column: str, value: Any) -> tuple[str, bool]:
 
 
 def training(frame: pd.DataFrame) -> Iterator[Plot]:
-    """A curve for each plain column: the known ones first, then whatever else the objective reported."""
+    """A curve for each plain column that is not all zero: the known ones first, then whatever was reported."""
     for name in dict.fromkeys([*KNOWN, *frame.columns]):
-        if name in {"step", "pairs", "chance"} or "/" in name or series(frame, name).empty:
+        if name in {"step", "pairs", "chance"} or "/" in name or not series(frame, name).any():
             continue
-        curve, level, share = series(frame, name), series(frame, "chance"), name == "data_wait"
-        window = 1 if name.startswith(("lr", "logit")) else 1 + len(curve) // 40  # what is set has no noise
-        lines: list[Line] = [(curve, {"color": "C0", "alpha": 0.35, "linewidth": 0.8})]
-        lines.append((curve.rolling(window, center=True, min_periods=1).median(), {"color": "C0"}))
+        curve, level, share = series(frame, name), series(frame, "chance"), bool(SHARE.search(name))
+        window = 1 if name.startswith(("lr", "logit")) else 1 + len(curve) // 40  # these are smooth
+        middle = curve.rolling(window, center=True, min_periods=1).median()
+        look = {"color": "C0", "marker": "o" if len(curve) < 20 else "", "markersize": 3}
+        lines: list[Line] = [(curve, look | {"alpha": 0.35, "linewidth": 0.8}), (middle, look)]
         note = quantity(curve.iloc[-1], share)
         if name == "loss" and not level.empty:
             note += f" · dashed: chance, ln {math.exp(min(level.iloc[-1], 50)):,.0f} = {quantity(level.iloc[-1])}"
@@ -118,10 +119,10 @@ def training(frame: pd.DataFrame) -> Iterator[Plot]:
 
 
 def evaluation(frame: pd.DataFrame) -> Iterator[Plot]:
-    """A drawing for each metric of the columns set/metric or task/set/metric: a line a set, chance dashed."""
+    """A drawing for each metric of columns [task/]set/metric measured twice: a line a set, chance dashed."""
     groups: dict[tuple[str, str], list[str]] = {}
     for name in frame.columns:
-        if "/" in name and not name.endswith("/chance") and not series(frame, name).empty:
+        if "/" in name and not name.endswith("/chance") and len(series(frame, name)) > 1:
             task, metric = name.split("/")[0] if name.count("/") > 1 else "", name.rpartition("/")[2]
             groups.setdefault((task, metric), []).append(name)
     for (task, metric), names in groups.items():
@@ -129,7 +130,7 @@ def evaluation(frame: pd.DataFrame) -> Iterator[Plot]:
         share, later = bool(SHARE.search(metric)), re.search(r"(?<!\d)(?!1$)\d+$", metric)
         for at, name in enumerate(names):
             curve, parent, colour = series(frame, name), name.rpartition("/")[0], f"C{at}"
-            label = f"{parent.partition('/')[2] or parent}: {quantity(curve.iloc[-1], share)}"
+            label = f"{(parent.partition('/')[2] or parent)[:44]}: {quantity(curve.iloc[-1], share)}"
             lines.append((curve, {"color": colour, "marker": "o", "markersize": 3, "label": label}))
             # A set's chance is that of the first guess: it says nothing of acc5 or recall@10.
             for level in [f"{name}/chance", f"{parent}/chance" if share and not later else ""]:
@@ -147,16 +148,14 @@ def series(frame: pd.DataFrame, name: str) -> "pd.Series[float]":
 def draw(lines: list[Line], share: bool) -> str:
     """Lines over the pairs seen; shares in percent."""
     labels = sum("label" in look for _, look in lines)
-    axes = Figure(figsize=(4.6, 2.8 + 0.22 * labels), layout="constrained").add_subplot()
+    axes = Figure(figsize=(4.6, 2.8 + 0.22 * labels), layout="constrained").add_subplot(xlabel="pairs seen")
     for curve, look in lines:
         curve = curve.iloc[:: -1 - len(curve) // 1000]  # thinned from the end, which must stay
         axes.plot(curve.index.to_numpy(), curve.to_numpy(), **look)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e8e8e8")
-    axes.set_xlabel("pairs seen")
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    if share:
-        axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
+    axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %") if share else ScalarFormatter(useOffset=False))
     if labels:  # below: a few long names would cover the lines
         axes.figure.legend(loc="outside lower left", frameon=False)
     return svg(axes.figure)
@@ -164,10 +163,9 @@ def draw(lines: list[Line], share: bool) -> str:
 
 def heat_map(matrix: NDArray[Any], labels: list[str]) -> str:
     """The similarities of a batch, images down and texts across; captions only where they can be read."""
-    axes = Figure(figsize=(8.5, 7.2), layout="constrained").add_subplot()
+    axes = Figure(figsize=(8.5, 7.2), layout="constrained").add_subplot(xlabel="texts", ylabel="images")
     reach = np.abs(matrix[np.isfinite(matrix)]).max(initial=1e-6)
     axes.figure.colorbar(axes.imshow(matrix, cmap="RdBu_r", vmin=-reach, vmax=reach), shrink=0.8)
-    axes.set(xlabel="texts", ylabel="images")
     if len(labels) == len(matrix) <= 40:
         # A control character would break the SVG: matplotlib repeats each label in a comment there.
         short = ["".join(filter(str.isprintable, label))[:36] for label in labels]

@@ -1,4 +1,4 @@
-"""Towers that train on a laptop's CPU: three strided convolutions, and a shallow transformer over words."""
+"""Towers that train on a laptop's CPU: a few strided convolutions, and a shallow transformer over words."""
 
 import json
 from collections.abc import Iterable
@@ -17,10 +17,16 @@ PAD = 0
 
 class SmallImage(BaseModel):
     model_config = ConfigDict(extra="forbid")
-    size: int = Field(32, ge=8, multiple_of=8, description="pixels, square")
-    widths: tuple[int, int, int] = Field((32, 64, 128), description="channels after each halving")
+    size: int = Field(32, ge=8, description="pixels, square; halved once for each width")
+    widths: tuple[int, ...] = Field((32, 64, 128), min_length=1, description="channels after each halving")
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+
+    @model_validator(mode="after")
+    def _halves(self) -> "SmallImage":
+        if self.size % 2 ** len(self.widths):
+            raise ValueError(f"size={self.size} cannot be halved {len(self.widths)} times")
+        return self
 
 
 class SmallText(BaseModel):
@@ -56,7 +62,7 @@ class SmallTowers(nn.Module):
         layers: list[nn.Module] = []
         for before, after in pairwise(channels):
             layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.GELU()]
-        side = config.image.size // 8
+        side = config.image.size // 2 ** len(config.image.widths)
         self.visual = nn.Sequential(*layers, nn.Flatten(), nn.Linear(side * side * channels[-1], config.embed_dim))
         text = config.text
         self.words = nn.Embedding(text.vocab_size, text.width, padding_idx=PAD)

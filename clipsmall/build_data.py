@@ -1,0 +1,118 @@
+"""Config -> the training data: indexed local shards in an exact order, or a stream without one."""
+
+import json
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Protocol
+
+from clipsmall import world
+from clipsmall.batch import Progress
+from clipsmall.config import Config
+from clipsmall.preprocess import ImageTransform
+from clipsmall.shards import (
+    GlobalBatches,
+    LoadedBatch,
+    Order,
+    StreamedBatches,
+    batch_loader,
+    captions_of,
+    open_catalog,
+    stream_loader,
+)
+from clipsmall.tower_sources import Loaded
+
+
+class TrainingData(Protocol):
+    fingerprint: str  # what a resumed run must find again
+    words: str  # for the opening line
+    pairs: int
+
+    def captions(self) -> Iterator[str]:
+        """Every training caption, for vocabularies. Raises ValueError where they cannot be had."""
+
+    def batches(self, loaded: Loaded, progress: Progress, pin: bool) -> Iterable[LoadedBatch]:
+        """From the batch after `progress` to the last one; `progress` is read when iteration starts."""
+
+
+def order(config: Config, sizes: list[int]) -> Order:
+    return Order(sizes, config.seed, config.data.shuffle_window)
+
+
+def transform(config: Config, loaded: Loaded) -> ImageTransform:
+    return ImageTransform(loaded.spec, config.data.crop_scale, config.data.max_pixels)
+
+
+class IndexedData:
+    def __init__(self, config: Config) -> None:
+        self.config, self.catalog = config, open_catalog(config.data.train)
+        self.fingerprint, self.pairs = self.catalog.fingerprint, len(self.catalog)
+        left, size = self.catalog.left_out, config.data.batch_size
+        self.words = (
+            f"{self.pairs:,} pairs in {len(self.catalog.shards)} shards"
+            + (f" ({sum(left.values())} known to be bad are left out: {left})" if left else "")
+            + f"; an epoch is {self.pairs // size} batches"
+            + (f" and {self.pairs % size} pairs that wait for another epoch" if self.pairs % size else "")
+        )
+
+    def captions(self) -> Iterator[str]:
+        for row in range(self.pairs):
+            members = self.catalog.read(row)
+            yield from captions_of(members.text, json.loads(members.json) if members.json else {})
+
+    def batches(self, loaded: Loaded, progress: Progress, pin: bool) -> Iterable[LoadedBatch]:
+        config = self.config
+        dataset = GlobalBatches(
+            self.catalog,
+            order(config, self.catalog.sizes),
+            transform(config, loaded),
+            loaded.tokenize,
+            config.data.batch_size,
+            world.rank(),
+            world.size(),
+        )
+
+        class Remaining:
+            def __iter__(self) -> Iterator[int]:
+                return iter(range(progress.step, config.steps))
+
+            def __len__(self) -> int:
+                return config.steps - progress.step
+
+        return batch_loader(dataset, Remaining(), config.data.workers, pin=pin)
+
+
+class StreamedData:
+    fingerprint = "streaming"
+    pairs = 10**9  # endless
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.words = f"streaming {', '.join(config.data.train)}: resampled order, no exact resume"
+
+    def captions(self) -> Iterator[str]:
+        raise ValueError(
+            "data.streaming: our own towers learn their vocabulary from indexed shards; name another model"
+        )
+
+    def batches(self, loaded: Loaded, progress: Progress, pin: bool) -> Iterable[LoadedBatch]:
+        config = self.config
+        dataset = StreamedBatches(
+            list(config.data.train),
+            transform(config, loaded),
+            loaded.tokenize,
+            config.data.batch_size,
+            world.rank(),
+            world.size(),
+            config.seed,
+        )
+
+        class Remaining:
+            def __iter__(self) -> Iterator[LoadedBatch]:
+                dataset.start = progress.step
+                return islice(iter(stream_loader(dataset, config.data.workers, pin=pin)), config.steps - progress.step)
+
+        return Remaining()
+
+
+def training_data(config: Config) -> TrainingData:
+    return StreamedData(config) if config.data.streaming else IndexedData(config)
