@@ -3,12 +3,11 @@
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import FrameType
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
 
 from clipsmall import world
 from clipsmall.batch import Pairs
@@ -38,14 +37,15 @@ class Feed:
     """Iterates over `Pairs` on `device`; all ranks end at the same step.
 
     Args:
-        loader: of this rank's batches.
+        loader: of this rank's batches, ending with the run.
         stop: looked at after every step, on all ranks together.
         max_error_rate: bad pairs a pair seen, over all ranks, that end the run with a ShardError.
+        pairs: of the data set; the rate is judged against at least so many, or ENOUGH.
     """
 
     def __init__(
         self,
-        loader: DataLoader[LoadedBatch],
+        loader: Iterable[LoadedBatch],
         device: torch.device,
         stop: Stop,
         max_error_rate: float,

@@ -16,7 +16,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from clipsmall import build, page
+from clipsmall import page
+from clipsmall.build_data import order
 from clipsmall.config import Config
 from clipsmall.config_reader import read_yaml, refuse, validated
 from clipsmall.evaluation import Encoder
@@ -98,8 +99,8 @@ def gallery(encoder: Encoder, catalog: Catalog, name: str, class_file: str) -> l
 @torch.no_grad()
 def logit_matrix(config: Config, encoder: Encoder, catalog: Catalog, scale: Tensor) -> tuple[Tensor, list[str]]:
     """The first MATRIX pairs of the first global batch: scaled cosines, images down and texts across; captions."""
-    order = build.order(config, catalog)
-    rows = order.rows(0, torch.arange(min(MATRIX, config.data.batch_size)).numpy()).tolist()
+    shuffled = order(config, catalog.sizes)
+    rows = shuffled.rows(0, torch.arange(min(MATRIX, config.data.batch_size)).numpy()).tolist()
     captions = [of_one[0] for of_one in read_texts(catalog, rows=rows).captions]
     images, found = encoder.images(catalog, sorted(rows))
     images = images[[found.tolist().index(row) for row in rows]]
