@@ -2,7 +2,8 @@
 # make test   set up, then lint, types, layers and tests: what CI runs
 PYTHON ?= python3
 BIN := .venv/bin
-DEMO ?= runs/demo
+OBJECTIVE ?= softmax
+DEMO ?= runs/demo-$(OBJECTIVE)
 
 .PHONY: demo test lint bench clean
 
@@ -18,7 +19,8 @@ DEMO ?= runs/demo
 demo: .venv/installed
 	$(BIN)/python -m data_tools.glyphs data/glyphs
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-		clipsmall/train.py --config configs/demo.yaml --out=$(DEMO) --resume=auto
+		clipsmall/train.py --config configs/demo.yaml \
+		--objective.name=$(OBJECTIVE) --out=$(DEMO) --resume=auto
 	$(BIN)/python -m clipsmall.report_page $(DEMO) --open
 
 test: .venv/installed lint

@@ -1,5 +1,6 @@
 """The stream of pairs a rank trains on: counts what was skipped, measures the wait, and ends when asked to."""
 
+import json
 import signal
 import time
 from collections import Counter
@@ -84,6 +85,13 @@ class Feed:
                 f"{bad:.0f} of {seen:.0f} pairs could not be read, over data.max_error_rate={self.max_error_rate}: "
                 f"{self.skips}; find them with: python -m data_tools.check_shards FOLDER --decode"
             )
+
+    def skips_of_all(self) -> Skips:
+        """The skips of all ranks together; every rank must call."""
+        together = Skips()
+        for state in world.gather_bytes(json.dumps(self.state_dict()).encode(), self.device):
+            together.merge(self.read_skips(json.loads(state)))
+        return together
 
     def state_dict(self) -> dict[str, Any]:
         return {"seen": self.skips.seen, "reasons": dict(self.skips.reasons), "examples": self.skips.examples}

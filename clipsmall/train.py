@@ -30,6 +30,7 @@ from clipsmall.feed import Stop
 from clipsmall.optim import check_finite
 from clipsmall.report import Report, truncate_metrics
 from clipsmall.run_folder import RunFolder
+from clipsmall.shards import Skips
 from clipsmall.state import RunState
 
 Job = Callable[[Progress, dict[str, Tensor]], None]
@@ -90,10 +91,11 @@ def run(config: Config, stop: Stop) -> int:
     save(state.progress, {})
     if not state.feed.stopped:
         evaluate(state.progress, {})
+    skips = state.feed.skips_of_all()
     report.close()
     accelerator.end_training()
     if accelerator.is_main_process:
-        summarise(state, folder)
+        summarise(state, skips, folder)
     return 128 + (stop.signal or signal.SIGTERM) if state.feed.stopped else 0
 
 
@@ -109,10 +111,10 @@ def describe(config: Config, state: RunState) -> None:
     )
 
 
-def summarise(state: RunState, folder: RunFolder) -> None:
+def summarise(state: RunState, skips: Skips, folder: RunFolder) -> None:
     """The closing lines: how far, what was skipped, where the results are."""
-    if state.feed.skips.total:
-        print(f"skipped on this rank: {state.feed.skips}", file=sys.stderr)
+    if skips.total:
+        print(f"replaced by other pairs, as they could not be read: {skips}", file=sys.stderr)
     verb = "stopped; continue with --resume=auto" if state.feed.stopped else "done"
     print(
         f"{verb}: {state.progress.pairs:,} pairs, {state.progress.step} steps; results in {folder.path}",

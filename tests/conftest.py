@@ -26,12 +26,16 @@ def _serve(rank: int, tasks: Any, results: Any) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    os.environ.update(ACCELERATE_USE_CPU="1", GLOO_SOCKET_IFNAME="lo")
+    os.environ.update(ACCELERATE_USE_CPU="1", GLOO_SOCKET_IFNAME="lo", MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
     while (task := tasks.get()) is not None:
         world, store, fn, args = task
         try:
-            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
-            if world > 1:
+            for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+                os.environ.pop(name, None)
+            if world > 1:  # as torchrun says it, for Accelerate
+                os.environ.update(
+                    RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world)
+                )
                 dist.init_process_group(
                     "gloo",
                     init_method=f"file://{store}",

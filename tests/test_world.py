@@ -4,7 +4,9 @@ Seen to fail when: `_AllGather.backward` drops its all_reduce, or returns the fi
 summed instead of averaged over rows; sinkhorn's column sums stay on the rank.
 """
 
+import json
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +19,7 @@ from clipsmall.objectives import OBJECTIVES, USES_BIAS
 from clipsmall.preprocess import ImageSpec
 from clipsmall.small_towers import SmallConfig, SmallTowers
 from clipsmall.towers import DualEncoder
-from tests.shards_for_tests import TOWERS
+from tests.shards_for_tests import TOWERS, config
 
 B = 256
 OPTIONS: dict[str, dict[str, Any]] = {"sinkhorn": {"tolerance": 1e-6}}
@@ -105,3 +107,32 @@ def test_ranks_that_are_not_joined_are_refused(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="train apart"):
         world.check(1)
+
+
+def trained(words: list[str]) -> int:
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    from clipsmall import train
+
+    try:
+        return train.main(words)
+    finally:  # Accelerate's state outlives a run; the next one in this worker has another world
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+        PartialState._reset_state()
+
+
+def test_eight_ranks_log_the_loss_curve_of_one(ranks: Any, glyphs: Path, tmp_path: Path) -> None:
+    """The whole trainer, float32: 12 steps at one global batch of 64, ranks of 8 pairs against one of 64."""
+    changes = {"data.batch_size": 64, "optim.pairs": 64 * 12, "optim.lr": 1e-2}
+    for name in OBJECTIVES:
+        curves = []
+        for world_size in (1, 8):
+            out = tmp_path / f"{name}{world_size}"
+            words = config(glyphs, out, **changes, **{"objective.name": name})
+            assert ranks(world_size, trained, words) == [0] * world_size
+            rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+            curves.append([row["loss"] for row in rows if "loss" in row])
+        assert len(curves[0]) == 12
+        assert curves[0][-1] < curves[0][0]
+        assert curves[1] == pytest.approx(curves[0], rel=1e-4)

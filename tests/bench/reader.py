@@ -43,7 +43,7 @@ def our_batches(shards: Path, size: int, batch: int, workers: int) -> Iterator[t
     batches = GlobalBatches(catalog, order, ImageTransform(spec), open_clip.SimpleTokenizer(), batch)
     mean, std = (torch.tensor(values).view(3, 1, 1) * 255 for values in (spec.mean, spec.std))
     for pairs, _ in batch_loader(batches, range(1 << 40), workers):
-        yield (pairs.image.float() - mean) / std, pairs.text
+        yield pairs.image.float().sub_(mean).div_(std), pairs.text
 
 
 def their_batches(shards: Path, size: int, batch: int, workers: int) -> Iterator[tuple[Any, Any]]:
