@@ -2,7 +2,13 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+Shards = Annotated[
+    list[str],
+    BeforeValidator(lambda given: [given] if isinstance(given, str) else given),
+    Field(min_length=1, description="folders, globs or brace lists of tar shards"),
+]
 
 
 class Section(BaseModel):
@@ -23,7 +29,7 @@ class Model(Section):
 
 
 class Data(Section):
-    train: list[str] = Field(min_length=1, description="folders, globs or brace lists of tar shards")
+    train: Shards
     batch_size: int = Field(256, ge=2, description="pairs of one step over all ranks")
     workers: int = Field(1, ge=0, description="loader processes a rank; never changes the order")
     shuffle_window: int = Field(65_536, ge=0, description="pairs shuffled together; 0 = as they lie")
@@ -65,7 +71,7 @@ class Run(Section):
 
 class ZeroShot(Section):
     name: str = Field(description="of the result")
-    data: list[str] = Field(min_length=1, description="shards")
+    data: Shards
     classes: str = Field("captions", description="imagenet, captions, labels, or a file with a class a line")
     templates: str = Field("plain", description="plain, simple, openai, or a file of lines with {c}")
     label: str = Field("", description="json field of a pair's class; default: .cls member, else its caption")
@@ -73,7 +79,7 @@ class ZeroShot(Section):
 
 class Retrieval(Section):
     name: str = Field(description="of the result")
-    data: list[str] = Field(min_length=1, description="shards")
+    data: Shards
 
 
 class Evaluate(Section):

@@ -77,12 +77,12 @@ class Feed:
 
     def _agree(self) -> None:
         """Every rank learns whether one was told to stop, and how many bad pairs all have met."""
-        mine = torch.tensor([int(self.stop.signal), self.skips.total, self.skips.seen], device=self.device)
-        told, bad, seen = (world.mean(mine.double()) * world.size()).tolist()
+        mine = torch.tensor([self.stop.signal, self.skips.total, self.skips.seen], device=self.device)
+        told, bad, seen = world.total(mine).tolist()
         self.stopped = told > 0
         if bad > self.max_error_rate * max(seen, self.enough):
             raise ShardError(
-                f"{bad:.0f} of {seen:.0f} pairs could not be read, over data.max_error_rate={self.max_error_rate}: "
+                f"{bad} of {seen} pairs could not be read, over data.max_error_rate={self.max_error_rate}: "
                 f"{self.skips}; find them with: python -m data_tools.check_shards FOLDER --decode"
             )
 

@@ -19,20 +19,6 @@ from clipsmall.feed import Feed
 LINE_EVERY = 15.0  # seconds between lines in a log file
 
 
-def truncate_metrics(path: Path, step: int) -> None:
-    """Drop the lines of steps after `step`, so that a resumed run's log is that of an uninterrupted one."""
-    if path.exists():
-        kept = [line for line in path.read_text().splitlines() if _step(line) <= step]
-        path.write_text("".join(f"{line}\n" for line in kept))
-
-
-def _step(line: str) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except (json.JSONDecodeError, KeyError):  # a line cut by a kill
-        return math.inf
-
-
 class Report:
     """A job: `report(progress, losses)` every few steps. Only the main rank writes, every rank must call.
 
@@ -58,7 +44,7 @@ class Report:
     def __call__(self, progress: Progress, losses: dict[str, Tensor]) -> None:
         now, (then, pairs, waited) = time.perf_counter(), self._mark
         names = sorted(losses)
-        means = world.mean(torch.stack([losses[name].detach().double().to(losses["loss"].device) for name in names]))
+        means = world.mean(torch.stack([losses[name].detach().float().to(losses["loss"].device) for name in names]))
         row = {
             "step": progress.step,
             "pairs": progress.pairs,

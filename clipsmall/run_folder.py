@@ -2,9 +2,11 @@
 
 import fcntl
 import json
+import math
 import platform
 import shlex
 import sys
+import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -33,6 +35,13 @@ def versions() -> dict[str, str]:
     return found
 
 
+def _step(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (json.JSONDecodeError, KeyError):  # a line cut by a kill
+        return math.inf
+
+
 class RunFolder:
     """Paths of a run's results.
 
@@ -50,8 +59,11 @@ class RunFolder:
         if not resume and (self.path / "run.yaml").exists():
             raise ValueError(f"{self.path}: holds a run already; continue it with --resume=auto, or give another --out")
 
-    def claim(self, config: str) -> None:
-        """Make the folder, lock it, and write run.yaml, command.txt and env.json.
+    def claim(self, config: str, step: int) -> None:
+        """Make the folder, lock it, write run.yaml, command.txt and env.json, and take back what came after `step`.
+
+        A resumed run's log is then that of an uninterrupted one, and its checkpoints are the newest: later ones
+        (broken, or left behind on purpose by naming an earlier one) are renamed, not deleted.
 
         Raises:
             ValueError: the folder cannot be written, or another run is using it.
@@ -67,6 +79,14 @@ class RunFolder:
             raise ValueError(f"{self.path}: another run is writing here; wait for it, or give another --out") from None
         except OSError:  # some network file systems know no locks
             pass
+        if self.metrics.exists():
+            kept = [line for line in self.metrics.read_text().splitlines() if _step(line) <= step]
+            self.metrics.write_text("".join(f"{line}\n" for line in kept))
+        for folder in self.checkpoints.glob("step_*"):
+            if int(folder.name.removeprefix("step_")) > step:
+                aside = folder.with_name(f"aside_{folder.name}_{time.time_ns()}")
+                folder.rename(aside)
+                print(f"note: {folder.name} is later than step {step}; kept as {aside.name}", file=sys.stderr)
         (self.path / "run.yaml").write_text(config, encoding="utf-8")
         (self.path / "command.txt").write_text(shlex.join(sys.argv) + "\n", encoding="utf-8")
         (self.path / "env.json").write_text(json.dumps(versions(), indent=2) + "\n", encoding="utf-8")

@@ -99,10 +99,15 @@ def logsumexp(x: Tensor) -> Tensor:
 
 def mean(x: Tensor) -> Tensor:
     """The mean over ranks of a detached tensor, the same on every rank."""
+    return total(x) / size()
+
+
+def total(x: Tensor) -> Tensor:
+    """The sum over ranks, the same on every rank."""
     x = x.detach().clone()
     if size() > 1:
         dist.all_reduce(x)
-    return x / size()
+    return x
 
 
 def maximum(x: Tensor) -> Tensor:
@@ -111,11 +116,6 @@ def maximum(x: Tensor) -> Tensor:
     if size() > 1:
         dist.all_reduce(x, dist.ReduceOp.MAX)
     return x
-
-
-def any_rank(flag: bool, device: torch.device) -> bool:
-    """True on every rank as soon as it is true on one: all ranks leave a loop at the same step."""
-    return bool(maximum(torch.tensor([int(flag)], device=device)).item())
 
 
 def gather_bytes(data: bytes, device: torch.device) -> list[bytes]:

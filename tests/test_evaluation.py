@@ -1,7 +1,7 @@
 """Tests of the evaluations against open_clip's own, against counting by hand, and on several ranks.
 
 Seen to fail when: prompts are averaged before they are normalised; `hits` counts ties as hits or as misses; `scores`
-multiplies in float32 (equal features in a one-row block differ); `_mine` deals rows padded to the ranks; a broken
+multiplies in float32 (equal features in a one-row block differ); every rank encodes every batch; a broken
 image stays in with zeros; `relevance` keeps equal captions apart; recall divides by captions instead of queries.
 """
 

@@ -170,10 +170,10 @@ def test_sinkhorn_refuses_columns_that_are_not_the_batch() -> None:
         sinkhorn(e, wide)
 
 
-@pytest.mark.parametrize("bias", [-math.log(255), -10.0])
+@pytest.mark.parametrize("bias", [-math.log(255), 0.0])
 def test_sigmoid_at_the_start_pulls_like_softmax(bias: float) -> None:
-    """facts: at equal features softmax and sigmoid(b = −log(B−1)) have one gradient; −10 has another norm."""
+    """At nearly equal logits the bias −log(B − 1) gives softmax's gradient; with none, negatives swamp the pull."""
     e = embeddings(256, noise=30.0, scale=0.1, bias=bias)
     ours, theirs = (torch.autograd.grad(f(e, e)["loss"], [e.image])[0] for f in (sigmoid, softmax))
     ratio: Any = ours.norm() / theirs.norm()
-    assert (abs(ratio - 1) < 0.02) == (bias > -6)
+    assert (abs(ratio - 1) < 0.02) == (bias < -5)

@@ -1,8 +1,8 @@
 """Tests of towers against the libraries they come from: features, tokens, preprocessing, gradients, and their files.
 
-Seen to fail when: `encode_image` forgets the std; `from_open_clip` or `_hf_image_spec` takes another resize or mean;
-`HFTowers.text` passes no ids of the padding; `save` leaves out an open_clip model's HF tokenizer; `taken_over` leaves
-logit_scale in the library's model; the clamp moves into forward.
+Seen to fail when: `encode_image` forgets the std; a folder's resize, interpolation or crop is not taken over; HF
+weights stay in their file's dtype, or captions are cut one token early; `save` leaves out an open_clip model's HF
+tokenizer; `taken_over` leaves logit_scale in the library's model; the clamp moves into forward.
 """
 
 import json
@@ -231,7 +231,7 @@ def test_pixels_are_those_of_open_clips_validation_transform(found: dict[str, An
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("preprocess", PREPROCESSING[:2], ids=lambda found: found["resize_mode"])
+@pytest.mark.parametrize("preprocess", PREPROCESSING, ids=lambda f: f"{f['resize_mode']}-{f['interpolation']}")
 def test_an_open_clip_folder_brings_weights_scale_and_preprocessing(preprocess: dict[str, Any], tmp_path: Path) -> None:
     theirs = write_open_clip_folder(tmp_path / "model", preprocess)
     loaded = load_towers(str(tmp_path / "model"), "", no_captions)

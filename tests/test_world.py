@@ -93,13 +93,13 @@ def test_logsumexp_over_ranks_is_that_of_all_rows(ranks: Any) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-14, atol=0)
 
 
-def told() -> tuple[bool, bool]:
-    cpu = torch.device("cpu")
-    return world.any_rank(world.rank() == 2, cpu), world.any_rank(False, cpu)
+def reduced() -> tuple[int, int, float]:
+    mine = torch.tensor(world.rank())
+    return world.total(mine).item(), world.maximum(mine).item(), world.mean(mine.double()).item()
 
 
-def test_one_rank_tells_all(ranks: Any) -> None:
-    assert ranks(4, told) == [(True, False)] * 4
+def test_reductions_are_the_same_on_every_rank(ranks: Any) -> None:
+    assert ranks(4, reduced) == [(6, 3, 1.5)] * 4
 
 
 def test_ranks_that_are_not_joined_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,9 @@
 Same shards, batch size, workers, picture size, interpolation and tokenizer (open_clip's `SimpleTokenizer`). Ours
 delivers uint8, which the model normalises, so the normalisation of every batch to float32 is within our timed
 loop. A round times N pairs after a warm-up of N / 4; the sides take turns, round for round, each in a process of
-its own that lives through all rounds, and the first round of each is thrown away: it fills the page cache.
+its own that lives through all rounds, and the first round of each is thrown away: it fills the page cache. Both
+run with OMP_NUM_THREADS=1, as loader workers do: on shared cores OpenMP's threads wait for one another by spinning
+(900 pairs/s became 100 beside one busy neighbour).
 
 open_clip_train 3.3.0 does not run on webdataset 1.0 (its `group_by_keys_nothrow` meets the end-of-shard marker
 that 1.0 sends, and dies of a KeyError), so its side runs in `.venv-bench`: made on first use, it holds the
@@ -14,6 +16,7 @@ webdataset 0.2.86 that open_clip pins, and finds everything else in the environm
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import sysconfig
@@ -123,6 +126,7 @@ class Side:
         self.process = subprocess.Popen(
             [python, "-m", "tests.bench.reader", "--serve", name],
             cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

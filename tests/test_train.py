@@ -1,0 +1,159 @@
+"""The trainer as a user meets it: launchers, trackers, streams, bad pairs, NaN, and the page at the end."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from clipsmall import report_page, train
+from clipsmall.objectives import OBJECTIVES, softmax
+from tests.shards_for_tests import config
+from tests.test_reader import damaged
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def rows(out: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_learns_and_evaluates(glyphs: Path, tmp_path: Path, name: str) -> None:
+    data, names = glyphs / "train", glyphs / "classnames.txt"
+    changes = {
+        "objective.name": name,
+        "optim.pairs": 32 * 150,
+        "optim.lr": 5e-3,
+        "run.log_every": 5,
+        "run.evaluate_every": 100,
+        "evaluate.zero_shot": f"[{{name: train, data: [{data}], classes: {names}}}]",
+        "evaluate.retrieval": f"[{{name: train, data: [{data}]}}]",
+    }
+    out = tmp_path / "run"
+    assert train.main(config(glyphs, out, **changes)) == 0
+    logged = rows(out)
+    trained = [row for row in logged if "loss" in row]
+    assert trained[-1]["loss"] < 0.7 * trained[0]["loss"]
+    assert {"lr", "logit_scale", "pairs_per_second", "data_wait", "chance", "grad_norm"} <= set(trained[0])
+    assert trained[0]["effective_negatives"] == 31
+    assert (trained[-1]["logit_bias"] != trained[0]["logit_bias"]) == (name == "sigmoid")
+    measured = [row for row in logged if "train/acc1" in row]
+    assert [row["step"] for row in measured] == [100, 150]
+    assert measured[-1]["train/acc1"] > 10 * measured[-1]["train/acc1/chance"]
+    cell = json.loads(next((out / "eval").glob("train_*_zeroshot_classification.json")).read_text())
+    assert cell["metrics"]["acc1"] == measured[-1]["train/acc1"]
+    assert yaml.safe_load((out / "run.yaml").read_text())["objective"]["name"] == name
+
+
+def test_the_page_of_a_run(glyphs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    test = f"[{{name: unseen face, data: [{glyphs / 'test'}], classes: {glyphs / 'classnames.txt'}}}]"
+    assert train.main(config(glyphs, out, **{"evaluate.zero_shot": test})) == 0
+    assert report_page.main([str(out)]) == 0
+    assert str(out / "report.html") in capsys.readouterr().out
+    page = (out / "report.html").read_text()
+    for needed in ("unseen face", "acc1", "latin capital letter", "data:image", "softmax", "classnames.txt"):
+        assert needed in page, needed
+    with pytest.raises(SystemExit) as left:
+        report_page.main([str(tmp_path)])
+    assert left.value.code == 2
+
+
+@pytest.mark.parametrize("launcher", ["accelerate", "python"])
+def test_it_starts_from_anywhere_without_any_set_up(glyphs: Path, tmp_path: Path, launcher: str) -> None:
+    """From another folder, with a space in the path, no accelerate config file, and not as an installed package."""
+    place, out = tmp_path / "a b", tmp_path / "run"
+    shutil.copytree(ROOT / "clipsmall", place / "clipsmall", ignore=shutil.ignore_patterns("__pycache__"))
+    script = [str(place / "clipsmall" / "train.py"), *config(glyphs, out)]
+    start = ["-m", "accelerate.commands.launch", "--num_processes", "1"] if launcher == "accelerate" else []
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "empty")}
+    done = subprocess.run(
+        [sys.executable, *start, *script], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(rows(out)) == 24
+    assert "done: 768 pairs, 24 steps" in done.stderr
+
+
+def test_bad_pairs_are_counted_to_the_end_and_over_the_rate_stop_the_run(
+    glyphs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = damaged(glyphs, tmp_path / "bad", [5, 77, 205])
+    words = {"data.train": f"[{data}]"}
+    assert train.main(config(glyphs, tmp_path / "few", **words, **{"data.max_error_rate": 0.2})) == 0
+    said = capsys.readouterr().err
+    assert "replaced by other pairs" in said
+    assert "x not an image (e.g." in said
+    assert rows(tmp_path / "few")[-1]["skipped"] > 0
+    with pytest.raises(SystemExit) as left:
+        train.main(config(glyphs, tmp_path / "many", **words, **{"data.max_error_rate": 0.005}))
+    assert left.value.code == 2
+    assert "over data.max_error_rate=0.005" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_no_number_stops_before_the_weights(
+    glyphs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls = iter(range(100))
+
+    def breaks(rows, columns, **options):  # type: ignore[no-untyped-def]
+        found = softmax(rows, columns, **options)
+        return {**found, "loss": found["loss"] * (float("nan") if next(calls) == 7 else 1.0)}
+
+    monkeypatch.setitem(OBJECTIVES, "softmax", breaks)
+    with pytest.raises(SystemExit) as left:
+        train.main(config(glyphs, tmp_path / "run"))
+    assert left.value.code == 2
+    said = capsys.readouterr().err
+    assert "not finite" in said
+    assert "index [" in said
+    assert rows(tmp_path / "run")[-1]["step"] == 7
+
+
+def test_a_stream_trains_and_says_what_it_does_not_promise(glyphs: Path, tmp_path: Path) -> None:
+    towers = {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": 16, "layers": 1, "width": 64, "patch_size": 8},
+        "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+    }
+    (tmp_path / "tiny-stream.json").write_text(json.dumps(towers))
+    changes = {"data.streaming": True, "model.name": str(tmp_path / "tiny-stream.json"), "optim.pairs": 32 * 6}
+    with pytest.warns(UserWarning, match="not exactly"):
+        assert train.main(config(glyphs, tmp_path / "run", **changes)) == 0
+    assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_tensorboard_gets_the_numbers(glyphs: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out = tmp_path / "run"
+    assert train.main(config(glyphs, out, **{"run.trackers": "[tensorboard]", "optim.pairs": 32 * 3})) == 0
+    events = EventAccumulator(str(next(out.rglob("events.out.tfevents.*")).parent)).Reload()
+    assert [e.step for e in events.Scalars("loss")] == [1, 2, 3]
+    assert events.Scalars("loss")[2].value == pytest.approx(rows(out)[2]["loss"])
+
+
+def test_bf16_trains_and_fp16_on_a_cpu_is_refused(
+    glyphs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(True)  # precision is fixed once a process
+    assert train.main(config(glyphs, tmp_path / "bf16", **{"run.precision": "bf16", "optim.pairs": 32 * 10})) == 0
+    losses = [row["loss"] for row in rows(tmp_path / "bf16")]
+    assert losses[-1] < losses[0]
+    AcceleratorState._reset_state(True)
+    if not torch.cuda.is_available():
+        with pytest.raises(SystemExit) as left:
+            train.main(config(glyphs, tmp_path / "fp16", **{"run.precision": "fp16"}))
+        assert left.value.code == 2
+        assert "needs a GPU" in capsys.readouterr().err
+        assert not (tmp_path / "fp16").exists()
+        AcceleratorState._reset_state(True)
