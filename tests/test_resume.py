@@ -6,6 +6,7 @@ not cut back; a checkpoint is renamed before its manifest is written.
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -14,12 +15,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from clipsmall import checkpoint, train
 from clipsmall.checkpoint import CheckpointError
+from clipsmall.objectives import OBJECTIVES, softmax
 from tests.shards_for_tests import config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -73,6 +76,36 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     assert run(config(glyphs, out, **changes)) == 0
     assert losses(out) == losses(whole)
     same_state(last(out), last(whole))
+
+
+def test_random_numbers_go_on_where_they_were(glyphs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An objective that draws from every generator, as dropout does."""
+
+    def noisy(rows: Any, columns: Any, **options: Any) -> dict[str, torch.Tensor]:
+        drawn = random.random() + np.random.rand()
+        image = torch.nn.functional.dropout(rows.image, 0.2) * (1 + 0.01 * drawn)
+        return softmax(rows._replace(image=image), columns, **options)
+
+    monkeypatch.setitem(OBJECTIVES, "softmax", noisy)
+    out = tmp_path / "run"
+    assert run(config(glyphs, out, **{"optim.pairs": 32 * 12})) == 0
+    straight = losses(out)
+    shutil.rmtree(out / "checkpoints" / "step_00000012")
+    shutil.rmtree(out / "checkpoints" / "step_00000010")
+    torch.rand(7)  # whatever happened in between
+    assert run(config(glyphs, out, **{"optim.pairs": 32 * 12, "resume": "auto"})) == 0
+    assert losses(out) == straight
+
+
+def test_an_earlier_checkpoint_named_sets_later_ones_aside(whole: Path, glyphs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    words = {"data.crop_scale": 0.8, "resume": str(out / "checkpoints" / "step_00000010"), "run.keep_checkpoints": 2}
+    assert run(config(glyphs, out, **words)) == 0
+    assert losses(out) == losses(whole)
+    kept = sorted(folder.name for folder in (out / "checkpoints").iterdir())
+    assert [name for name in kept if name.startswith("step_")] == ["step_00000020", "step_00000024"]
+    assert len([name for name in kept if name.startswith("aside_step_")]) == 3
 
 
 def command(words: list[str], ranks: int = 0) -> list[str]:
@@ -288,10 +321,6 @@ def test_a_payload_in_a_checkpoint_is_not_run(whole: Path, tmp_path: Path) -> No
 
 
 def test_a_generator_survives_its_json() -> None:
-    import random
-
-    import numpy as np
-
     state = json.loads(json.dumps(checkpoint.random_state(torch.device("cpu"))))
     drawn = (torch.rand(3).tolist(), random.random(), np.random.rand())
     checkpoint.set_random_state(state, torch.device("cpu"))

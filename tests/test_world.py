@@ -22,7 +22,7 @@ from clipsmall.towers import DualEncoder
 from tests.shards_for_tests import TOWERS, config
 
 B = 256
-OPTIONS: dict[str, dict[str, Any]] = {"sinkhorn": {"tolerance": 1e-6}}
+OPTIONS: dict[str, dict[str, Any]] = {"sinkhorn": {"iterations": 500, "tolerance": 1e-6}}  # stops by itself
 
 
 def global_batch() -> Pairs:
