@@ -1,6 +1,5 @@
 """Config -> the training data: indexed local shards in an exact order, or a stream without one."""
 
-import json
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Protocol
@@ -16,6 +15,7 @@ from clipsmall.shards import (
     StreamedBatches,
     batch_loader,
     captions_of,
+    fields_of,
     open_catalog,
     stream_loader,
 )
@@ -57,7 +57,7 @@ class IndexedData:
     def captions(self) -> Iterator[str]:
         for row in range(self.pairs):
             members = self.catalog.read(row)
-            yield from captions_of(members.text, json.loads(members.json) if members.json else {})
+            yield from captions_of(members.text, fields_of(members.json))
 
     def batches(self, loaded: Loaded, progress: Progress, pin: bool) -> Iterable[LoadedBatch]:
         config = self.config

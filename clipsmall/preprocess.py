@@ -13,6 +13,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 MAX_PIXELS = 89_478_485  # Pillow's own limit: a quarter GiB of RGB
+MAX_ASPECT = 50  # 1×20,000 pixels scaled to a short side of 224 would take 5 GB
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -55,6 +56,8 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise BadImage("not an image") from None
     if image.width * image.height > max_pixels:
         raise BadImage("too many pixels")
+    if max(image.size) > MAX_ASPECT * min(image.size):
+        raise BadImage(f"over {MAX_ASPECT} times as long as wide")
     try:
         image.load()
     except Exception:

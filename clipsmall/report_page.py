@@ -28,7 +28,23 @@ from clipsmall.saved_model import load_model
 from clipsmall.shards import Catalog, caption_hash, open_catalog
 from clipsmall.shards.order import permutation
 
-QUERIES, ANSWERS, CANDIDATES, MATRIX = 8, 6, 10_000, 64
+QUERIES, ANSWERS, CANDIDATES, MATRIX = 8, 5, 10_000, 64
+TABLES: list[tuple[str, str, list[str], list[str], dict[str, str]]] = [
+    (
+        "Zero-shot classification",
+        "zeroshot_classification",
+        ["acc1", "acc5", "mean_per_class_recall"],
+        ["images", "classes"],
+        {"": ""},
+    ),
+    (
+        "Retrieval",
+        "zeroshot_retrieval",
+        ["recall@1", "recall@5", "recall@10"],
+        ["images", "captions"],
+        {"image_retrieval_": "caption finds image", "text_retrieval_": "image finds caption"},
+    ),
+]
 
 
 def metrics(folder: RunFolder) -> pd.DataFrame:
@@ -38,28 +54,28 @@ def metrics(folder: RunFolder) -> pd.DataFrame:
     return pd.read_json(folder.metrics, lines=True)
 
 
-def result_tables(folder: RunFolder) -> list[page.Table]:
-    """One table a task from the JSON cells, each metric beside its chance level."""
-    cells = [json.loads(path.read_text()) for path in sorted(folder.evaluations.glob("*.json"))]
-    tables = []
-    for task, title in (("zeroshot_classification", "Zero-shot classification"), ("zeroshot_retrieval", "Retrieval")):
-        of_task = [cell for cell in cells if cell["task"] == task]
-        names = list(dict.fromkeys(name for cell in of_task for name in cell["metrics"]))
-        guessed = [name for name in names if any(name in cell["chance"] for cell in of_task)]
-        counts = list(dict.fromkeys(name for cell in of_task for name in cell["counts"]))
-        columns = ["data", *counts]
-        for name in names:
-            columns += [name, f"chance of {name}"] if name in guessed else [name]
+def result_tables(folder: RunFolder, names: list[str]) -> list[page.Table]:
+    """The JSON cells as a table a task, each metric beside its chance level, data sets in the order of `names`."""
+    cells = [json.loads(path.read_text()) for path in folder.evaluations.glob("*.json")]
+    cells.sort(key=lambda cell: names.index(cell["dataset"]) if cell["dataset"] in names else len(names))
+    note = "Shares of right answers, beside those of a guess."
+    found = []
+    for title, task, metrics, counts, prefixes in TABLES:
+        columns = ["data", *(["query"] if len(prefixes) > 1 else []), *counts]
+        for metric in metrics:
+            columns += [metric, f"chance of {metric}"] if metric != "mean_per_class_recall" else [metric]
         rows = []
-        for cell in of_task:
-            row: list[Any] = [cell["dataset"], *(cell["counts"].get(name) for name in counts)]
-            for name in names:
-                row.append(cell["metrics"].get(name))
-                row += [cell["chance"].get(name)] if name in guessed else []
-            rows.append(row)
+        for cell in cells:
+            for prefix, query in prefixes.items() if cell["task"] == task else ():
+                row: list[Any] = [cell["dataset"], *([query] if query else [])]
+                row += [cell["counts"].get(name) for name in counts]
+                for name in columns[len(row) :]:
+                    source = cell["chance" if name.startswith("chance of ") else "metrics"]
+                    row.append(source.get(prefix + name.removeprefix("chance of ")))
+                rows.append(row)
         if rows:
-            tables.append(page.Table(title, "Shares of right answers, beside those of a guess.", columns, rows))
-    return tables
+            found.append(page.Table(title, note, columns, rows))
+    return found
 
 
 def gallery(encoder: Encoder, catalog: Catalog, name: str, class_file: str) -> list[page.Query]:
@@ -126,6 +142,7 @@ def report(folder: RunFolder) -> page.Report:
     trained = table.dropna(subset="loss") if "loss" in table else table
     last = trained.iloc[-1]
     seconds = (trained["pairs"].diff() / trained["pairs_per_second"]).sum()
+    names = [z.name for z in config.evaluate.zero_shot] + [r.name for r in config.evaluate.retrieval]
     return page.Report(
         title=f"{folder.path.name}: {config.objective.name} at batch {config.data.batch_size}",
         subtitle=f"{int(last['pairs']):,} pairs seen from {', '.join(config.data.train)}",
@@ -140,7 +157,7 @@ def report(folder: RunFolder) -> page.Report:
             ("logit scale", f"{last['logit_scale']:.1f}"),
         ],
         metrics=table,
-        tables=result_tables(folder),
+        tables=result_tables(folder, names),
         gallery=queries,
         matrix=matrix.numpy(),
         matrix_labels=labels,

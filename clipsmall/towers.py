@@ -46,7 +46,7 @@ class DualEncoder(nn.Module):
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) uint8 -> (B, D) unit rows, at least float32."""
-        return unit(self.towers.image((pixels.to(self.mean.dtype) - self.mean) / self.std))
+        return unit(self.towers.image(torch.sub(pixels, self.mean).div_(self.std)))
 
     def encode_text(self, ids: Tensor) -> Tensor:
         """(B, L) token ids -> (B, D) unit rows, at least float32."""

@@ -11,11 +11,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clipsmall.preprocess import ImageSpec, ImageTransform
-from clipsmall.shards import GlobalBatches, Order, ShardError, batch_loader, index_path, open_catalog
+from clipsmall.shards import (
+    GlobalBatches,
+    Order,
+    ShardError,
+    batch_loader,
+    build_index,
+    index_path,
+    open_catalog,
+    write_index,
+)
 from clipsmall.shards.order import permutation
 from clipsmall.small_towers import SmallText, WordTokenizer
 from data_tools.shard_writer import Sample, write_shard
@@ -144,6 +154,31 @@ def test_a_set_of_bad_pairs_ends_with_a_word(glyphs: Path, tmp_path: Path) -> No
     folder = damaged(glyphs, tmp_path / "bad", list(range(300)))
     with pytest.raises(ShardError, match="check_shards --decode"):
         batches(folder)[0]
+
+
+@pytest.mark.parametrize(
+    ("record", "status"),
+    [
+        (b'{"index": %s}' % (b"9" * 5_000), "broken json"),  # more digits than Python reads
+        (b"[" * 50_000, "broken json"),
+        (b'{"captions": ["\\ud800 a"]}', ""),  # half a surrogate pair
+        (b'["no", "object"]', ""),
+        (b'{"index": 99999999999999999999}', ""),
+        (b'{"captions": [" "]}', "empty caption"),
+    ],
+)
+def test_hostile_json_has_a_status_and_what_is_good_can_be_read(
+    glyphs: Path, tmp_path: Path, record: bytes, status: str
+) -> None:
+    image = open_catalog(str(glyphs / "train")).read(0).image
+    shard = tmp_path / "00000.tar"
+    with webdataset.TarWriter(str(shard), encoder=False) as tar:
+        for key in range(4):
+            tar.write({"__key__": f"{key:04d}", "png": image, "txt": b"a caption", "json": record})
+    write_index(shard, table := build_index(shard))
+    assert table["status"].to_pylist() == [status] * 4
+    if not status:
+        assert batches(tmp_path, size=4)[0].pairs.index.tolist() != []
 
 
 def test_a_shard_that_changed_is_refused(glyphs: Path, tmp_path: Path) -> None:

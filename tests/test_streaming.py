@@ -138,7 +138,7 @@ def test_bad_members_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             ("latin.png", white),
             ("latin.txt", "café".encode("latin-1")),
             ("surrogate.png", white),
-            ("surrogate.json", rb'{"captions": ["\ud800 1"]}'),
+            ("surrogate.json", rb'{"captions": ["white \ud800 1"]}'),
             ("long.png", white),
             ("long.txt", b"white " * 200_000),
             ("deep.png", white),

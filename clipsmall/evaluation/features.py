@@ -1,6 +1,5 @@
 """Features of a whole data set: each rank encodes its batches, every rank gets all rows, none twice."""
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,7 @@ from tqdm import tqdm
 
 from clipsmall import world
 from clipsmall.preprocess import BadImage, ImageTransform
-from clipsmall.shards import Catalog, captions_of
+from clipsmall.shards import Catalog, captions_of, fields_of
 from clipsmall.towers import DualEncoder
 
 
@@ -129,7 +128,7 @@ def read_texts(catalog: Catalog, label: str = "", rows: Sequence[int] | None = N
     captions, labels = [], list[str | int]()
     for row in range(len(catalog)) if rows is None else rows:
         members = catalog.read(row)
-        fields = json.loads(members.json) if members.json else {}
+        fields = fields_of(members.json)
         captions.append(captions_of(members.text, fields))
         if label and label not in fields:
             raise ValueError(f"{catalog.name(row)}: its json has no field {label!r}; it has {', '.join(fields)}")

@@ -1,11 +1,10 @@
 """WebDataset shards on local disk: an index for random access, an order, and decoded global batches."""
 
+from clipsmall.shards.captions import caption_hash, captions_of, fields_of
 from clipsmall.shards.catalog import Catalog, open_catalog, shard_paths
 from clipsmall.shards.index import (
     ShardError,
     build_index,
-    caption_hash,
-    captions_of,
     index_path,
     read_index,
     write_index,
@@ -26,6 +25,7 @@ __all__ = [
     "build_index",
     "caption_hash",
     "captions_of",
+    "fields_of",
     "index_path",
     "open_catalog",
     "read_index",

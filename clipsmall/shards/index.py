@@ -8,13 +8,14 @@ import hashlib
 import json
 import os
 import tarfile
-import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from clipsmall.shards.captions import caption_hash, captions_of, fields_of
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "avif", "gif", "bmp", "tif", "tiff")
 VERSION = 1
@@ -49,29 +50,6 @@ class Member(NamedTuple):
     name: str
     offset: int  # of the data, in the tar
     size: int  # bytes
-
-
-def caption_hash(caption: str) -> int:
-    """Signed 64-bit hash of a caption, blind to letter case, white space and Unicode form."""
-    plain = " ".join(unicodedata.normalize("NFKC", caption).casefold().split())
-    return int.from_bytes(hashlib.blake2b(plain.encode(), digest_size=8).digest(), "little", signed=True)
-
-
-def captions_of(text: bytes, fields: dict[str, Any]) -> list[str]:
-    """The captions of a sample, from its `.txt` and its parsed `.json`; blank ones are dropped.
-
-    `captions` in the json wins; a json with `caption` marks img2dataset's layout, whose `.txt` (or, without one,
-    that field) is one caption; any other `.txt` holds one caption a line, as in CLIP_benchmark's retrieval sets.
-
-    Raises:
-        UnicodeDecodeError: the `.txt` is not UTF-8.
-    """
-    if isinstance(listed := fields.get("captions"), list):
-        found = [str(caption) for caption in listed]
-    else:
-        whole = text.decode("utf-8")
-        found = [whole or str(fields["caption"] or "")] if "caption" in fields else whole.splitlines()
-    return [cleaned for caption in found if (cleaned := " ".join(caption.replace("\0", " ").split()))]
 
 
 def index_path(shard: Path) -> Path:
@@ -135,21 +113,20 @@ def _row(key: str, group: dict[str, Member], read: Any) -> dict[str, Any]:
         status = "caption or json over 1 MiB"
     else:
         try:
-            parsed = json.loads(read(record)) if record.size else {}
-            fields = parsed if isinstance(parsed, dict) else {}
+            fields = fields_of(read(record) if record.size else b"")
             captions = captions_of(read(text) if text.size > 0 else b"", fields)
             if not captions:
                 status = "no caption" if text.offset < 0 else "empty caption"
         except UnicodeDecodeError:
             status = "caption is not UTF-8"
-        except (json.JSONDecodeError, RecursionError):  # the latter from hostile nesting
+        except (ValueError, RecursionError):
             status = "broken json"
     if image.size == 0:
         status = "no image"
     number = fields.get("index", -1)
     return {
         "key": key,
-        "index": number if isinstance(number, int) else -1,
+        "index": number if isinstance(number, int) and 0 <= number < 2**63 else -1,
         "image_offset": image.offset,
         "image_size": image.size,
         "image_suffix": suffix,

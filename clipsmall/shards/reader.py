@@ -1,6 +1,5 @@
 """Global batches from shards: the same ones for any number of ranks and workers, resumed at any batch."""
 
-import json
 import os
 import signal
 from collections import Counter
@@ -15,8 +14,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from clipsmall.batch import Pairs
 from clipsmall.preprocess import BadImage, ImageTransform
+from clipsmall.shards.captions import caption_hash, captions_of, fields_of
 from clipsmall.shards.catalog import Catalog
-from clipsmall.shards.index import ShardError, caption_hash, captions_of
+from clipsmall.shards.index import ShardError
 from clipsmall.shards.order import Order, permutation
 
 READAHEAD = 128 * 1024  # bytes: what Linux reads at most for one WILLNEED advice
@@ -132,7 +132,7 @@ class GlobalBatches(Dataset[LoadedBatch]):
             try:
                 members = self.catalog.read(row)
                 image = self._augmented(members.image, epoch, row)
-                captions = captions_of(members.text, json.loads(members.json) if members.json else {})
+                captions = captions_of(members.text, fields_of(members.json))
                 return image, captions[self._choice(len(captions), epoch, row)], row
             except BadImage as reason:
                 skips.add(str(reason), self.catalog.name(row))

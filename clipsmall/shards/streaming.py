@@ -1,6 +1,5 @@
 """Endless batches streamed from remote or un-indexed shards, drawn with replacement: no index, no exact resume."""
 
-import json
 import random
 import time
 import warnings
@@ -18,7 +17,8 @@ from webdataset.tariterators import group_by_keys
 
 from clipsmall.batch import Pairs
 from clipsmall.preprocess import BadImage, ImageTransform
-from clipsmall.shards.index import IMAGE_SUFFIXES, ShardError, caption_hash, captions_of
+from clipsmall.shards.captions import caption_hash, captions_of, fields_of
+from clipsmall.shards.index import IMAGE_SUFFIXES, ShardError
 from clipsmall.shards.reader import LoadedBatch, Skips, Tokenize, _outlive_the_signal
 from clipsmall.shards.remote import Sample, members, open_shard, shard_urls, shown
 
@@ -164,8 +164,7 @@ class StreamedBatches(IterableDataset[LoadedBatch]):
         if None in (sample.get("txt", b""), sample.get("json", b"")):
             raise BadImage("caption or json over 1 MiB")
         try:
-            parsed = json.loads(sample.get("json") or "{}")
-            captions = captions_of(sample.get("txt", b""), parsed if isinstance(parsed, dict) else {})
+            captions = captions_of(sample.get("txt", b""), fields_of(sample.get("json") or b""))
             caption = rng.choice(captions) if captions else ""
             number = caption_hash(caption)
         except UnicodeError:  # also lone surrogates, which json can spell
