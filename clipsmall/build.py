@@ -33,6 +33,9 @@ def accelerator(config: Config) -> Accelerator:
         project_dir=config.out,
     )
     world.check(made.num_processes)
+    started = {str(tracker) for tracker in made.log_with}
+    if missing := [name for name in config.run.trackers if name not in started]:
+        raise ValueError(f"run.trackers: {missing[0]} is not installed; pip install 'clipsmall[{missing[0]}]'")
     if made.mixed_precision == "fp16" and not gpu:
         raise ValueError("run.precision=fp16 needs a GPU (on a CPU Accelerate trains in fp32 silently); use no or bf16")
     # without including_emulation=False a V100 says yes, and computes at half the speed of fp32

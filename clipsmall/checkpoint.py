@@ -109,6 +109,9 @@ def save(folder: Path, tensors: dict[str, Tensors], state: dict[str, Any], extra
         tensors: file stem -> tensors; empty ones write no file.
         state: JSON.
         extra: writes further files into the folder it is given.
+
+    Raises:
+        CheckpointError: no room, or no right to write; what was there before is untouched.
     """
     temporary = folder.with_name(f".tmp-{os.getpid()}-{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -138,6 +141,10 @@ def save(folder: Path, tensors: dict[str, Tensors], state: dict[str, Any], extra
             shutil.rmtree(folder)
         os.replace(temporary, folder)
         _sync(folder.parent)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{folder}: could not be written ({error}); those before it are whole: make room, then --resume=auto"
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -78,7 +78,7 @@ def run(config: Config, stop: Stop) -> int:
         folder.claim(written(config), state.progress.step)
         describe(config, state)
     world.barrier()
-    accelerator.init_trackers("clipsmall", config={"run": written(config)})
+    start_trackers(accelerator, written(config))
     report = Report(accelerator, folder.metrics, state.model, state.optimizer, state.feed, config.optim.pairs)
     save = build_jobs.save_job(config, state, folder, resumed)
     evaluate = build_jobs.evaluate_job(config, state, report, folder, evaluations)
@@ -99,6 +99,14 @@ def run(config: Config, stop: Stop) -> int:
     if accelerator.is_main_process:
         summarise(state, skips, folder)
     return 128 + (stop.signal or signal.SIGTERM) if state.feed.stopped else 0
+
+
+def start_trackers(accelerator: Accelerator, config: str) -> None:
+    """A tracker that cannot start (no login, no network) costs its curves, not the run: metrics.jsonl has them all."""
+    try:
+        accelerator.init_trackers("clipsmall", config={"run": config})
+    except Exception as error:  # each tracker raises its own
+        print(f"warning: trackers not started ({error}); metrics.jsonl goes on", file=sys.stderr)
 
 
 def describe(config: Config, state: RunState) -> None:

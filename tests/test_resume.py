@@ -298,6 +298,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode != 0
+    assert "make room" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
     checkpoint.verify(tmp_path / "step_00000001")
 

@@ -1,5 +1,6 @@
 """The trainer as a user meets it: launchers, trackers, streams, bad pairs, NaN, and the page at the end."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -138,6 +139,28 @@ def test_tensorboard_gets_the_numbers(glyphs: Path, tmp_path: Path) -> None:
     events = EventAccumulator(str(next(out.rglob("events.out.tfevents.*")).parent)).Reload()
     assert [e.step for e in events.Scalars("loss")] == [1, 2, 3]
     assert events.Scalars("loss")[2].value == pytest.approx(rows(out)[2]["loss"])
+
+
+def test_a_tracker_that_is_not_there_is_named(glyphs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if importlib.util.find_spec("trackio"):
+        pytest.skip("trackio is installed here")
+    with pytest.raises(SystemExit) as left:
+        train.main(config(glyphs, tmp_path / "run", **{"run.trackers": "[trackio]"}))
+    assert left.value.code == 2
+    assert "trackio is not installed" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tracker_that_fails_does_not_end_the_run(
+    glyphs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*arguments: object, **options: object) -> None:
+        raise ConnectionError("no login")
+
+    monkeypatch.setattr("accelerate.Accelerator.init_trackers", fails)
+    assert train.main(config(glyphs, tmp_path / "run", **{"optim.pairs": 32 * 2})) == 0
+    assert "no login" in capsys.readouterr().err
+    assert len(rows(tmp_path / "run")) == 2
 
 
 def test_bf16_trains_and_fp16_on_a_cpu_is_refused(
