@@ -42,7 +42,7 @@ TABLES: list[tuple[str, str, list[str], list[str], dict[str, str]]] = [
         "zeroshot_retrieval",
         ["recall@1", "recall@5", "recall@10"],
         ["images", "captions"],
-        {"image_retrieval_": "caption finds image", "text_retrieval_": "image finds caption"},
+        {"image_retrieval_": "caption → image", "text_retrieval_": "image → caption"},
     ),
 ]
 
