@@ -17,7 +17,6 @@ from clipsmall.shards import (
     captions_of,
     fields_of,
     open_catalog,
-    stream_loader,
 )
 from clipsmall.tower_sources import Loaded
 
@@ -109,7 +108,8 @@ class StreamedData:
         class Remaining:
             def __iter__(self) -> Iterator[LoadedBatch]:
                 dataset.start = progress.step
-                return islice(iter(stream_loader(dataset, config.data.workers, pin=pin)), config.steps - progress.step)
+                loader = batch_loader(dataset, None, config.data.workers, pin=pin)
+                return islice(iter(loader), config.steps - progress.step)
 
         return Remaining()
 

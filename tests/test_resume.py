@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from clipsmall import checkpoint, train
 from clipsmall.checkpoint import CheckpointError
 from clipsmall.objectives import OBJECTIVES, softmax
+from clipsmall.run_folder import RunFolder
 from tests.shards_for_tests import config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -258,6 +259,20 @@ def test_a_used_folder_is_not_overwritten(whole: Path, glyphs: Path, capsys: pyt
     assert left.value.code == 2
     assert "holds a run already" in capsys.readouterr().err
     assert (whole / "metrics.jsonl").read_bytes() == before
+
+
+def test_two_runs_do_not_write_into_one_folder(tmp_path: Path) -> None:
+    first, second = RunFolder(str(tmp_path / "run")), RunFolder(str(tmp_path / "run"))
+    first.claim("seed: 0\n", 0)
+    with pytest.raises(ValueError, match="another run is writing"):
+        second.claim("seed: 1\n", 0)
+    assert (tmp_path / "run" / "run.yaml").read_text() == "seed: 0\n"
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot be written"):
+        RunFolder(str(tmp_path / "file" / "run")).claim("", 0)
 
 
 STAGES = """

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from clipsmall.batch import Pairs
 from clipsmall.preprocess import ImageSpec, ImageTransform
-from clipsmall.shards import LoadedBatch, ShardError, Skips, StreamedBatches, caption_hash, remote, stream_loader
+from clipsmall.shards import LoadedBatch, ShardError, Skips, StreamedBatches, batch_loader, caption_hash, remote
 from tests.shard_samples import pair_members, picture, write_tar
 
 COLOURS = {"red": (255, 0, 0), "lime": (0, 255, 0), "blue": (0, 0, 255), "white": (255, 255, 255)}
@@ -88,7 +88,7 @@ def test_captions_belong_to_their_pictures(shards: Path) -> None:
 
 def test_ranks_and_workers_stream_apart(shards: Path) -> None:
     def flow(rank: int, workers: int) -> list[Pairs]:
-        loader = stream_loader(streamed(shards, rank, 2, batch=16), workers)
+        loader = batch_loader(streamed(shards, rank, 2, batch=16), None, workers)
         return [batch.pairs for batch in islice(iter(loader), 8)]
 
     flows = [flow(0, 2), flow(1, 2)]

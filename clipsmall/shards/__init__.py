@@ -9,9 +9,10 @@ from clipsmall.shards.index import (
     read_index,
     write_index,
 )
+from clipsmall.shards.loader import batch_loader
 from clipsmall.shards.order import Order
-from clipsmall.shards.reader import GlobalBatches, LoadedBatch, Skips, batch_loader
-from clipsmall.shards.streaming import StreamedBatches, stream_loader
+from clipsmall.shards.reader import GlobalBatches, LoadedBatch, Skips
+from clipsmall.shards.streaming import StreamedBatches
 
 __all__ = [
     "Catalog",
@@ -30,6 +31,5 @@ __all__ = [
     "open_catalog",
     "read_index",
     "shard_paths",
-    "stream_loader",
     "write_index",
 ]

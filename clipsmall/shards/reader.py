@@ -1,16 +1,15 @@
 """Global batches from shards: the same ones for any number of ranks and workers, resumed at any batch."""
 
 import os
-import signal
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from clipsmall.batch import Pairs
 from clipsmall.preprocess import BadImage, ImageTransform
@@ -173,37 +172,3 @@ class GlobalBatches(Dataset[LoadedBatch]):
                 for offset in range(low, int(last.sum(axis=1).max()), READAHEAD):
                     descriptor = self.catalog.descriptor(int(self.catalog.shard[row]))
                     os.posix_fadvise(descriptor, offset, READAHEAD, os.POSIX_FADV_WILLNEED)
-
-
-LAST_SERVICE = 30  # seconds a worker serves on after SIGTERM, while the trainer finishes its step and saves
-
-
-def _outlive_the_signal(worker: int) -> None:
-    """SIGTERM and Ctrl-C reach the whole process group; the trainer answers them, its workers leave after it."""
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(LAST_SERVICE))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(1)
-
-
-def batch_loader(
-    batches: Dataset[LoadedBatch],
-    numbers: Iterable[int],
-    workers: int,
-    timeout: float = 600.0,
-    pin: bool = False,
-) -> DataLoader[LoadedBatch]:
-    """A DataLoader over whole batches: `numbers` in order, whatever the number of workers.
-
-    A worker that answers nothing for `timeout` seconds ends the run with an error instead of a hang.
-    """
-    return DataLoader(
-        batches,
-        sampler=numbers,
-        batch_size=None,
-        num_workers=workers,
-        timeout=timeout if workers else 0,
-        pin_memory=pin,
-        worker_init_fn=_outlive_the_signal,
-        prefetch_factor=4 if workers else None,
-        generator=torch.Generator(),  # its own: a loader must not draw from the global one
-    )

@@ -12,14 +12,14 @@ import numpy as np
 import torch
 import webdataset
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.tariterators import group_by_keys
 
 from clipsmall.batch import Pairs
 from clipsmall.preprocess import BadImage, ImageTransform
 from clipsmall.shards.captions import caption_hash, captions_of, fields_of
 from clipsmall.shards.index import IMAGE_SUFFIXES, ShardError
-from clipsmall.shards.reader import LoadedBatch, Skips, Tokenize, _outlive_the_signal
+from clipsmall.shards.reader import LoadedBatch, Skips, Tokenize
 from clipsmall.shards.remote import Sample, members, open_shard, shard_urls, shown
 
 MAX_FAILED_SHARDS = 100  # different ones, one after the other, with not a pair in them: the data set is not there
@@ -178,19 +178,3 @@ class StreamedBatches(IterableDataset[LoadedBatch]):
         with torch.random.fork_rng(devices=[]):  # the global generator is the training's
             torch.default_generator.manual_seed(rng.getrandbits(63))
             return Pair(self.image(sample[suffix]), caption, number)
-
-
-def stream_loader(
-    dataset: StreamedBatches, workers: int, timeout: float = 600.0, pin: bool = False
-) -> DataLoader[LoadedBatch]:
-    """`batch_loader` for a stream: endless, and with another order for another number of workers."""
-    return DataLoader(
-        dataset,
-        batch_size=None,
-        num_workers=workers,
-        timeout=timeout if workers else 0,
-        pin_memory=pin,
-        worker_init_fn=_outlive_the_signal,
-        prefetch_factor=4 if workers else None,
-        generator=torch.Generator(),  # its own: a loader must not draw from the global one
-    )
