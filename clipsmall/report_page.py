@@ -28,7 +28,7 @@ from clipsmall.saved_model import load_model
 from clipsmall.shards import Catalog, caption_hash, open_catalog
 from clipsmall.shards.order import permutation
 
-QUERIES, ANSWERS, CANDIDATES, MATRIX = 8, 5, 10_000, 64
+QUERIES, ANSWERS, CANDIDATES, MATRIX = 8, 5, 10_000, 256
 TABLES: list[tuple[str, str, list[str], list[str], dict[str, str]]] = [
     (
         "Zero-shot classification",
@@ -51,7 +51,10 @@ def metrics(folder: RunFolder) -> pd.DataFrame:
     """metrics.jsonl; raises ValueError when the run has not logged a step yet."""
     if not folder.metrics.exists() or not folder.metrics.stat().st_size:
         raise ValueError(f"{folder.path}: no metrics.jsonl with a step in it; is this the folder of a run?")
-    return pd.read_json(folder.metrics, lines=True)
+    table = pd.read_json(folder.metrics, lines=True)
+    # a finished run that is started again evaluates its last step again
+    trained = table["loss"].notna() if "loss" in table else False
+    return table[trained | ~table.duplicated("step", keep="last")]
 
 
 def result_tables(folder: RunFolder, names: list[str]) -> list[page.Table]:
