@@ -112,7 +112,7 @@ def run_state(
     set_seed(config.seed)
     data, progress, device = training_data(config), Progress(), accelerator.device
     loaded = loaded_towers(config, data, resumed)
-    encoder = dual_encoder(config, loaded).to(device)
+    encoder = dual_encoder(config, loaded).to(device).train()  # from_pretrained leaves towers in eval mode
     batches = data.batches(loaded, progress, pin=device.type == "cuda")
     model, adamw = accelerator.prepare(encoder, optimizer(config, encoder))
     state = RunState(
@@ -128,6 +128,7 @@ def run_state(
         fingerprint=data.fingerprint,
         source=data.words,
     )
+    set_seed(config.seed + world.rank())  # equal weights, but dropout of its own on every rank
     if resumed is not None:
         state.load(resumed)
     return model, state
