@@ -8,9 +8,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from clipsmall.hf_towers import from_transformers
 from clipsmall.preprocess import ImageSpec
 from clipsmall.small_towers import SmallConfig, WordTokenizer
-from clipsmall.tower_sources import Loaded, from_open_clip, from_transformers, small
+from clipsmall.tower_sources import Loaded, from_open_clip, small
 
 
 def load_towers(name: str, pretrained: str, captions: Callable[[], Iterable[str]]) -> Loaded:

@@ -5,6 +5,7 @@ substitute of a bad pair is the next position instead of the next batch's.
 """
 
 import json
+import multiprocessing
 import tarfile
 from pathlib import Path
 
@@ -92,6 +93,16 @@ def test_ranks_and_workers_see_the_same_global_batches(glyphs: Path, world: int,
         for name in expected._fields:
             found = torch.cat([getattr(part[step].pairs, name) for part in parts])
             assert torch.equal(found, getattr(expected, name)), name
+
+
+def test_spawned_workers_load_the_same_batches(glyphs: Path) -> None:
+    """macOS and Python 3.14 do not fork: the data set travels to its workers."""
+    reader = batches(glyphs / "train", crop=0.7)
+    loader = batch_loader(reader, range(3, 5), workers=1)
+    loader.multiprocessing_context = multiprocessing.get_context("spawn")
+    for number, loaded in zip(range(3, 5), loader, strict=True):
+        for found, expected in zip(loaded.pairs, reader[number].pairs, strict=True):
+            assert torch.equal(found, expected)
 
 
 def test_an_epoch_of_batches_repeats_nothing(glyphs: Path) -> None:

@@ -41,8 +41,18 @@ class Order:
             np.cumsum(sizes)[np.searchsorted(np.cumsum(sizes), self._starts, side="right")] if sizes else 0,
         )
         self._lengths: Rows = (ends - self._starts).astype(np.int64)
+        self._remember()
+
+    def _remember(self) -> None:
         self._epoch = lru_cache(maxsize=2)(self._laid_out)
         self._window = lru_cache(maxsize=4)(self._shuffled)
+
+    def __getstate__(self) -> dict[str, object]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_epoch", "_window")}
+
+    def __setstate__(self, state: dict[str, object]) -> None:  # in a spawned loader process
+        self.__dict__.update(state)
+        self._remember()
 
     def rows(self, epoch: int, positions: Rows) -> Rows:
         """(n,) positions within an epoch, each in [0, length) -> (n,) rows of the data set."""
