@@ -18,8 +18,7 @@ DEMO ?= runs/demo-$(OBJECTIVE)
 
 demo: .venv/installed
 	$(BIN)/python -m data_tools.glyphs data/glyphs
-	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-		clipsmall/train.py --config configs/demo.yaml \
+	$(BIN)/python -m clipsmall.train --config configs/demo.yaml \
 		--objective.name=$(OBJECTIVE) --out=$(DEMO) --resume=auto
 	$(BIN)/python -m clipsmall.report_page $(DEMO) --open
 

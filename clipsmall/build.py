@@ -28,7 +28,7 @@ def accelerator(config: Config) -> Accelerator:
     gpu = torch.accelerator.is_available()
     made = Accelerator(
         cpu=not gpu,
-        mixed_precision=None if config.run.precision == "auto" else config.run.precision,
+        mixed_precision={"auto": None, "fp32": "no"}.get(config.run.precision, config.run.precision),
         log_with=list(config.run.trackers) or None,
         project_dir=config.out,
     )
@@ -37,7 +37,9 @@ def accelerator(config: Config) -> Accelerator:
     if missing := [name for name in config.run.trackers if name not in started]:
         raise ValueError(f"run.trackers: {missing[0]} is not installed; pip install 'clipsmall[{missing[0]}]'")
     if made.mixed_precision == "fp16" and not gpu:
-        raise ValueError("run.precision=fp16 needs a GPU (on a CPU Accelerate trains in fp32 silently); use no or bf16")
+        raise ValueError(
+            "run.precision=fp16 needs a GPU (on a CPU Accelerate trains in fp32 silently); use fp32 or bf16"
+        )
     # without including_emulation=False a V100 says yes, and computes at half the speed of fp32
     bf16 = made.device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
     if made.mixed_precision == "bf16" and not bf16:
@@ -70,6 +72,17 @@ def dual_encoder(config: Config, loaded: Loaded) -> DualEncoder:
     elif loaded.logit_bias is not None:
         bias = loaded.logit_bias
     return DualEncoder(loaded.towers, loaded.spec, scale, bias, learn_bias)
+
+
+def synchronised(model: DualEncoder) -> DualEncoder:
+    """BatchNorm over all ranks, as one process would have it. Raises ValueError on CPU ranks, where torch cannot."""
+    norms = any(isinstance(part, torch.nn.modules.batchnorm._BatchNorm) for part in model.modules())
+    if world.size() == 1 or not norms:
+        return model
+    if not next(model.parameters()).is_cuda:
+        raise ValueError("this model has BatchNorm, which several CPU ranks would each compute for themselves: run one")
+    model.towers = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model.towers)  # type: ignore[no-untyped-call]
+    return model
 
 
 def objective(config: Config) -> Callable[..., dict[str, Tensor]]:
@@ -114,13 +127,15 @@ def run_state(
     loaded = loaded_towers(config, data, resumed)
     encoder = dual_encoder(config, loaded).to(device).train()  # from_pretrained leaves towers in eval mode
     batches = data.batches(loaded, progress, pin=device.type == "cuda")
-    model, adamw = accelerator.prepare(encoder, optimizer(config, encoder))
+    adamw = optimizer(config, encoder)
+    schedule = scheduler(config, adamw)  # before prepare, which keeps the step function it finds
+    model, adamw = accelerator.prepare(synchronised(encoder), adamw)
     state = RunState(
         accelerator=accelerator,
         model=encoder,
         loaded=loaded,
         optimizer=adamw,
-        scheduler=scheduler(config, adamw.optimizer),
+        scheduler=schedule,
         objective=objective(config),
         feed=Feed(batches, device, stop, config.data.max_error_rate, data.pairs),
         progress=progress,

@@ -55,7 +55,7 @@ class IndexedData:
 
     def captions(self) -> Iterator[str]:
         for row in range(self.pairs):
-            members = self.catalog.read(row)
+            members = self.catalog.read_text(row)
             yield from captions_of(members.text, fields_of(members.json))
 
     def batches(self, loaded: Loaded, progress: Progress, pin: bool) -> Iterable[LoadedBatch]:

@@ -5,6 +5,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from clipsmall import world
 from clipsmall.batch import Progress
 from clipsmall.config import Config
 from clipsmall.evaluation import Cell, Encoder, print_cells, retrieval, write_cell, zero_shot
@@ -38,7 +41,8 @@ def save_job(
     config: Config, state: RunState, folder: RunFolder, resumed: Path | None
 ) -> Callable[[Progress, Any], None]:
     """A job that writes a checkpoint, once a step at most."""
-    saved = {state.progress.step} if resumed is not None and resumed.parent == folder.checkpoints else set[int]()
+    ours = resumed is not None and folder.holds(resumed)
+    saved = {state.progress.step} if ours else set[int]()
 
     def save(progress: Progress, losses: Any) -> None:
         if progress.step not in saved:
@@ -51,10 +55,16 @@ def save_job(
 def evaluate_job(
     config: Config, state: RunState, report: Report, folder: RunFolder, jobs: list[Callable[[Encoder], Cell]]
 ) -> Callable[[Progress, Any], None]:
-    """A job that fills all cells: files beside the run, a line in metrics.jsonl, a table on the terminal."""
-    encoder = Encoder(state.model, state.loaded.tokenize, state.accelerator.device, config.evaluate.batch_size)
+    """A job that fills all cells, once a step: files, a line in metrics.jsonl, a table on the terminal."""
+    device = state.accelerator.device
+    encoder = Encoder(state.model, state.loaded.tokenize, device, config.evaluate.batch_size, config.data.workers)
+    # agreed on by all ranks: a job that some of them skip would leave the others waiting
+    done = {int(world.maximum(torch.tensor(folder.last_evaluation(), device=device)))}
 
     def run(progress: Progress, losses: Any) -> None:
+        if progress.step in done:
+            return
+        done.add(progress.step)
         cells = [job(encoder) for job in jobs]
         row: dict[str, Any] = {"step": progress.step, "pairs": progress.pairs}
         for cell in cells:

@@ -12,7 +12,7 @@ Shards = Annotated[
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True, allow_inf_nan=False)
 
 
 class Model(Section):
@@ -61,7 +61,7 @@ class Optim(Section):
 
 
 class Run(Section):
-    precision: Literal["auto", "no", "fp16", "bf16"] = Field("auto", description="no = fp32; auto = the launcher's")
+    precision: Literal["auto", "fp32", "fp16", "bf16"] = Field("auto", description="auto = the launcher's")
     log_every: int = Field(10, ge=1, description="steps")
     checkpoint_every: int = Field(500, ge=1, description="steps")
     keep_checkpoints: int = Field(2, ge=2, description="one may be in the process of being written")

@@ -1,6 +1,7 @@
 """A config from YAML files and `--section.field=value` words; everything that is wrong is said at once."""
 
 import argparse
+import re
 import sys
 from difflib import get_close_matches
 from pathlib import Path
@@ -27,6 +28,16 @@ class _StrictLoader(yaml.SafeLoader):
             if keys.count(key) > 1:
                 raise ConfigError(f"key {key!r} stands twice (line {node.start_mark.line + 1})")
         return super().construct_mapping(node, deep=deep)
+
+
+# YAML 1.1 also reads no, off, yes and on as truth values; ours are true and false.
+_StrictLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in rules if tag != "tag:yaml.org,2002:bool"]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
 
 
 def _parse(text: str, where: str) -> Any:

@@ -28,6 +28,11 @@ class Stop:
         signal.signal(signal.SIGINT, self._note)
         return self
 
+    def end(self) -> None:
+        """Signals end the process again."""
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
         if number == signal.SIGINT:

@@ -78,7 +78,9 @@ class Report:
         """One line of metrics.jsonl, and the trackers."""
         if self.accelerator.is_main_process:
             with self.path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+                # an overflow that fp16's scaler skips has an infinite gradient norm, which is no JSON
+                finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
+                file.write(json.dumps(finite) + "\n")
         self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=int(row["step"]))
 
     def close(self) -> None:

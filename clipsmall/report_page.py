@@ -51,10 +51,7 @@ def metrics(folder: RunFolder) -> pd.DataFrame:
     """metrics.jsonl; raises ValueError when the run has not logged a step yet."""
     if not folder.metrics.exists() or not folder.metrics.stat().st_size:
         raise ValueError(f"{folder.path}: no metrics.jsonl with a step in it; is this the folder of a run?")
-    table = pd.read_json(folder.metrics, lines=True)
-    # a finished run that is started again evaluates its last step again
-    trained = table["loss"].notna() if "loss" in table else False
-    return table[trained | ~table.duplicated("step", keep="last")]
+    return pd.read_json(folder.metrics, lines=True)
 
 
 def result_tables(folder: RunFolder, names: list[str]) -> list[page.Table]:

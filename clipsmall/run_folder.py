@@ -9,6 +9,7 @@ import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -54,12 +55,21 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.evaluations = self.path / "eval"
 
-    def refuse_if_used(self, resume: str) -> None:
-        """Raises ValueError when a run already lies here and nobody asked to continue it."""
-        if not resume and (self.path / "run.yaml").exists():
+    def holds(self, checkpoint: Path) -> bool:
+        return checkpoint.resolve().parent == self.checkpoints.resolve()
+
+    def refuse_if_used(self, resume: bool, checkpoint: Path | None) -> None:
+        """Raises ValueError when a run already lies here and it is not the one to continue."""
+        continued = resume or (checkpoint is not None and self.holds(checkpoint))
+        if not continued and (self.path / "run.yaml").exists():
             raise ValueError(f"{self.path}: holds a run already; continue it with --resume=auto, or give another --out")
 
-    def claim(self, config: str, step: int) -> None:
+    def last_evaluation(self) -> int:
+        """The last step with a line of results (which has no `loss`) in metrics.jsonl, -1 if there is none."""
+        lines = self.metrics.read_text().splitlines() if self.metrics.exists() else []
+        return max((int(_step(line)) for line in lines if '"loss"' not in line), default=-1)
+
+    def claim(self, config: str, step: int, launch: dict[str, Any]) -> None:
         """Make the folder, lock it, write run.yaml, command.txt and env.json, and take back what came after `step`.
 
         A resumed run's log is then that of an uninterrupted one, and its checkpoints are the newest: later ones
@@ -81,7 +91,9 @@ class RunFolder:
             pass
         if self.metrics.exists():
             kept = [line for line in self.metrics.read_text().splitlines() if _step(line) <= step]
-            self.metrics.write_text("".join(f"{line}\n" for line in kept))
+            partial = self.metrics.with_name(f".tmp-{self.metrics.name}")
+            partial.write_text("".join(f"{line}\n" for line in kept))
+            partial.replace(self.metrics)
         for folder in self.checkpoints.glob("step_*"):
             if int(folder.name.removeprefix("step_")) > step:
                 aside = folder.with_name(f"aside_{folder.name}_{time.time_ns()}")
@@ -89,4 +101,4 @@ class RunFolder:
                 print(f"note: {folder.name} is later than step {step}; kept as {aside.name}", file=sys.stderr)
         (self.path / "run.yaml").write_text(config, encoding="utf-8")
         (self.path / "command.txt").write_text(shlex.join(sys.argv) + "\n", encoding="utf-8")
-        (self.path / "env.json").write_text(json.dumps(versions(), indent=2) + "\n", encoding="utf-8")
+        (self.path / "env.json").write_text(json.dumps(versions() | launch, indent=2) + "\n", encoding="utf-8")

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import set_seed
 from torch import nn
 
 from clipsmall import checkpoint, world
@@ -19,7 +20,11 @@ from clipsmall.tower_sources import Loaded
 from clipsmall.towers import DualEncoder
 
 # A run that changes one of these is another run: its order, its loss or its weights would not be continued.
-FIXED = ("seed", "model.name", "data.batch_size", "data.shuffle_window", "data.crop_scale", "objective.name")
+FIXED = (
+    "seed", "model.name", "objective.name",
+    "data.batch_size", "data.shuffle_window", "data.crop_scale", "data.max_pixels",
+    "optim.lr", "optim.lr_scaling", "optim.weight_decay", "optim.betas", "optim.eps",
+)  # fmt: skip
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -45,6 +50,15 @@ class RunState:
     fingerprint: str  # of the training shards
     source: str = ""  # the training data in words
 
+    @property
+    def launch(self) -> dict[str, Any]:
+        """What the launcher decided, and no config file says."""
+        return {
+            "ranks": world.size(),
+            "precision": self.accelerator.mixed_precision,
+            "threads": torch.get_num_threads(),
+        }
+
     def save(self, checkpoints: Path, keep: int) -> Path:
         """Write `step_N`; every rank must call, the main one writes. Older ones beyond `keep` are deleted."""
         device = self.accelerator.device
@@ -61,7 +75,7 @@ class RunState:
                 "scheduler": self.scheduler.state_dict(),
                 "scaler": scaler.state_dict() if scaler is not None else None,
                 "ranks": ranks,
-                "config": self.config,
+                "config": {**self.config, "launch": self.launch},
                 "data": self.fingerprint,
             }
             tensors = {"model": self.model.state_dict(), "optimizer": moments, "objective": memory}
@@ -94,7 +108,7 @@ class RunState:
         self._load_ranks(state["ranks"], device)
 
     def _refuse_another_run(self, folder: Path, state: dict[str, Any]) -> None:
-        was, now = flat(state["config"]), flat(self.config)
+        was, now = flat(state["config"]), flat({**self.config, "launch": self.launch})
         changed = {key: (was.get(key), now[key]) for key in now if was.get(key) != now[key]}
         if fixed := [key for key in FIXED if key in changed]:
             said = "; ".join(f"{key} was {changed[key][0]!r}, now {changed[key][1]!r}" for key in fixed)
@@ -115,7 +129,7 @@ class RunState:
             self.feed.load_state_dict(ranks[rank]["feed"])
             return
         # another world size: the order of pairs does not depend on it; generators (dropout) start anew, skips are kept
-        torch.manual_seed(self.config["seed"] + self.progress.step * 1_000 + rank)
+        set_seed(self.config["seed"] + self.progress.step * 1_000 + rank)
         if rank == 0:
             for each in ranks:
                 kept = Feed.read_skips(each["feed"])

@@ -102,15 +102,11 @@ def from_open_clip(name: str, pretrained: str, weights: bool = True) -> Loaded:
         reason = str(error).split(" Available: ")[0]
         raise ValueError(f"open_clip cannot make model {given!r} with pretrained={pretrained!r}: {reason}") from None
     found = open_clip.get_model_preprocess_cfg(model)
-    size = found["size"] if isinstance(found["size"], int) else found["size"][0]
-    resize = {"shortest": "shortest", "squash": "squash"}.get(found["resize_mode"])
-    if resize is None:
-        raise ValueError(
-            f"open_clip model {given!r} resizes by {found['resize_mode']!r}; shortest and squash are supported"
-        )
-    spec = ImageSpec(size, tuple(found["mean"]), tuple(found["std"]), found["interpolation"], resize)  # type: ignore[arg-type]
+    spec = _open_clip_spec(given, found)
     config = _open_clip_config(name)
     scale, bias = taken_over(model, fresh)
+    if getattr(model, "text_decoder", None) is not None:
+        model.text_decoder = None  # CoCa's captioner: no contrastive loss trains it, and DDP refuses idle parameters
 
     def save(folder: Path) -> None:
         both = {"model_cfg": config, "preprocess_cfg": dict(found)}
@@ -126,6 +122,15 @@ def from_open_clip(name: str, pretrained: str, weights: bool = True) -> Loaded:
         logit_bias=bias,
         description={"kind": "open_clip"},
         save_tokenizer=save,
+    )
+
+
+def _open_clip_spec(name: str, found: dict[str, Any]) -> ImageSpec:
+    size = found["size"] if isinstance(found["size"], int) else found["size"][0]
+    if found["resize_mode"] not in ("shortest", "squash"):
+        raise ValueError(f"open_clip model {name!r} resizes by {found['resize_mode']!r}; we do shortest and squash")
+    return ImageSpec(
+        size, tuple(found["mean"]), tuple(found["std"]), found["interpolation"], resize=found["resize_mode"]
     )
 
 

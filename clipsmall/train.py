@@ -5,6 +5,7 @@
     python -m clipsmall.train --config configs/demo.yaml
 
 Exit codes: 0 done; 2 bad input; 143 or 130 stopped by SIGTERM or Ctrl-C, state saved, continue with --resume=auto.
+(`accelerate launch` and `torchrun` report any failure of theirs as 1.)
 """
 
 import os
@@ -70,35 +71,39 @@ def run(config: Config, stop: Stop) -> int:
     """Build everything, train, evaluate; returns the exit code. Nothing is written before all is built."""
     accelerator = build.accelerator(config)
     folder = RunFolder(config.out)
-    folder.refuse_if_used(config.resume)
     resumed = build.resumed_folder(config, folder)
+    folder.refuse_if_used(config.resume == "auto", resumed)
     evaluations = build_jobs.evaluations(config)
     model, state = build.run_state(config, accelerator, resumed, stop)
     if accelerator.is_main_process:
-        folder.claim(written(config), state.progress.step)
+        folder.claim(written(config), state.progress.step, state.launch)
         describe(config, state)
     world.barrier()
     start_trackers(accelerator, written(config))
     report = Report(accelerator, folder.metrics, state.model, state.optimizer, state.feed, config.optim.pairs)
     save = build_jobs.save_job(config, state, folder, resumed)
     evaluate = build_jobs.evaluate_job(config, state, report, folder, evaluations)
-    jobs: list[tuple[int, Job]] = [(config.run.log_every, report), (config.run.checkpoint_every, save)]
+    # evaluated before it is saved: a run that continues from a checkpoint has all lines up to it
+    jobs: list[tuple[int, Job]] = [(config.run.log_every, report)]
     if config.run.evaluate_every:
         jobs.append((config.run.evaluate_every, evaluate))
+    jobs.append((config.run.checkpoint_every, save))
     report.start(state.progress, config.data.batch_size)
     train(
         accelerator, model, state.objective, state.feed, state.optimizer, state.scheduler,
         config.optim.clip, state.progress, jobs,
     )  # fmt: skip
     save(state.progress, {})
-    if not state.feed.stopped:
+    stop.end()  # all is saved: from here on a signal ends the run at once
+    stopped = state.feed.stopped and state.progress.step < config.steps
+    if not stopped:
         evaluate(state.progress, {})
     skips = state.feed.skips_of_all()
     report.close()
     accelerator.end_training()
     if accelerator.is_main_process:
-        summarise(state, skips, folder)
-    return 128 + (stop.signal or signal.SIGTERM) if state.feed.stopped else 0
+        summarise(state, skips, folder, stopped)
+    return 128 + (stop.signal or signal.SIGTERM) if stopped else 0
 
 
 def start_trackers(accelerator: Accelerator, config: str) -> None:
@@ -121,11 +126,11 @@ def describe(config: Config, state: RunState) -> None:
     )
 
 
-def summarise(state: RunState, skips: Skips, folder: RunFolder) -> None:
+def summarise(state: RunState, skips: Skips, folder: RunFolder, stopped: bool) -> None:
     """The closing lines: how far, what was skipped, where the results are."""
     if skips.total:
         print(f"replaced by other pairs, as they could not be read: {skips}", file=sys.stderr)
-    verb = "stopped; continue with --resume=auto" if state.feed.stopped else "done"
+    verb = "stopped; continue with --resume=auto" if stopped else "done"
     print(
         f"{verb}: {state.progress.pairs:,} pairs, {state.progress.step} steps; results in {folder.path}",
         file=sys.stderr,

@@ -322,3 +322,14 @@ def test_the_tiny_config_itself_is_good(glyphs: Path, tmp_path: Path) -> None:
 
     assert main(tiny(glyphs, tmp_path / "run", **{"optim.pairs": 64})) == 0
     assert read(["--config", str(tmp_path / "run" / "run.yaml")]).optim.pairs == 64
+
+
+@pytest.mark.parametrize("value", ["auto", "fp32", "fp16", "bf16"])
+def test_every_precision_can_be_given(value: str) -> None:
+    assert read(["--data.train=x", f"--run.precision={value}"]).run.precision == value
+
+
+def test_words_that_look_like_something_else_stay_words() -> None:
+    config = read(["--data.train=x", "--out=2026", "--model.pretrained=no", "--model.name=1.5"])
+    assert (config.out, config.model.pretrained, config.model.name) == ("2026", "no", "1.5")
+    assert read(["--data.train=x", "--data.streaming=true"]).data.streaming is True

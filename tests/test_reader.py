@@ -6,6 +6,8 @@ substitute of a bad pair is the next position instead of the next batch's.
 
 import json
 import multiprocessing
+import os
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -25,6 +27,7 @@ from clipsmall.shards import (
     build_index,
     index_path,
     open_catalog,
+    read_index,
     write_index,
 )
 from clipsmall.shards.order import permutation
@@ -197,6 +200,13 @@ def test_a_shard_that_changed_is_refused(glyphs: Path, tmp_path: Path) -> None:
     shard = folder / "00001.tar"
     shard.write_bytes(shard.read_bytes()[:-10_240])
     with pytest.raises(ShardError, match=r"00001\.tar: has .* truncated or replaced"):
+        open_catalog(str(folder))
+    shutil.copy(folder / "00000.tar", shard)
+    os.truncate(shard, size := os.stat(folder / "00000.tar").st_size)
+    index = read_index(folder / "00000.tar")
+    write_index(shard, index.replace_schema_metadata({**index.schema.metadata, b"tar_proof": b"of another file"}))
+    assert shard.stat().st_size == size
+    with pytest.raises(ShardError, match="is another file than the one"):
         open_catalog(str(folder))
     shard.unlink()
     with pytest.raises(ShardError, match=r"no such shard|no shards"):

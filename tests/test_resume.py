@@ -116,11 +116,16 @@ def command(words: list[str], ranks: int = 0) -> list[str]:
     return [*python, str(ROOT / "clipsmall" / "train.py"), *words]
 
 
-def start(words: list[str], ranks: int = 0) -> subprocess.Popen[str]:
+def start(words: list[str], ranks: int = 0, session: bool = False) -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     environment.pop("WORLD_SIZE", None)
     return subprocess.Popen(
-        command(words, ranks), env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+        command(words, ranks),
+        env=environment,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        start_new_session=session,
     )
 
 
@@ -161,6 +166,39 @@ def test_a_killed_run_continues_as_if_nothing_had_been(glyphs: Path, tmp_path: P
     assert run(config(glyphs, killed, **LONG, **{"resume": "auto"})) == 0
     assert losses(killed) == losses(straight)
     same_state(last(killed), last(straight))
+
+
+def test_workers_outlive_a_signal_to_the_whole_group(glyphs: Path, tmp_path: Path) -> None:
+    """SLURM, `timeout` and Ctrl-C signal every process at once; the trainer still finishes its step and saves."""
+    out = tmp_path / "run"
+    words = config(glyphs, out, **{"optim.pairs": 32 * 4000, "data.workers": 2})
+    process = start(words, session=True)
+    wait_for_step(out, 20, process)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 143, said
+    assert "continue with --resume=auto" in said
+    assert int(last(out).name[5:]) == losses(out)[-1][0]
+
+
+HOLDS = """
+import torch
+from clipsmall.shards import batch_loader
+
+class Slow(torch.utils.data.Dataset):
+    def __getitem__(self, number):
+        return number
+
+loader = iter(batch_loader(Slow(), range(10**6), workers=1))
+next(loader)
+held = [loader]  # as a traceback would hold it: at exit its worker is sent SIGTERM, and waited for
+raise SystemExit(3)
+"""
+
+
+def test_a_worker_leaves_with_its_trainer_and_does_not_hold_its_exit() -> None:
+    done = subprocess.run([sys.executable, "-c", HOLDS], cwd=ROOT, capture_output=True, text=True, timeout=40)
+    assert done.returncode == 3, done.stderr
 
 
 def test_two_ranks_log_the_curve_of_one_and_resume_as_one(glyphs: Path, whole: Path, tmp_path: Path) -> None:
@@ -233,6 +271,7 @@ def test_a_broken_checkpoint_is_named_and_auto_falls_back(
     ("change", "says"),
     [
         ({"seed": 1}, "seed was 0, now 1"),
+        ({"optim.lr": 1e-4}, "optim.lr was 0.003, now 0.0001"),
         ({"data.batch_size": 16}, "data.batch_size was 32, now 16"),
         ({"objective.name": "sigmoid"}, "objective.name was 'softmax'"),
         ({"data.train": "[TEST]"}, "data.train has changed"),
@@ -263,16 +302,16 @@ def test_a_used_folder_is_not_overwritten(whole: Path, glyphs: Path, capsys: pyt
 
 def test_two_runs_do_not_write_into_one_folder(tmp_path: Path) -> None:
     first, second = RunFolder(str(tmp_path / "run")), RunFolder(str(tmp_path / "run"))
-    first.claim("seed: 0\n", 0)
+    first.claim("seed: 0\n", 0, {})
     with pytest.raises(ValueError, match="another run is writing"):
-        second.claim("seed: 1\n", 0)
+        second.claim("seed: 1\n", 0, {})
     assert (tmp_path / "run" / "run.yaml").read_text() == "seed: 0\n"
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot be written"):
-        RunFolder(str(tmp_path / "file" / "run")).claim("", 0)
+        RunFolder(str(tmp_path / "file" / "run")).claim("", 0, {})
 
 
 STAGES = """
@@ -316,6 +355,41 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path) -> None:
     assert "make room" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
     checkpoint.verify(tmp_path / "step_00000001")
+
+
+def test_another_runs_folder_is_not_taken_over(
+    whole: Path, glyphs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """--resume=A's checkpoint with --out=B: B has a run of its own."""
+    other = tmp_path / "other"
+    shutil.copytree(whole, other)
+    before = (other / "metrics.jsonl").read_bytes()
+    with pytest.raises(SystemExit) as left:
+        run(config(glyphs, other, **{"data.crop_scale": 0.8, "resume": str(last(whole))}))
+    assert left.value.code == 2
+    assert "holds a run already" in capsys.readouterr().err
+    assert (other / "metrics.jsonl").read_bytes() == before
+
+
+def test_an_evaluation_is_made_once_a_step_and_is_not_lost(glyphs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    words = {
+        "optim.pairs": 32 * 10,
+        "run.evaluate_every": 5,
+        "evaluate.retrieval": f"[{{name: test, data: {glyphs / 'test'}}}]",
+    }
+
+    def evaluated() -> list[int]:
+        lines = (out / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line)["step"] for line in lines if "loss" not in json.loads(line)]
+
+    assert run(config(glyphs, out, **words)) == 0
+    assert evaluated() == [5, 10]
+    assert run(config(glyphs, out, **words, resume="auto")) == 0  # a finished run, started again
+    assert evaluated() == [5, 10]
+    shutil.rmtree(out / "checkpoints" / "step_00000010")
+    assert run(config(glyphs, out, **words, resume="auto")) == 0
+    assert evaluated() == [5, 10]
 
 
 def test_old_checkpoints_go_and_the_newest_stay(tmp_path: Path) -> None:

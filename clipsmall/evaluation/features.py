@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from clipsmall import world
 from clipsmall.preprocess import BadImage, ImageTransform
-from clipsmall.shards import Catalog, captions_of, fields_of
+from clipsmall.shards import Catalog, captions_of, fields_of, outlive_the_signal
 from clipsmall.towers import DualEncoder
 
 
@@ -74,6 +74,7 @@ class Encoder:
             batch_sampler=[batch.tolist() for batch in _mine(batches)],
             num_workers=self.workers,
             collate_fn=_collate,
+            worker_init_fn=outlive_the_signal,
             generator=torch.Generator(),  # the global one belongs to training
         )
         width = self._width()
@@ -127,7 +128,7 @@ def read_texts(catalog: Catalog, label: str = "", rows: Sequence[int] | None = N
     """
     captions, labels = [], list[str | int]()
     for row in range(len(catalog)) if rows is None else rows:
-        members = catalog.read(row)
+        members = catalog.read_text(row)
         fields = fields_of(members.json)
         captions.append(captions_of(members.text, fields))
         if label and label not in fields:

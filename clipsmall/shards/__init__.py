@@ -9,7 +9,7 @@ from clipsmall.shards.index import (
     read_index,
     write_index,
 )
-from clipsmall.shards.loader import batch_loader
+from clipsmall.shards.loader import batch_loader, outlive_the_signal
 from clipsmall.shards.order import Order
 from clipsmall.shards.reader import GlobalBatches, LoadedBatch, Skips
 from clipsmall.shards.streaming import StreamedBatches
@@ -29,6 +29,7 @@ __all__ = [
     "fields_of",
     "index_path",
     "open_catalog",
+    "outlive_the_signal",
     "read_index",
     "shard_paths",
     "write_index",

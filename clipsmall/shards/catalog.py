@@ -63,6 +63,12 @@ class Catalog:
             raise ShardError(f"{self.shards[self.shard[row]]}: ends before its index says; it was cut while in use")
         return Members(*(data[o - low : o - low + n] if o >= 0 else b"" for o, n in spans.tolist()))
 
+    def read_text(self, row: int) -> Members:
+        """The same without the image, which is most of the bytes."""
+        file = self.descriptor(int(self.shard[row]))
+        spans = self.spans[row].tolist()
+        return Members(b"", *(os.pread(file, n, o) if o >= 0 else b"" for o, n in spans[1:]))
+
     def name(self, row: int) -> str:
         """For messages: shard and key of a pair (read from the index file, so not for hot paths)."""
         shard = self.shards[self.shard[row]]
@@ -127,7 +133,8 @@ def open_catalog(patterns: str | list[str], captions: bool = True) -> Catalog:
     )
     reasons, counts = np.unique(status[~good].astype(str), return_counts=True)
     digest = hashlib.sha256(index[good].tobytes())
-    digest.update(repr([(shard.name, shard.stat().st_size) for shard in shards]).encode())
+    for shard, each in zip(shards, tables, strict=True):
+        digest.update(shard.name.encode() + each.schema.metadata[b"tar_size"] + each.schema.metadata[b"tar_proof"])
     return Catalog(
         shards=shards,
         shard=np.repeat(np.arange(len(shards), dtype=np.int32), sizes)[good],

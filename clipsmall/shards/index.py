@@ -19,6 +19,7 @@ from clipsmall.shards.captions import caption_hash, captions_of, fields_of
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "avif", "gif", "bmp", "tif", "tiff")
 VERSION = 1
+PROOF_BYTES = 64 << 10
 MAX_TEXT_BYTES = 1 << 20  # a longer caption or json is a mistake, and reading it into memory a risk
 
 SCHEMA = pa.schema(
@@ -143,6 +144,15 @@ def _row(key: str, group: dict[str, Member], read: Any) -> dict[str, Any]:
     }
 
 
+def proof(shard: Path) -> str:
+    """sha256 of a shard's first, middle and last 64 KiB: tars are padded, so another one may have the same size."""
+    size, digest = shard.stat().st_size, hashlib.sha256()
+    with shard.open("rb") as file:
+        for offset in (0, size // 2, max(size - PROOF_BYTES, 0)):
+            digest.update(os.pread(file.fileno(), PROOF_BYTES, offset))
+    return digest.hexdigest()
+
+
 def build_index(shard: Path) -> pa.Table:
     """Read a whole tar shard once and describe every sample in it.
 
@@ -160,7 +170,7 @@ def build_index(shard: Path) -> pa.Table:
         len(rows),
     ):
         raise ShardError(f"{shard}: holds {len(rows)} samples, {stats.name} says {promised}; copy or make it again")
-    metadata = {"clipsmall_index": str(VERSION), "tar_size": str(shard.stat().st_size)}
+    metadata = {"clipsmall_index": str(VERSION), "tar_size": str(shard.stat().st_size), "tar_proof": proof(shard)}
     return pa.Table.from_pylist(rows, schema=SCHEMA.with_metadata(metadata))
 
 
@@ -195,5 +205,10 @@ def read_index(shard: Path, columns: list[str] | None = None) -> pa.Table:
         raise ShardError(
             f"{shard}: has {size} bytes, its index was made for {metadata['tar_size']}: truncated or replaced; "
             f"restore it, or run: python -m data_tools.check_shards {shard.parent} --rebuild"
+        )
+    if metadata["tar_proof"] != proof(shard):
+        raise ShardError(
+            f"{shard}: is another file than the one its index was made for; restore it, or run: "
+            f"python -m data_tools.check_shards {shard.parent} --rebuild"
         )
     return table

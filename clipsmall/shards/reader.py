@@ -4,6 +4,7 @@ import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -31,11 +32,12 @@ class Skips:
     reasons: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
 
-    def add(self, reason: str, name: str) -> None:
+    def add(self, reason: str, name: Callable[[], str]) -> None:
+        """Count; `name` is asked for the first five of a reason only."""
         self.reasons[reason] += 1
         named = self.examples.setdefault(reason, [])
         if len(named) < 5:
-            named.append(name)
+            named.append(name())
 
     def merge(self, other: "Skips") -> None:
         self.seen += other.seen
@@ -134,7 +136,7 @@ class GlobalBatches(Dataset[LoadedBatch]):
                 captions = captions_of(members.text, fields_of(members.json))
                 return image, captions[self._choice(len(captions), epoch, row)], row
             except BadImage as reason:
-                skips.add(str(reason), self.catalog.name(row))
+                skips.add(str(reason), partial(self.catalog.name, row))
             position = (position + self.batch_size) % (self.per_epoch * self.batch_size)
             row = int(self.order.rows(epoch, np.array([position]))[0])
             if step >= self.per_epoch:

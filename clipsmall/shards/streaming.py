@@ -6,6 +6,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -114,7 +115,7 @@ class StreamedBatches(IterableDataset[LoadedBatch]):
         failed = set[str]()
 
         def double(error: Exception) -> bool:
-            skips.add("member comes twice", str(error.args[0]))
+            skips.add("member comes twice", partial(str, error.args[0]))
             return True  # go on without it
 
         while True:
@@ -132,7 +133,7 @@ class StreamedBatches(IterableDataset[LoadedBatch]):
                 reason = "empty shard"
             except Exception as error:  # sockets, servers and fsspec's stores raise nearly anything
                 cause = f" ({error})"
-            skips.add(reason, shown(url))
+            skips.add(reason, partial(shown, url))
             if useful:
                 continue
             failed.add(url)
@@ -151,7 +152,7 @@ class StreamedBatches(IterableDataset[LoadedBatch]):
             try:
                 return self._pair(sample, rng)
             except BadImage as reason:
-                skips.add(str(reason), f"{shown(sample['__url__'])}:{sample['__key__']}")
+                skips.add(str(reason), partial("{}:{}".format, shown(sample["__url__"]), sample["__key__"]))
         raise ShardError(f"{MAX_BAD_PAIRS} bad pairs in a row: {skips}; check data.train")
 
     def _pair(self, sample: Sample, rng: random.Random) -> Pair:
