@@ -19,9 +19,10 @@ def load_model(name: str, pretrained: str = "") -> tuple[DualEncoder, Loaded]:
         newest = checkpoint.newest(path / "checkpoints")
         if newest is None:
             raise ValueError(f"{path}: no complete checkpoint in this run")
-        path = newest
-    if (path / "manifest.json").exists():
+        path = newest  # verified
+    elif (path / "manifest.json").exists():
         checkpoint.verify(path)
+    if (path / "manifest.json").exists():
         loaded = tower_loading.rebuild(path)
         model = DualEncoder(loaded.towers, loaded.spec, 1.0, 0.0, False)
         model.load_state_dict(checkpoint.read_tensors(path, "model"))

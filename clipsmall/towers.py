@@ -1,7 +1,7 @@
 """One dual encoder over any pair of towers: pairs in, unit embeddings, a scale and a bias out."""
 
 import math
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,19 +13,11 @@ from clipsmall.preprocess import ImageSpec
 MAX_LOG_SCALE = math.log(100.0)  # CLIP's bound: beyond it float32 logits lose the small differences
 
 
-class Towers(Protocol):
-    """Two towers in one module: normalised pixels (B, 3, H, W) and token ids (B, L) -> (B, D)."""
-
-    def image(self, pixels: Tensor) -> Tensor: ...
-
-    def text(self, ids: Tensor) -> Tensor: ...
-
-
 class DualEncoder(nn.Module):
     """Towers, a temperature and a bias: pairs in, unit embeddings out.
 
     Args:
-        towers: a module with `image` and `text`.
+        towers: a module with `image(pixels)` and `text(ids)`: normalised (B, 3, H, W) and token ids (B, L) -> (B, D).
         spec: the towers' image size, mean and std.
         logit_scale: the positive factor of the cosines at the start (1/temperature).
         logit_bias: at the start; learned only if `learn_bias`.

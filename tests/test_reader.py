@@ -216,6 +216,14 @@ def test_a_shard_that_changed_is_refused(glyphs: Path, tmp_path: Path) -> None:
         open_catalog(str(folder / "00000.tar"))
 
 
+def test_a_shard_cut_while_in_use_is_told(glyphs: Path, tmp_path: Path) -> None:
+    catalog = open_catalog(str(damaged(glyphs, tmp_path / "s", [])))
+    os.truncate(tmp_path / "s" / "00001.tar", 40_000)
+    for read in (catalog.read, catalog.read_text):
+        with pytest.raises(ShardError, match=r"00001\.tar: ends before its index says"):
+            read(199)
+
+
 @pytest.mark.parametrize("pattern", ["pipe:cat x.tar", "https://host/{0..3}.tar", "/nowhere/*.tar"])
 def test_what_is_no_local_shard_is_refused(pattern: str) -> None:
     with pytest.raises(ShardError):

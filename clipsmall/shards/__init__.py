@@ -5,6 +5,7 @@ from clipsmall.shards.catalog import Catalog, open_catalog, shard_paths
 from clipsmall.shards.index import (
     ShardError,
     build_index,
+    check_stats,
     index_path,
     read_index,
     write_index,
@@ -26,6 +27,7 @@ __all__ = [
     "build_index",
     "caption_hash",
     "captions_of",
+    "check_stats",
     "fields_of",
     "index_path",
     "open_catalog",

@@ -58,16 +58,18 @@ class Catalog:
         spans = self.spans[row]
         there = spans[spans[:, 0] >= 0]
         low, high = int(there[:, 0].min()), int(there.sum(axis=1).max())
-        data = os.pread(self.descriptor(int(self.shard[row])), high - low, low)
-        if len(data) < high - low:
-            raise ShardError(f"{self.shards[self.shard[row]]}: ends before its index says; it was cut while in use")
+        data = self._bytes(row, low, high - low)
         return Members(*(data[o - low : o - low + n] if o >= 0 else b"" for o, n in spans.tolist()))
 
     def read_text(self, row: int) -> Members:
         """The same without the image, which is most of the bytes."""
-        file = self.descriptor(int(self.shard[row]))
-        spans = self.spans[row].tolist()
-        return Members(b"", *(os.pread(file, n, o) if o >= 0 else b"" for o, n in spans[1:]))
+        return Members(b"", *(self._bytes(row, o, n) if o >= 0 else b"" for o, n in self.spans[row, 1:].tolist()))
+
+    def _bytes(self, row: int, offset: int, size: int) -> bytes:
+        data = os.pread(self.descriptor(int(self.shard[row])), size, offset)
+        if len(data) < size:
+            raise ShardError(f"{self.shards[self.shard[row]]}: ends before its index says; it was cut while in use")
+        return data
 
     def name(self, row: int) -> str:
         """For messages: shard and key of a pair (read from the index file, so not for hot paths)."""

@@ -153,6 +153,14 @@ def proof(shard: Path) -> str:
     return digest.hexdigest()
 
 
+def check_stats(shard: Path, samples: int) -> None:
+    """Raises ShardError when img2dataset's `_stats.json` promises another number of samples than the tar holds."""
+    stats = shard.with_name(f"{shard.stem}_stats.json")
+    promised = json.loads(stats.read_text()).get("successes") if stats.exists() else None
+    if promised not in (None, samples):
+        raise ShardError(f"{shard}: holds {samples} samples, {stats.name} says {promised}; copy or make it again")
+
+
 def build_index(shard: Path) -> pa.Table:
     """Read a whole tar shard once and describe every sample in it.
 
@@ -164,12 +172,7 @@ def build_index(shard: Path) -> pa.Table:
         rows = [
             _row(key, group, lambda m: os.pread(file.fileno(), m.size, m.offset)) for key, group in samples(members)
         ]
-    stats = shard.with_name(f"{shard.stem}_stats.json")
-    if stats.exists() and (promised := json.loads(stats.read_text()).get("successes")) not in (
-        None,
-        len(rows),
-    ):
-        raise ShardError(f"{shard}: holds {len(rows)} samples, {stats.name} says {promised}; copy or make it again")
+    check_stats(shard, len(rows))
     metadata = {"clipsmall_index": str(VERSION), "tar_size": str(shard.stat().st_size), "tar_proof": proof(shard)}
     return pa.Table.from_pylist(rows, schema=SCHEMA.with_metadata(metadata))
 
@@ -206,7 +209,7 @@ def read_index(shard: Path, columns: list[str] | None = None) -> pa.Table:
             f"{shard}: has {size} bytes, its index was made for {metadata['tar_size']}: truncated or replaced; "
             f"restore it, or run: python -m data_tools.check_shards {shard.parent} --rebuild"
         )
-    if metadata["tar_proof"] != proof(shard):
+    if metadata.get("tar_proof") != proof(shard):
         raise ShardError(
             f"{shard}: is another file than the one its index was made for; restore it, or run: "
             f"python -m data_tools.check_shards {shard.parent} --rebuild"
