@@ -34,6 +34,7 @@ class Embeddings(NamedTuple):
     logit_scale: Tensor  # () positive, already exponentiated; multiplies every cosine
     logit_bias: Tensor  # () added to every scaled cosine
     extra: Mapping[str, Tensor] = MappingProxyType({})  # what the objective asked the model for beside; see heads
+    live: Any = None  # of columns that a queue made: the plain batch's, through which gradients flow
 
 
 @dataclass

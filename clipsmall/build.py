@@ -51,7 +51,7 @@ def loaded_towers(config: Config, data: TrainingData, resumed: Path | None) -> L
 
 def dual_encoder(config: Config, loaded: Loaded, setting: Setting) -> DualEncoder:
     """Towers with the scale, bias and heads that the objective asks for."""
-    scale, bias = build_objective.starts(config, loaded)
+    scale, bias = build_objective.starts(config, loaded, setting)
     through = build_objective.through(config)
     if through:  # a checkpoint says so, or nobody could evaluate it
         given = build_objective.head_options(config)[through]
@@ -135,7 +135,7 @@ def run_state(
         config=config.model_dump(mode="json"),
         fingerprint=data.fingerprint,
         source=data.words,
-        fixed=tuple(f"objective.{kind.section}" for kind in build_objective.kinds(config)),
+        fixed=build_objective.sections(config),
     )
     set_seed(config.seed + world.rank())  # equal weights, but dropout of its own on every rank
     if resumed is not None:

@@ -17,7 +17,10 @@ def chunk_size(config: Config, accelerator: Accelerator, loaded: Loaded, model: 
     Raises:
         ValueError: BatchNorm, whose statistics would be a chunk's; or not even one pair fits.
     """
+    rows = config.data.batch_size // world.size()
     given = config.model.chunk_size
+    if not given and config.optim.accumulate > 1:
+        given = rows // config.optim.accumulate  # who accumulates has memory for a part
     if given and any(isinstance(part, torch.nn.modules.batchnorm._BatchNorm) for part in model.towers.modules()):
         raise ValueError(
             "model.chunk_size: this model has BatchNorm, which would see a chunk for the batch; take one with "
@@ -27,7 +30,6 @@ def chunk_size(config: Config, accelerator: Accelerator, loaded: Loaded, model: 
         return given
     if accelerator.device.type != "cuda":
         return 0  # a host swaps rather than refuses: there is nothing to try
-    rows = config.data.batch_size // world.size()
     found = largest_chunk(rows, lambda size: fits(size, accelerator, loaded, model)) or rows
     least = -int(world.maximum(torch.tensor(-found, device=accelerator.device)))
     return 0 if least == rows else least

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clipsmall import world
+from clipsmall import build_queue, world
 from clipsmall.batch import Embeddings, Setting
 from clipsmall.config import Config
 from clipsmall.heads import HEADS
-from clipsmall.objectives import OBJECTIVES, Combination, Kind
+from clipsmall.objectives import OBJECTIVES, Kind
+from clipsmall.objectives.accumulated import Accumulated
 from clipsmall.tower_sources import Loaded
 
 
@@ -21,8 +22,8 @@ def setting(config: Config, loaded: Loaded, ids: Tensor | None) -> Setting:
     embeddings = [part.num_embeddings for part in loaded.towers.modules() if isinstance(part, nn.Embedding)]
     return Setting(
         width=width(loaded),
-        batch_size=config.data.batch_size,
-        steps=config.steps,
+        batch_size=config.compared,
+        steps=config.steps * config.optim.accumulate,
         seed=config.seed,
         towers=loaded.towers,
         vocabulary=max(embeddings, default=0),  # of tokens; positions are fewer
@@ -44,26 +45,34 @@ def kinds(config: Config) -> list[Kind]:
     return [OBJECTIVES[name] for name in config.objective.mix]
 
 
+def sections(config: Config) -> tuple[str, ...]:
+    """Of the config, those that this run's loss depends on."""
+    used = sorted({kind.section for kind in kinds(config)} | {config.objective.queue} - {"none"})
+    return tuple(f"objective.{section}" for section in used)
+
+
 def options(config: Config, kind: Kind) -> dict[str, Any]:
     return dict(getattr(config.objective, kind.section))
 
 
 def head_options(config: Config) -> dict[str, dict[str, Any]]:
-    """The heads that the objectives of the mix ask for, each once, with its options.
+    """The heads that the objectives of the mix and the queue ask for, each once, with its options.
 
     Raises:
         ValueError: two of them ask for one head with different options.
     """
     asked: dict[str, dict[str, Any]] = {}
-    for kind in kinds(config):
-        given = options(config, kind)
-        for name, its in kind.heads.items():
-            mine = {option: given[option] for option in its}
-            if asked.setdefault(name, mine) != mine:
-                raise ValueError(
-                    f"objective.name: two of {config.objective.title} ask for {name}, with {asked[name]} and {mine}; "
-                    "give them the same options"
-                )
+    wanted = [
+        (name, {option: options(config, kind)[option] for option in its})
+        for kind in kinds(config)
+        for name, its in kind.heads.items()
+    ]
+    for name, mine in [*wanted, *build_queue.head_options(config).items()]:
+        if asked.setdefault(name, mine) != mine:
+            raise ValueError(
+                f"objective: two of {config.objective.title} ask for {name}, with {asked[name]} and {mine}; give them "
+                "the same options"
+            )
     return asked
 
 
@@ -90,7 +99,7 @@ def learns_scale(config: Config, kind: Kind) -> bool:
     return kind.scale is not None and kind.learns_scale(options(config, kind))
 
 
-def starts(config: Config, loaded: Loaded) -> tuple[float, float]:
+def starts(config: Config, loaded: Loaded, setting: Setting) -> tuple[float, float]:
     """logit_scale and logit_bias at the start: as the user says, else as the weights were trained, else as the
     first objective that learns them starts."""
     scales = [kind.scale for kind in kinds(config) if kind.scale is not None and learns_scale(config, kind)]
@@ -100,7 +109,8 @@ def starts(config: Config, loaded: Loaded) -> tuple[float, float]:
         scale = config.model.logit_scale
     elif loaded.logit_scale is not None:
         scale = loaded.logit_scale
-    bias = biases[0](config.data.batch_size) if biases else 0.0
+    known = None if setting.ids is None else len(setting.ids)
+    bias = biases[0](setting.batch_size + build_queue.size(config, known)) if biases else 0.0
     if config.model.logit_bias != "auto":
         bias = config.model.logit_bias
     else:
@@ -126,29 +136,47 @@ def objective(config: Config, setting: Setting) -> Callable[..., dict[str, Tenso
             f"--objective='{{softmax: 1, {next(iter(config.objective.mix))}: 0.2}}'"
         )
     made = {}
-    for name, weight in config.objective.mix.items():
+    for name in config.objective.mix:
         kind = OBJECTIVES[name]
         known = inspect.signature(kind.make).parameters
         given = {**options(config, kind), "mask_duplicates": config.objective.mask_duplicates}
         mine = {option: value for option, value in given.items() if option in known}
         as_class = isinstance(kind.make, type)
-        made[name] = (weight, kind.make(setting, **mine) if as_class else partial(kind.make, **mine))
-    if len(made) == 1 and (weight := next(iter(made.values()))[0]) == 1:
-        return next(iter(made.values()))[1]
-    return Combination(made)
+        made[name] = kind.make(setting, **mine) if as_class else partial(kind.make, **mine)
+    whole = build_queue.queued(config, made, setting) or build_queue.joined(config.objective.mix, made)
+    return Accumulated(whole, parts(config)) if config.optim.accumulate > 1 else whole
+
+
+def parts(config: Config) -> int:
+    """How many parts of a batch naive accumulation compares within themselves.
+
+    Raises:
+        ValueError: a rank's pairs cannot be cut so; or something would see the whole batch all the same.
+    """
+    count, local = config.optim.accumulate, config.data.batch_size // world.size()
+    if local % count:
+        raise ValueError(f"optim.accumulate={count} does not divide the {local} pairs of a rank")
+    if config.objective.queue != "none" or head_options(config):
+        raise ValueError(
+            f"optim.accumulate is a baseline for objectives that compare pairs alone; {config.objective.title} asks for "
+            "more: take model.chunk_size, which gives the whole batch's gradient"
+        )
+    return count
 
 
 def without_effect(config: Config) -> list[str]:
     """Options that were changed for an objective that is not in the mix."""
-    used = {kind.section for kind in kinds(config)}
+    used = {kind.section for kind in kinds(config)} | {config.objective.queue}
+    known = {kind.section for kind in OBJECTIVES.values()} | {"moco", "xbm"}
     plain = type(config.objective)()
     return [
         f"objective.{section}"
-        for section in sorted({kind.section for kind in OBJECTIVES.values()} - used)
+        for section in sorted(known - used)
         if getattr(config.objective, section) != getattr(plain, section)
     ]
 
 
 def columns(config: Config) -> Callable[[Embeddings], Embeddings]:
     """How everybody's embeddings come to my rows."""
-    return {"gather": world.columns, "ring": world.ring_columns}[config.objective.exchange]
+    known = {"gather": world.columns, "ring": world.ring_columns, "host": world.host_columns}
+    return known[config.objective.exchange]

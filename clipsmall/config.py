@@ -52,6 +52,7 @@ class Optim(Section):
     betas: tuple[Beta, Beta] = (0.9, 0.98)
     eps: float = Field(1e-8, gt=0)
     clip: float = Field(1.0, gt=0, description="largest gradient norm")
+    accumulate: int = Field(1, ge=1, description="parts of a batch compared within themselves: the naive baseline")
 
 
 class Run(Section):
@@ -97,6 +98,11 @@ class Config(Section):
     def _fits(self) -> "Config":
         if self.optim.pairs < self.data.batch_size:
             raise ValueError(f"optim.pairs={self.optim.pairs} is less than one batch of {self.data.batch_size}")
+        if self.data.batch_size % self.optim.accumulate or self.compared < 2:
+            raise ValueError(
+                f"optim.accumulate={self.optim.accumulate} does not cut data.batch_size={self.data.batch_size} into "
+                "equal parts of two pairs or more"
+            )
         swav, batch = self.objective.swav, self.data.batch_size
         if "swav" in self.objective.mix and batch + swav.queue < swav.prototypes:
             raise ValueError(
@@ -104,6 +110,11 @@ class Config(Section):
                 f"queue of {swav.queue}: take a longer queue or fewer prototypes"
             )
         return self
+
+    @property
+    def compared(self) -> int:
+        """Pairs that are compared with one another: the batch, or a part of it."""
+        return self.data.batch_size // self.optim.accumulate
 
     @property
     def steps(self) -> int:

@@ -133,12 +133,30 @@ class Superclass(Section):
     pass
 
 
+class Moco(Section):
+    size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto", description="pairs in the queue; auto: 0.5 · batch_size / (1 - momentum)"
+    )
+    momentum: float = Field(0.995, ge=0, lt=1, description="of the averaged towers that make the columns")
+    schedule: Schedule = Field("constant", description=TO_ONE)
+    in_batch: bool = Field(True, description="other pairs of the batch are negatives, too; false: the queue's only")
+    alpha: float = Field(0.0, ge=0, le=1, description="softmax: weight of the averaged towers' soft targets")
+    ramp: float = Field(0.1, ge=0, le=1, description="share of the run over which alpha grows")
+
+
+class Xbm(Section):
+    size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field("auto", description="pairs; auto: 16 batches")
+
+
 class Objective(Section):
     name: Name | dict[Name, float] = Field(
         "softmax", description=f"{', '.join(get_args(Name))}; or a mix {{softmax: 1, vicreg: 0.1}}"
     )
     mask_duplicates: bool = Field(True, description="equal captions are no negatives; false = the papers' losses")
-    exchange: Literal["gather", "ring"] = Field("gather", description="ring: no rank ever holds all embeddings")
+    queue: Literal["none", "moco", "xbm"] = Field("none", description="pairs of former steps are columns, too")
+    exchange: Literal["gather", "ring", "host"] = Field(
+        "gather", description="ring: no rank ever holds all embeddings; host: they lie in host memory"
+    )
     softmax: Softmax = Softmax()
     dcl: Dcl = Dcl()
     sigmoid: Sigmoid = Sigmoid()
@@ -157,6 +175,8 @@ class Objective(Section):
     vicreg: Vicreg = Vicreg()
     hsic: Hsic = Hsic()
     superclass: Superclass = Superclass()
+    moco: Moco = Moco()
+    xbm: Xbm = Xbm()
 
     @field_validator("name", mode="before")
     @classmethod
@@ -198,4 +218,4 @@ class Objective(Section):
     @property
     def title(self) -> str:
         parts = [name if weight == 1 else f"{weight:g} {name}" for name, weight in self.mix.items()]
-        return " + ".join(parts)
+        return " + ".join(parts) + (f", {self.queue} queue" if self.queue != "none" else "")

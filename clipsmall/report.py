@@ -22,8 +22,8 @@ LINE_EVERY = 15.0  # seconds between lines in a log file
 class Report:
     """A job: `report(progress, losses)` every few steps. Only the main rank writes, every rank must call.
 
-    Losses are means over ranks; `chance` is ln B, the loss of a model that knows nothing; `data_wait` is the share
-    of the time spent waiting for pairs.
+    Losses are means over ranks; `chance` is ln N, softmax's loss of a model that knows nothing among the N pairs that a
+    row meets; `data_wait` is the share of the time spent waiting for pairs.
     """
 
     def __init__(
@@ -32,24 +32,25 @@ class Report:
         self.accelerator, self.path, self.model, self.optimizer, self.feed = accelerator, path, model, optimizer, feed
         shown = accelerator.is_main_process and sys.stderr.isatty()
         self.bar = tqdm(total=pairs, unit=" pairs", unit_scale=True, disable=not shown)
-        self.chance = 0.0
+        self.others = 0
         self._mark = (0.0, 0, 0.0)
         self._said = 0.0
 
     def start(self, progress: Progress, batch_size: int) -> None:
-        self.chance = math.log(batch_size)
+        self.others = batch_size - 1
         self.bar.update(progress.pairs - self.bar.n)
         self._mark = (time.perf_counter(), progress.pairs, self.feed.waited)
 
     def __call__(self, progress: Progress, losses: dict[str, Tensor]) -> None:
         now, (then, pairs, waited) = time.perf_counter(), self._mark
         names = sorted(losses)
-        means = world.mean(torch.stack([losses[name].detach().float().to(losses["loss"].device) for name in names]))
+        stacked = torch.stack([losses[name].detach().float().to(losses["loss"].device) for name in names])
+        means = dict(zip(names, world.mean(stacked).tolist(), strict=True))
         row = {
             "step": progress.step,
             "pairs": progress.pairs,
-            **dict(zip(names, means.tolist(), strict=True)),
-            "chance": self.chance,
+            **means,
+            "chance": math.log1p(means.get("effective_negatives", self.others)),
             "lr": self.optimizer.param_groups[0]["lr"],
             "logit_scale": self.model.logit_scale.exp().item(),
             "logit_bias": self.model.logit_bias.item(),
@@ -65,7 +66,7 @@ class Report:
         """On the bar; where there is no terminal, as a line every LINE_EVERY seconds."""
         met = f"{row['effective_negatives']:.0f} negatives, " if "effective_negatives" in row else ""
         words = (
-            f"loss {row['loss']:.3f} (ln B {self.chance:.2f}), lr {row['lr']:.1e}, scale {row['logit_scale']:.1f}, "
+            f"loss {row['loss']:.3f} (chance {row['chance']:.2f}), lr {row['lr']:.1e}, scale {row['logit_scale']:.1f}, "
             f"{met}data wait {row['data_wait']:.0%}"
         )
         self.bar.update(row["pairs"] - self.bar.n)

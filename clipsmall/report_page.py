@@ -153,7 +153,7 @@ def report(folder: RunFolder) -> page.Report:
             ("pairs seen", f"{int(last['pairs']):,}"),
             ("training time", f"{seconds / 60:.1f} min"),
             ("speed", f"{trained['pairs_per_second'].median():,.0f} pairs/s"),
-            ("final loss", f"{trained['loss'].tail(10).mean():.3f} (ln B = {last['chance']:.2f})"),
+            ("final loss", f"{trained['loss'].tail(10).mean():.3f} (chance {last['chance']:.2f})"),
             ("logit scale", f"{last['logit_scale']:.1f}"),
         ],
         metrics=table,

@@ -21,9 +21,9 @@ from clipsmall.towers import DualEncoder
 
 # A run that changes one of these is another run: its order, its loss or its weights would not be continued.
 FIXED = (
-    "seed", "model.name", "objective.name", "objective.mask_duplicates",
+    "seed", "model.name", "objective.name", "objective.mask_duplicates", "objective.queue",
     "data.batch_size", "data.shuffle_window", "data.crop_scale", "data.max_pixels",
-    "optim.lr", "optim.lr_scaling", "optim.weight_decay", "optim.betas", "optim.eps",
+    "optim.lr", "optim.lr_scaling", "optim.accumulate", "optim.weight_decay", "optim.betas", "optim.eps",
 )  # fmt: skip
 
 

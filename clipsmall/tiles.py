@@ -17,16 +17,17 @@ TILE = {"cpu": (1024, 1024), "cuda": (4096, 8192)}
 class Layout:
     """Which entries of the pair matrix count, and where its columns live.
 
-    Entries of a row and a column of one group are left out (same caption), and so is a row's own column, unless
-    `keep_own`. `chosen` keeps of the rest only the columns that lie k places after the row's own for a True at k.
+    Entries of a row and a column of one group are left out (same caption, another copy of the pair), and so is a row's
+    own column, unless `keep_own`. `chosen` keeps of the rest only the columns that lie k places after the row's own for
+    a True at k; columns that are True in `own_only` are left out of all rows but their own.
     """
 
     own: Tensor  # (b,) each row's own place among the columns
     columns: int  # N, over all ranks
-    row_groups: Tensor | None = None  # (b,)
-    column_groups: Tensor | None = None  # (N,)
+    groups: tuple[tuple[Tensor, Tensor], ...] = ()  # of rows (b,) and of columns (N,)
     keep_own: bool = False
     chosen: Tensor | None = None  # (N,) bool
+    own_only: Tensor | None = None  # (N,) bool
     ring: bool = False  # y holds my rank's columns only; the others' come by
 
     def left_out(self, i: slice, j: slice) -> Tensor:
@@ -35,10 +36,12 @@ class Layout:
         places = torch.arange(j.start, j.stop, device=own.device)
         is_own = own == places
         out = is_own
-        if self.row_groups is not None and self.column_groups is not None:
-            out = self.row_groups[i, None] == self.column_groups[j]
+        for of_rows, of_columns in self.groups:
+            out = out | (of_rows[i, None] == of_columns[j])
         if self.chosen is not None:
             out = out | ~self.chosen[(places - own) % self.columns]
+        if self.own_only is not None:
+            out = out | self.own_only[j]
         return out & ~is_own if self.keep_own else out | is_own
 
 

@@ -26,7 +26,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader workers are f
 from accelerate import Accelerator
 from torch import Tensor
 
-from clipsmall import build, build_jobs, build_objective, world
+from clipsmall import build, build_jobs, build_objective, build_queue, world
 from clipsmall.batch import Embeddings, Pairs, Progress
 from clipsmall.config import Config
 from clipsmall.config_reader import read, refuse, written
@@ -126,6 +126,8 @@ def describe(config: Config, state: RunState) -> None:
         + (f"; continuing after step {state.progress.step}" if state.progress.step else ""),
         file=sys.stderr,
     )
+    if words := build_queue.warning(config):
+        print(f"warning: {words}", file=sys.stderr)
     if idle := build_objective.without_effect(config):
         print(f"note: {', '.join(idle)}: no effect on {config.objective.title}", file=sys.stderr)
 

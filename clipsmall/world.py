@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,13 +11,26 @@ from torch import Tensor
 
 from clipsmall.batch import Embeddings
 
+_alone = False  # of the process, not of a thread: on a GPU backward passes run in threads of their own
+
 
 def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if dist.is_initialized() and not _alone else 0
 
 
 def size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_initialized() and not _alone else 1
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Inside, this process is the only rank there is; what is computed inside must also run backward inside."""
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
 
 
 def check(accelerate_processes: int) -> None:
@@ -88,6 +102,12 @@ def columns(rows: Embeddings) -> Embeddings:
 def ring_columns(rows: Embeddings) -> Embeddings:
     """The same for comparison in a ring: everybody's numbers, but only my own features; the others' come by."""
     return rows._replace(index=gather(rows.index), caption_hash=gather(rows.caption_hash), extra={})
+
+
+def host_columns(rows: Embeddings) -> Embeddings:
+    """The same with the features in host memory: tiles of them travel, the device holds those only."""
+    all_of_them = columns(rows)
+    return all_of_them._replace(image=all_of_them.image.cpu(), text=all_of_them.text.cpu())
 
 
 class _Add(torch.autograd.Function):

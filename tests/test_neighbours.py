@@ -80,7 +80,7 @@ def test_loss_and_gradients_are_those_of_loops_over_lists(size: int, start: int,
 def test_a_queue_holds_the_last_entries_whatever_the_batch(size: int, counts: list[int]) -> None:
     queue, stream = Queue(size, 1), torch.arange(1, sum(counts) + 1)
     for part in stream.split(counts):
-        queue.push(part[:, None].float(), part, -part)
+        queue.push(part, -part, features=part[:, None].float())
         assert len(queue) == min(size, int(part[-1]))
         last = stream[: part[-1]][-size:]
         assert sorted(queue.index[: len(queue)].tolist()) == last.tolist()
@@ -91,7 +91,7 @@ def test_a_queue_holds_the_last_entries_whatever_the_batch(size: int, counts: li
 def test_the_nearest_is_looked_for_among_what_is_there() -> None:
     """An empty entry has cosine 0, more than that of a true one that points away."""
     queue = Queue(8, 2)
-    queue.push(torch.tensor([[-1.0, 0.0], [-0.6, 0.8]]), torch.tensor([5, 6]), torch.tensor([50, 60]))
+    queue.push(torch.tensor([5, 6]), torch.tensor([50, 60]), features=torch.tensor([[-1.0, 0.0], [-0.6, 0.8]]))
     here = torch.tensor([[1.0, 0.0]])
     cosine, entry, caption = queue.nearest(here, None)
     assert (cosine.item(), caption.item()) == (pytest.approx(-0.6), 60)

@@ -25,6 +25,7 @@ from clipsmall.objectives import OBJECTIVES, Kind
 from clipsmall.objectives.softmax import softmax
 from clipsmall.run_folder import RunFolder
 from tests.shards_for_tests import config
+from tests.test_world import run_trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -88,6 +89,8 @@ MEMORIES = {  # every objective that remembers something, in the memory or in a 
     "byol": "{}",
     "sinkhorn_targets": "{}",
     "{softmax: 1, superclass: 0.2, gcl: 0.5}": "{}",
+    "softmax": "{queue: moco, moco: {size: 100, alpha: 0.3}}",
+    "{dcl: 1, sinkhorn: 0.5}": "{queue: xbm, xbm: {size: 50}}",
 }
 
 
@@ -257,6 +260,23 @@ def test_two_ranks_log_the_curve_of_one_and_resume_as_one(glyphs: Path, whole: P
     assert [step for step, _ in losses(out)] == list(range(1, 25))
     for (_, mine), (_, theirs) in zip(losses(out), losses(whole), strict=True):
         assert mine == pytest.approx(theirs, rel=1e-4)
+
+
+def test_a_queue_goes_from_two_ranks_to_one(ranks: Any, glyphs: Path, tmp_path: Path) -> None:
+    changes = {"objective.queue": "moco", "objective.moco.size": 100, "optim.pairs": 32 * 12}
+    straight, out = tmp_path / "one", tmp_path / "two"
+    assert run(config(glyphs, straight, **changes)) == 0
+    assert ranks(2, run_trainer, config(glyphs, out, **changes)) == [0, 0]
+    for step in (10, 12):
+        shutil.rmtree(out / "checkpoints" / f"step_{step:08}")
+    kept = checkpoint.read_tensors(last(out), "objective")
+    assert kept["past.seen"] == 5 * 32
+    assert run(config(glyphs, out, **changes, resume="auto")) == 0
+    for (_, mine), (_, theirs) in zip(losses(out), losses(straight), strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-4)
+    left, right = (checkpoint.read_tensors(last(folder), "objective") for folder in (out, straight))
+    for key, value in right.items():
+        torch.testing.assert_close(left[key], value, rtol=0, atol=0 if value.dtype == torch.int64 else 1e-4)
 
 
 def test_sigterm_to_one_rank_stops_all_at_the_same_step(glyphs: Path, tmp_path: Path) -> None:

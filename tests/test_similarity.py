@@ -46,8 +46,7 @@ def layout(kind: str, b: int, n: int, **changes: Any) -> Layout:
     return Layout(
         own=own,
         columns=n,
-        row_groups=row_groups if grouped else None,
-        column_groups=groups if grouped else None,
+        groups=((row_groups, groups),) if grouped else (),
         keep_own=kind in ("own", "all at once"),
         chosen=torch.rand(n, generator=generator) < 0.6 if kind in ("chosen", "all at once") else None,
         **changes,
@@ -62,7 +61,7 @@ def counts(place: Layout) -> Tensor:
             if j == own:
                 out[i, j] = place.keep_own
                 continue
-            same = place.row_groups is not None and bool(place.row_groups[i] == place.column_groups[j])  # type: ignore[index]
+            same = any(bool(mine[i] == theirs[j]) for mine, theirs in place.groups)
             out[i, j] = not same and (place.chosen is None or bool(place.chosen[(j - own) % place.columns]))
     return out
 
@@ -407,8 +406,7 @@ def over_ranks(kind: str, ring: bool, dtype: torch.dtype, offsets: bool) -> list
     part = Layout(
         own=mine(place.own),
         columns=B,
-        row_groups=mine(place.row_groups) if place.row_groups is not None else None,
-        column_groups=place.column_groups,
+        groups=tuple((mine(of_rows), of_columns) for of_rows, of_columns in place.groups),
         keep_own=place.keep_own,
         chosen=place.chosen,
         ring=ring,

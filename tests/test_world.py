@@ -37,6 +37,14 @@ ALL: list[tuple[str, dict[str, Any]]] = [
     ("swav", {"swav": {"prototypes": 40, "queue": 70, "freeze_steps": 1}}),
     ("vicreg", {"vicreg": {"widths": [24, 12]}}),
     ({"softmax": 1, "superclass": 0.3, "byol": 0.2}, {}),
+    ("softmax", {"queue": "moco", "moco": {"size": 100}}),
+    ("softmax", {"queue": "moco", "moco": {"size": 50, "alpha": 0.4, "ramp": 0.0, "in_batch": False}}),
+    ("dcl", {"queue": "xbm", "xbm": {"size": 100}}),
+    ("gcl", {"queue": "moco", "moco": {"size": 100, "schedule": "cosine", "momentum": 0.9}}),
+    ({"sinkhorn": 0.5, "sigmoid": 0.5}, {"queue": "xbm", "xbm": {"size": 100}}),
+    ("sigmoid", {"exchange": "host"}),
+    *((name, {"accumulate": 4}) for name in ("softmax", "gcl")),
+    ("sinkhorn", {"accumulate": 2, "exchange": "ring"}),
     ({"sigmoid": 0.5, "gcl": 1, "vse++": 2}, {"exchange": "gather"}),
 ]
 
@@ -58,7 +66,8 @@ def trained(
     """A few steps in float64, all of them built from a config: losses, the last gradients, the objective's memory."""
     torch.manual_seed(0)
     given = {"name": name, "mask_duplicates": mask, **options}
-    run = validated({"data": {"train": ["x"], "batch_size": B}, "objective": given, "optim": {"pairs": B * STEPS}})
+    optim = {"pairs": B * STEPS, "accumulate": given.pop("accumulate", 1)}
+    run = validated({"data": {"train": ["x"], "batch_size": B}, "objective": given, "optim": optim})
     loaded = small(
         SmallConfig.model_validate(TOWERS), WordTokenizer.train(["a b c"], SmallConfig.model_validate(TOWERS).text)
     )

@@ -49,16 +49,17 @@ class Kind:
     heads: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # name in HEADS -> which options are the head's
     scale: float | None = 1 / 0.07  # logit_scale at the start; None: not learned (DDP refuses what gets no gradient)
     learns_scale: Callable[[Mapping[str, Any]], bool] = lambda options: True  # where that depends on the options
-    bias: Callable[[int], float] | None = None  # logit_bias at the start, by batch size; None: not learned
+    bias: Callable[[int], float] | None = None  # logit_bias at the start, by the columns; None: not learned
     alone: Callable[[Mapping[str, Any]], bool] = lambda options: True  # False: trains one tower only, a second term
     # the head that retrieval needs, where the towers' own features do not match: "" = none, None = it matches nothing
     through: Callable[[Mapping[str, Any]], str | None] = lambda options: ""
     ring: bool = True  # compares with columns that travel, too
+    queue: bool = False  # compares with more columns than the batch, too
 
 
-def log_odds(batch_size: int) -> float:
-    """Of a true pair in a batch of B. SigLIP's −10 is the same for B = 22,027."""
-    return -math.log(batch_size - 1)
+def log_odds(columns: int) -> float:
+    """Of a true pair among N columns. SigLIP's −10 is the same for N = 22,027."""
+    return -math.log(columns - 1)
 
 
 def predictors(options: Mapping[str, Any]) -> str:
@@ -70,13 +71,13 @@ def projectors(options: Mapping[str, Any]) -> str:
 
 
 OBJECTIVES: dict[str, Kind] = {
-    "softmax": Kind(softmax, "softmax"),
-    "dcl": Kind(dcl, "dcl"),
-    "dclw": Kind(dclw, "dcl"),
-    "sigmoid": Kind(sigmoid, "sigmoid", scale=10.0, bias=log_odds),
-    "triplet": Kind(triplet, "triplet", scale=None),
-    "vse++": Kind(VsePlusPlus, "triplet", scale=None, ring=False),
-    "spectral": Kind(spectral, "spectral", scale=None),
+    "softmax": Kind(softmax, "softmax", queue=True),
+    "dcl": Kind(dcl, "dcl", queue=True),
+    "dclw": Kind(dclw, "dcl", queue=True),
+    "sigmoid": Kind(sigmoid, "sigmoid", scale=10.0, bias=log_odds, queue=True),
+    "triplet": Kind(triplet, "triplet", scale=None, queue=True),
+    "vse++": Kind(VsePlusPlus, "triplet", scale=None, ring=False, queue=True),
+    "spectral": Kind(spectral, "spectral", scale=None, queue=True),
     "align_uniform": Kind(align_uniform, "align_uniform", scale=None),
     "sinkhorn": Kind(sinkhorn, "sinkhorn"),
     "sinkhorn_targets": Kind(
@@ -85,8 +86,10 @@ OBJECTIVES: dict[str, Kind] = {
         heads={"momentum": ("momentum", "schedule"), "soft_scale": ()},
         ring=False,
     ),
-    "bce": Kind(Bce, "bce", scale=10.0, bias=lambda batch_size: 0.0),
-    "gcl": Kind(Gcl, "gcl", learns_scale=lambda options: options["variant"] in ("fastclip_v0", "fastclip_v3")),
+    "bce": Kind(Bce, "bce", scale=10.0, bias=lambda columns: 0.0, queue=True),
+    "gcl": Kind(
+        Gcl, "gcl", learns_scale=lambda options: options["variant"] in ("fastclip_v0", "fastclip_v3"), queue=True
+    ),
     "nn": Kind(Neighbours, "nn", alone=lambda options: options["images"]),
     "simsiam": Kind(simsiam, "simsiam", heads={"predictors": ("hidden",)}, scale=None, through=predictors),
     "byol": Kind(

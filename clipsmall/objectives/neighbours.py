@@ -5,26 +5,18 @@ from torch import Tensor, nn
 
 from clipsmall import similarity, world
 from clipsmall.batch import Embeddings, Setting
+from clipsmall.objectives.fifo import Fifo
 from clipsmall.objectives.pairs import directions, layout, negatives, whole_batch
 from clipsmall.similarity import Layout
 
 
-class Queue(nn.Module):
-    """The last `size` unit features of one modality, of all ranks, each with its pair's index and caption."""
+class Queue(Fifo):
+    """Unit features of one modality."""
+
+    features: Tensor
 
     def __init__(self, size: int, width: int) -> None:
-        super().__init__()
-        self.features: Tensor
-        self.index: Tensor
-        self.caption: Tensor
-        self.seen: Tensor
-        self.register_buffer("features", torch.zeros(size, width))
-        self.register_buffer("index", torch.zeros(size, dtype=torch.int64))
-        self.register_buffer("caption", torch.zeros(size, dtype=torch.int64))  # hash
-        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))  # ever; the next one goes to seen % size
-
-    def __len__(self) -> int:
-        return min(int(self.seen), len(self.features))
+        super().__init__(size, width, ["features"])
 
     def nearest(self, features: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """(b,) cosine with the nearest entry of another index, (b, D) that entry and (b,) its caption.
@@ -33,18 +25,9 @@ class Queue(nn.Module):
         """
         filled = len(self)
         nowhere = torch.full((len(features),), -1, device=features.device)
-        place = Layout(nowhere, filled, index, self.index[:filled] if index is not None else None)
+        place = Layout(nowhere, filled, groups=((index, self.index[:filled]),) if index is not None else ())
         cosine, entry = similarity.nearest(features, self.features[:filled], place)
         return cosine, self.features[entry], self.caption[entry]
-
-    @torch.no_grad()
-    def push(self, features: Tensor, index: Tensor, caption: Tensor) -> None:
-        """(N, D), (N,), (N,): the same on all ranks. Any N: of more than fit the last stay."""
-        size, count = len(self.features), len(features)
-        spots = ((self.seen + torch.arange(count, device=features.device)) % size)[-size:]
-        self.features[spots] = features[-size:].to(self.features.dtype)
-        self.index[spots], self.caption[spots] = index[-size:], caption[-size:]
-        self.seen += count
 
 
 class Neighbours(nn.Module):
@@ -101,10 +84,10 @@ class Neighbours(nn.Module):
         terms = [self._term(rows, columns, rows.image, text, self.texts)]
         if self.images is not None:
             terms.append(self._term(rows, columns, rows.text, image, self.images))
-            self.images.push(world.gather(image), columns.index, columns.caption_hash)
+            self.images.push(columns.index, columns.caption_hash, features=world.gather(image))
         made = {key: torch.stack([term[key] for term in terms]).mean() for key in terms[0]}
         made["entries"] = torch.tensor(float(len(self.texts)), device=image.device)
-        self.texts.push(world.gather(text), columns.index, columns.caption_hash)
+        self.texts.push(columns.index, columns.caption_hash, features=world.gather(text))
         return made
 
     def _term(

@@ -1,5 +1,6 @@
 """Which columns belong to which rows, and how a row's own pair compares with all others: what pair losses share."""
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from clipsmall.similarity import Layout
 def own_places(rows: Embeddings, columns: Embeddings) -> Tensor:
     """(b,) where each row's own pair stands among the N columns; found by `index`, so no rank offset exists.
 
-    A queue may hold older copies of a pair: the first column of that index is its own.
+    A queue holds older copies of a pair: the first column of that index is its own.
     """
     known, order = columns.index.sort(stable=True)
     places: Tensor = order[torch.searchsorted(known, rows.index)]
@@ -22,27 +23,43 @@ def own_places(rows: Embeddings, columns: Embeddings) -> Tensor:
 
 
 def layout(rows: Embeddings, columns: Embeddings, mask_duplicates: bool, keep_own: bool = False) -> Layout:
-    """Rows against columns, without a row's own pair (unless `keep_own`) and, if asked, without equal captions."""
-    count = len(columns.index)
-    masked = mask_duplicates and len(torch.unique(columns.caption_hash)) < count
+    """Rows against columns, without a row's own pair (unless `keep_own`) and, if asked, without equal captions.
+
+    A pair is never its own negative: of a queue, older copies of it are left out, asked or not.
+    """
+    groups = []
+    if mask_duplicates and repeats(columns.caption_hash):
+        groups.append((rows.caption_hash, columns.caption_hash))
+    if columns.live is not None and repeats(columns.index):
+        groups.append((rows.index, columns.index))
     return Layout(
         own=own_places(rows, columns),
-        columns=count,
-        row_groups=rows.caption_hash if masked else None,
-        column_groups=columns.caption_hash if masked else None,
+        columns=len(columns.index),
+        groups=tuple(groups),
         keep_own=keep_own,
-        ring=len(columns.text) < count,
+        own_only=columns.extra.get("own_only"),
+        ring=len(columns.text) < len(columns.index),
     )
 
 
+def repeats(numbers: Tensor) -> bool:
+    return len(torch.unique(numbers)) < len(numbers)
+
+
 def negatives(place: Layout) -> Tensor:
-    """(b,) int64 how many columns each row is told apart from: all but its own and those of its caption."""
+    """(b,) int64 how many columns each row is told apart from: all but its own and those of its groups."""
     others = torch.full_like(place.own, place.columns - 1)
-    if place.column_groups is None:
+    if not place.groups and place.own_only is None:
         return others
-    _, group, sizes = torch.unique(place.column_groups, return_inverse=True, return_counts=True)
-    same: Tensor = sizes[group[place.own]] - 1
-    return others - same
+    if len(place.groups) == 1 and place.own_only is None:
+        of_rows, of_columns = place.groups[0]
+        known = of_columns.sort().values
+        return others + 1 - (torch.searchsorted(known, of_rows, right=True) - torch.searchsorted(known, of_rows))
+    counted, others = replace(place, keep_own=False, chosen=None), torch.zeros_like(place.own)
+    for start in range(0, place.columns, 1024):
+        j = slice(start, min(start + 1024, place.columns))
+        others += (~counted.left_out(slice(None), j)).sum(dim=1)
+    return others
 
 
 def dots(x: Tensor, y: Tensor) -> Tensor:
@@ -62,7 +79,7 @@ def picked(columns: Tensor, places: Tensor) -> Tensor:
 
 def whole_batch(rows: Embeddings, columns: Embeddings) -> bool:
     """The columns are exactly all ranks' rows: then one matrix serves both directions."""
-    return len(columns.index) == len(rows.index) * world.size()
+    return columns.live is None and len(columns.index) == len(rows.index) * world.size()
 
 
 class Way(NamedTuple):

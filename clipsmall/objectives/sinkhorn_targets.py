@@ -48,7 +48,7 @@ def sinkhorn_targets(
         raise ValueError("sinkhorn_targets needs exactly the gathered batch as columns: no queue, no ring")
     image, text = directions(rows, columns, place)
     hard = (image.surprise.mean() + text.surprise.mean()) / 2
-    others = replace(place, row_groups=None, column_groups=None)  # targets are there to find equal captions
+    others = replace(place, groups=())  # targets are there to find equal captions
     plan = Plan(rows, others, epsilon, iterations)
     x = scaled(rows.image, rows.extra["soft_scale"])
     sums = similarity.logsumexp(x, columns.text, replace(others, keep_own=True))

@@ -1,0 +1,97 @@
+"""Queues: an objective's rows also meet pairs of former steps, as columns without gradient."""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clipsmall import world
+from clipsmall.batch import Embeddings
+from clipsmall.objectives.fifo import Fifo
+from clipsmall.similarity import wide
+
+
+class Queued(nn.Module):
+    """An objective with a queue of both modalities: images meet the batch's and the queued texts, texts the images.
+
+    The queue starts empty (the papers start with random vectors, which are wrong negatives until they are gone), takes
+    any batch, and is the same on all ranks and part of the checkpoint. Older copies of a row's own pair, and columns
+    with its caption, are no negatives of it.
+
+    moco: columns are made by averaged towers, of the batch as of the queue (MoCo, He et al. 2020, arXiv 1911.05722,
+        §3.2, alg. 1; for images and texts BriVL, arXiv 2103.06561, §3.2, and ALBEF, arXiv 2107.07651, §3.2, eq. 1).
+        A gradient reaches the image tower from images among texts, the text tower from texts among images.
+    xbm: columns are the batch itself, with its gradient, and the towers' own features of former steps as they were
+        then (cross-batch memory, Wang et al. 2020, arXiv 1912.06798, alg. 1), of both modalities.
+
+    Args:
+        objective: of (rows, columns); knows no queue.
+        kind: `moco` (rows.extra holds the head momentum's targets) or `xbm`.
+        size: pairs in the queue. width: D of the features.
+        in_batch: moco: the batch's other pairs are negatives, too (ALBEF), or only the queue's are (BriVL).
+
+    Called with rows and the plain batch's columns it returns what the objective does, and `queue`, the pairs in it.
+    """
+
+    def __init__(
+        self,
+        objective: Callable[[Embeddings, Embeddings], dict[str, Tensor]],
+        kind: Literal["moco", "xbm"],
+        size: int,
+        width: int,
+        in_batch: bool = True,
+    ) -> None:
+        super().__init__()
+        self.objective, self.keys, self.in_batch = objective, KEYS[kind], in_batch
+        self.past = Fifo(size, width, ("image", "text"))
+
+    def forward(self, rows: Embeddings, columns: Embeddings) -> dict[str, Tensor]:
+        image, text = self.keys(rows, columns)
+        past, filled = self.past, len(self.past)
+        extra = {}
+        if not self.in_batch and filled:  # of an empty queue nobody would learn
+            extra["own_only"] = torch.arange(len(image) + filled, device=image.device) < len(image)
+        widened = columns._replace(
+            image=torch.cat([image, past.get_buffer("image")[:filled].to(image.dtype)]),
+            text=torch.cat([text, past.get_buffer("text")[:filled].to(text.dtype)]),
+            index=torch.cat([columns.index, past.index[:filled]]),
+            caption_hash=torch.cat([columns.caption_hash, past.caption[:filled]]),
+            extra=extra,
+            live=columns,
+        )
+        losses = self.objective(rows, widened)
+        losses["queue"] = torch.tensor(float(filled), device=image.device)
+        past.push(columns.index, columns.caption_hash, image=image.detach(), text=text.detach())
+        return losses
+
+
+@torch.no_grad()
+def averaged(rows: Embeddings, columns: Embeddings) -> tuple[Tensor, Tensor]:
+    """(N, D) twice: what the averaged towers make of everybody's pairs."""
+    return tuple(world.gather(unit(rows.extra[name])) for name in ("image_target", "text_target"))  # type: ignore[return-value]
+
+
+def live(rows: Embeddings, columns: Embeddings) -> tuple[Tensor, Tensor]:
+    return columns.image, columns.text
+
+
+KEYS = {"moco": averaged, "xbm": live}
+
+
+def unit(x: Tensor) -> Tensor:
+    """(b, D) rows of length 1, at least in float32."""
+    return F.normalize(x.to(wide(x)), dim=-1)
+
+
+class InBatch(nn.Module):
+    """An objective beside a queue that compares within the batch all the same."""
+
+    def __init__(self, objective: Callable[[Embeddings, Embeddings], dict[str, Tensor]]) -> None:
+        super().__init__()
+        self.objective = objective
+
+    def forward(self, rows: Embeddings, columns: Embeddings) -> dict[str, Tensor]:
+        assert columns.live is not None
+        return self.objective(rows, columns.live)
