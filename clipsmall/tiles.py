@@ -11,6 +11,7 @@ from clipsmall import world
 # Rows and columns of a tile, in its accumulation dtype 4 MiB on a CPU: larger ones leave the cache, smaller ones cost
 # the matrix product (2 cores, d = 512, B = 8,192: 256² 3.0 s, 512² 1.9 s, 1,024² 1.7 s, 2,048² 1.75 s).
 TILE = {"cpu": (1024, 1024), "cuda": (4096, 8192)}
+WIDEST = 16  # times the width: half features are widened a tile at a time, too
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,8 @@ def tiles(
     The tile is overwritten by the next one. Column tiles are the outer loop: a ring and host memory bring each once.
     """
     height, width = TILE.get(x.device.type, TILE["cuda"])
+    if 0 < len(x) < height:  # few rows, as a queue's: as many entries in fewer tiles
+        width = min(height * width // len(x), WIDEST * width)
     memory = x.new_empty(min(height, len(x)) * min(width, len(y)))
     blocks = world.ring(y, dy) if layout.ring else iter([(0, y, dy)])
     with torch.autocast(x.device.type, enabled=False):

@@ -1,58 +1,97 @@
 """A step of a model whole and in chunks: peak memory and time against the batch.
 
     python -m tests.bench.chunks [--model ViT-B-32] [--sizes 16 32 64] [--chunk 8] [--out FILE.json]
+    python -m tests.bench.chunks --model ViT-S-32 --image_size 1024 --sizes 256 --chunk 1 --whole 0 --steps 1
 
 Forward, softmax, backward, with random weights and pixels; every number from a fresh process. Memory is the process's
 peak less its level when model, gradients and pixels are there (on a GPU `max_memory_allocated`); time is the better of
-two steps. Whole steps above --whole pairs are left out.
+two steps. "in all" is the peak itself: Python, libraries, model, gradients and pixels (one byte a colour, in host
+memory) included, an optimizer's memory not. Gradients are there before a step; with --anew each step makes its own, as
+training does, and a step in chunks then needs no second copy of them (see tests/bench/gradcache.py). Whole steps above
+--whole pairs are left out.
 """
 
 import argparse
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from clipsmall.batch import Pairs
 from clipsmall.objectives.softmax import softmax
-from clipsmall.tower_sources import from_open_clip
+from clipsmall.tower_sources import Loaded, from_open_clip
 from clipsmall.towers import DualEncoder
-from tests.bench.losses import level
+from tests.bench.losses import GIB, level
 from tests.bench.sides import ROOT
 
 
-def serve(task: dict[str, Any]) -> None:
+def loaded(model: str, image_size: int) -> Loaded:
+    """open_clip's model with fresh weights; for other images than its own (0) as its `force_image_size` makes it."""
+    if not image_size:
+        return from_open_clip(model, "", weights=True)
+    import open_clip
+
+    config = json.loads(Path(model).read_text()) if model.endswith(".json") else open_clip.get_model_config(model)
+    if config is None:
+        raise ValueError(f"open_clip knows no model {model!r}")
+    config["vision_cfg"]["image_size"] = image_size
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"{Path(model).stem}-{image_size}.json"
+        path.write_text(json.dumps(config))
+        return from_open_clip(str(path), "", weights=True)
+
+
+def built(task: dict[str, Any]) -> tuple[DualEncoder, Pairs]:
+    """A model with gradients (of zero), and pairs no two of which are alike: coarse chequers, numbered captions."""
     torch.manual_seed(0)
-    device, size = task["device"], task["size"]
-    loaded = from_open_clip(task["model"], "", weights=True)
-    chunk = task["chunk"]
-    model = DualEncoder(loaded.towers, loaded.spec, 14.3, 0.0, False, chunk_size=chunk).to(device).train()
+    device, size, chunk = torch.device(task["device"]), task["size"], task["chunk"]
+    found = loaded(task["model"], task.get("image_size", 0))
+    model = DualEncoder(found.towers, found.spec, 14.3, 0.0, False, chunk_size=chunk)
+    model.to(device, getattr(torch, task.get("dtype", "float32"))).train()
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    side, numbers = loaded.spec.size, torch.arange(size, device=device)
-    pixels = torch.randint(0, 256, (size, 3, side, side), dtype=torch.uint8).to(device)
-    pairs = Pairs(pixels, loaded.tokenize(["a photo of a cat"] * size).to(device), numbers, numbers)
+    coarse, numbers = torch.randint(0, 256, (size, 3, 8, 8), dtype=torch.uint8), torch.arange(size)
+    pixels = F.interpolate(coarse, size=found.spec.size)  # bytes stay bytes
+    pairs = Pairs(pixels, found.tokenize([f"a photo of number {i}" for i in range(size)]), numbers, numbers)
+    return model, pairs.to(device, images=not chunk)
+
+
+def level_now(device: str) -> int:
+    """Bytes in use; from here on the peak is counted."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew at VmRSS
-        before = level("VmRSS")
+        return torch.cuda.memory_allocated()
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew at VmRSS
+    return level("VmRSS")
+
+
+def level_at_peak(device: str) -> int:
+    return torch.cuda.max_memory_allocated() if device == "cuda" else level("VmHWM")
+
+
+def serve(task: dict[str, Any]) -> None:
+    model, pairs = built(task)
+    before = level_now(task["device"])
     times = []
-    for _ in range(2):
+    for _ in range(task["steps"]):
+        if task["anew"]:
+            model.zero_grad()
         start = time.perf_counter()
         rows = model(pairs)
         value = softmax(rows, rows)["loss"]
         value.backward()
-        if device == "cuda":
+        if task["device"] == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-    peak = torch.cuda.max_memory_allocated() if device == "cuda" else level("VmHWM")
-    print(json.dumps({"seconds": min(times), "bytes": peak - before, "loss": value.item()}))
+    peak = level_at_peak(task["device"])
+    found = {"seconds": min(times), "bytes": peak - before, "bytes_in_all": peak, "loss": value.item()}
+    print(json.dumps(found))
 
 
 def measured(**task: Any) -> dict[str, Any]:
@@ -73,7 +112,7 @@ def picture(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     for chunk in sorted({row["chunk"] for row in rows}):
         mine = [row for row in rows if row["chunk"] == chunk]
         sizes, name = [row["size"] for row in mine], f"chunks of {chunk}" if chunk else "whole"
-        axes[0].plot(sizes, [row["bytes"] / 2**30 for row in mine], "o-", label=name)
+        axes[0].plot(sizes, [row["bytes"] / GIB for row in mine], "o-", label=name)
         axes[1].plot(sizes, [row["seconds"] / row["size"] for row in mine], "o-", label=name)
     for axis, label in zip(axes, ("GiB beside model, gradients and pixels", "seconds a pair"), strict=True):
         axis.set_xlabel("batch")
@@ -91,6 +130,10 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[16, 32, 64])
     parser.add_argument("--chunk", type=int, default=8)
     parser.add_argument("--whole", type=int, default=64, help="largest batch to try whole")
+    parser.add_argument("--image_size", type=int, default=0, help="pixels a side; 0 = the model's own")
+    parser.add_argument("--steps", type=int, default=2, help="of which the fastest counts")
+    parser.add_argument("--memory", type=float, default=16.0, help="GiB that the largest process is held against")
+    parser.add_argument("--anew", action="store_true", help="let gradients go before each step")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "bench" / "chunks.json")
     parser.add_argument("--serve", type=json.loads, help=argparse.SUPPRESS)
@@ -100,19 +143,19 @@ def main() -> None:
         return
     rows: list[dict[str, Any]] = []
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    print("batch  chunk    GiB  seconds    loss")
+    print("batch  chunk    GiB  in all  seconds    loss")
+    common = {name: getattr(options, name) for name in ("model", "image_size", "steps", "anew", "device")}
     for size in options.sizes:
         for chunk in (0, options.chunk):
             if chunk or size <= options.whole:
-                row = measured(model=options.model, size=size, chunk=chunk, device=options.device)
+                row = measured(size=size, chunk=chunk, **common)
                 rows.append(row)
-                gib = row["bytes"] / 2**30
-                print(
-                    f"{size:>5}  {chunk or 'whole':>5}  {gib:5.2f}  {row['seconds']:7.2f}  {row['loss']:.4f}",
-                    flush=True,
-                )
+                gib = f"{row['bytes'] / GIB:5.2f}  {row['bytes_in_all'] / GIB:6.2f}"
+                print(f"{size:>5}  {chunk or 'whole':>5}  {gib}  {row['seconds']:7.2f}  {row['loss']:.4f}", flush=True)
         options.out.write_text(json.dumps({"torch": torch.__version__, "results": rows}, indent=2) + "\n")
-    picture(rows, options.out.with_suffix(".png"), f"{options.model}, {options.device}")
+    at = f" at {options.image_size} pixels" * bool(options.image_size)
+    picture(rows, options.out.with_suffix(".png"), f"{options.model}{at}, {options.device}")
+    print(f"at most {max(row['bytes_in_all'] for row in rows) / GIB:.2f} GiB in all, of {options.memory:g}")
     print(f"{options.out} and {options.out.with_suffix('.png').name}")
 
 

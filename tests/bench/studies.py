@@ -1,0 +1,81 @@
+"""The grids of runs that `study` knows."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Study:
+    """Runs by name; each is the words that a command line of clipsmall.train has beside the common ones."""
+
+    title: str
+    words: tuple[str, ...]
+    runs: dict[str, tuple[str, ...]]
+    metrics: dict[str, str]  # column of the table -> key in metrics.jsonl
+    seeds: tuple[int, ...] = (0, 1, 2)
+
+
+GLYPHS = {
+    "seen names, top-1": "held-out face - seen names/acc1",
+    "never-seen names, top-1": "held-out face - never-seen names/acc1",
+    "never-seen, recall@10": "retrieval - never-seen names/image_retrieval_recall@10",
+}
+ICONS = {
+    "recall@1": "icons of new sets/image_retrieval_recall@1",
+    "recall@10": "icons of new sets/image_retrieval_recall@10",
+}
+
+
+def words(config: str, pairs: int, data: str) -> tuple[str, ...]:
+    """One thread, sqrt-scaled learning rate, 5 % of the pairs warm up, no checkpoints on the way."""
+    return (
+        f"--config={config}", f"--optim.pairs={pairs}", f"--optim.warmup_pairs={pairs // 20}",
+        "--optim.lr_scaling=sqrt", "--data.workers=0", "--run.log_every=100", "--run.checkpoint_every=1000000",
+    )  # fmt: skip
+
+
+def batch(size: int, *more: str) -> tuple[str, ...]:
+    return (f"--data.batch_size={size}", *more)
+
+
+TRICKS = {
+    "softmax": batch(32),
+    "accumulate 8": batch(256, "--optim.accumulate=8"),
+    "chunked 256": batch(256, "--model.chunk_size=32"),
+    "moco": batch(32, "--objective.queue=moco"),
+    "xbm": batch(32, "--objective.queue=xbm"),
+    "gcl": batch(32, "--objective=gcl"),
+    "dcl": batch(32, "--objective=dcl"),
+    "sigmoid": batch(32, "--objective=sigmoid"),
+    "sinkhorn": batch(32, "--objective=sinkhorn"),
+}
+
+STUDIES = {
+    "batch32-glyphs": Study("glyphs, 100,000 pairs", words("configs/demo.yaml", 100_000, ""), TRICKS, GLYPHS),
+    "batch32-icons": Study("icons, 60,000 pairs", words("configs/icons.yaml", 60_000, ""), TRICKS, ICONS),
+    "trophy-probe": Study(
+        "moco",
+        words("configs/demo.yaml", 300_000, ""),
+        {
+            "moco": batch(32, "--objective.queue=moco"),
+            "moco-99-lr2": batch(32, "--objective.queue=moco", "--objective.moco.momentum=0.99", "--optim.lr=6e-3"),
+            "moco-995-lr2": batch(32, "--objective.queue=moco", "--optim.lr=6e-3"),
+            "1024-lr3e-3": batch(1024, "--optim.lr=1.5e-3"),
+        },
+        GLYPHS,
+        seeds=(0,),
+    ),
+    "probe-glyphs": Study(
+        "lr",
+        words("configs/demo.yaml", 300_000, ""),
+        {
+            "1024-lr6e-3": batch(1024, "--optim.lr=3e-3"),
+            "32-lr1e-3": batch(32, "--optim.lr=3e-3"),
+            "1024-lr12e-3": batch(1024, "--optim.lr=6e-3"),
+            "32-lr2e-3": batch(32, "--optim.lr=6e-3"),
+            "1024-lr24e-3": batch(1024, "--optim.lr=12e-3"),
+            "32-lr.5e-3": batch(32, "--optim.lr=1.5e-3"),
+        },
+        GLYPHS,
+        seeds=(0,),
+    ),
+}
