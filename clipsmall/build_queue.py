@@ -103,7 +103,8 @@ def queued(
     }
     pairs = None if setting.ids is None else len(setting.ids)
     inner = joined(objective.mix, given)
-    return Queued(inner, objective.queue, size(config, pairs), setting.width, objective.moco.in_batch)
+    start = round(objective.xbm.start * config.optim.pairs) if objective.queue == "xbm" else 0
+    return Queued(inner, objective.queue, size(config, pairs), setting.width, objective.moco.in_batch, start)
 
 
 def joined(mix: dict[str, float], made: dict[str, Callable[..., Any]]) -> Callable[..., dict[str, Tensor]]:

@@ -150,6 +150,26 @@ def test_an_empty_xbm_queue_is_the_plain_objective() -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
 
 
+def test_a_queue_may_be_met_later() -> None:
+    plain = objective("softmax", True)
+    queued = Queued(plain, "xbm", 13, WIDTH, start=2 * BATCH).double()
+    sizes = []
+    for step in range(4):
+        e = batch(step)
+        found = queued(e, e)
+        sizes.append(int(found["queue"]))
+        if not sizes[-1]:
+            torch.testing.assert_close(found["loss"], plain(e, e)["loss"])
+    assert sizes == [0, 0, 10, 13]
+    words = ["--objective.queue=xbm", "--optim.pairs=1000"]
+    made = build_objective.objective(run(*words), Setting(width=WIDTH, batch_size=32, steps=10))
+    assert made.start == 300
+    made = build_objective.objective(
+        run(*words, "--objective.queue=moco"), Setting(width=WIDTH, batch_size=32, steps=10)
+    )
+    assert made.start == 0
+
+
 def soft(e: Embeddings, columns: tuple[Tensor, Tensor, Tensor, Tensor], alpha: float) -> Tensor:
     """ALBEF's eq. 6 with duplicates and older copies left out, over whole matrices."""
     images, texts, index, captions = columns
@@ -178,17 +198,17 @@ def test_soft_targets_are_albefs_and_grow() -> None:
 
 
 def test_a_long_queue_takes_no_more_than_tiles() -> None:
-    """32 rows, 20,000 columns: of K numbers a few, of 32·K none."""
+    """32 rows, 200,000 columns: of K numbers a few, of 32·K none."""
     e = embeddings(32)
-    queued = Queued(objective("softmax", True), "moco", 20_000, WIDTH).double()
+    queued = Queued(objective("softmax", True), "moco", 200_000, WIDTH).double()
     generator = torch.Generator().manual_seed(0)
     stuff = [
-        F.normalize(torch.randn(20_000, WIDTH, generator=generator, dtype=torch.float64), dim=-1) for _ in range(2)
+        F.normalize(torch.randn(200_000, WIDTH, generator=generator, dtype=torch.float64), dim=-1) for _ in range(2)
     ]
-    queued.past.push(torch.randint(10**6, (20_000,)), torch.randint(10**6, (20_000,)), image=stuff[0], text=stuff[1])
+    queued.past.push(torch.randint(10**6, (200_000,)), torch.randint(10**6, (200_000,)), image=stuff[0], text=stuff[1])
     with Meter() as meter:
         queued(e, e)["loss"].backward()
-    assert meter.largest <= 20_032 * WIDTH
+    assert meter.largest <= 200_032 * WIDTH
 
 
 def run(*words: str) -> Any:
@@ -252,7 +272,7 @@ def test_what_a_queue_refuses(words: list[str], said: str) -> None:
 
 def test_beside_a_queue_sinkhorn_compares_the_batch() -> None:
     e = embeddings(32)
-    mixed = run("--objective={sinkhorn: 0.5, softmax: 2}", "--objective.queue=xbm")
+    mixed = run("--objective={sinkhorn: 0.5, softmax: 2}", "--objective.queue=xbm", "--objective.xbm.start=0")
     made = build_objective.objective(mixed, Setting(width=WIDTH, batch_size=32, steps=10)).double()
     plain = build_objective.objective(run("--objective=sinkhorn"), Setting(width=WIDTH, batch_size=32, steps=10))
     for _ in range(2):

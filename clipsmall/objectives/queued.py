@@ -31,6 +31,9 @@ class Queued(nn.Module):
         kind: `moco` (rows.extra holds the head momentum's targets) or `xbm`.
         size: pairs in the queue. width: D of the features.
         in_batch: moco: the batch's other pairs are negatives, too (ALBEF), or only the queue's are (BriVL).
+        start: pairs seen before the queue is met. While weights change fast, old features are told apart by their age,
+            and turning all features a little at every step is the cheapest way to a low loss: xbm from the first step
+            learned nothing on the glyphs (its authors start after 1,000 steps; moco's columns are all of one age).
 
     Called with rows and the plain batch's columns it returns what the objective does, and `queue`, the pairs in it.
     """
@@ -42,14 +45,16 @@ class Queued(nn.Module):
         size: int,
         width: int,
         in_batch: bool = True,
+        start: int = 0,
     ) -> None:
         super().__init__()
-        self.objective, self.keys, self.in_batch = objective, KEYS[kind], in_batch
+        self.objective, self.keys, self.in_batch, self.start = objective, KEYS[kind], in_batch, start
         self.past = Fifo(size, width, ("image", "text"))
 
     def forward(self, rows: Embeddings, columns: Embeddings) -> dict[str, Tensor]:
         image, text = self.keys(rows, columns)
-        past, filled = self.past, len(self.past)
+        past = self.past
+        filled = len(past) if past.seen >= self.start else 0
         extra = {}
         if not self.in_batch and filled:  # of an empty queue nobody would learn
             extra["own_only"] = torch.arange(len(image) + filled, device=image.device) < len(image)

@@ -64,6 +64,17 @@ STUDIES = {
         GLYPHS,
         seeds=(0,),
     ),
+    "xbm-probe": Study(
+        "xbm",
+        words("configs/demo.yaml", 100_000, ""),
+        {
+            "start.3-512": batch(32, "--objective.queue=xbm"),
+            "start.3-128": batch(32, "--objective.queue=xbm", "--objective.xbm.size=128"),
+            "start.6-512": batch(32, "--objective.queue=xbm", "--objective.xbm.start=0.6"),
+        },
+        GLYPHS,
+        seeds=(0,),
+    ),
     "probe-glyphs": Study(
         "lr",
         words("configs/demo.yaml", 300_000, ""),
