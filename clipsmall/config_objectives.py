@@ -145,7 +145,7 @@ class Moco(Section):
 
 
 class Xbm(Section):
-    size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field("auto", description="pairs; auto: 16 batches")
+    size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field("auto", description="pairs; auto: 4 batches")
     start: float = Field(0.3, ge=0, le=1, description="share of the run before the queue is met")
 
 

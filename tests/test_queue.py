@@ -224,7 +224,7 @@ def run(*words: str) -> Any:
         (["--objective.queue=moco", "--objective.moco.momentum=0.5"], None, 32),
         (["--objective.queue=moco"], 1_000, 992),  # of a small data set all but what fills no batch
         (["--objective.queue=moco", "--objective.moco.size=77"], 1_000, 77),
-        (["--objective.queue=xbm"], None, 512),
+        (["--objective.queue=xbm"], None, 128),
         (["--objective.queue=xbm", "--objective.xbm.size=5"], None, 5),
         ([], None, 0),
     ],

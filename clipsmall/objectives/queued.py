@@ -32,8 +32,9 @@ class Queued(nn.Module):
         size: pairs in the queue. width: D of the features.
         in_batch: moco: the batch's other pairs are negatives, too (ALBEF), or only the queue's are (BriVL).
         start: pairs seen before the queue is met. While weights change fast, old features are told apart by their age,
-            and turning all features a little at every step is the cheapest way to a low loss: xbm from the first step
-            learned nothing on the glyphs (its authors start after 1,000 steps; moco's columns are all of one age).
+            and turning all features a little at every step is the cheapest way to a low loss: xbm from the first step,
+            or with 16 batches, learned nothing on the glyphs (its authors start after 1,000 steps; moco's towers
+            change slowly).
 
     Called with rows and the plain batch's columns it returns what the objective does, and `queue`, the pairs in it.
     """

@@ -56,12 +56,14 @@ def main() -> None:
     parser.add_argument("study", choices=sorted(STUDIES))
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "study")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, a thread each")
+    parser.add_argument("--seeds", type=int, nargs="+", help="run these only")
+    parser.add_argument("--only", nargs="+", help="these runs only")
     parser.add_argument("--tell", action="store_true", help="run nothing")
     options = parser.parse_args()
     study, out = STUDIES[options.study], options.out / options.study
     if not options.tell:
         with ThreadPoolExecutor(options.jobs) as pool:
-            todo = [(name, seed) for seed in study.seeds for name in study.runs]
+            todo = [(name, seed) for seed in options.seeds or study.seeds for name in options.only or study.runs]
             list(pool.map(lambda each: run(study, *each, out), todo))
     tell(study, out)
 
