@@ -99,6 +99,21 @@ def test_random_layers_are_replayed(size: int) -> None:
         torch.testing.assert_close(value, two_passes[name], rtol=1e-10, atol=1e-14, msg=name)
 
 
+@pytest.mark.filterwarnings("ignore")  # torch's own, of its compiler
+def test_compiled_towers_may_be_chunked() -> None:
+    model, pairs = noisy()
+    model.towers.image = torch.compile(model.towers.image, backend="aot_eager")
+    model.towers.text = torch.compile(model.towers.text, backend="aot_eager")
+    expected = plain(model, pairs, 5)
+    torch.manual_seed(1)
+    model.chunk_size = 5
+    model.zero_grad()
+    rows = model(pairs)
+    softmax(rows, rows)["loss"].backward()
+    for name, value in gradients(model).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-10, atol=1e-14, msg=name)
+
+
 def test_generators_go_on_after_a_step_as_if_nothing_was_replayed() -> None:
     model, pairs = noisy()
     plain(model, pairs, 4)
