@@ -34,7 +34,8 @@ class Embeddings(NamedTuple):
     logit_scale: Tensor  # () positive, already exponentiated; multiplies every cosine
     logit_bias: Tensor  # () added to every scaled cosine
     extra: Mapping[str, Tensor] = MappingProxyType({})  # what the objective asked the model for beside; see heads
-    live: Any = None  # of columns that a queue made: the plain batch's, through which gradients flow
+    live: "Embeddings | None" = None  # of columns that a queue made: the plain batch's, through which gradients flow
+    own_only: int = 0  # of columns: the first so many meet their own row only
 
 
 @dataclass
@@ -57,8 +58,8 @@ class Setting:
     """What heads and objectives with a memory may know of the run they are built for."""
 
     width: int  # D of the embeddings
-    batch_size: int  # pairs of one step over all ranks
-    steps: int  # of the whole run
+    batch_size: int  # pairs that are compared with one another: a step's over all ranks, or a part of them
+    steps: int  # times the objective is called in the whole run
     seed: int = 0
     towers: Any = None  # to be copied by a head that keeps a moving average of them
     vocabulary: int = 0  # token ids are below it; 0 = unknown

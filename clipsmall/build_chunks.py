@@ -19,9 +19,10 @@ def chunk_size(config: Config, accelerator: Accelerator, loaded: Loaded, model: 
     """
     rows = config.data.batch_size // world.size()
     given = config.model.chunk_size
-    if not given and config.optim.accumulate > 1:
+    norms = any(isinstance(part, torch.nn.modules.batchnorm._BatchNorm) for part in model.towers.modules())
+    if not given and config.optim.accumulate > 1 and not norms:
         given = rows // config.optim.accumulate  # who accumulates has memory for a part
-    if given and any(isinstance(part, torch.nn.modules.batchnorm._BatchNorm) for part in model.towers.modules()):
+    if given and norms:
         raise ValueError(
             "model.chunk_size: this model has BatchNorm, which would see a chunk for the batch; take one with "
             "LayerNorm (a ViT, a ConvNeXt), or model.chunk_size=0"

@@ -109,8 +109,7 @@ def starts(config: Config, loaded: Loaded, setting: Setting) -> tuple[float, flo
         scale = config.model.logit_scale
     elif loaded.logit_scale is not None:
         scale = loaded.logit_scale
-    known = None if setting.ids is None else len(setting.ids)
-    bias = biases[0](setting.batch_size + build_queue.size(config, known)) if biases else 0.0
+    bias = biases[0](build_queue.columns(config, setting)) if biases else 0.0
     if config.model.logit_bias != "auto":
         bias = config.model.logit_bias
     else:
@@ -158,8 +157,8 @@ def parts(config: Config) -> int:
         raise ValueError(f"optim.accumulate={count} does not divide the {local} pairs of a rank")
     if config.objective.queue != "none" or head_options(config):
         raise ValueError(
-            f"optim.accumulate is a baseline for objectives that compare pairs alone; {config.objective.title} asks for "
-            "more: take model.chunk_size, which gives the whole batch's gradient"
+            f"optim.accumulate is a baseline for objectives that compare pairs alone; {config.objective.title} asks "
+            "for more: take model.chunk_size, which gives the whole batch's gradient"
         )
     return count
 

@@ -1,5 +1,6 @@
 """Config -> the queue around an objective: its size, what it asks of the model, and whether it is too long."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -36,20 +37,40 @@ def size(config: Config, pairs: int | None) -> int:
     return max(min(wanted, LONGEST, pairs or LONGEST) // batch, 1) * batch
 
 
-def warning(config: Config) -> str:
-    """What to say of a moco queue that the user made too long (see `size`); "" of one that is not."""
-    moco, batch = config.objective.moco, config.data.batch_size
-    if config.objective.queue != "moco" or moco.size == "auto":
-        return ""
-    forgotten = 1 - moco.momentum
-    stale = moco.size * forgotten / batch
-    if stale <= STALE * (1 + 1e-9):
-        return ""
-    return (
-        f"objective.moco.size={moco.size} at momentum {moco.momentum} and batch {batch}: the oldest keys are "
-        f"{moco.size / batch:,.0f} steps old, the averaged towers remember {1 / forgotten:,.0f} (r = K(1-m)/B = "
-        f"{stale:.2g}); take {longest(batch, moco.momentum)} or fewer, or momentum {1 - STALE * batch / moco.size:.4g}"
-    )
+def columns(config: Config, setting: Setting) -> int:
+    """What a row meets, its own pair included, once a queue is full; for xbm, which is met later, at the start."""
+    if config.objective.queue != "moco":
+        return setting.batch_size
+    held = size(config, None if setting.ids is None else len(setting.ids))
+    return held + (setting.batch_size if config.objective.moco.in_batch else 1)
+
+
+def told(objective: object) -> str:
+    """For the opening line of a run."""
+    return f", {objective.past.size:,} pairs in the queue" if isinstance(objective, Queued) else ""
+
+
+def warnings(config: Config, fresh: bool) -> list[str]:
+    """What to say of a queue that will not do what it is there for. fresh: weights that nothing has trained yet."""
+    objective, moco, batch = config.objective, config.objective.moco, config.data.batch_size
+    found = []
+    if objective.queue != "none" and config.data.streaming:
+        found.append("streamed pairs have no number of their own: a queue may hold older copies of a row's pair")
+    if objective.queue == "xbm" and fresh and size(config, None) > FRESH * batch:
+        found.append(
+            f"objective.xbm.size={objective.xbm.size} is more than {FRESH} batches: features of weights that learn "
+            "from scratch age fast, and the queue is told apart by its age; take fewer, or objective.queue=moco"
+        )
+    if objective.queue == "moco" and moco.size != "auto" and moco.size > longest(batch, moco.momentum):
+        most = STALE * batch / moco.size
+        digit = 10.0 ** math.floor(math.log10(most))  # one digit of 1 - m, rounded down
+        found.append(
+            f"objective.moco.size={moco.size} at momentum {moco.momentum} and batch {batch}: the oldest keys are "
+            f"{moco.size / batch:,.0f} steps old, the averaged towers remember {1 / (1 - moco.momentum):,.0f} (r = "
+            f"K(1-m)/B = {moco.size * (1 - moco.momentum) / batch:.2g}); take {longest(batch, moco.momentum)} or "
+            f"fewer, or momentum {1 - most // digit * digit:.10g}"
+        )
+    return found
 
 
 def longest(batch: int, momentum: float) -> int:
@@ -96,7 +117,11 @@ def queued(
             f"objective.queue={objective.queue}: {', '.join(made)} compares exactly the batch; a queue serves "
             f"{takers}, or a mix with one of them"
         )
-    if objective.exchange == "ring":
+    if "bce" in made and objective.bce.mode != "balanced" and not objective.moco.in_batch:
+        raise ValueError(
+            "objective.moco.in_batch=false: bce draws its few negatives from the batch, too; use mode balanced"
+        )
+    if objective.exchange != "gather":
         raise ValueError(
             f"objective.queue={objective.queue}: every rank holds the queue; use objective.exchange=gather"
         )

@@ -20,7 +20,7 @@ class Model(Section):
         0, description="pairs of a rank that go through the towers at a time; 0 = all; auto = as many as fit the GPU"
     )
     logit_scale: float | Literal["auto"] = Field("auto", description="1/temperature at the start (not its log)")
-    logit_bias: float | Literal["auto"] = Field("auto", description="auto: sigmoid starts at -log(batch_size - 1)")
+    logit_bias: float | Literal["auto"] = Field("auto", description="auto: sigmoid starts at -log(negatives)")
 
     @model_validator(mode="after")
     def _positive(self) -> "Model":

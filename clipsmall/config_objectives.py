@@ -13,6 +13,7 @@ Name = Literal[
 
 Schedule = Literal["cosine", "constant"]
 TO_ONE = "of the momentum; cosine goes to 1 at the end of the run"
+LONGEST = 10_000_000  # pairs in a queue
 PROJECTOR = "layers of a projector, the last its output; [] = the towers' own outputs"
 
 
@@ -134,7 +135,7 @@ class Superclass(Section):
 
 
 class Moco(Section):
-    size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+    size: Annotated[int, Field(ge=1, le=LONGEST)] | Literal["auto"] = Field(
         "auto", description="pairs in the queue; auto: 0.5 · batch_size / (1 - momentum)"
     )
     momentum: float = Field(0.995, ge=0, lt=1, description="of the averaged towers that make the columns")
@@ -145,8 +146,10 @@ class Moco(Section):
 
 
 class Xbm(Section):
-    size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field("auto", description="pairs; auto: 4 batches")
-    start: float = Field(0.3, ge=0, le=1, description="share of the run before the queue is met")
+    size: Annotated[int, Field(ge=1, le=LONGEST)] | Literal["auto"] = Field(
+        "auto", description="pairs; auto: 4 batches"
+    )
+    start: float = Field(0.3, ge=0, lt=1, description="share of the run before the queue is met")
 
 
 class Objective(Section):
@@ -185,6 +188,8 @@ class Objective(Section):
         """One clear line for a misspelt name, where pydantic would tell of every branch of the union."""
         for each in given if isinstance(given, dict) else [given] if isinstance(given, str) else []:
             if each not in get_args(Name):
+                if each in ("moco", "xbm"):
+                    raise ValueError(f"{each} is a queue around an objective: objective.queue={each}")
                 near = get_close_matches(str(each), get_args(Name), 1)
                 guess = f"did you mean {near[0]}?" if near else f"there are {', '.join(get_args(Name))}"
                 raise ValueError(f"there is no objective {each!r}; {guess}")

@@ -20,7 +20,7 @@ class Layout:
 
     Entries of a row and a column of one group are left out (same caption, another copy of the pair), and so is a row's
     own column, unless `keep_own`. `chosen` keeps of the rest only the columns that lie k places after the row's own for
-    a True at k; columns that are True in `own_only` are left out of all rows but their own.
+    a True at k.
     """
 
     own: Tensor  # (b,) each row's own place among the columns
@@ -28,7 +28,6 @@ class Layout:
     groups: tuple[tuple[Tensor, Tensor], ...] = ()  # of rows (b,) and of columns (N,)
     keep_own: bool = False
     chosen: Tensor | None = None  # (N,) bool
-    own_only: Tensor | None = None  # (N,) bool
     ring: bool = False  # y holds my rank's columns only; the others' come by
 
     def left_out(self, i: slice, j: slice) -> Tensor:
@@ -41,8 +40,6 @@ class Layout:
             out = out | (of_rows[i, None] == of_columns[j])
         if self.chosen is not None:
             out = out | ~self.chosen[(places - own) % self.columns]
-        if self.own_only is not None:
-            out = out | self.own_only[j]
         return out & ~is_own if self.keep_own else out | is_own
 
 
@@ -59,7 +56,9 @@ def tiles(
     The tile is overwritten by the next one. Column tiles are the outer loop: a ring and host memory bring each once.
     """
     height, width = TILE.get(x.device.type, TILE["cuda"])
-    if 0 < len(x) < height:  # few rows, as a queue's: as many entries in fewer tiles
+    if (
+        0 < len(x) < height and y.device == x.device
+    ):  # few rows, many columns of a queue: as many entries in fewer tiles
         width = min(height * width // len(x), WIDEST * width)
     memory = x.new_empty(min(height, len(x)) * min(width, len(y)))
     blocks = world.ring(y, dy) if layout.ring else iter([(0, y, dy)])

@@ -89,7 +89,7 @@ def run(config: Config, stop: Stop) -> int:
     if config.run.evaluate_every:
         jobs.append((config.run.evaluate_every, evaluate))
     jobs.append((config.run.checkpoint_every, save))
-    report.start(state.progress, config.data.batch_size)
+    report.start(state.progress, config.compared)
     train(
         accelerator, model, build_objective.columns(config), state.objective, state.feed, state.optimizer,
         state.scheduler, config.optim.clip, state.progress, jobs,
@@ -122,11 +122,13 @@ def describe(config: Config, state: RunState) -> None:
     print(
         f"{config.objective.title}: {trainable / 1e6:.2f}M parameters; {state.source}; {world.size()} ranks x "
         f"{size // world.size()} = batch {size}"
+        + (f", compared in {config.optim.accumulate} parts (naive accumulation)" if config.compared < size else "")
+        + build_queue.told(state.objective)
         + (f", {state.model.chunk_size} at a time through the towers" if state.model.chunk_size else "")
         + (f"; continuing after step {state.progress.step}" if state.progress.step else ""),
         file=sys.stderr,
     )
-    if words := build_queue.warning(config):
+    for words in build_queue.warnings(config, fresh=state.loaded.logit_scale is None):
         print(f"warning: {words}", file=sys.stderr)
     if idle := build_objective.without_effect(config):
         print(f"note: {', '.join(idle)}: no effect on {config.objective.title}", file=sys.stderr)

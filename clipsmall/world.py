@@ -105,7 +105,10 @@ def ring_columns(rows: Embeddings) -> Embeddings:
 
 
 def host_columns(rows: Embeddings) -> Embeddings:
-    """The same with the features in host memory: tiles of them travel, the device holds those only."""
+    """The same with the features kept in host memory from one pass to the next; tiles of them travel.
+
+    They are gathered on the device, whole, and so are their gradients: between these moments it holds my rows only.
+    """
     all_of_them = columns(rows)
     return all_of_them._replace(image=all_of_them.image.cpu(), text=all_of_them.text.cpu())
 

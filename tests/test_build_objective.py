@@ -88,7 +88,13 @@ def test_where_scale_and_bias_start() -> None:
         (["--objective=sigmoid", "--objective.sigmoid.relative_bias=true"], loaded(), 10.0, prior / 10),
         (["--objective=sigmoid", "--objective.sigmoid.relative_bias=true"], loaded(100.0, -13.0), 100.0, -0.13),
         (["--objective=softmax", "--objective.sigmoid.relative_bias=true"], loaded(100.0, -13.0), 100.0, -13.0),
-        (["--objective=sigmoid", "--objective.queue=xbm", "--objective.xbm.size=100"], loaded(), 10.0, -math.log(116)),
+        (
+            ["--objective=sigmoid", "--objective.queue=moco", "--objective.moco.size=100"],
+            loaded(),
+            10.0,
+            -math.log(116),
+        ),
+        (["--objective=sigmoid", "--objective.queue=xbm"], loaded(), 10.0, prior),  # met later
         (["--objective=sigmoid", "--model.logit_bias=-10", "--model.logit_scale=5"], loaded(100.0, -13.0), 5.0, -10.0),
     ):
         assert build_objective.starts(run(*words), weights, SETTING) == pytest.approx((scale, bias))

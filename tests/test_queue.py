@@ -234,17 +234,27 @@ def test_the_size_of_a_queue(words: list[str], pairs: int | None, size: int) -> 
 
 
 def test_a_queue_of_stale_keys_is_told_and_what_would_do() -> None:
-    said = build_queue.warning(run("--objective.queue=moco", "--objective.moco.size=65536"))
+    (said,) = build_queue.warnings(run("--objective.queue=moco", "--objective.moco.size=65536"), fresh=True)
     assert "2,048 steps old" in said
     assert "remember 200 " in said
     assert "take 3200 or fewer, or momentum 0.9998" in said
-    for fine in (
-        ["--objective.moco.size=3200"],
-        ["--objective.moco.size=65536", "--objective.moco.momentum=0.9998"],
-        [],
-    ):
-        assert not build_queue.warning(run("--objective.queue=moco", *fine))
-    assert not build_queue.warning(run("--objective.queue=xbm", "--objective.xbm.size=65536"))
+    for fine in (["3200", "0.995"], ["65536", "0.9998"], ["32", "0.4"], ["auto", "0.3"]):
+        words = ["--objective.queue=moco", f"--objective.moco.size={fine[0]}", f"--objective.moco.momentum={fine[1]}"]
+        assert not build_queue.warnings(run(*words), fresh=True)
+    for size in (3_232, 6_000, 6_720, 999_999):  # the momentum that is offered is no cause for another warning
+        words = ["--objective.queue=moco", f"--objective.moco.size={size}"]
+        (said,) = build_queue.warnings(run(*words), fresh=True)
+        offered = said.rpartition(" ")[2]
+        assert not build_queue.warnings(run(*words, f"--objective.moco.momentum={offered}"), fresh=True), said
+
+
+def test_features_that_age_are_told() -> None:
+    long = ["--objective.queue=xbm", "--objective.xbm.size=512"]
+    assert "told apart by its age" in build_queue.warnings(run(*long), fresh=True)[0]
+    assert not build_queue.warnings(run(*long), fresh=False)
+    assert not build_queue.warnings(run("--objective.queue=xbm"), fresh=True)
+    (said,) = build_queue.warnings(run("--objective.queue=xbm", "--data.streaming=true"), fresh=True)
+    assert "streamed pairs have no number" in said
 
 
 @pytest.mark.parametrize(
@@ -255,6 +265,16 @@ def test_a_queue_of_stale_keys_is_told_and_what_would_do() -> None:
             "sinkhorn compares exactly the batch; a queue serves softmax",
         ),
         (["--objective.queue=moco", "--objective.exchange=ring"], "every rank holds the queue"),
+        (["--objective.queue=xbm", "--objective.exchange=host"], "every rank holds the queue"),
+        (
+            [
+                "--objective=bce",
+                "--objective.bce.mode=one",
+                "--objective.queue=moco",
+                "--objective.moco.in_batch=false",
+            ],
+            "use mode balanced",
+        ),
         (["--objective=dcl", "--objective.queue=moco", "--objective.moco.alpha=0.4"], "soft targets are softmax's"),
         (["--objective.queue=xbm", "--objective.moco.alpha=0.4"], ""),
         (["--objective.queue=moco", "--optim.accumulate=4"], "take model.chunk_size"),
@@ -278,6 +298,7 @@ def test_beside_a_queue_sinkhorn_compares_the_batch() -> None:
     for _ in range(2):
         found = made(e, e)
         torch.testing.assert_close(found["sinkhorn"], plain(e, e)["loss"].detach())
-    assert found["effective_negatives"] == 31  # sinkhorn's, the first of the mix
+    assert found["sinkhorn/effective_negatives"] == 31
+    assert found["effective_negatives"] == 62  # the most that one of them meets
     assert found["softmax/effective_negatives"] == 62  # the others twice: as they are, and as they were
     assert found["queue"] == 32

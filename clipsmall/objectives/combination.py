@@ -11,7 +11,7 @@ from clipsmall.batch import Embeddings
 class Combination(nn.Module):
     """L = Σ weight · loss over named objectives; those with a memory keep it here.
 
-    Called with (rows, columns); returns `loss`, each part's loss by its name, its terms as `name/term`, and the first
+    Called with (rows, columns); returns `loss`, each part's loss by its name, its terms as `name/term`, and the most
     `effective_negatives` that a part tells.
     """
 
@@ -26,6 +26,6 @@ class Combination(nn.Module):
         for name, terms in made.items():
             for term, value in terms.items():
                 losses[name if term == "loss" else f"{name}/{term}"] = value.detach()
-            if "effective_negatives" in terms:
-                losses.setdefault("effective_negatives", terms["effective_negatives"])
+        if met := [terms["effective_negatives"] for terms in made.values() if "effective_negatives" in terms]:
+            losses["effective_negatives"] = torch.stack(met).amax()
         return losses

@@ -32,12 +32,14 @@ def layout(rows: Embeddings, columns: Embeddings, mask_duplicates: bool, keep_ow
         groups.append((rows.caption_hash, columns.caption_hash))
     if columns.live is not None and repeats(columns.index):
         groups.append((rows.index, columns.index))
+    if columns.own_only:
+        others = torch.arange(len(columns.index), device=columns.index.device) >= columns.own_only
+        groups.append((torch.zeros_like(rows.index), others.long()))
     return Layout(
         own=own_places(rows, columns),
         columns=len(columns.index),
         groups=tuple(groups),
         keep_own=keep_own,
-        own_only=columns.extra.get("own_only"),
         ring=len(columns.text) < len(columns.index),
     )
 
@@ -49,9 +51,9 @@ def repeats(numbers: Tensor) -> bool:
 def negatives(place: Layout) -> Tensor:
     """(b,) int64 how many columns each row is told apart from: all but its own and those of its groups."""
     others = torch.full_like(place.own, place.columns - 1)
-    if not place.groups and place.own_only is None:
+    if not place.groups:
         return others
-    if len(place.groups) == 1 and place.own_only is None:
+    if len(place.groups) == 1:
         of_rows, of_columns = place.groups[0]
         known = of_columns.sort().values
         return others + 1 - (torch.searchsorted(known, of_rows, right=True) - torch.searchsorted(known, of_rows))

@@ -4,13 +4,12 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipsmall import world
 from clipsmall.batch import Embeddings
 from clipsmall.objectives.fifo import Fifo
-from clipsmall.similarity import wide
+from clipsmall.towers import unit
 
 
 class Queued(nn.Module):
@@ -18,7 +17,7 @@ class Queued(nn.Module):
 
     The queue starts empty (the papers start with random vectors, which are wrong negatives until they are gone), takes
     any batch, and is the same on all ranks and part of the checkpoint. Older copies of a row's own pair, and columns
-    with its caption, are no negatives of it.
+    with its caption, are no negatives of it (streamed data does not know its pairs again: there only the captions).
 
     moco: columns are made by averaged towers, of the batch as of the queue (MoCo, He et al. 2020, arXiv 1911.05722,
         §3.2, alg. 1; for images and texts BriVL, arXiv 2103.06561, §3.2, and ALBEF, arXiv 2107.07651, §3.2, eq. 1).
@@ -49,46 +48,45 @@ class Queued(nn.Module):
         start: int = 0,
     ) -> None:
         super().__init__()
-        self.objective, self.keys, self.in_batch, self.start = objective, KEYS[kind], in_batch, start
+        self.objective, self.features, self.in_batch, self.start = objective, FEATURES[kind], in_batch, start
         self.past = Fifo(size, width, ("image", "text"))
 
     def forward(self, rows: Embeddings, columns: Embeddings) -> dict[str, Tensor]:
-        image, text = self.keys(rows, columns)
+        image, text = self.features(rows, columns)
+        filled = len(self.past) if self.past.seen >= self.start else 0
+        losses = self.objective(rows, self.widened(columns, image, text, filled))
+        losses["queue"] = torch.tensor(float(filled), device=image.device)
+        self.past.push(columns.index, columns.caption_hash, image=image.detach(), text=text.detach())
+        return losses
+
+    def widened(self, columns: Embeddings, image: Tensor, text: Tensor, filled: int) -> Embeddings:
+        """The batch's features image and text (N, D), and the queue's after them."""
+        if image is columns.image and not filled:
+            return columns
         past = self.past
-        filled = len(past) if past.seen >= self.start else 0
-        extra = {}
-        if not self.in_batch and filled:  # of an empty queue nobody would learn
-            extra["own_only"] = torch.arange(len(image) + filled, device=image.device) < len(image)
-        widened = columns._replace(
+        return columns._replace(
             image=torch.cat([image, past.get_buffer("image")[:filled].to(image.dtype)]),
             text=torch.cat([text, past.get_buffer("text")[:filled].to(text.dtype)]),
             index=torch.cat([columns.index, past.index[:filled]]),
             caption_hash=torch.cat([columns.caption_hash, past.caption[:filled]]),
-            extra=extra,
             live=columns,
+            own_only=0 if self.in_batch or not filled else len(image),  # of an empty queue nobody would learn
         )
-        losses = self.objective(rows, widened)
-        losses["queue"] = torch.tensor(float(filled), device=image.device)
-        past.push(columns.index, columns.caption_hash, image=image.detach(), text=text.detach())
-        return losses
 
 
 @torch.no_grad()
 def averaged(rows: Embeddings, columns: Embeddings) -> tuple[Tensor, Tensor]:
     """(N, D) twice: what the averaged towers make of everybody's pairs."""
-    return tuple(world.gather(unit(rows.extra[name])) for name in ("image_target", "text_target"))  # type: ignore[return-value]
+    image, text = (world.gather(unit(rows.extra[name])) for name in ("image_target", "text_target"))
+    return image, text
 
 
-def live(rows: Embeddings, columns: Embeddings) -> tuple[Tensor, Tensor]:
+def present(rows: Embeddings, columns: Embeddings) -> tuple[Tensor, Tensor]:
+    """(N, D) twice: what the towers make of them, with its gradient."""
     return columns.image, columns.text
 
 
-KEYS = {"moco": averaged, "xbm": live}
-
-
-def unit(x: Tensor) -> Tensor:
-    """(b, D) rows of length 1, at least in float32."""
-    return F.normalize(x.to(wide(x)), dim=-1)
+FEATURES = {"moco": averaged, "xbm": present}
 
 
 class InBatch(nn.Module):
@@ -99,5 +97,4 @@ class InBatch(nn.Module):
         self.objective = objective
 
     def forward(self, rows: Embeddings, columns: Embeddings) -> dict[str, Tensor]:
-        assert columns.live is not None
-        return self.objective(rows, columns.live)
+        return self.objective(rows, columns.live or columns)

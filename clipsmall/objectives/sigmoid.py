@@ -17,8 +17,8 @@ def sigmoid(
     L = −mean_i Σ_j log σ( z_ij (logit_scale · cos_ij + logit_bias) ),  z_ij = 1 for the true pair, else −1.
 
     The bias is the log odds of a true pair. The paper's −10 fits a batch of about 22,000; we start at −log(N−1)
-    (`model.logit_bias: auto`), which makes the first gradients those of softmax at any batch size: then it serves
-    batches of 16 and up. No statistics of rows or columns: the cheapest of the pair losses.
+    (`model.logit_bias: auto`; a moco queue counts), which makes the first gradients those of softmax at any batch
+    size: then it serves batches of 16 and up. No statistics of rows or columns: the cheapest of the pair losses.
 
     Args:
         rows: my b pairs. columns: the N pairs of the global batch; with a queue both modalities' columns count half.

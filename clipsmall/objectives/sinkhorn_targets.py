@@ -4,7 +4,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from clipsmall import similarity, world
@@ -12,6 +11,7 @@ from clipsmall.batch import Embeddings
 from clipsmall.objectives.pairs import directions, layout, negatives, scaled, whole_batch
 from clipsmall.objectives.sinkhorn import potentials
 from clipsmall.similarity import Layout
+from clipsmall.towers import unit
 
 
 def sinkhorn_targets(
@@ -68,7 +68,7 @@ class Plan:
 
     @torch.no_grad()
     def __init__(self, rows: Embeddings, others: Layout, epsilon: float, iterations: int) -> None:
-        v, t = (_unit(rows.extra[name]) for name in ("image_target", "text_target"))
+        v, t = (unit(rows.extra[name]) for name in ("image_target", "text_target"))
         all_v, all_t = world.gather(v), world.gather(t)
         self.layout = others
         self.x, self.y = torch.cat([v, t, v], dim=1) / epsilon, torch.cat([all_v, all_t, all_t], dim=1)
@@ -88,19 +88,15 @@ class _Expected(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, plan: Plan) -> Tensor:
-        dx, dy = torch.zeros_like(x), torch.zeros_like(y, dtype=x.dtype)
+        dx, dy = torch.zeros_like(x), torch.zeros_like(y, dtype=x.dtype, device=x.device)
         with torch.autocast(x.device.type, enabled=False):
             for i, j, q in plan.tiles():
-                dx[i].addmm_(q, y[j].to(x.dtype))
+                dx[i].addmm_(q, y[j].to(x.device, x.dtype))
                 dy[j].addmm_(q.T, x[i])
-        ctx.save_for_backward(dx, dy.to(y.dtype))
+        ctx.save_for_backward(dx, dy.to(y.device, y.dtype))
         return (x * dx).sum()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         dx, dy = ctx.saved_tensors
-        return grad * dx, grad * dy, None
-
-
-def _unit(x: Tensor) -> Tensor:
-    return F.normalize(x.to(similarity.wide(x)), dim=-1)
+        return grad * dx, grad.to(dy.device) * dy, None

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from clipsmall import similarity
 from clipsmall.batch import Embeddings, Setting
 from clipsmall.objectives.pairs import directions, dots, layout, negatives, scaled
-from clipsmall.objectives.queued import unit
 from clipsmall.similarity import Layout
+from clipsmall.towers import unit
 
 
 class SoftTargets(nn.Module):

@@ -64,7 +64,8 @@ class Swav(nn.Module):
         frozen = (self.step < self.freeze_steps).to(prototypes.dtype)
         prototypes = prototypes - frozen * (prototypes - prototypes.detach())
         whole = len(columns.image) == len(columns.index)  # in a ring the columns are only mine
-        images, texts = (x.detach() if whole else world.gather(x.detach()) for x in (columns.image, columns.text))
+        everyone = (x.detach() if whole else world.gather(x.detach()) for x in (columns.image, columns.text))
+        images, texts = (x.to(rows.image.device) for x in everyone)
         places = own_places(rows, columns)
         of_image = self._codes(images, self.images, prototypes)[places]
         of_text = self._codes(texts, self.texts, prototypes)[places]
