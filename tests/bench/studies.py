@@ -76,7 +76,9 @@ STUDIES = {
             "dcl 32, lr 2e-3": batch(32, "--objective=dcl", "--optim.lr=6e-3"),
             "dcl + xbm 32, lr 2e-3": batch(32, "--objective=dcl", "--objective.queue=xbm", "--optim.lr=6e-3"),
             "dcl + moco 32, lr 2e-3": batch(32, "--objective=dcl", "--objective.queue=moco", "--optim.lr=6e-3"),
-            "dcl 32, lr 1e-3": batch(32, "--objective=dcl"),
+            "dcl + moco of 512 32, lr 2e-3": batch(
+                32, "--objective=dcl", "--objective.queue=moco", "--objective.moco.size=512", "--optim.lr=6e-3"
+            ),
         },
         GLYPHS,
     ),

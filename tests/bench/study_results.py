@@ -1,6 +1,7 @@
 """What the runs of a study came to: a table with mean and spread over seeds, and a plot."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,10 @@ def results(study: Study, out: Path) -> pandas.DataFrame:
                 lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
                 found = [json.loads(line) for line in lines]
                 last = next(row for row in reversed(found) if any(key in row for key in study.metrics.values()))
-                trained = next(row for row in reversed(found) if "loss" in row)
+                scale = next((row["logit_scale"] for row in reversed(found) if "loss" in row), math.nan)
                 measured = {column: 100 * last[key] for column, key in study.metrics.items()}
                 took = json.loads((folder / "seconds").read_text())
-                rows.append({"run": name, "seed": seed, **measured, "scale": trained["logit_scale"], "seconds": took})
+                rows.append({"run": name, "seed": seed, **measured, "scale": scale, "seconds": took})
     return pandas.DataFrame(rows)
 
 
@@ -86,6 +87,9 @@ def draw_curves(study: Study, found: pandas.DataFrame, path: Path) -> None:
             mine = found[split[0] == size]
             axis.plot(split[1][mine.index], mine[metric], "o-", label=f"batch {size:,}")
         axis.set_xscale("log")
+        seen = sorted(set(split[1]))
+        axis.set_xticks(seen, [f"{pairs // 1000}k" for pairs in seen])
+        axis.minorticks_off()
         axis.set_xlabel("pairs seen")
         axis.set_ylabel(f"{metric}, %")
         axis.grid(alpha=0.3)
