@@ -106,9 +106,11 @@ def queued(
     """The objectives of the mix with a queue around them; None if there is none.
 
     Raises:
-        ValueError: no objective of the mix takes more columns than the batch; a ring; parts of a batch.
+        ValueError: no objective of the mix takes more columns than the batch; columns that are not gathered; negatives
+            drawn from a batch that gives none.
     """
     objective = config.objective
+    in_batch = objective.queue == "xbm" or objective.moco.in_batch
     if objective.queue == "none":
         return None
     if not any(OBJECTIVES[name].queue for name in made):
@@ -117,7 +119,7 @@ def queued(
             f"objective.queue={objective.queue}: {', '.join(made)} compares exactly the batch; a queue serves "
             f"{takers}, or a mix with one of them"
         )
-    if "bce" in made and objective.bce.mode != "balanced" and not objective.moco.in_batch:
+    if "bce" in made and objective.bce.mode != "balanced" and not in_batch:
         raise ValueError(
             "objective.moco.in_batch=false: bce draws its few negatives from the batch, too; use mode balanced"
         )
@@ -132,7 +134,7 @@ def queued(
     pairs = None if setting.ids is None else len(setting.ids)
     inner = joined(objective.mix, given)
     start = round(objective.xbm.start * config.optim.pairs) if objective.queue == "xbm" else 0
-    return Queued(inner, objective.queue, size(config, pairs), setting.width, objective.moco.in_batch, start)
+    return Queued(inner, objective.queue, size(config, pairs), setting.width, in_batch, start)
 
 
 def joined(mix: dict[str, float], made: dict[str, Callable[..., Any]]) -> Callable[..., dict[str, Tensor]]:

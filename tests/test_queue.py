@@ -285,6 +285,7 @@ def test_what_a_queue_refuses(words: list[str], said: str) -> None:
     if not said:  # an option of the other queue: a note, no error
         build_objective.objective(run(*words), setting)
         assert build_objective.without_effect(run(*words)) == ["objective.moco"]
+        assert build_objective.objective(run(*words, "--objective.moco.in_batch=false"), setting).in_batch
         return
     with pytest.raises(ValueError, match=said):
         build_objective.objective(run(*words), setting)

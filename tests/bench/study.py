@@ -8,6 +8,7 @@ one study at a time (another machine's, too, on a shared disk). Run from the rep
 """
 
 import argparse
+import fcntl
 import json
 import os
 import subprocess
@@ -21,34 +22,29 @@ from tests.bench.studies import STUDIES, Study
 from tests.bench.study_results import tell
 
 
-def claimed(folder: Path) -> bool:
-    """Whether this process may run it: nobody else does, or whoever did is gone."""
-    folder.mkdir(parents=True, exist_ok=True)
-    mark = folder / "claimed"
-    try:
-        with mark.open("x") as file:
-            file.write(str(os.getpid()))
-        return True
-    except FileExistsError:
-        return False
-
-
 def run(study: Study, name: str, seed: int, out: Path) -> None:
+    """One run, unless it is done or another process is at it; a lock ends with its process."""
     folder = out / f"{name}-{seed}"
-    if (folder / "seconds").exists() or not claimed(folder):
-        return
-    words = [*study.words, *study.runs[name], f"--seed={seed}", f"--out={folder / 'run'}", "--resume=auto"]
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return
+        if not (folder / "seconds").exists():
+            train([*study.words, *study.runs[name], f"--seed={seed}"], f"{name}, seed {seed}", folder)
+
+
+def train(words: list[str], title: str, folder: Path) -> None:
     start = time.time()
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    try:
-        with (folder / "log").open("w") as log:
-            command = [sys.executable, "-m", "clipsmall.train", *words]
-            found = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
-        if found.returncode == 0:
-            (folder / "seconds").write_text(json.dumps(time.time() - start))
-        print(f"{name} seed {seed}: {found.returncode or 'done'}, {time.time() - start:.0f} s", flush=True)
-    finally:
-        (folder / "claimed").unlink()
+    command = [sys.executable, "-m", "clipsmall.train", *words, f"--out={folder / 'run'}", "--resume=auto"]
+    with (folder / "log").open("w") as log:
+        found = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+    took = time.time() - start
+    if found.returncode == 0:
+        (folder / "seconds").write_text(json.dumps(took))
+    print(f"{title}: {f'failed, see {folder}/log' if found.returncode else 'done'}, {took:.0f} s", flush=True)
 
 
 def main() -> None:
