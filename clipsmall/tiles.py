@@ -56,9 +56,8 @@ def tiles(
     The tile is overwritten by the next one. Column tiles are the outer loop: a ring and host memory bring each once.
     """
     height, width = TILE.get(x.device.type, TILE["cuda"])
-    if (
-        0 < len(x) < height and y.device == x.device
-    ):  # few rows, many columns of a queue: as many entries in fewer tiles
+    # few rows against a queue: as many entries in fewer tiles; those that travel from host memory stay narrow
+    if 0 < len(x) < height and y.device == x.device:
         width = min(height * width // len(x), WIDEST * width)
     memory = x.new_empty(min(height, len(x)) * min(width, len(y)))
     blocks = world.ring(y, dy) if layout.ring else iter([(0, y, dy)])

@@ -1,7 +1,7 @@
 """A step of a model whole and in chunks: peak memory and time against the batch.
 
     python -m tests.bench.chunks [--model ViT-B-32] [--sizes 16 32 64] [--chunk 8] [--out FILE.json]
-    python -m tests.bench.chunks --model ViT-S-32 --image_size 1024 --sizes 256 --chunk 1 --whole 0 --steps 1
+    python -m tests.bench.chunks --model ViT-S-32 --image_size 1024 --sizes 256 --chunk 4 --whole 0 --steps 1 --anew
 
 Forward, softmax, backward, with random weights and pixels; every number from a fresh process. Memory is the process's
 peak less its level when model, gradients and pixels are there (on a GPU `max_memory_allocated`); time is the better of
