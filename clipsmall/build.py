@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from clipsmall import build_chunks, build_objective, checkpoint, optim, tower_loading, world
+from clipsmall import build_chunks, build_mining, build_objective, checkpoint, optim, tower_loading, world
 from clipsmall.batch import Progress, Setting
 from clipsmall.build_data import TrainingData, training_data
 from clipsmall.config import Config
@@ -119,7 +119,7 @@ def run_state(
     objective = build_objective.objective(config, setting)
     if isinstance(objective, torch.nn.Module):
         objective = objective.to(device)
-    batches = data.batches(loaded, progress, pin=device.type == "cuda")
+    batches = build_mining.batches(config, data, loaded, progress, accelerator, encoder)
     adamw = optimizer(config, encoder)
     schedule = scheduler(config, adamw)  # before prepare, which keeps the step function it finds
     model, adamw = accelerator.prepare(synchronised(encoder), adamw)

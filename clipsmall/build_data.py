@@ -1,6 +1,6 @@
 """Config -> the training data: indexed local shards in an exact order, or a stream without one."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Protocol
 
@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from clipsmall import world
-from clipsmall.batch import Progress
 from clipsmall.config import Config
 from clipsmall.preprocess import ImageTransform
 from clipsmall.shards import (
@@ -23,6 +22,8 @@ from clipsmall.shards import (
 )
 from clipsmall.tower_sources import Loaded
 
+Read = Callable[[range], Iterable[LoadedBatch]]  # numbers of global batches -> my slices of them
+
 
 class TrainingData(Protocol):
     fingerprint: str  # what a resumed run must find again
@@ -33,8 +34,10 @@ class TrainingData(Protocol):
     def captions(self) -> Iterator[str]:
         """Every training caption, for vocabularies. Raises ValueError where they cannot be had."""
 
-    def batches(self, loaded: Loaded, progress: Progress, pin: bool) -> Iterable[LoadedBatch]:
-        """From the batch after `progress` to the last one; `progress` is read when iteration starts."""
+    per_epoch: int  # batches until a pair may come again
+
+    def reader(self, loaded: Loaded, pin: bool) -> Read:
+        """What reads my slices of global batches, which are counted from the start of the run."""
 
 
 def order(config: Config, sizes: list[int]) -> Order:
@@ -51,10 +54,11 @@ class IndexedData:
         self.fingerprint, self.pairs = self.catalog.fingerprint, len(self.catalog)
         self.ids: Tensor | None = torch.from_numpy(self.catalog.index).sort().values
         left, size = self.catalog.left_out, config.data.batch_size
+        self.per_epoch = self.pairs // size
         self.words = (
             f"{self.pairs:,} pairs in {len(self.catalog.shards)} shards"
             + (f" ({sum(left.values())} known to be bad are left out: {left})" if left else "")
-            + f"; an epoch is {self.pairs // size} batches"
+            + f"; an epoch is {self.per_epoch} batches"
             + (f" and {self.pairs % size} pairs that wait for another epoch" if self.pairs % size else "")
         )
 
@@ -63,7 +67,7 @@ class IndexedData:
             members = self.catalog.read_text(row)
             yield from captions_of(members.text, fields_of(members.json))
 
-    def batches(self, loaded: Loaded, progress: Progress, pin: bool) -> Iterable[LoadedBatch]:
+    def reader(self, loaded: Loaded, pin: bool) -> Read:
         config = self.config
         dataset = GlobalBatches(
             self.catalog,
@@ -74,20 +78,12 @@ class IndexedData:
             world.rank(),
             world.size(),
         )
-
-        class Remaining:
-            def __iter__(self) -> Iterator[int]:
-                return iter(range(progress.step, config.steps))
-
-            def __len__(self) -> int:
-                return config.steps - progress.step
-
-        return batch_loader(dataset, Remaining(), config.data.workers, pin=pin)
+        return lambda numbers: batch_loader(dataset, numbers, config.data.workers, pin=pin)
 
 
 class StreamedData:
     fingerprint = "streaming"
-    pairs = 10**9  # endless
+    pairs = per_epoch = 10**9  # endless
     ids: Tensor | None = None
 
     def __init__(self, config: Config) -> None:
@@ -99,7 +95,7 @@ class StreamedData:
             "data.streaming: our own towers learn their vocabulary from indexed shards; name another model"
         )
 
-    def batches(self, loaded: Loaded, progress: Progress, pin: bool) -> Iterable[LoadedBatch]:
+    def reader(self, loaded: Loaded, pin: bool) -> Read:
         config = self.config
         dataset = StreamedBatches(
             list(config.data.train),
@@ -111,13 +107,11 @@ class StreamedData:
             config.seed,
         )
 
-        class Remaining:
-            def __iter__(self) -> Iterator[LoadedBatch]:
-                dataset.start = progress.step
-                loader = batch_loader(dataset, None, config.data.workers, pin=pin)
-                return islice(iter(loader), config.steps - progress.step)
+        def read(numbers: range) -> Iterable[LoadedBatch]:
+            dataset.start = numbers.start
+            return islice(batch_loader(dataset, None, config.data.workers, pin=pin), len(numbers))
 
-        return Remaining()
+        return read
 
 
 def training_data(config: Config) -> TrainingData:

@@ -55,6 +55,34 @@ class Optim(Section):
     accumulate: int = Field(1, ge=1, description="parts of a batch compared within themselves: the naive baseline")
 
 
+class Mining(Section):
+    method: Literal["none", "groups", "chain", "kmeans", "spectral", "shuffled", "osgd", "learnability"] = "none"
+    group: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
+        "auto", description="pairs of a batch made hard for one another; 0 = all of them; auto: 4 for `groups`, else 0"
+    )
+    pool: int = Field(2048, ge=4, description="pairs scored and dealt out together, two batches or more")
+    fraction: float = Field(0.5, gt=0, le=1, description="share of mined batches; the others stay as they come")
+    start: float = Field(0.1, ge=0, lt=1, description="share of the run before the first pool")
+    end: float = Field(0.85, gt=0, le=1, description="share of the run after which no pool begins")
+    swaps: int = Field(0, ge=0, description="sweeps of exchanges that make the arrangement harder")
+    guard: float = Field(0.01, ge=0, lt=1, description="share of pairs of pairs kept apart as too hard to be negatives")
+    ratio: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
+        "auto", description="fixed threshold in place of that share: negative cosine over the positives'"
+    )
+    near: float = Field(0.95, gt=0, le=1, description="cosine of two images or captions that are duplicates; 1 = none")
+    keep: float = Field(0.1, gt=0, le=1, description="share of a pool that osgd and learnability train on")
+    weights: Literal["auto", "softmax", "sigmoid"] = Field("auto", description="what hard means; auto: the objective's")
+    reference: str = Field("", description="of learnability: folder of a scorer's sidecars, or the shards' own")
+
+    @model_validator(mode="after")
+    def _in_order(self) -> "Mining":
+        if self.start >= self.end:
+            raise ValueError(f"start={self.start} must be less than end={self.end}")
+        if self.group == 1:
+            raise ValueError("group=1: a pair alone is not hard; 0 is the whole batch")
+        return self
+
+
 class Run(Section):
     precision: Literal["auto", "fp32", "fp16", "bf16"] = Field("auto", description="auto = the launcher's")
     log_every: int = Field(10, ge=1, description="steps")
@@ -91,6 +119,7 @@ class Config(Section):
     model: Model = Model()
     objective: Objective = Objective()
     optim: Optim = Optim()
+    mining: Mining = Mining()
     run: Run = Run()
     evaluate: Evaluate = Evaluate()
 
@@ -103,6 +132,10 @@ class Config(Section):
                 f"optim.accumulate={self.optim.accumulate} does not cut data.batch_size={self.data.batch_size} into "
                 "equal parts of two pairs or more"
             )
+        if self.mining.method != "none" and self.optim.accumulate > 1:
+            raise ValueError("mining makes whole batches hard, optim.accumulate compares parts of them: take one")
+        if isinstance(self.mining.group, int) and self.mining.group and self.data.batch_size % self.mining.group:
+            raise ValueError(f"mining.group={self.mining.group} does not divide data.batch_size={self.data.batch_size}")
         swav, batch = self.objective.swav, self.data.batch_size
         if "swav" in self.objective.mix and batch + swav.queue < swav.prototypes:
             raise ValueError(

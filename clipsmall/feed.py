@@ -12,6 +12,7 @@ import torch
 
 from clipsmall import world
 from clipsmall.batch import Pairs
+from clipsmall.mining.online import MinedBatches
 from clipsmall.shards import LoadedBatch, ShardError, Skips
 
 ENOUGH = 10_000  # pairs before the error rate is judged: one bad pair in a first batch of 32 is 3 %
@@ -60,6 +61,7 @@ class Feed:
         images: bool = True,
     ) -> None:
         self.loader, self.device, self.stop, self.images = loader, device, stop, images
+        self.mining = loader if isinstance(loader, MinedBatches) else None
         self.max_error_rate, self.enough = max_error_rate, min(ENOUGH, pairs)
         self.skips = Skips()
         self.waited = 0.0  # seconds spent waiting for data
@@ -69,9 +71,9 @@ class Feed:
         batches: Any = iter(self.loader)
         try:
             while True:
-                start = time.perf_counter()
+                start = time.perf_counter() - self.mined
                 loaded = next(batches, None)
-                self.waited += time.perf_counter() - start
+                self.waited += time.perf_counter() - self.mined - start
                 if loaded is None:
                     return
                 self.skips.merge(loaded.skips)
@@ -81,6 +83,11 @@ class Feed:
                     return
         finally:
             del batches  # ends the workers now: at interpreter exit they would be waited for
+
+    @property
+    def mined(self) -> float:
+        """Seconds spent on mining."""
+        return self.mining.seconds if self.mining else 0.0
 
     def _agree(self) -> None:
         """Every rank learns whether one was told to stop, and how many bad pairs all have met."""

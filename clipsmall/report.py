@@ -23,7 +23,8 @@ class Report:
     """A job: `report(progress, losses)` every few steps. Only the main rank writes, every rank must call.
 
     Losses are means over ranks; `chance` is ln N, softmax's loss of a model that knows nothing among the N pairs that a
-    row meets; `data_wait` is the share of the time spent waiting for pairs.
+    row meets; `data_wait` is the share of the time spent waiting for pairs, `mining_time` that spent on mining; what
+    else is said of mining is about the pool that is being played.
     """
 
     def __init__(
@@ -33,16 +34,16 @@ class Report:
         shown = accelerator.is_main_process and sys.stderr.isatty()
         self.bar = tqdm(total=pairs, unit=" pairs", unit_scale=True, disable=not shown)
         self.others = 0
-        self._mark = (0.0, 0, 0.0)
+        self._mark = (0.0, 0, 0.0, 0.0)
         self._said = 0.0
 
     def start(self, progress: Progress, batch_size: int) -> None:
         self.others = batch_size - 1
         self.bar.update(progress.pairs - self.bar.n)
-        self._mark = (time.perf_counter(), progress.pairs, self.feed.waited)
+        self._mark = (time.perf_counter(), progress.pairs, self.feed.waited, self.feed.mined)
 
     def __call__(self, progress: Progress, losses: dict[str, Tensor]) -> None:
-        now, (then, pairs, waited) = time.perf_counter(), self._mark
+        now, (then, pairs, waited, mined) = time.perf_counter(), self._mark
         names = sorted(losses)
         stacked = torch.stack([losses[name].detach().float().to(losses["loss"].device) for name in names])
         means = dict(zip(names, world.mean(stacked).tolist(), strict=True))
@@ -58,7 +59,9 @@ class Report:
             "data_wait": (self.feed.waited - waited) / (now - then),
             "skipped": self.feed.skips.total,
         }
-        self._mark = (now, progress.pairs, self.feed.waited)
+        if self.feed.mining:
+            row |= {**self.feed.mining.numbers, "mining_time": (self.feed.mined - mined) / (now - then)}
+        self._mark = (now, progress.pairs, self.feed.waited, self.feed.mined)
         self.write(row)
         self._say(row)
 
@@ -69,6 +72,8 @@ class Report:
             f"loss {row['loss']:.3f} (chance {row['chance']:.2f}), lr {row['lr']:.1e}, scale {row['logit_scale']:.1f}, "
             f"{met}data wait {row['data_wait']:.0%}"
         )
+        if "mined_loss" in row:
+            words += f", mined {row['mined_loss']:.2f} of {row['pool_loss']:.2f}, {row['blocked']:.1%} blocked"
         self.bar.update(row["pairs"] - self.bar.n)
         self.bar.set_postfix_str(words)
         now = time.perf_counter()

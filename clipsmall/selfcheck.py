@@ -33,7 +33,7 @@ from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs, set_seed
 
 from clipsmall import build, build_chunks, build_objective, gradient_check, world
-from clipsmall.batch import Pairs, Progress
+from clipsmall.batch import Pairs
 from clipsmall.build_data import training_data
 from clipsmall.config import Config
 from clipsmall.config_reader import help_text, read, refuse, validated
@@ -125,7 +125,7 @@ def subject(config: Config, pairs: int) -> Subject:
     objective = build_objective.objective(config, setting)
     if isinstance(objective, torch.nn.Module):
         objective = objective.to(accelerator.device)
-    mine = next(iter(data.batches(loaded, Progress(), pin=False))).pairs.to(accelerator.device)
+    mine = next(iter(data.reader(loaded, False)(range(1)))).pairs.to(accelerator.device)
     read = Pairs(*(world.gather(field) for field in mine))
     batches = [Pairs(*(field[k : k + pairs] for field in read)) for k in (0, more)]
     return Subject(config, accelerator, loaded, encoder, objective, batches)

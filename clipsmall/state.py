@@ -24,6 +24,7 @@ FIXED = (
     "seed", "model.name", "objective.name", "objective.mask_duplicates", "objective.queue",
     "data.batch_size", "data.shuffle_window", "data.crop_scale", "data.max_pixels",
     "optim.lr", "optim.lr_scaling", "optim.accumulate", "optim.weight_decay", "optim.betas", "optim.eps",
+    "mining",
 )  # fmt: skip
 
 
@@ -79,7 +80,10 @@ class RunState:
                 "config": {**self.config, "launch": self.launch},
                 "data": self.fingerprint,
             }
-            tensors = {"model": self.model.state_dict(), "optimizer": moments, "objective": memory}
+            plan = self.feed.mining.state_dict() if self.feed.mining else {}
+            tensors = {
+                "model": self.model.state_dict(), "optimizer": moments, "objective": memory, "mining": plan,
+            }  # fmt: skip
             checkpoint.save(folder, tensors, state, lambda path: save_model_files(self.loaded, path))
             checkpoint.tidy(checkpoints, keep)
         world.barrier()
@@ -114,7 +118,18 @@ class RunState:
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.progress.step, self.progress.pairs = state["progress"]["step"], state["progress"]["pairs"]
+        self._load_plan(folder, len(state["ranks"]))
         self._load_ranks(state["ranks"], device)
+
+    def _load_plan(self, folder: Path, ranks: int) -> None:
+        plan = checkpoint.read_tensors(folder, "mining")
+        if plan and ranks % world.size():
+            raise CheckpointError(
+                f"{folder}: stands in the middle of a mined pool, dealt out for {ranks} ranks: continue with a number "
+                f"of ranks that divides it, not {world.size()}"
+            )
+        if self.feed.mining:
+            self.feed.mining.load_state_dict(plan)
 
     def _refuse_another_run(self, folder: Path, state: dict[str, Any]) -> None:
         was, now = flat(state["config"]), flat({**self.config, "launch": self.launch})

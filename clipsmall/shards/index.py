@@ -47,6 +47,11 @@ class ShardError(ValueError):
     """A shard, or its index, cannot be used; the message names the file and says what to do."""
 
 
+def image_hash(image: bytes) -> int:
+    """Signed 64-bit hash of an encoded image: the first 8 bytes of its sha256."""
+    return int.from_bytes(hashlib.sha256(image).digest()[:8], "little", signed=True)
+
+
 class Member(NamedTuple):
     name: str
     offset: int  # of the data, in the tar

@@ -16,7 +16,7 @@ from clipsmall.batch import Pairs
 from clipsmall.preprocess import BadImage, ImageTransform
 from clipsmall.shards.captions import caption_hash, captions_of, fields_of
 from clipsmall.shards.catalog import Catalog
-from clipsmall.shards.index import ShardError
+from clipsmall.shards.index import ShardError, image_hash
 from clipsmall.shards.order import Order, permutation
 
 READAHEAD = 128 * 1024  # bytes: what Linux reads at most for one WILLNEED advice
@@ -61,6 +61,7 @@ class Skips:
 class LoadedBatch(NamedTuple):
     pairs: Pairs
     skips: Skips
+    image_hash: Tensor  # (B,) int64, of the encoded images: mining keeps copies apart
 
 
 class GlobalBatches(Dataset[LoadedBatch]):
@@ -118,23 +119,24 @@ class GlobalBatches(Dataset[LoadedBatch]):
             self._pair(epoch, batch * self.batch_size + self.rank * local + slot, row, skips)
             for slot, row in enumerate(self.rows(number).tolist())
         ]
-        images, captions, rows = zip(*loaded, strict=True)
+        images, captions, rows, hashes = zip(*loaded, strict=True)
         pairs = Pairs(
             image=torch.stack(images),
             text=self.tokenize(list(captions)),
             index=torch.from_numpy(self.catalog.index[list(rows)]),
             caption_hash=torch.tensor([caption_hash(caption) for caption in captions]),
         )
-        return LoadedBatch(pairs, skips)
+        return LoadedBatch(pairs, skips, torch.tensor(hashes))
 
-    def _pair(self, epoch: int, position: int, row: int, skips: Skips) -> tuple[Tensor, str, int]:
-        """The pair at `position` of the epoch, or its deterministic substitute."""
+    def _pair(self, epoch: int, position: int, row: int, skips: Skips) -> tuple[Tensor, str, int, int]:
+        """The pair at `position` of the epoch, or its deterministic substitute: image, caption, row, image hash."""
         for step in range(1, MAX_SUBSTITUTES + 1):
             try:
                 members = self.catalog.read(row)
                 image = self._augmented(members.image, epoch, row)
                 captions = captions_of(members.text, fields_of(members.json))
-                return image, captions[self._choice(len(captions), epoch, row)], row
+                caption = captions[self._choice(len(captions), epoch, row)]
+                return image, caption, row, image_hash(members.image)
             except BadImage as reason:
                 skips.add(str(reason), partial(self.catalog.name, row))
             position = (position + self.batch_size) % (self.per_epoch * self.batch_size)

@@ -19,7 +19,7 @@ from webdataset.tariterators import group_by_keys
 from clipsmall.batch import Pairs
 from clipsmall.preprocess import BadImage, ImageTransform
 from clipsmall.shards.captions import caption_hash, captions_of, fields_of
-from clipsmall.shards.index import IMAGE_SUFFIXES, ShardError
+from clipsmall.shards.index import IMAGE_SUFFIXES, ShardError, image_hash
 from clipsmall.shards.reader import LoadedBatch, Skips, Tokenize
 from clipsmall.shards.remote import Sample, members, open_shard, shard_urls, shown
 
@@ -28,11 +28,12 @@ MAX_BAD_PAIRS = 10_000  # one after the other, before the stream gives up
 
 
 class Pair(NamedTuple):
-    """One decoded pair: (3, H, W) uint8, its caption and the caption's hash."""
+    """One decoded pair: (3, H, W) uint8, its caption, the caption's hash and the encoded image's."""
 
     image: Tensor
     caption: str
     hash: int
+    image_hash: int
 
 
 class StreamedBatches(IterableDataset[LoadedBatch]):
@@ -99,7 +100,8 @@ class StreamedBatches(IterableDataset[LoadedBatch]):
             samples = webdataset.shuffle(self.shuffle, initial=min(self.shuffle, 1_000), rng=rng)(samples)
         place = self.start * self.local * streams
         while True:
-            images, captions, hashes = zip(*[self._good(samples, rng, skips) for _ in range(self.local)], strict=True)
+            good = [self._good(samples, rng, skips) for _ in range(self.local)]
+            images, captions, hashes, of_images = zip(*good, strict=True)
             pairs = Pairs(
                 image=torch.stack(images),
                 text=self.tokenize(list(captions)),
@@ -107,7 +109,7 @@ class StreamedBatches(IterableDataset[LoadedBatch]):
                 caption_hash=torch.tensor(hashes),
             )
             place += self.local * streams
-            yield LoadedBatch(pairs, replace(skips, seen=self.local))
+            yield LoadedBatch(pairs, replace(skips, seen=self.local), torch.tensor(of_images))
             skips.reasons, skips.examples = Counter(), {}
 
     def _samples(self, rng: random.Random, skips: Skips) -> Iterator[Sample]:
@@ -174,8 +176,9 @@ class StreamedBatches(IterableDataset[LoadedBatch]):
             raise BadImage("broken json") from None
         if not caption:
             raise BadImage("empty caption" if "txt" in sample else "no caption")
+        data = sample[suffix]
         if not self.image.random:
-            return Pair(self.image(sample[suffix]), caption, number)
+            return Pair(self.image(data), caption, number, image_hash(data))
         with torch.random.fork_rng(devices=[]):  # the global generator is the training's
             torch.default_generator.manual_seed(rng.getrandbits(63))
-            return Pair(self.image(sample[suffix]), caption, number)
+            return Pair(self.image(data), caption, number, image_hash(data))

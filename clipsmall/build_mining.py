@@ -1,0 +1,97 @@
+"""Config -> the batches of a run: as they come, or mined."""
+
+import math
+from collections.abc import Iterable, Iterator
+from functools import partial
+
+import torch
+from accelerate import Accelerator
+
+from clipsmall.batch import Pairs, Progress
+from clipsmall.build_data import Read, TrainingData
+from clipsmall.config import Config
+from clipsmall.mining import SELECTIONS, Recipe
+from clipsmall.mining.online import MinedBatches, View
+from clipsmall.mining.schedule import Schedule
+from clipsmall.shards import LoadedBatch
+from clipsmall.tower_sources import Loaded
+from clipsmall.towers import DualEncoder
+
+GROUP = 4  # hard pairs in a batch of the default method: see README, Mining
+
+
+class Remaining:
+    """The batches after `progress`, which is read when iteration starts, to the last one."""
+
+    def __init__(self, read: Read, progress: Progress, steps: int) -> None:
+        self.read, self.progress, self.steps = read, progress, steps
+
+    def __iter__(self) -> Iterator[LoadedBatch]:
+        return iter(self.read(range(self.progress.step, self.steps)))
+
+
+def batches(
+    config: Config,
+    data: TrainingData,
+    loaded: Loaded,
+    progress: Progress,
+    accelerator: Accelerator,
+    encoder: DualEncoder,
+) -> Iterable[LoadedBatch]:
+    """The run's batches after `progress`, which is read when iteration starts."""
+    pin = accelerator.device.type == "cuda"
+    read = data.reader(loaded, pin)
+    if config.mining.method == "none":
+        return Remaining(read, progress, config.steps)
+    made = recipe(config)
+    stretches = schedule(config, made, data.per_epoch).stretches()
+    if not any(stretch.pool for stretch in stretches):
+        raise ValueError(
+            f"mining: no pool of {max(each.reads for each in stretches)} batches fits between the shares "
+            f"{config.mining.start} and {config.mining.end} of {config.steps} steps and into an epoch of "
+            f"{data.per_epoch}: take a smaller mining.pool, or a longer run"
+        )
+    seen = partial(score, encoder, accelerator, encoder.chunk_size or config.data.batch_size)
+    return MinedBatches(read, stretches, seen, made, config.seed, progress, pin=pin)
+
+
+def recipe(config: Config) -> Recipe:
+    mining = config.mining
+    group = (GROUP if mining.method == "groups" else 0) if mining.group == "auto" else mining.group
+    if group and mining.method in SELECTIONS:
+        raise ValueError(f"mining.group={group}: {mining.method} selects whole batches; leave it at auto")
+    by_pairs = next(iter(config.objective.mix)) in ("sigmoid", "bce")
+    return Recipe(
+        method=mining.method,
+        batch_size=config.data.batch_size,
+        group=group,
+        weights=("sigmoid" if by_pairs else "softmax") if mining.weights == "auto" else mining.weights,
+        swaps=mining.swaps,
+        keep=mining.keep,
+        near=mining.near,
+        guard=mining.guard,
+        ratio=None if mining.ratio == "auto" else mining.ratio,
+    )
+
+
+def schedule(config: Config, made: Recipe, per_epoch: int) -> Schedule:
+    """A pool of `mining.pool` pairs in whole batches; plain batches beside it as mining.fraction says."""
+    mining = config.mining
+    least = math.ceil(1 / mining.keep) if made.method in SELECTIONS else 2
+    pool = max(mining.pool // config.data.batch_size, least)
+    kept = made.kept(pool)
+    plain = round(kept * (1 - mining.fraction) / mining.fraction)
+    return Schedule(config.steps, pool, kept, plain, mining.start, mining.end, per_epoch)
+
+
+@torch.no_grad()
+def score(encoder: DualEncoder, accelerator: Accelerator, rows: int, pairs: Pairs) -> View:
+    """Pairs as the model sees them now: eval mode, in the run's precision, `rows` at a time; nothing is left behind."""
+    training = encoder.training
+    encoder.eval()
+    device = accelerator.device
+    with accelerator.autocast():
+        image = torch.cat([encoder.encode_image(part.to(device)).float() for part in torch.split(pairs.image, rows)])
+        text = torch.cat([encoder.encode_text(part.to(device)).float() for part in torch.split(pairs.text, rows)])
+    encoder.train(training)
+    return View(image, text, encoder.logit_scale.exp(), encoder.logit_bias)

@@ -1,0 +1,148 @@
+"""One pool of scored pairs, dealt out as batches: weights, guard, arrangement, swaps, combination."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import NamedTuple
+
+import numpy as np
+
+from clipsmall.mining import guards
+from clipsmall.mining.combine import combined, even_quotas
+from clipsmall.mining.guards import Identity
+from clipsmall.mining.kmeans import balanced_kmeans
+from clipsmall.mining.learnability import learnability
+from clipsmall.mining.scored import Arrangement, Bools, Floats, Ints, Scored
+from clipsmall.mining.spectral import spectral
+from clipsmall.mining.starts import chain, grown, osgd, shuffled
+from clipsmall.mining.swaps import conflicts, separated, swapped
+from clipsmall.mining.weights import WEIGHTS, batch_losses
+
+COMPOSING = ("groups", "chain", "kmeans", "spectral")  # they put together what is hard for one another
+SELECTIONS = ("osgd", "learnability")  # they drop pairs; the others deal all of them
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a pool is dealt out.
+
+    Args:
+        method: groups, chain, kmeans, spectral, shuffled; osgd, learnability.
+        batch_size: B over all ranks.
+        group: K pairs of a batch that are hard for one another; 0 = the whole batch.
+        weights: softmax or sigmoid, what hard means.
+        swaps: sweeps of exchanges after the arrangement.
+        keep: share of the batches that a selection keeps.
+        near: cosine of two images, or two captions, from which on they count as duplicates; 1 = never.
+        guard: share of all pairs of pairs kept apart by a COMPOSING method, as too hard to be true negatives; 0 = none.
+        ratio: fixed threshold of the guard in place of a share, see `guards.relative_hardness`.
+    """
+
+    method: str = "groups"
+    batch_size: int = 32
+    group: int = 4
+    weights: str = "softmax"
+    swaps: int = 0
+    keep: float = 0.1
+    near: float = 0.95
+    guard: float = 0.01
+    ratio: float | None = None
+
+    @property
+    def size(self) -> int:
+        """Of the groups that are made hard."""
+        return self.group or self.batch_size
+
+    def kept(self, batches: int) -> int:
+        """How many of a pool's batches are played."""
+        return max(round(self.keep * batches), 1) if self.method in SELECTIONS else batches
+
+
+class Dealt(NamedTuple):
+    """A pool dealt out."""
+
+    batches: Ints  # (m, B) places in the pool, none twice
+    caption_hash: Ints  # (m, B) the pairs', with those that had to stay together made equal: losses mask them
+    numbers: dict[str, float]  # blocked and duplicate shares, threshold, losses before and after
+
+
+def deal(
+    recipe: Recipe,
+    scored: Scored,
+    identity: Identity,
+    owner: Ints,
+    generator: np.random.Generator,
+    ranks: int = 1,
+    reference: Scored | None = None,
+) -> Dealt:
+    """Deal n = m·B pairs out as batches, B / ranks of every rank in each.
+
+    Args:
+        owner: (n,) rank of each pair, n / ranks each.
+        reference: the same pairs as another model sees them; learnability needs it.
+    """
+    n = len(owner)
+    assert n % recipe.batch_size == recipe.batch_size % ranks == 0
+    copies = guards.copies(identity)
+    twins = copies | guards.near_duplicates(scored, recipe.near)
+    # a method that only chooses among random batches brings no false negatives together
+    guard, ratio = (recipe.guard, recipe.ratio) if recipe.method in COMPOSING else (0.0, None)
+    suspect, limit = guards.too_hard(scored, guard, ratio)
+    cannot = twins | suspect
+    quotas = even_quotas(owner, ranks, recipe.batch_size, recipe.size)
+    # once, if at all: they would be most of the time of a chain, which needs none
+    weights = cache(lambda: WEIGHTS[recipe.weights](scored, recipe.size))
+    groups = arrangement(recipe, n // recipe.batch_size, weights, reference)(scored, quotas, cannot, generator)
+    if recipe.swaps:
+        groups = swapped(weights(), groups, owner, cannot, recipe.swaps, generator)
+    if conflicts(groups, cannot).any():
+        groups = separated(groups, owner, cannot, generator, weights())
+    batches = combined(groups, recipe.batch_size // recipe.size, twins, generator)
+    hashes, left = joined(identity, batches, groups, cannot, twins)
+    numbers = {
+        "blocked": float(cannot.sum()) / max(n * (n - 1), 1),
+        "duplicates": float(twins.any(axis=1).mean()),
+        "threshold": limit,
+        "unseparated": float(left),
+        "pool_loss": float(batch_losses(scored, np.arange(n).reshape(-1, recipe.batch_size), recipe.weights).mean()),
+        "mined_loss": float(batch_losses(scored, batches, recipe.weights).mean()),
+    }
+    return Dealt(batches, hashes, numbers)
+
+
+def arrangement(recipe: Recipe, batches: int, weights: Callable[[], Floats], reference: Scored | None) -> Arrangement:
+    """The one that the recipe names, with what it needs beside a pool of so many batches."""
+    keep, kind = recipe.kept(batches), recipe.weights
+    match recipe.method:
+        case "groups":
+            return partial(grown, weights=weights())
+        case "chain":
+            return chain
+        case "kmeans":
+            return partial(balanced_kmeans, weights=weights())
+        case "spectral":
+            return partial(spectral, weights=weights())
+        case "osgd":
+            return partial(osgd, keep=keep, kind=kind)
+        case "learnability":
+            assert reference is not None
+            return partial(learnability, keep=keep, kind=kind, reference=reference)
+    return shuffled
+
+
+def joined(identity: Identity, batches: Ints, groups: Ints, cannot: Bools, twins: Bools) -> tuple[Ints, int]:
+    """(m, B) caption hashes that losses are to mask by, and how many pairs of pairs had to stay together.
+
+    Those of one hard group that may not meet, and copies anywhere in a batch, get one hash with all that share theirs.
+    """
+    group_of = np.full(len(identity.index), -1)
+    group_of[groups] = np.arange(len(groups))[:, None]
+    hashes, left = identity.caption_hash[batches], 0
+    for batch, members in enumerate(batches):
+        together = group_of[members][:, None] == group_of[members][None, :]
+        residual = np.triu(np.where(together, cannot[np.ix_(members, members)], twins[np.ix_(members, members)]))
+        left += int(residual.sum())
+        for one, other in np.argwhere(residual):
+            row = hashes[batch]
+            row[row == row[other]] = row[one]
+    return hashes, left

@@ -1,0 +1,183 @@
+"""Mining while training: pools of a loader's batches, seen through the model as it is, and dealt out again."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clipsmall import world
+from clipsmall.batch import Pairs, Progress
+from clipsmall.mining.deal import Dealt, Recipe, deal
+from clipsmall.mining.guards import Identity
+from clipsmall.mining.pool import Pool
+from clipsmall.mining.schedule import Stretch, turns
+from clipsmall.mining.scored import Scored
+from clipsmall.shards import LoadedBatch, Skips
+
+NUMBERS = ("blocked", "duplicates", "threshold", "unseparated", "pool_loss", "mined_loss")
+
+
+class View(NamedTuple):
+    """My pairs as the model sees them."""
+
+    image: Tensor  # (n, D) unit rows
+    text: Tensor  # (n, D)
+    scale: Tensor  # ()
+    bias: Tensor  # ()
+
+
+class Plan(NamedTuple):
+    """How a pool is played, the same on every rank."""
+
+    batches: Tensor  # (kept, B) int64 places in the pool
+    caption_hash: Tensor  # (kept, B) int64 for the losses' masks
+    numbers: Tensor  # (len(NUMBERS),) float64
+
+
+class MinedBatches:
+    """The batches of a loader, some of them dealt out again as batches that the model finds hard.
+
+    A pool of m global batches is read, each rank its slices; every rank scores its own pairs, all embeddings are
+    gathered, and the first rank makes one plan for all: mined by each rank for itself, batches of eight ranks lose
+    most of their hardness. No pair moves: a mined batch takes B / W pairs of every rank. While the plan is made, in a
+    thread beside the training, the first plain batches of the stretch are played; the next pool is read, a batch or a
+    few with every step, while this one is played.
+
+    The plan stands in the checkpoint until it is played, because it depends on the weights of a step that is gone; the
+    pool itself is read again. A plan holds for any number of ranks that divides the one it was made for.
+
+    Args:
+        read: numbers of global batches -> those batches, my slices.
+        stretches: of the whole run.
+        score: pairs -> what the model makes of them, in eval mode, with no gradient and no trace left.
+        recipe: how a pool is dealt out.
+        progress: read when iteration starts.
+        reference: the same pairs as another model sees them, for `learnability`.
+        pin: make batches that travel to a GPU beside its work.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[range], Iterable[LoadedBatch]],
+        stretches: list[Stretch],
+        score: Callable[[Pairs], View],
+        recipe: Recipe,
+        seed: int,
+        progress: Progress,
+        reference: Callable[[Identity], Scored] | None = None,
+        pin: bool = False,
+    ) -> None:
+        self.read, self.stretches, self.score, self.recipe = read, stretches, score, recipe
+        self.seed, self.progress, self.reference, self.pin = seed, progress, reference, pin
+        self.seconds = 0.0  # spent on scoring and on waiting for plans
+        self.numbers = dict[str, float]()  # of the pool that is being played
+        self._plan: Plan | None = None  # of the stretch that is being played
+        self._making: Future[Dealt] | None = None  # on the first rank
+        self._thread = ThreadPoolExecutor(1)
+        self._device = torch.device("cpu")
+
+    def __iter__(self) -> Iterator[LoadedBatch]:
+        step = self.progress.step
+        left = [stretch for stretch in self.stretches if stretch.step + stretch.steps > step]
+        if not left:
+            return
+        played, last = step - left[0].step, left[-1]
+        start = left[0].source + (0 if left[0].pool else played)
+        loaded = iter(self.read(range(start, last.source + last.reads)))
+        ahead = deque[LoadedBatch]()  # what comes next in the order of reading
+
+        def following() -> LoadedBatch:
+            return ahead.popleft() if ahead else next(loaded)
+
+        for stretch, after in zip(left, [*left[1:], last._replace(pool=0)], strict=True):
+            wanted = after.reads if after.pool else 0
+            batches = (self._mined if stretch.pool else self._plain)(stretch, following, played)
+            for number, batch in enumerate(batches, start=played + 1):
+                yield batch
+                while len(ahead) < wanted * number // stretch.steps:
+                    ahead.append(next(loaded))
+            played = 0
+
+    def _plain(self, stretch: Stretch, following: Callable[[], LoadedBatch], played: int) -> Iterator[LoadedBatch]:
+        self.numbers = {}
+        for _ in range(played, stretch.plain):
+            yield following()
+
+    def _mined(self, stretch: Stretch, following: Callable[[], LoadedBatch], played: int) -> Iterator[LoadedBatch]:
+        read = [following() for _ in range(stretch.reads)]
+        pool, plain = Pool(read[: stretch.pool], self.pin), iter(read[stretch.pool :])
+        generator = np.random.default_rng((self.seed, stretch.step))
+        order = turns(stretch, generator)
+        if self._plan is None:
+            self._begin(pool, generator)
+        number = 0
+        for turn, mined in enumerate(order):
+            # skips are counted when a pool begins; those of a pool that is read again were counted before
+            skips = _all_skips(read) if turn == 0 else Skips()
+            own = None if mined else next(plain)
+            if turn >= played:
+                yield (own or self._play(pool, number))._replace(skips=skips)
+            number += mined
+        self._plan = None
+
+    def _begin(self, pool: Pool, generator: np.random.Generator) -> None:
+        """Score my pairs, bring everybody's together, and have the first rank make the plan."""
+        start = time.perf_counter()
+        view = self.score(pool.pairs)
+        self._device = view.image.device
+        mine = (view.image, view.text, pool.pairs.index, pool.pairs.caption_hash, pool.image_hash)
+        gathered = [pool.in_order(world.gather(x.to(self._device))).cpu().numpy() for x in mine]
+        if world.rank() == 0:
+            scored = Scored(gathered[0], gathered[1], float(view.scale), float(view.bias))
+            identity = Identity(*gathered[2:])
+            reference = self.reference(identity) if self.reference else None
+            self._making = self._thread.submit(
+                deal, self.recipe, scored, identity, pool.owner, generator, world.size(), reference
+            )
+        self.seconds += time.perf_counter() - start
+
+    def _play(self, pool: Pool, number: int) -> LoadedBatch:
+        if self._plan is None:
+            start = time.perf_counter()
+            size = (self.recipe.kept(pool.batches), self.recipe.batch_size)
+            none = torch.zeros(size, dtype=torch.int64)
+            mine = self._made() or Plan(none, none, _numbers({}))
+            # the others bring zeros: the sum is the first rank's plan
+            self._plan = Plan(*(world.total(field.to(self._device)).cpu() for field in mine))
+            self._making = None
+            self.seconds += time.perf_counter() - start
+        self.numbers = dict(zip(NUMBERS, self._plan.numbers.tolist(), strict=True))
+        return pool.take(self._plan.batches[number], self._plan.caption_hash[number])
+
+    def _made(self) -> Plan | None:
+        """The first rank's plan, waited for; None on the others."""
+        if self._making is None:
+            return None
+        dealt = self._making.result()
+        return Plan(torch.from_numpy(dealt.batches), torch.from_numpy(dealt.caption_hash), _numbers(dealt.numbers))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The plan of a pool that is half played; {} between pools. The first rank's: others may not have it yet."""
+        step = self.progress.step
+        inside = any(each.pool and each.step < step < each.step + each.steps for each in self.stretches)
+        plan = (self._plan or self._made()) if inside else None
+        return plan._asdict() if plan is not None else {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self._plan = Plan(**state) if state else None
+
+
+def _numbers(given: dict[str, float]) -> Tensor:
+    return torch.tensor([given.get(name, 0.0) for name in NUMBERS], dtype=torch.float64)
+
+
+def _all_skips(read: list[LoadedBatch]) -> Skips:
+    together = Skips()
+    for batch in read:
+        together.merge(batch.skips)
+    return together

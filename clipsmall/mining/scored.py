@@ -1,0 +1,48 @@
+"""What mining works on: scored pairs, who holds them, and what an arrangement is."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.floating]
+Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
+
+
+class Scored(NamedTuple):
+    """n pairs as a model sees them."""
+
+    image: NDArray[np.float32]  # (n, D), unit length
+    text: NDArray[np.float32]  # (n, D), unit length
+    scale: float = 1.0  # positive factor of the cosines
+    bias: float = 0.0  # added to every scaled cosine; sigmoid's
+
+    @property
+    def logits(self) -> NDArray[np.float32]:
+        """(n, n) image i against text j."""
+        made: NDArray[np.float32] = self.scale * (self.image @ self.text.T) + np.float32(self.bias)
+        return made
+
+
+class Quotas(NamedTuple):
+    """How many pairs of each rank a group takes: pairs do not move between ranks, and ranks have equal work."""
+
+    owner: Ints  # (n,) the rank that holds the pair
+    counts: Ints  # (groups, W) pairs of each rank in each group; a row sums to the group's size
+
+    @property
+    def sizes(self) -> Ints:
+        """(groups,)"""
+        made: Ints = self.counts.sum(axis=1)
+        return made
+
+
+def one_owner(pairs: int, size: int) -> Quotas:
+    """The quotas of a single rank: `pairs // size` groups of `size`."""
+    return Quotas(np.zeros(pairs, np.int64), np.full((pairs // size, 1), size, np.int64))
+
+
+# (pairs, quotas, cannot-link (n, n) bool and symmetric, generator) -> (groups, size) places of pairs, none twice
+Arrangement = Callable[[Scored, Quotas, Bools, np.random.Generator], Ints]
