@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -14,11 +15,13 @@ from clipsmall.shards import (
     GlobalBatches,
     LoadedBatch,
     Order,
+    PlannedOrder,
     StreamedBatches,
     batch_loader,
     captions_of,
     fields_of,
     open_catalog,
+    read_plan,
 )
 from clipsmall.tower_sources import Loaded
 
@@ -40,10 +43,6 @@ class TrainingData(Protocol):
         """What reads my slices of global batches, which are counted from the start of the run."""
 
 
-def order(config: Config, sizes: list[int]) -> Order:
-    return Order(sizes, config.seed, config.data.shuffle_window)
-
-
 def transform(config: Config, loaded: Loaded) -> ImageTransform:
     return ImageTransform(loaded.spec, config.data.crop_scale, config.data.max_pixels)
 
@@ -52,14 +51,22 @@ class IndexedData:
     def __init__(self, config: Config) -> None:
         self.config, self.catalog = config, open_catalog(config.data.train)
         self.fingerprint, self.pairs = self.catalog.fingerprint, len(self.catalog)
+        self.order: Order | PlannedOrder = Order(self.catalog.sizes, config.seed, config.data.shuffle_window)
+        planned = ""
+        if config.data.plan:
+            plan = read_plan(Path(config.data.plan), self.catalog, config.data.batch_size)
+            self.order = PlannedOrder(plan.rows, config.seed)
+            self.fingerprint += f" {plan.digest}"
+            planned = f"; {self.order.length:,} of them in the plan {config.data.plan}"
         self.ids: Tensor | None = torch.from_numpy(self.catalog.index).sort().values
         left, size = self.catalog.left_out, config.data.batch_size
-        self.per_epoch = self.pairs // size
+        self.per_epoch, rest = divmod(self.order.length, size)
         self.words = (
             f"{self.pairs:,} pairs in {len(self.catalog.shards)} shards"
             + (f" ({sum(left.values())} known to be bad are left out: {left})" if left else "")
+            + planned
             + f"; an epoch is {self.per_epoch} batches"
-            + (f" and {self.pairs % size} pairs that wait for another epoch" if self.pairs % size else "")
+            + (f" and {rest} pairs that wait for another epoch" if rest else "")
         )
 
     def captions(self) -> Iterator[str]:
@@ -71,7 +78,7 @@ class IndexedData:
         config = self.config
         dataset = GlobalBatches(
             self.catalog,
-            order(config, self.catalog.sizes),
+            self.order,
             transform(config, loaded),
             loaded.tokenize,
             config.data.batch_size,

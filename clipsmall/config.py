@@ -37,6 +37,9 @@ class Data(Section):
     crop_scale: float = Field(1.0, gt=0, le=1, description="least area of a random crop; 1 = no augmentation")
     max_pixels: int = Field(89_478_485, ge=1, description="larger images are refused from their header")
     max_error_rate: float = Field(0.01, ge=0, le=1, description="share of bad pairs that stops the run")
+    plan: str = Field(
+        "", description="batches put together beforehand by data_tools.mine_shards; none = shuffled pairs"
+    )
     streaming: bool = Field(False, description="remote or un-indexed shards: resampled order, no exact resume")
 
 
@@ -136,6 +139,8 @@ class Config(Section):
             raise ValueError("mining makes whole batches hard, optim.accumulate compares parts of them: take one")
         if isinstance(self.mining.group, int) and self.mining.group and self.data.batch_size % self.mining.group:
             raise ValueError(f"mining.group={self.mining.group} does not divide data.batch_size={self.data.batch_size}")
+        if self.data.plan and self.data.streaming:
+            raise ValueError("data.plan names pairs of indexed shards, which data.streaming does not read")
         swav, batch = self.objective.swav, self.data.batch_size
         if "swav" in self.objective.mix and batch + swav.queue < swav.prototypes:
             raise ValueError(

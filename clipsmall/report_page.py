@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from clipsmall import page
-from clipsmall.build_data import order
 from clipsmall.config import Config
 from clipsmall.config_reader import read_yaml, refuse, validated
 from clipsmall.evaluation import Encoder
@@ -26,7 +25,7 @@ from clipsmall.evaluation.prompts import classes
 from clipsmall.run_folder import RunFolder
 from clipsmall.saved_model import load_model
 from clipsmall.shards import Catalog, caption_hash, open_catalog
-from clipsmall.shards.order import permutation
+from clipsmall.shards.order import Order, permutation
 
 QUERIES, ANSWERS, CANDIDATES, MATRIX = 8, 5, 10_000, 256
 TABLES: list[tuple[str, str, list[str], list[str], dict[str, str]]] = [
@@ -115,7 +114,7 @@ def gallery(encoder: Encoder, catalog: Catalog, name: str, class_file: str) -> l
 @torch.no_grad()
 def logit_matrix(config: Config, encoder: Encoder, catalog: Catalog, scale: Tensor) -> tuple[Tensor, list[str]]:
     """The first MATRIX pairs of the first global batch: scaled cosines, images down and texts across; captions."""
-    shuffled = order(config, catalog.sizes)
+    shuffled = Order(catalog.sizes, config.seed, config.data.shuffle_window)
     rows = shuffled.rows(0, torch.arange(min(MATRIX, config.data.batch_size)).numpy()).tolist()
     captions = [of_one[0] for of_one in read_texts(catalog, rows=rows).captions]
     images, found = encoder.images(catalog, sorted(rows))

@@ -12,6 +12,7 @@ from clipsmall.shards.index import (
 )
 from clipsmall.shards.loader import batch_loader, outlive_the_signal
 from clipsmall.shards.order import Order
+from clipsmall.shards.plan import PlannedOrder, read_plan
 from clipsmall.shards.reader import GlobalBatches, LoadedBatch, Skips
 from clipsmall.shards.streaming import StreamedBatches
 
@@ -20,6 +21,7 @@ __all__ = [
     "GlobalBatches",
     "LoadedBatch",
     "Order",
+    "PlannedOrder",
     "ShardError",
     "Skips",
     "StreamedBatches",
@@ -33,6 +35,7 @@ __all__ = [
     "open_catalog",
     "outlive_the_signal",
     "read_index",
+    "read_plan",
     "shard_paths",
     "write_index",
 ]

@@ -18,6 +18,7 @@ from clipsmall.shards.captions import caption_hash, captions_of, fields_of
 from clipsmall.shards.catalog import Catalog
 from clipsmall.shards.index import ShardError, image_hash
 from clipsmall.shards.order import Order, permutation
+from clipsmall.shards.plan import PlannedOrder
 
 READAHEAD = 128 * 1024  # bytes: what Linux reads at most for one WILLNEED advice
 MAX_SUBSTITUTES = 16  # tries to replace one bad pair before the run stops
@@ -73,6 +74,7 @@ class GlobalBatches(Dataset[LoadedBatch]):
     no rank, and no pair comes twice in one batch.
 
     Args:
+        order: of the pairs, or of the batches of a plan.
         batch_size: B, pairs of one step over all ranks.
         rank, world_size: which slice is mine.
 
@@ -83,7 +85,7 @@ class GlobalBatches(Dataset[LoadedBatch]):
     def __init__(
         self,
         catalog: Catalog,
-        order: Order,
+        order: Order | PlannedOrder,
         image: ImageTransform,
         tokenize: Tokenize,
         batch_size: int,
@@ -92,11 +94,11 @@ class GlobalBatches(Dataset[LoadedBatch]):
     ) -> None:
         if batch_size % world_size:
             raise ValueError(f"data.batch_size={batch_size} is not divisible by {world_size} ranks")
-        if batch_size > len(catalog):
-            raise ValueError(f"data.batch_size={batch_size} is more than the {len(catalog)} pairs of the data set")
+        if batch_size > order.length:
+            raise ValueError(f"data.batch_size={batch_size} is more than the {order.length} pairs of the data set")
         self.catalog, self.order, self.image, self.tokenize = catalog, order, image, tokenize
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
-        self.per_epoch = len(catalog) // batch_size
+        self.per_epoch = order.length // batch_size
         self._advised: tuple[int, int] | None = None
 
     def place(self, number: int) -> tuple[int, int]:
