@@ -1,19 +1,23 @@
 """Config -> the batches of a run: as they come, or mined."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 
 from clipsmall.batch import Pairs, Progress
 from clipsmall.build_data import Read, TrainingData
 from clipsmall.config import Config
-from clipsmall.mining import SELECTIONS, Recipe
+from clipsmall.mining import SELECTIONS, Identity, Recipe, Scored
 from clipsmall.mining.online import MinedBatches, View
 from clipsmall.mining.schedule import Schedule
-from clipsmall.shards import LoadedBatch
+from clipsmall.mining.scored import scored
+from clipsmall.shards import LoadedBatch, open_catalog
+from clipsmall.shards.scores import all_scores
 from clipsmall.tower_sources import Loaded
 from clipsmall.towers import DualEncoder
 
@@ -52,7 +56,32 @@ def batches(
             f"{data.per_epoch}: take a smaller mining.pool, or a longer run"
         )
     seen = partial(score, encoder, accelerator, encoder.chunk_size or config.data.batch_size)
-    return MinedBatches(read, stretches, seen, made, config.seed, progress, pin=pin)
+    known = reference(config) if made.method == "learnability" else None
+    return MinedBatches(read, stretches, seen, made, config.seed, progress, known, pin)
+
+
+def reference(config: Config) -> Callable[[Identity], Scored]:
+    """What finds the scores of pairs by their numbers.
+
+    Raises:
+        ValueError: streamed pairs have no numbers; a shard has no scores; when called: a pair has none.
+    """
+    if config.data.streaming:
+        raise ValueError("mining.method=learnability looks scores up by a pair's number, which streamed pairs lack")
+    catalog = open_catalog(config.data.train)
+    scores = all_scores(catalog, Path(config.mining.reference) if config.mining.reference else None)
+    numbers = catalog.index[scores.row]
+    order = np.argsort(numbers)
+
+    def found(identity: Identity) -> Scored:
+        places = order[np.searchsorted(numbers, identity.index, sorter=order).clip(max=len(order) - 1)]
+        if (odd := numbers[places] != identity.index).any():
+            raise ValueError(
+                f"pair {identity.index[odd][0]} has no scores; run: python -m data_tools.mine_shards score"
+            )
+        return scored(scores, places)
+
+    return found
 
 
 def recipe(config: Config) -> Recipe:

@@ -139,7 +139,7 @@ class RunState:
             raise CheckpointError(f"{folder}: another run: {said}. Change it back, or start anew with another --out")
         if state["data"] != self.fingerprint:
             raise CheckpointError(
-                f"{folder}: data.train has changed since (other shards, sizes or numbers); restore it"
+                f"{folder}: data.train or data.plan has changed since (other pairs, sizes or batches); restore it"
             )
         changed.pop("resume", None)
         if changed and self.accelerator.is_main_process:

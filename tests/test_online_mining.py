@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,10 +21,13 @@ from hypothesis import strategies as st
 
 from clipsmall import checkpoint, train, world
 from clipsmall.batch import Pairs, Progress
+from clipsmall.build_mining import reference
+from clipsmall.config_reader import read
 from clipsmall.mining import Identity, Recipe, Scored, deal
 from clipsmall.mining.online import MinedBatches, View
 from clipsmall.mining.schedule import Schedule, Stretch, turns
 from clipsmall.shards import LoadedBatch, Skips
+from data_tools import mine_shards
 from tests.bench.mining import clustered
 from tests.shards_for_tests import config
 from tests.test_resume import last, losses, same_state
@@ -280,6 +284,34 @@ def test_bad_settings(
     assert stopped.value.code == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_learnability_needs_scores_and_finds_them(
+    glyphs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scores = tmp_path / "scores"
+    learnable = {**MINING, "mining.method": "learnability", "mining.keep": 0.5, "mining.reference": str(scores)}
+    words = config(glyphs, tmp_path / "run", **learnable)
+    with pytest.raises(SystemExit):
+        train.main(words)
+    assert "has no scores; run: python -m data_tools.mine_shards score" in capsys.readouterr().err
+    assert train.main(config(glyphs, tmp_path / "other", **{"seed": 5, "optim.pairs": 96})) == 0
+    scored = ["score", str(tmp_path / "other"), "--data", str(glyphs / "train"), "--scores", str(scores)]
+    assert mine_shards.main(scored) == 0
+    # a pair is found by its number, in any order
+    found = reference(read(words))
+    numbers = np.array([250, 3, 120])
+    known = found(Identity(numbers, numbers, numbers))
+    again = found(Identity(numbers[::-1], numbers, numbers))
+    assert np.array_equal(known.image[::-1], again.image)
+    tables = [pq.read_table(path).to_pylist() for path in sorted(scores.glob("*.parquet"))]
+    row = next(row for table in tables for row in table if row["index"] == 250)
+    assert np.allclose(known.image[0], np.array(row["image"], np.float32))
+    with pytest.raises(ValueError, match="pair 300 has no scores"):
+        found(Identity(np.array([300]), numbers, numbers))
+    assert train.main(words) == 0
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert any("mined_loss" in row for row in rows)
 
 
 def test_another_miner_is_another_run(glyphs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from clipsmall.shards.scores import Scores
+
 Floats = NDArray[np.floating]
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
@@ -24,6 +26,12 @@ class Scored(NamedTuple):
         """(n, n) image i against text j."""
         made: NDArray[np.float32] = self.scale * (self.image @ self.text.T) + np.float32(self.bias)
         return made
+
+
+def scored(scores: Scores, places: Ints) -> Scored:
+    """Some of the pairs of a table of scores, as their scorer sees them."""
+    image, text = scores.image[places].astype(np.float32), scores.text[places].astype(np.float32)
+    return Scored(image, text, scores.scorer.logit_scale, scores.scorer.logit_bias)
 
 
 class Quotas(NamedTuple):

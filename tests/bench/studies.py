@@ -43,6 +43,7 @@ TRICKS = {
     "chunked 256": batch(256, "--model.chunk_size=32"),
     "moco": batch(32, "--objective.queue=moco"),
     "xbm": batch(32, "--objective.queue=xbm"),
+    "mined": batch(32, "--mining.method=groups"),
     "gcl": batch(32, "--objective=gcl"),
     "dcl": batch(32, "--objective=dcl"),
     "sigmoid": batch(32, "--objective=sigmoid"),

@@ -1,0 +1,90 @@
+"""Scoring a shard: what a model makes of each of its pairs."""
+
+import hashlib
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from clipsmall.evaluation import Encoder
+from clipsmall.shards import Catalog, ShardError, captions_of, fields_of, read_index
+from clipsmall.shards.scores import Scorer, good_rows, read_scores, sidecar
+from clipsmall.towers import DualEncoder
+
+
+def scorer_of(model: DualEncoder, name: str, pretrained: str) -> Scorer:
+    digest = hashlib.sha256(repr(model.spec).encode())
+    for key, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    scale, bias = model.logit_scale.exp().item(), model.logit_bias.item()
+    return Scorer(name, pretrained, digest.hexdigest(), model.spec.size, scale, bias)
+
+
+def score_shard(encoder: Encoder, catalog: Catalog, place: int) -> tuple[pa.Table, int]:
+    """Score one shard of a catalog; on this rank alone.
+
+    Returns the n pairs whose images can be read, and how many cannot: `row` (ordinal within the shard's index), `key`
+    and `index` (as in that index), `caption_hash`, `image_hash`, `image` and `text` (unit rows, float16),
+    `similarity` (their cosine). A pair's caption is its first one.
+
+    Raises:
+        ValueError: none of the images can be read.
+    """
+    shard, mine = catalog.shards[place], catalog.shard == place
+    alone = replace(
+        catalog, shards=[shard], shard=catalog.shard[mine] * 0, index=catalog.index[mine], spans=catalog.spans[mine],
+        caption_hash=catalog.caption_hash[mine], _files={},
+    )  # fmt: skip
+    try:
+        image, found = encoder.images(alone)
+        members = [alone.read_text(row) for row in found.tolist()]
+        text = encoder.texts([captions_of(each.text, fields_of(each.json))[0] for each in members])
+    finally:
+        os.close(alone.descriptor(0))  # there may be more shards than a process may hold open
+    table = read_index(shard, ["key", "index", "caption_hash", "sha256", "status"])
+    rows = good_rows(table)[found.numpy()]
+    named = table.take(rows)
+    scores = {
+        "row": rows,
+        "key": named["key"],
+        "index": named["index"],
+        "caption_hash": named["caption_hash"],
+        "image_hash": image_hashes(named["sha256"].to_pylist()),
+        "image": _halves(image),
+        "text": _halves(text),
+        "similarity": (image * text).sum(dim=1).numpy(),
+    }
+    return pa.table(scores), len(alone) - len(found)
+
+
+def image_hashes(sha256: list[str]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """(n,) the first 8 bytes of each checksum: `shards.index.image_hash`."""
+    return np.frombuffer(bytes.fromhex("".join(each[:16] for each in sha256)), "<i8").astype(np.int64)
+
+
+def _halves(rows: Tensor) -> pa.Array:
+    return pa.FixedSizeListArray.from_arrays(pa.array(rows.half().numpy().reshape(-1)), rows.shape[1])
+
+
+def to_do(shard: Path, folder: Path | None, scorer: Scorer, rescore: bool = False) -> bool:
+    """Whether a shard has no usable scores of this scorer yet.
+
+    Raises:
+        ShardError: it has another scorer's, and these are not to be replaced.
+    """
+    try:
+        found = read_scores(shard, folder, ["row"])[1]
+    except ShardError:
+        return True
+    if found.digest != scorer.digest and not rescore:
+        raise ShardError(
+            f"{sidecar(shard, folder)}: scores of another model ({found.model} {found.pretrained}, weights "
+            f"{found.digest[:8]}; this one's are {scorer.digest[:8]}); replace them with --rescore, or keep both with "
+            "--scores FOLDER"
+        )
+    return found.digest != scorer.digest
