@@ -64,11 +64,13 @@ class Mining(Section):
         "auto", description="pairs of a batch made hard for one another; 0 = all of them; auto: 4 for `groups`, else 0"
     )
     pool: int = Field(2048, ge=4, description="pairs scored and dealt out together, two batches or more")
-    fraction: float = Field(0.5, gt=0, le=1, description="share of mined batches; the others stay as they come")
-    start: float = Field(0.1, ge=0, lt=1, description="share of the run before the first pool")
-    end: float = Field(0.85, gt=0, le=1, description="share of the run after which no pool begins")
+    fraction: float = Field(1.0, gt=0, le=1, description="share of mined batches; the others stay as they come")
+    start: float = Field(0.05, ge=0, lt=1, description="share of the run before the first pool")
+    end: float = Field(0.9, gt=0, le=1, description="share of the run after which no pool begins")
     swaps: int = Field(0, ge=0, description="sweeps of exchanges that make the arrangement harder")
-    guard: float = Field(0.01, ge=0, lt=1, description="share of pairs of pairs kept apart as too hard to be negatives")
+    guard: float = Field(
+        0.001, ge=0, lt=1, description="share of pairs of pairs kept apart as too hard to be negatives"
+    )
     ratio: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
         "auto", description="fixed threshold in place of that share: negative cosine over the positives'"
     )

@@ -45,7 +45,7 @@ class Recipe:
     swaps: int = 0
     keep: float = 0.1
     near: float = 0.95
-    guard: float = 0.01
+    guard: float = 0.001
     ratio: float | None = None
 
     @property

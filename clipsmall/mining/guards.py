@@ -7,7 +7,7 @@ import numpy as np
 from clipsmall.mining.scored import Bools, Floats, Ints, Scored
 
 SAMPLED = 1024  # rows that the threshold of a share of all pairs is read off
-MOST = 0.01  # of all pairs of pairs may be near duplicates
+MOST = 0.001  # of all pairs of pairs may be near duplicates: two of each pair, in a pool of 2,048
 UNSURE = 0.05  # a positive cosine below it tells nothing about its negatives
 
 
@@ -37,14 +37,15 @@ def copies(identity: Identity) -> Bools:
 def near_duplicates(scored: Scored, cosine: float) -> Bools:
     """(n, n) two images, or two captions, closer than `cosine` to the scorer; 1 = none are.
 
-    To towers that have hardly learned all features are close: MOST of all pairs of pairs, at most, are called so.
+    To towers that have hardly learned all features are close: MOST of all pairs of pairs, at most, are called so (in a
+    small pool one of each pair).
     """
     near = np.zeros((len(scored.image),) * 2, dtype=bool)
     if cosine < 1:
         for features in (scored.image, scored.text):
             closeness = features @ features.T
             np.fill_diagonal(closeness, -np.inf)
-            near |= closeness > max(cosine, threshold(closeness, MOST))
+            near |= closeness > max(cosine, threshold(closeness, max(MOST, 1 / len(near))))
     return near
 
 
