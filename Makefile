@@ -1,5 +1,5 @@
 # make demo   set up, draw the glyph shards, train for about three minutes, evaluate, write the report
-# make bench  reader and losses beside open_clip's, by ratio; about a quarter of an hour
+# make bench  reader and losses beside open_clip's, mining beside the paper's, by ratio; about twenty minutes
 # make test   set up, then lint, types, layers and tests: what CI runs
 PYTHON ?= python3
 BIN := .venv/bin
@@ -35,6 +35,8 @@ lint: .venv/installed
 bench: .venv/installed
 	$(BIN)/python -m tests.bench.reader
 	$(BIN)/python -m tests.bench.losses
+	$(BIN)/python -m tests.bench.mining --sizes 1280:32
+	$(BIN)/python -m tests.bench.overhead
 
 clean:
 	rm -rf .venv .venv-bench runs data

@@ -135,7 +135,7 @@ def run_state(
         config=config.model_dump(mode="json"),
         fingerprint=data.fingerprint,
         source=data.words,
-        fixed=build_objective.sections(config),
+        fixed=build_objective.sections(config) + build_mining.fixed(config),
     )
     set_seed(config.seed + world.rank())  # equal weights, but dropout of its own on every rank
     if resumed is not None:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
+from clipsmall import world
 from clipsmall.batch import Pairs, Progress
 from clipsmall.build_data import Read, TrainingData
 from clipsmall.config import Config
@@ -44,49 +45,61 @@ def batches(
 ) -> Iterable[LoadedBatch]:
     """The run's batches after `progress`, which is read when iteration starts."""
     pin = accelerator.device.type == "cuda"
-    read = data.reader(loaded, pin)
     if config.mining.method == "none":
-        return Remaining(read, progress, config.steps)
+        return Remaining(data.reader(loaded, pin), progress, config.steps)
     made = recipe(config)
-    stretches = schedule(config, made, data.per_epoch).stretches()
+    plan = schedule(config, made, data.per_epoch)
+    stretches = plan.stretches()
     if not any(stretch.pool for stretch in stretches):
         raise ValueError(
-            f"mining: no pool of {max(each.reads for each in stretches)} batches fits between the shares "
-            f"{config.mining.start} and {config.mining.end} of {config.steps} steps and into an epoch of "
-            f"{data.per_epoch}: take a smaller mining.pool, or a longer run"
+            f"mining: no pool of {plan.pool} batches, {plan.kept} of them played, and the plain ones that "
+            f"mining.fraction={plan.fraction} asks for fit between the shares {plan.start} and {plan.end} of "
+            f"{plan.steps} steps, and into an epoch of {plan.per_epoch} batches: take a smaller mining.pool, a larger "
+            "fraction, or a longer run"
         )
-    seen = partial(score, encoder, accelerator, encoder.chunk_size or config.data.batch_size)
+    seen = partial(score, encoder, accelerator, encoder.chunk_size or config.data.batch_size // world.size())
     known = reference(config) if made.method == "learnability" else None
-    return MinedBatches(read, stretches, seen, made, config.seed, progress, known, pin)
+    read = data.reader(loaded, pin=False)  # a pool stays in ordinary memory, its batches are pinned as they leave
+    return MinedBatches(read, stretches, seen, made, config.seed, progress, not config.data.streaming, known, pin)
+
+
+def fixed(config: Config) -> tuple[str, ...]:
+    """What a mined run cannot change on its way, beside the settings of any run: pools lie at shares of its length."""
+    return ("optim.pairs",) if config.mining.method != "none" else ()
 
 
 def reference(config: Config) -> Callable[[Identity], Scored]:
     """What finds the scores of pairs by their numbers.
 
     Raises:
-        ValueError: streamed pairs have no numbers; a shard has no scores; when called: a pair has none.
+        ValueError: streamed pairs have no numbers; a shard or a pair has no scores.
     """
     if config.data.streaming:
         raise ValueError("mining.method=learnability looks scores up by a pair's number, which streamed pairs lack")
     catalog = open_catalog(config.data.train)
     scores = all_scores(catalog, Path(config.mining.reference) if config.mining.reference else None)
+    if missing := len(catalog) - len(scores.row):
+        raise ValueError(
+            f"{missing} of {len(catalog)} pairs have no scores, as their images could not be read: have them left out "
+            "with data_tools.check_shards --decode"
+        )
     numbers = catalog.index[scores.row]
     order = np.argsort(numbers)
 
     def found(identity: Identity) -> Scored:
-        places = order[np.searchsorted(numbers, identity.index, sorter=order).clip(max=len(order) - 1)]
-        if (odd := numbers[places] != identity.index).any():
-            raise ValueError(
-                f"pair {identity.index[odd][0]} has no scores; run: python -m data_tools.mine_shards score"
-            )
+        places = order[np.searchsorted(numbers, identity.index, sorter=order)]
+        assert (numbers[places] == identity.index).all()
         return scored(scores, places)
 
     return found
 
 
 def recipe(config: Config) -> Recipe:
-    mining = config.mining
-    group = (GROUP if mining.method == "groups" else 0) if mining.group == "auto" else mining.group
+    """Raises ValueError for groups that do not fit the method or the batch."""
+    mining, batch = config.mining, config.data.batch_size
+    # auto: GROUP, or fewer where a batch is no multiple of it
+    auto = next((k for k in (GROUP, 3, 2) if batch % k == 0), 0) if mining.method == "groups" else 0
+    group = auto if mining.group == "auto" else mining.group
     if group and mining.method in SELECTIONS:
         raise ValueError(f"mining.group={group}: {mining.method} selects whole batches; leave it at auto")
     by_pairs = next(iter(config.objective.mix)) in ("sigmoid", "bce")
@@ -104,13 +117,11 @@ def recipe(config: Config) -> Recipe:
 
 
 def schedule(config: Config, made: Recipe, per_epoch: int) -> Schedule:
-    """A pool of `mining.pool` pairs in whole batches; plain batches beside it as mining.fraction says."""
+    """Pools of `mining.pool` pairs, in whole batches."""
     mining = config.mining
     least = math.ceil(1 / mining.keep) if made.method in SELECTIONS else 2
     pool = max(mining.pool // config.data.batch_size, least)
-    kept = made.kept(pool)
-    plain = round(kept * (1 - mining.fraction) / mining.fraction)
-    return Schedule(config.steps, pool, kept, plain, mining.start, mining.end, per_epoch)
+    return Schedule(config.steps, pool, made.kept(pool), mining.fraction, mining.start, mining.end, per_epoch)
 
 
 @torch.no_grad()

@@ -118,18 +118,16 @@ class RunState:
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.progress.step, self.progress.pairs = state["progress"]["step"], state["progress"]["pairs"]
-        self._load_plan(folder, len(state["ranks"]))
+        self._load_plan(folder)
         self._load_ranks(state["ranks"], device)
 
-    def _load_plan(self, folder: Path, ranks: int) -> None:
+    def _load_plan(self, folder: Path) -> None:
         plan = checkpoint.read_tensors(folder, "mining")
-        if plan and ranks % world.size():
-            raise CheckpointError(
-                f"{folder}: stands in the middle of a mined pool, dealt out for {ranks} ranks: continue with a number "
-                f"of ranks that divides it, not {world.size()}"
-            )
         if self.feed.mining:
-            self.feed.mining.load_state_dict(plan)
+            try:
+                self.feed.mining.load_state_dict(plan)
+            except ValueError as error:
+                raise CheckpointError(f"{folder}: {error}") from None
 
     def _refuse_another_run(self, folder: Path, state: dict[str, Any]) -> None:
         was, now = flat(state["config"]), flat({**self.config, "launch": self.launch})

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from clipsmall.batch import Pairs
 from clipsmall.towers import DualEncoder
+from tests.bench import mining
 from tests.bench.chunks import built
 from tests.bench.gradcache import against, gradients, step
 from tests.test_chunks import noisy
@@ -102,3 +103,11 @@ def test_a_model_is_built_for_images_of_another_size(task: dict[str, Any]) -> No
     tiny = json.loads(Path(task["model"]).read_text())["vision_cfg"]
     patches = (64 // tiny["patch_size"]) ** 2
     assert model.towers.model.visual.positional_embedding.shape == (1 + patches, tiny["width"])
+
+
+def test_the_bench_of_arrangements(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mining.main(["--sizes", "128:8", "--json", str(tmp_path / "out.json")])
+    rows = {row["method"]: row for row in json.loads((tmp_path / "out.json").read_text())}
+    assert rows.keys() == {*mining.RECIPES, "paper's spectral"}
+    assert rows["chain"]["loss"] > rows["paper's spectral"]["loss"] > 2 * rows["shuffled"]["loss"]
+    assert "paper's spectral" in capsys.readouterr().out

@@ -4,6 +4,7 @@ Seen to fail when: quotas are ignored by the chain or by swaps; the gain of an e
 copy is not masked in what had to stay together; osgd keeps the easiest; the guard's share counts the diagonal.
 """
 
+import time
 from dataclasses import replace
 from itertools import pairwise
 
@@ -99,14 +100,39 @@ def test_what_must_stay_together_gets_one_hash() -> None:
     assert out.numbers["unseparated"] > 0
     assert (out.caption_hash == 0).all()
     # pairs 0 and 1 share an image, 1 and 2 a caption: all three are one; 3 is another
-    batches, three = np.array([[0, 1, 2, 3]]), Identity(np.arange(4), np.array([5, 6, 6, 7]), np.array([1, 1, 2, 3]))
-    twins = guards.copies(three)
-    assert twins.sum() == 4
-    hashes, left = joined(three, batches, batches, twins, twins)
-    assert left == 2
+    batches, four = np.array([[0, 1, 2, 3]]), Identity(np.arange(4), np.array([5, 6, 6, 7]), np.array([1, 1, 2, 3]))
+    copies = guards.copies(four)
+    assert copies.sum() == 4
+    hashes = joined(four, batches, copies)
     assert len(set(hashes[0, :3].tolist())) == 1
     assert hashes[0, 3] == 7
-    assert three.caption_hash.tolist() == [5, 6, 6, 7]
+    assert four.caption_hash.tolist() == [5, 6, 6, 7]
+
+
+def test_what_is_merely_alike_stays_a_negative() -> None:
+    """All features lie in one narrow cone, so that many count as near duplicates: only copies are masked."""
+    n, made = 1024, np.random.default_rng(0)
+    image, text = (unit(4 + made.normal(size=(n, 16))).astype(np.float32) for _ in range(2))
+    captions = np.where(np.arange(n) < 4, 0, np.arange(n))
+    identity, owner = Identity(np.arange(n), captions, np.arange(n)), np.zeros(n, np.int64)
+    out = deal(Recipe("groups", 512, 4), Scored(image, text, 10.0), identity, owner, np.random.default_rng(0))
+    assert out.numbers["duplicates"] > 0.5
+    assert np.array_equal(out.caption_hash, captions[out.batches])
+
+
+def test_a_pool_of_few_captions_is_dealt_out_quickly() -> None:
+    """Copies that cannot be spread once took 11 s: every round tried every place of every batch."""
+    n = 2048
+    scored, _ = clustered(n)
+    identity = Identity(np.arange(n), np.arange(n) % 10, np.arange(n))
+    start = time.process_time()
+    out = deal(Recipe("groups", 32, 4), scored, identity, np.zeros(n, np.int64), np.random.default_rng(0))
+    spread = time.process_time() - start
+    start = time.process_time()
+    deal(Recipe("groups", 32, 4), scored, distinct(n), np.zeros(n, np.int64), np.random.default_rng(0))
+    assert spread < 10 * (time.process_time() - start)  # twice, as a rule
+    # 205 pairs of a caption in 64 batches: at best three or four in each, and 10 · 64 · 3.2 · 2.2 / 2 pairs of them
+    assert out.numbers["unseparated"] < 1.5 * 2250
 
 
 @pytest.mark.parametrize("method", ["groups", "chain", "kmeans", "spectral", "osgd"])

@@ -8,7 +8,7 @@ import contextlib
 import io
 import json
 import shutil
-from itertools import chain, islice
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,10 @@ from hypothesis import strategies as st
 
 from clipsmall import checkpoint, train, world
 from clipsmall.batch import Pairs, Progress
-from clipsmall.build_mining import reference
+from clipsmall.build_mining import recipe, reference
 from clipsmall.config_reader import read
 from clipsmall.mining import Identity, Recipe, Scored, deal
-from clipsmall.mining.online import MinedBatches, View
+from clipsmall.mining.online import NUMBERS, MinedBatches, View
 from clipsmall.mining.schedule import Schedule, Stretch, turns
 from clipsmall.shards import LoadedBatch, Skips
 from data_tools import mine_shards
@@ -34,29 +34,33 @@ from tests.test_resume import last, losses, same_state
 from tests.test_world import run_trainer
 
 B, POOL, PLAIN, STEPS = 16, 4, 3, 24
-SCHEDULE = Schedule(STEPS, POOL, POOL, PLAIN, start=0.1, end=0.8, per_epoch=100)
+SCHEDULE = Schedule(STEPS, POOL, POOL, POOL / (POOL + PLAIN), start=0.1, end=0.8, per_epoch=100)
 SCORED, CONCEPT = clustered(100 * B)
 
 
 @settings(deadline=None)
 @given(
-    st.integers(1, 200), st.integers(2, 9), st.integers(0, 9), st.floats(0, 0.9), st.floats(0.05, 1),
+    st.integers(1, 200), st.integers(2, 9), st.floats(0.05, 1), st.floats(0, 0.9), st.floats(0.05, 1),
     st.integers(1, 40), st.booleans(),
 )  # fmt: skip
 def test_stretches_fill_a_run(
-    steps: int, pool: int, plain: int, start: float, end: float, per_epoch: int, all_kept: bool
+    steps: int, pool: int, fraction: float, start: float, end: float, per_epoch: int, all_kept: bool
 ) -> None:
     kept = pool if all_kept else 1
-    found = Schedule(steps, pool, kept, plain, start, end, per_epoch).stretches()
+    found = Schedule(steps, pool, kept, fraction, start, end, per_epoch).stretches()
     step = source = 0
     for each in found:
         assert (each.step, each.source) == (step, source)
         step, source = step + each.steps, source + each.reads
         if each.pool:
             assert start * steps <= each.step < end * steps
-            assert each.source // per_epoch == (each.source + each.reads - 1) // per_epoch
-            assert sorted(turns(each, np.random.default_rng(0))) == [False] * plain + [True] * kept
+            assert each.source // per_epoch == (each.source + pool - 1) // per_epoch
+            assert sorted(turns(each, np.random.default_rng(0))) == [False] * each.plain + [True] * kept
     assert step == steps
+    mined = [each for each in found if each.pool]
+    if mined:  # the share that was asked for, to half a batch in all
+        plain = sum(each.plain for each in mined)
+        assert abs(plain - len(mined) * kept * (1 / fraction - 1)) <= 0.5 + 1e-6
 
 
 def batch(number: int) -> LoadedBatch:
@@ -134,7 +138,7 @@ def resumed_everywhere(recipe: Recipe, schedule: Schedule) -> int:
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("recipe", [GROUPS, OSGD], ids=["groups", "osgd"])
 def test_resumed_anywhere_the_stream_goes_on(ranks: Any, size: int, recipe: Recipe) -> None:
-    schedule = SCHEDULE._replace(kept=recipe.kept(POOL), plain=2)
+    schedule = SCHEDULE._replace(kept=recipe.kept(POOL), fraction=recipe.kept(POOL) / (recipe.kept(POOL) + 2))
     inside = ranks(size, resumed_everywhere, recipe, schedule)
     assert set(inside) == {sum(each.steps - 1 for each in schedule.stretches() if each.pool)}
 
@@ -178,19 +182,66 @@ def test_the_next_pool_is_read_while_this_one_is_played() -> None:
     for _ in range(2 * (POOL + PLAIN)):
         next(batches)
         counts.append(len(read))
-    assert counts == [7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20]
+    assert counts[0] <= POOL + 1  # the pool, and a plain batch that is played beside the making of the plan
+    assert counts[POOL + PLAIN - 1] == POOL + PLAIN + POOL - 1  # nearly all of the next one, when this one ends
+    assert max(after - before for before, after in pairwise(counts)) <= 2  # no step waits for a whole pool
+
+
+def test_a_stream_goes_on_with_a_pool_as_it_comes() -> None:
+    """A stream brings other pairs after a resume: a plan for those before would be played over them."""
+    first = SCHEDULE.stretches()[1]
+    step = first.step + 2
+    batches = MinedBatches(
+        lambda numbers: map(batch, numbers), SCHEDULE.stretches(), score, GROUPS, 0, Progress(), False
+    )
+    batches.progress.step = step
+    assert batches.state_dict() == {}
+    resumed = MinedBatches(
+        lambda numbers: map(batch, numbers), SCHEDULE.stretches(), score, GROUPS, 0, Progress(step), False
+    )
+    played = [loaded.pairs.index.tolist() for loaded in islice(resumed, STEPS - step)]
+    left = first.steps - 2
+    assert played[:left] == [list(range((first.source + 2 + k) * B, (first.source + 3 + k) * B)) for k in range(left)]
+    assert len(played) == STEPS - step
+    assert any(sorted(pairs) != list(range(min(pairs), min(pairs) + B)) for pairs in played[left:])  # mined again
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_features_that_are_not_finite_stop_the_run(ranks: Any, size: int) -> None:
+    for said in ranks(size, diverged):
+        assert "features are not finite at step 3" in said
+
+
+def diverged() -> str:
+    def broken(pairs: Pairs) -> View:
+        view = score(pairs)
+        return view._replace(text=view.text / (world.rank() != world.size() - 1))
+
+    progress = Progress()
+    try:
+        for _ in mined(progress, GROUPS, broken):
+            progress.advance(B)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 # ---- in the trainer --------------------------------------------------------------------------------------------
 
 MINING: dict[str, object] = {
-    "mining.pool": 64, "mining.start": 0.1, "mining.end": 0.9, "data.batch_size": 16, "optim.pairs": 16 * 30,
+    "mining.pool": 64, "mining.fraction": 0.5, "mining.start": 0.1, "mining.end": 0.9,
+    "data.batch_size": 16, "optim.pairs": 16 * 30,
 }  # fmt: skip
+
+
+def told_of_mining(out: Path) -> list[list[float | None]]:
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [[row.get(name) for name in NUMBERS] for row in rows if "loss" in row]
 
 
 @pytest.mark.parametrize("method", ["groups", "spectral", "osgd"])
 def test_a_resumed_mined_run_is_the_uninterrupted_one(glyphs: Path, tmp_path: Path, method: str) -> None:
-    more = {"mining.keep": 0.5} if method == "osgd" else {}
+    more = {"mining.keep": 0.5, "data.workers": 1} if method == "osgd" else {}
     out = tmp_path / "run"
     words = config(glyphs, out, **MINING, **more, **{"mining.method": method, "data.crop_scale": 0.8})
     assert train.main(words) == 0
@@ -210,6 +261,7 @@ def test_a_resumed_mined_run_is_the_uninterrupted_one(glyphs: Path, tmp_path: Pa
         plans += bool(checkpoint.read_tensors(last(out), "mining"))
         assert train.main([*words, "--resume=auto"]) == 0
         assert losses(out) == losses(whole)
+        assert told_of_mining(out) == told_of_mining(whole)
         same_state(last(out), last(whole))
     assert plans > 0
 
@@ -241,7 +293,7 @@ def test_another_number_of_ranks_in_the_middle_of_a_pool(ranks: Any, glyphs: Pat
 
 
 def _stretches() -> list[Stretch]:
-    return Schedule(30, 4, 4, 4, 0.1, 0.9, 300 // 16).stretches()
+    return Schedule(30, 4, 4, 0.5, 0.1, 0.9, 300 // 16).stretches()
 
 
 def _refused(words: list[str]) -> str:
@@ -270,7 +322,7 @@ def test_scoring_leaves_no_trace(glyphs: Path, tmp_path: Path) -> None:
         ({"mining.method": "groups", "mining.group": 3}, "mining.group=3 does not divide data.batch_size=16"),
         ({"mining.method": "groups", "mining.group": 1}, "group=1: a pair alone is not hard"),
         ({"mining.method": "osgd", "mining.group": 4}, "mining.group=4: osgd selects whole batches"),
-        ({"mining.method": "chain", "mining.pool": 4096}, "no pool of"),
+        ({"mining.method": "chain", "mining.pool": 4096}, "no pool of 256 batches, 256 of them played"),
         ({"mining.method": "chain", "mining.start": 0.9, "mining.end": 0.5}, "start=0.9 must be less than end=0.5"),
         ({"mining.method": "chain", "optim.accumulate": 2}, "mining makes whole batches hard"),
         ({"mining.method": "graph"}, "mining.method"),
@@ -304,14 +356,41 @@ def test_learnability_needs_scores_and_finds_them(
     known = found(Identity(numbers, numbers, numbers))
     again = found(Identity(numbers[::-1], numbers, numbers))
     assert np.array_equal(known.image[::-1], again.image)
-    tables = [pq.read_table(path).to_pylist() for path in sorted(scores.glob("*.parquet"))]
-    row = next(row for table in tables for row in table if row["index"] == 250)
+    paths = sorted(scores.glob("*.parquet"))
+    row = next(row for path in paths for row in pq.read_table(path).to_pylist() if row["index"] == 250)
     assert np.allclose(known.image[0], np.array(row["image"], np.float32))
-    with pytest.raises(ValueError, match="pair 300 has no scores"):
-        found(Identity(np.array([300]), numbers, numbers))
+    whole = pq.read_table(paths[1])
+    pq.write_table(whole.slice(1), paths[1])
+    with pytest.raises(ValueError, match="1 of 300 pairs have no scores"):
+        reference(read(words))
+    pq.write_table(whole, paths[1])
     assert train.main(words) == 0
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert any("mined_loss" in row for row in rows)
+
+
+@pytest.mark.parametrize(("batch_size", "group"), [(30, 3), (6, 3), (10, 2), (7, 0), (8, 4)])
+def test_groups_fit_any_batch(glyphs: Path, tmp_path: Path, batch_size: int, group: int) -> None:
+    words = config(glyphs, tmp_path / "run", **{**MINING, "data.batch_size": batch_size, "mining.method": "groups"})
+    assert recipe(read(words)).group == group
+
+
+@pytest.mark.parametrize("size", [3, 6])
+def test_a_mined_run_on_odd_ranks(ranks: Any, glyphs: Path, tmp_path: Path, size: int) -> None:
+    out = tmp_path / "run"
+    odd = {**MINING, "data.batch_size": 12, "optim.pairs": 12 * 20, "mining.method": "groups"}
+    assert ranks(size, run_trainer, config(glyphs, out, **odd)) == [0] * size
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert any("mined_loss" in row for row in rows)
+
+
+def test_the_length_of_a_mined_run_stays(glyphs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Pools lie at shares of it: a plan would be played over another pool."""
+    words = config(glyphs, tmp_path / "run", **{**MINING, "optim.pairs": 16 * 12, "mining.method": "chain"})
+    assert train.main(words) == 0
+    with pytest.raises(SystemExit):
+        train.main([*words, "--resume=auto", f"--optim.pairs={16 * 24}"])
+    assert "another run: optim.pairs was 192, now 384" in capsys.readouterr().err
 
 
 def test_another_miner_is_another_run(glyphs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

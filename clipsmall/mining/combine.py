@@ -4,7 +4,7 @@ import numpy as np
 
 from clipsmall.mining.scored import Bools, Ints, Quotas
 
-ROUNDS = 30  # of looking for another place for a group that brings a copy
+ROUNDS = 30  # of looking for another place for each group that brings a copy
 
 
 def even_quotas(owner: Ints, ranks: int, batch_size: int, size: int) -> Quotas:
@@ -22,34 +22,40 @@ def combined(groups: Ints, per_batch: int, copies: Bools, generator: np.random.G
     """(m · per_batch, size) groups, as of `even_quotas` -> (m, B) batches.
 
     The groups at one place of all batches have the same quotas: they are permuted among the batches, then those that
-    bring a pair beside its copy change places with others.
+    bring a pair beside its copy change places with others, as long as that leaves fewer such groups together.
     """
+    batches, size = len(groups) // per_batch, groups.shape[1]
     if per_batch == 1:
         return groups
-    batches = len(groups) // per_batch
-    dealt = groups.reshape(batches, per_batch, -1).copy()
+    of_group = copies[np.ix_(groups.ravel(), groups.ravel())].reshape(len(groups), size, len(groups), size)
+    # (G, G) whether two groups hold copies of one another
+    clash: Ints = np.array(of_group.any(axis=(1, 3)), dtype=np.int64)
+    np.fill_diagonal(clash, 0)
+    seats = np.arange(len(groups)).reshape(batches, per_batch)
     for place in range(per_batch):
-        dealt[:, place] = dealt[generator.permutation(batches), place]
+        seats[:, place] = seats[generator.permutation(batches), place]
+    _spread(seats, clash, generator)
+    return groups[seats].reshape(batches, -1)
+
+
+def _spread(seats: Ints, clash: Ints, generator: np.random.Generator) -> None:
+    """Exchange groups between batches at their place, in `seats` (m, per_batch), until no exchange helps."""
+    met = np.stack([clash[:, members].sum(axis=1) for members in seats], axis=1)  # (G, m) clashes of group and batch
     for _ in range(ROUNDS):
-        places = ((batch, place) for batch in range(batches) for place in range(per_batch))
-        clashing = [(b, p) for b, p in places if _clashes(dealt, copies, b, p, dealt[b, p])]
-        if not clashing:
+        moved = False
+        for batch, place in generator.permutation(np.argwhere(np.take_along_axis(met.T, seats, axis=1) > 0)):
+            mine, theirs = seats[batch, place], seats[:, place]
+            others = np.arange(len(seats))
+            # a group's clash with the one that leaves its new batch goes with that one
+            after = met[mine] + met[theirs, batch] - 2 * clash[mine, theirs]
+            gains = met[mine, batch] + met[theirs, others] - after
+            gains[batch] = 0
+            other = int(gains.argmax())
+            if gains[other] > 0:
+                yours = theirs[other]
+                met[:, batch] += clash[:, yours] - clash[:, mine]
+                met[:, other] += clash[:, mine] - clash[:, yours]
+                seats[batch, place], seats[other, place] = yours, mine
+                moved = True
+        if not moved:
             break
-        for batch, place in clashing:
-            mine = dealt[batch, place].copy()
-            if not _clashes(dealt, copies, batch, place, mine):
-                continue
-            for other in generator.permutation(batches):
-                theirs = dealt[other, place].copy()
-                if other != batch and not (
-                    _clashes(dealt, copies, batch, place, theirs) or _clashes(dealt, copies, other, place, mine)
-                ):
-                    dealt[batch, place], dealt[other, place] = theirs, mine
-                    break
-    return dealt.reshape(batches, -1)
-
-
-def _clashes(dealt: Ints, copies: Bools, batch: int, place: int, group: Ints) -> bool:
-    """Whether `group`, put at that place, would meet a copy in the rest of the batch."""
-    rest = np.delete(dealt[batch], place, axis=0).ravel()
-    return bool(copies[np.ix_(group, rest)].any())

@@ -62,7 +62,7 @@ class Dealt(NamedTuple):
     """A pool dealt out."""
 
     batches: Ints  # (m, B) places in the pool, none twice
-    caption_hash: Ints  # (m, B) the pairs', with those that had to stay together made equal: losses mask them
+    caption_hash: Ints  # (m, B) the pairs', with those of copies that had to stay together made equal: losses mask them
     numbers: dict[str, float]  # blocked and duplicate shares, threshold, losses before and after
 
 
@@ -98,16 +98,15 @@ def deal(
     if conflicts(groups, cannot).any():
         groups = separated(groups, owner, cannot, generator, weights())
     batches = combined(groups, recipe.batch_size // recipe.size, twins, generator)
-    hashes, left = joined(identity, batches, groups, cannot, twins)
     numbers = {
         "blocked": float(cannot.sum()) / max(n * (n - 1), 1),
         "duplicates": float(twins.any(axis=1).mean()),
         "threshold": limit,
-        "unseparated": float(left),
+        "unseparated": float(together(groups, cannot, batches, twins)),
         "pool_loss": float(batch_losses(scored, np.arange(n).reshape(-1, recipe.batch_size), recipe.weights).mean()),
         "mined_loss": float(batch_losses(scored, batches, recipe.weights).mean()),
     }
-    return Dealt(batches, hashes, numbers)
+    return Dealt(batches, joined(identity, batches, copies), numbers)
 
 
 def arrangement(recipe: Recipe, batches: int, weights: Callable[[], Floats], reference: Scored | None) -> Arrangement:
@@ -127,22 +126,22 @@ def arrangement(recipe: Recipe, batches: int, weights: Callable[[], Floats], ref
         case "learnability":
             assert reference is not None
             return partial(learnability, keep=keep, kind=kind, reference=reference)
-    return shuffled
+        case "shuffled":
+            return shuffled
+    raise ValueError(f"mining.method={recipe.method}: no such method")
 
 
-def joined(identity: Identity, batches: Ints, groups: Ints, cannot: Bools, twins: Bools) -> tuple[Ints, int]:
-    """(m, B) caption hashes that losses are to mask by, and how many pairs of pairs had to stay together.
-
-    Those of one hard group that may not meet, and copies anywhere in a batch, get one hash with all that share theirs.
-    """
-    group_of = np.full(len(identity.index), -1)
-    group_of[groups] = np.arange(len(groups))[:, None]
-    hashes, left = identity.caption_hash[batches], 0
-    for batch, members in enumerate(batches):
-        together = group_of[members][:, None] == group_of[members][None, :]
-        residual = np.triu(np.where(together, cannot[np.ix_(members, members)], twins[np.ix_(members, members)]))
-        left += int(residual.sum())
-        for one, other in np.argwhere(residual):
-            row = hashes[batch]
+def joined(identity: Identity, batches: Ints, copies: Bools) -> Ints:
+    """(m, B) caption hashes for the losses' masks: the pairs' own, but one for copies that had to stay together, and
+    for all that share a caption with them. Only copies: what is merely alike would chain half a batch together."""
+    hashes = identity.caption_hash[batches]
+    for row, members in zip(hashes, batches, strict=True):
+        for one, other in np.argwhere(np.triu(copies[np.ix_(members, members)])):
             row[row == row[other]] = row[one]
-    return hashes, left
+    return hashes
+
+
+def together(groups: Ints, cannot: Bools, batches: Ints, twins: Bools) -> int:
+    """Pairs of pairs that may not meet and do: in one group by any rule, in one batch as copies or near duplicates."""
+    inside = conflicts(groups, cannot & ~twins).sum()
+    return int(inside + conflicts(batches, twins).sum())

@@ -17,7 +17,7 @@ from clipsmall.mining.guards import Identity
 from clipsmall.mining.pool import Pool
 from clipsmall.mining.schedule import Stretch, turns
 from clipsmall.mining.scored import Scored
-from clipsmall.shards import LoadedBatch, Skips
+from clipsmall.shards import LoadedBatch
 
 NUMBERS = ("blocked", "duplicates", "threshold", "unseparated", "pool_loss", "mined_loss")
 
@@ -37,6 +37,7 @@ class Plan(NamedTuple):
     batches: Tensor  # (kept, B) int64 places in the pool
     caption_hash: Tensor  # (kept, B) int64 for the losses' masks
     numbers: Tensor  # (len(NUMBERS),) float64
+    ranks: Tensor  # () int64 it was made for
 
 
 class MinedBatches:
@@ -57,6 +58,7 @@ class MinedBatches:
         score: pairs -> what the model makes of them, in eval mode, with no gradient and no trace left.
         recipe: how a pool is dealt out.
         progress: read when iteration starts.
+        keep_plans: of a loader that brings a pool again. A stream's half-played pool is played on as it comes.
         reference: the same pairs as another model sees them, for `learnability`.
         pin: make batches that travel to a GPU beside its work.
     """
@@ -69,11 +71,13 @@ class MinedBatches:
         recipe: Recipe,
         seed: int,
         progress: Progress,
+        keep_plans: bool = True,
         reference: Callable[[Identity], Scored] | None = None,
         pin: bool = False,
     ) -> None:
         self.read, self.stretches, self.score, self.recipe = read, stretches, score, recipe
         self.seed, self.progress, self.reference, self.pin = seed, progress, reference, pin
+        self.keep_plans = keep_plans
         self.seconds = 0.0  # spent on scoring and on waiting for plans
         self.numbers = dict[str, float]()  # of the pool that is being played
         self._plan: Plan | None = None  # of the stretch that is being played
@@ -87,7 +91,10 @@ class MinedBatches:
         if not left:
             return
         played, last = step - left[0].step, left[-1]
-        start = left[0].source + (0 if left[0].pool else played)
+        if played and self._plan is None:  # not mined, or a plan that could not be kept
+            left[0] = Stretch(step, left[0].source + played, 0, 0, left[0].steps - played)
+            played = 0
+        start = left[0].source
         loaded = iter(self.read(range(start, last.source + last.reads)))
         ahead = deque[LoadedBatch]()  # what comes next in the order of reading
 
@@ -95,7 +102,7 @@ class MinedBatches:
             return ahead.popleft() if ahead else next(loaded)
 
         for stretch, after in zip(left, [*left[1:], last._replace(pool=0)], strict=True):
-            wanted = after.reads if after.pool else 0
+            wanted = after.pool
             batches = (self._mined if stretch.pool else self._plain)(stretch, following, played)
             for number, batch in enumerate(batches, start=played + 1):
                 yield batch
@@ -104,24 +111,28 @@ class MinedBatches:
             played = 0
 
     def _plain(self, stretch: Stretch, following: Callable[[], LoadedBatch], played: int) -> Iterator[LoadedBatch]:
+        assert not played
         self.numbers = {}
-        for _ in range(played, stretch.plain):
+        for _ in range(stretch.plain):
             yield following()
 
     def _mined(self, stretch: Stretch, following: Callable[[], LoadedBatch], played: int) -> Iterator[LoadedBatch]:
-        read = [following() for _ in range(stretch.reads)]
-        pool, plain = Pool(read[: stretch.pool], self.pin), iter(read[stretch.pool :])
+        pool = Pool([following() for _ in range(stretch.pool)], self.pin)
         generator = np.random.default_rng((self.seed, stretch.step))
         order = turns(stretch, generator)
         if self._plan is None:
+            self.numbers = {}
             self._begin(pool, generator)
         number = 0
         for turn, mined in enumerate(order):
-            # skips are counted when a pool begins; those of a pool that is read again were counted before
-            skips = _all_skips(read) if turn == 0 else Skips()
-            own = None if mined else next(plain)
+            plain = None if mined else following()
             if turn >= played:
-                yield (own or self._play(pool, number))._replace(skips=skips)
+                batch = plain or self._play(pool, number)
+                if turn == 0:  # a pool's skips are counted as it begins; one that is read again was counted before
+                    batch.skips.merge(pool.skips)
+                yield batch
+            elif mined:
+                self._tell()
             number += mined
         self._plan = None
 
@@ -132,6 +143,11 @@ class MinedBatches:
         self._device = view.image.device
         mine = (view.image, view.text, pool.pairs.index, pool.pairs.caption_hash, pool.image_hash)
         gathered = [pool.in_order(world.gather(x.to(self._device))).cpu().numpy() for x in mine]
+        if not (np.isfinite(gathered[0]).all() and np.isfinite(gathered[1]).all()):  # the same on every rank
+            raise ValueError(
+                f"the model's features are not finite at step {self.progress.step}, found by mining: training has "
+                "diverged; lower optim.lr or optim.clip"
+            )
         if world.rank() == 0:
             scored = Scored(gathered[0], gathered[1], float(view.scale), float(view.bias))
             identity = Identity(*gathered[2:])
@@ -144,40 +160,42 @@ class MinedBatches:
     def _play(self, pool: Pool, number: int) -> LoadedBatch:
         if self._plan is None:
             start = time.perf_counter()
-            size = (self.recipe.kept(pool.batches), self.recipe.batch_size)
-            none = torch.zeros(size, dtype=torch.int64)
-            mine = self._made() or Plan(none, none, _numbers({}))
+            none = torch.zeros(self.recipe.kept(pool.batches), self.recipe.batch_size, dtype=torch.int64)
+            made = self._made() or Plan(none, none, torch.zeros(len(NUMBERS), dtype=torch.float64), torch.tensor(0))
             # the others bring zeros: the sum is the first rank's plan
-            self._plan = Plan(*(world.total(field.to(self._device)).cpu() for field in mine))
-            self._making = None
+            shared = (world.total(field.to(self._device)).cpu() if world.size() > 1 else field for field in made)
+            self._plan, self._making = Plan(*shared), None
             self.seconds += time.perf_counter() - start
-        self.numbers = dict(zip(NUMBERS, self._plan.numbers.tolist(), strict=True))
+        self._tell()
         return pool.take(self._plan.batches[number], self._plan.caption_hash[number])
+
+    def _tell(self) -> None:
+        assert self._plan is not None
+        self.numbers = dict(zip(NUMBERS, self._plan.numbers.tolist(), strict=True))
 
     def _made(self) -> Plan | None:
         """The first rank's plan, waited for; None on the others."""
         if self._making is None:
             return None
         dealt = self._making.result()
-        return Plan(torch.from_numpy(dealt.batches), torch.from_numpy(dealt.caption_hash), _numbers(dealt.numbers))
+        numbers = torch.tensor([dealt.numbers[name] for name in NUMBERS], dtype=torch.float64)
+        batches, hashes = torch.from_numpy(dealt.batches), torch.from_numpy(dealt.caption_hash)
+        return Plan(batches, hashes, numbers, torch.tensor(world.size()))
 
     def state_dict(self) -> dict[str, Tensor]:
         """The plan of a pool that is half played; {} between pools. The first rank's: others may not have it yet."""
         step = self.progress.step
         inside = any(each.pool and each.step < step < each.step + each.steps for each in self.stretches)
+        inside = inside and self.keep_plans
         plan = (self._plan or self._made()) if inside else None
         return plan._asdict() if plan is not None else {}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self._plan = Plan(**state) if state else None
-
-
-def _numbers(given: dict[str, float]) -> Tensor:
-    return torch.tensor([given.get(name, 0.0) for name in NUMBERS], dtype=torch.float64)
-
-
-def _all_skips(read: list[LoadedBatch]) -> Skips:
-    together = Skips()
-    for batch in read:
-        together.merge(batch.skips)
-    return together
+        """Raises ValueError when the plan was made for ranks that cannot be merged into these."""
+        plan = Plan(**state) if state else None
+        if plan is not None and int(plan.ranks) % world.size():
+            raise ValueError(
+                f"in the middle of a mined pool, dealt out for {int(plan.ranks)} ranks: continue with a number of "
+                f"ranks that divides it, not {world.size()}"
+            )
+        self._plan = plan

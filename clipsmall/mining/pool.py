@@ -21,6 +21,9 @@ class Pool:
         self.batches, self.local, self.pin = len(read), len(read[0].image_hash), pin
         self.pairs = Pairs(*(torch.cat(fields) for fields in zip(*(batch.pairs for batch in read), strict=True)))
         self.image_hash = torch.cat([batch.image_hash for batch in read])
+        self.skips = Skips()
+        for batch in read:
+            self.skips.merge(batch.skips)
 
     @property
     def owner(self) -> Ints:

@@ -24,7 +24,8 @@ class Stretch(NamedTuple):
 
 
 class Schedule(NamedTuple):
-    """Pools of `pool` batches with `plain` others between the shares `start` and `end` of a run; else as it comes.
+    """Pools of `pool` batches between the shares `start` and `end` of a run, with plain batches beside them such that
+    `fraction` of the batches there are mined; else as it comes.
 
     A pool lies within one epoch, so that no pair is in it twice; what is left of an epoch is played as it comes.
     """
@@ -32,7 +33,7 @@ class Schedule(NamedTuple):
     steps: int  # of the run
     pool: int
     kept: int
-    plain: int
+    fraction: float
     start: float
     end: float
     per_epoch: int  # batches; pairs that repeat sooner would meet themselves
@@ -40,20 +41,20 @@ class Schedule(NamedTuple):
     def stretches(self) -> list[Stretch]:
         """All of the run, in order; neighbours that are not mined are one."""
         found = list[Stretch]()
-        step = source = 0
-        whole = Stretch(0, 0, self.pool, self.kept, self.plain)
+        step = source = mined = plain = 0
         while step < self.steps:
-            fits = step + whole.steps <= self.steps and source % self.per_epoch + whole.reads <= self.per_epoch
+            # so many plain batches that the share is right so far, however few a pool keeps
+            beside = round((mined + self.kept) * (1 / self.fraction - 1)) - plain
+            fits = source % self.per_epoch + self.pool <= self.per_epoch and step + self.kept + beside <= self.steps
             if fits and self.start * self.steps <= step < self.end * self.steps:
-                here = whole._replace(step=step, source=source)
-                found.append(here)
-            elif found and not found[-1].pool:
-                here = Stretch(step, source, 0, 0, 1)
-                found[-1] = found[-1]._replace(plain=found[-1].plain + 1)
-            else:
-                here = Stretch(step, source, 0, 0, 1)
-                found.append(here)
-            step, source = step + here.steps, source + here.reads
+                found.append(Stretch(step, source, self.pool, self.kept, beside))
+                mined, plain = mined + self.kept, plain + beside
+                step, source = step + self.kept + beside, source + self.pool + beside
+                continue
+            if not found or found[-1].pool:
+                found.append(Stretch(step, source, 0, 0, 0))
+            found[-1] = found[-1]._replace(plain=found[-1].plain + 1)
+            step, source = step + 1, source + 1
         return found
 
 

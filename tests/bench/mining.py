@@ -70,15 +70,15 @@ def by_arpack(scored: Scored, size: int) -> Ints:
     return even_clusters(vectors, one_owner(pairs, size), centres)
 
 
-def main() -> None:
+def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", default=["1280:32", "4096:32", "8192:256"], metavar="PAIRS:BATCH")
     parser.add_argument("--only", nargs="+", choices=[*RECIPES, "paper's spectral"])
     parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     rows = []
-    for words in options.sizes:
-        pairs, batch = map(int, words.split(":"))
+    for size in options.sizes:
+        pairs, batch = map(int, size.split(":"))
         scored, concept = clustered(pairs)
         for name in options.only or [*RECIPES, "paper's spectral"]:
             start = time.process_time()
