@@ -31,10 +31,8 @@ def repack(catalog: Catalog, plan: Plan, out: Path, pairs_per_shard: int) -> int
         The number of shards.
 
     Raises:
-        ValueError: `out` holds other shards, or the plan has a pair in two batches.
+        ValueError: `out` holds other shards.
     """
-    if len(np.unique(plan.rows)) < plan.rows.size:
-        raise ShardError("the plan has a pair in two batches: in shards its number would not be unique; play the plan")
     batches = max(pairs_per_shard // plan.rows.shape[1], 1)
     _claim(out, {"plan": plan.digest, "data": catalog.fingerprint, "batches_per_shard": batches})
     suffixes = _suffixes(catalog)

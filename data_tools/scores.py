@@ -30,10 +30,7 @@ def score_shard(encoder: Encoder, catalog: Catalog, place: int) -> tuple[pa.Tabl
 
     Returns the n pairs whose images can be read, and how many cannot: `row` (ordinal within the shard's index), `key`
     and `index` (as in that index), `caption_hash`, `image_hash`, `image` and `text` (unit rows, float16),
-    `similarity` (their cosine). A pair's caption is its first one.
-
-    Raises:
-        ValueError: none of the images can be read.
+    `similarity` (their cosine). A pair's caption is its first one, its image is not augmented.
     """
     shard, mine = catalog.shards[place], catalog.shard == place
     alone = replace(
@@ -41,9 +38,10 @@ def score_shard(encoder: Encoder, catalog: Catalog, place: int) -> tuple[pa.Tabl
         caption_hash=catalog.caption_hash[mine], _files={},
     )  # fmt: skip
     try:
-        image, found = encoder.images(alone)
+        image, found = _images(encoder, alone)
         members = [alone.read_text(row) for row in found.tolist()]
-        text = encoder.texts([captions_of(each.text, fields_of(each.json))[0] for each in members])
+        captions = [captions_of(each.text, fields_of(each.json))[0] for each in members]
+        text = encoder.texts(captions) if captions else image
     finally:
         os.close(alone.descriptor(0))  # there may be more shards than a process may hold open
     table = read_index(shard, ["key", "index", "caption_hash", "sha256", "status"])
@@ -60,6 +58,17 @@ def score_shard(encoder: Encoder, catalog: Catalog, place: int) -> tuple[pa.Tabl
         "similarity": (image * text).sum(dim=1).numpy(),
     }
     return pa.table(scores), len(alone) - len(found)
+
+
+def _images(encoder: Encoder, catalog: Catalog) -> tuple[Tensor, Tensor]:
+    """Features and rows of the images that can be read; none, where the encoder would stop."""
+    try:
+        return encoder.images(catalog)
+    except ShardError:
+        raise
+    except ValueError:  # not one can
+        width = encoder.texts(["none"]).shape[1]
+        return torch.empty(0, width), torch.empty(0, dtype=torch.int64)
 
 
 def image_hashes(sha256: list[str]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:

@@ -225,8 +225,14 @@ def test_broken_images_are_left_out_and_counted(
     assert table["key"].to_pylist() == ["00000_0", "00000_2"]
     assert run("plan", "--data", tmp_path / "some", "--out", tmp_path / "p", "--batch_size", 2, "--group", 2) == 0
     assert "1 have no scores" in capsys.readouterr().out
-    shard_of("broken", folder=tmp_path / "none")
-    assert "none of 1 images can be read" in refused(capsys, "score", model, "--data", tmp_path / "none")
+    # a shard without one good image does not keep the others from being scored
+    shard_of("broken", folder=tmp_path / "some")
+    shard_of("four", folder=tmp_path / "some")
+    assert run("score", model, "--data", tmp_path / "some") == 0
+    assert "scored 1 pairs of 2 shards" in capsys.readouterr().out
+    assert [len(table) for table in tables(tmp_path / "some")] == [2, 2, 0, 1]
+    assert run("plan", "--data", tmp_path / "some", "--out", tmp_path / "p", "--batch_size", 2, "--group", 2) == 0
+    assert "2 have no scores" in capsys.readouterr().out
 
 
 def test_the_first_of_several_captions_is_scored(model: Path, glyphs: Path, tmp_path: Path) -> None:
@@ -549,7 +555,7 @@ def test_repack_refuses_another_plan_and_other_shards(
     assert "not made by repack" in refused(capsys, *words(plan_file, scored))
     catalog = open_catalog(str(scored))
     write_plan(tmp_path / "twice", np.array([[0, 1], [1, 2]]), catalog.fingerprint, {})
-    assert "in two batches" in refused(capsys, *words(tmp_path / "twice", tmp_path / "twice shards"))
+    assert "has pair 1 twice" in refused(capsys, *words(tmp_path / "twice", tmp_path / "twice shards"))
     said = refused(capsys, "repack", "--data", glyphs / "test", "--plan", plan_file, "--out", tmp_path / "new")
     assert "a plan for other shards" in said
     assert not (tmp_path / "new").exists()
