@@ -134,4 +134,4 @@ def score(encoder: DualEncoder, accelerator: Accelerator, rows: int, pairs: Pair
         image = torch.cat([encoder.encode_image(part.to(device)).float() for part in torch.split(pairs.image, rows)])
         text = torch.cat([encoder.encode_text(part.to(device)).float() for part in torch.split(pairs.text, rows)])
     encoder.train(training)
-    return View(image, text, encoder.logit_scale.exp(), encoder.logit_bias)
+    return View(image, text, encoder.logit_scale.exp(), encoder.logit_bias.detach())

@@ -5,6 +5,7 @@ pool is scored again on resume; the read-ahead queue is emptied in another order
 """
 
 import contextlib
+import copy
 import io
 import json
 import shutil
@@ -16,17 +17,20 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clipsmall import checkpoint, train, world
+from clipsmall import build_mining, checkpoint, train, world
 from clipsmall.batch import Pairs, Progress
 from clipsmall.build_mining import recipe, reference
 from clipsmall.config_reader import read
 from clipsmall.mining import Identity, Recipe, Scored, deal
 from clipsmall.mining.online import NUMBERS, MinedBatches, View
 from clipsmall.mining.schedule import Schedule, Stretch, turns
+from clipsmall.preprocess import ImageSpec
 from clipsmall.shards import LoadedBatch, Skips
+from clipsmall.towers import DualEncoder
 from data_tools import mine_shards
 from tests.bench.mining import clustered
 from tests.shards_for_tests import config
@@ -302,6 +306,43 @@ def _refused(words: list[str]) -> str:
     with contextlib.redirect_stderr(told), pytest.raises(SystemExit, match="2"):
         run_trainer(words)
     return told.getvalue()
+
+
+class NoisyTowers(torch.nn.Module):
+    """With everything that a forward pass in training mode would change or draw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside = torch.nn.Sequential(torch.nn.Linear(12, 5), torch.nn.BatchNorm1d(5), torch.nn.Dropout(0.5))
+
+    def image(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.inside(pixels.flatten(1))
+
+    def text(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.inside(ids.float().repeat(1, 4))
+
+
+@pytest.mark.parametrize("rows", [3, 100])
+def test_pairs_are_scored_in_eval_mode_and_nothing_is_left_behind(rows: int) -> None:
+    spec = ImageSpec(2, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    encoder = DualEncoder(NoisyTowers(), spec, 20.0, -3.0, learn_bias=True).train()
+    encoder.towers.inside[1].train()
+    before = copy.deepcopy(encoder.state_dict())
+    random = torch.get_rng_state()
+    index = torch.arange(10)
+    pixels = torch.randint(0, 256, (10, 3, 2, 2), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    pairs = Pairs(pixels, torch.arange(30).view(10, 3), index, index)
+    seen = build_mining.score(encoder, Accelerator(cpu=True), rows, pairs)
+    assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random)
+    assert encoder.training
+    assert encoder.towers.inside[2].training
+    assert not seen.image.requires_grad
+    encoder.eval()
+    assert torch.allclose(seen.image, encoder.encode_image(pixels), atol=1e-6)
+    assert torch.allclose(seen.text, encoder.encode_text(pairs.text), atol=1e-6)
+    assert float(seen.scale) == pytest.approx(20.0)
+    assert float(seen.bias) == -3.0
 
 
 def test_scoring_leaves_no_trace(glyphs: Path, tmp_path: Path) -> None:
