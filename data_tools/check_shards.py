@@ -47,7 +47,8 @@ def main(argv: list[str] | None = None) -> int:
         if (cells := cells_of(frame)) and report.image_bytes:
             pictures = frame[frame["image_size"] > 0]
             title = f"{folder.resolve().name}: {report.title}"
-            draw_sheet(sheet, cells, pictures["caption_chars"], pictures["image_size"], title)
+            spread = {"characters in a caption": pictures["caption_chars"], "bytes in an image": pictures["image_size"]}
+            draw_sheet(sheet, cells, spread, "pairs", title)
             print(f"{'sheet':<14}{sheet}")
     except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,8 +1,8 @@
-"""A picture of a data set: a grid of its pairs above the spread of caption lengths and image sizes."""
+"""A picture of a data set: a grid of its pairs above two histograms."""
 
 import textwrap
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -27,12 +27,13 @@ class Cell(NamedTuple):
     caption: str
 
 
-def draw_sheet(path: Path, cells: Sequence[Cell], caption_chars: ArrayLike, image_bytes: ArrayLike, title: str) -> None:
+def draw_sheet(path: Path, cells: Sequence[Cell], histograms: Mapping[str, ArrayLike], what: str, title: str) -> None:
     """Write the sheet as a PNG.
 
     Args:
         cells: pairs to show, row by row.
-        caption_chars, image_bytes: of all pairs, for the histograms.
+        histograms: two, by what their values are.
+        what: is counted in them.
         title: one line above all.
     """
     from matplotlib.figure import Figure
@@ -72,17 +73,14 @@ def draw_sheet(path: Path, cells: Sequence[Cell], caption_chars: ArrayLike, imag
         # captions are foreign text: "$" must not start mathematics
         axes.text(0.5, -0.05, "\n".join(lines), ha="center", va="top", fontsize=7, color=INK, parse_math=False)
     plots = figure.add_gridspec(1, 2, left=0.06, right=0.97, top=1.95 / height, bottom=0.5 / height, wspace=0.16)
-    for place, values, name in (
-        (0, caption_chars, "characters in a caption"),
-        (1, image_bytes, "bytes in an image"),
-    ):
-        _histogram(figure.add_subplot(plots[0, place]), np.asarray(values), name)
+    for place, (name, values) in enumerate(histograms.items()):
+        _histogram(figure.add_subplot(plots[0, place]), np.asarray(values), name, what)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # scripts that the font lacks are drawn as boxes
         figure.savefig(path, format="png")
 
 
-def _histogram(axes: "Axes", values: NDArray[np.int64], name: str) -> None:
+def _histogram(axes: "Axes", values: NDArray[np.number], name: str, what: str) -> None:
     from matplotlib.ticker import MaxNLocator
 
     low, high = float(values.min()), float(values.max())
@@ -90,6 +88,8 @@ def _histogram(axes: "Axes", values: NDArray[np.int64], name: str) -> None:
     if wide:
         bins = np.geomspace(low, high, 41)
         axes.set_xscale("log")
+    elif values.dtype.kind == "f":
+        bins = np.linspace(low, max(high, low + 1e-6), 41)
     else:
         step = max(-(-(high - low + 1) // 40), 1)
         bins = np.arange(low - 0.5, high + step + 0.5, step)
@@ -97,5 +97,6 @@ def _histogram(axes: "Axes", values: NDArray[np.int64], name: str) -> None:
     axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=7, colors=QUIET)
-    axes.set_ylabel("pairs", fontsize=8, color=QUIET)
-    axes.set_xlabel(f"{name} (median {np.median(values):,.0f})", fontsize=8, color=INK)
+    axes.set_ylabel(what, fontsize=8, color=QUIET)
+    middle = f"{np.median(values):,.2f}" if values.dtype.kind == "f" else f"{np.median(values):,.0f}"
+    axes.set_xlabel(f"{name} (median {middle})", fontsize=8, color=INK)

@@ -29,6 +29,7 @@ from clipsmall.saved_model import load_model
 from clipsmall.shards import open_catalog
 from clipsmall.shards.plan import read_plan, write_plan
 from clipsmall.shards.scores import all_scores, write_scores
+from data_tools.hard_pairs import draw_hardest
 from data_tools.plans import plan as planned
 from data_tools.repack import repack as repacked
 from data_tools.scores import score_shard, scorer_of, to_do
@@ -147,6 +148,9 @@ def plan(args: argparse.Namespace) -> None:
         "numbers": numbers,
     }
     write_plan(args.out, pairs, catalog.fingerprint, about)
+    sheet = args.out.with_suffix(".png")
+    title = f"the hardest groups of {recipe.size} in {args.out.name}, to {table.scorer.model}"
+    draw_hardest(sheet, catalog, table, pairs, recipe.size, title)
     unscored, over = len(catalog) - len(table.row), len(table.row) - pairs.size
     blocked, together = numbers["blocked"], numbers["unseparated"]
     print(
@@ -155,6 +159,7 @@ def plan(args: argparse.Namespace) -> None:
         + (f", {unscored} have no scores" if unscored else "")
         + f"\nmean loss     {numbers['mined_loss']:.4f} mined, {numbers['random_loss']:.4f} random ({recipe.weights})"
         f"\nkept apart    {blocked:.2%} of the pairs of pairs, as too hard or copies; {together:.0f} could not be"
+        f"\nlook at       {sheet}: are these really negatives?"
         f"\nplan          {args.out}; play it with --data.plan={args.out} --data.batch_size={args.batch_size}"
     )
 

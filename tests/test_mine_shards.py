@@ -40,7 +40,7 @@ from clipsmall.shards import (
 from clipsmall.shards.index import image_hash, proof
 from clipsmall.shards.plan import read_plan, write_plan
 from clipsmall.shards.scores import Scorer, Scores, all_scores, sidecar
-from data_tools import mine_shards, plans, repack, scores
+from data_tools import hard_pairs, mine_shards, plans, repack, scores
 from data_tools.plans import routed, seated
 from data_tools.shard_writer import Sample, write_shard
 from tests.shards_for_tests import config
@@ -568,3 +568,46 @@ def test_shards_of_one_name_need_scores_beside_them(
     assert "two shards are named 00000.tar" in refused(capsys, *words)
     with pytest.raises(ShardError, match=r"has no scores"):
         all_scores(open_catalog(str(glyphs / "test")))
+
+
+def test_the_hardest_groups_are_shown(
+    glyphs: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = topics(64)
+    places = np.arange(64).reshape(-1, 4)[::-1]
+    own, negative = hard_pairs.closeness(table, places)
+    cosines = table.image.astype(np.float32) @ table.text.astype(np.float32).T
+    for row, members in enumerate(places):
+        for column, pair in enumerate(members):
+            others = [other for other in members if other != pair]
+            assert own[row, column] == pytest.approx(cosines[pair, pair], abs=1e-5)
+            assert negative[row, column] == pytest.approx(
+                max(cosines[pair, others].max(), cosines[others, pair].max()), abs=1e-5
+            )
+    drawn: dict[str, Any] = {}
+    monkeypatch.setattr(
+        hard_pairs, "draw_sheet", lambda path, cells, spread, what, title: drawn.update(cells=cells, spread=spread)
+    )
+    assert run("score", model, "--data", glyphs / "train", "--scores", tmp_path / "s") == 0
+    words = [
+        "--data",
+        glyphs / "train",
+        "--scores",
+        tmp_path / "s",
+        "--batch_size",
+        32,
+        "--out",
+        tmp_path / "plan.parquet",
+    ]
+    assert run("plan", *words) == 0
+    assert len(drawn["cells"]) == hard_pairs.SHOWN
+    assert [len(values) for values in drawn["spread"].values()] == [288, 288]
+    catalog = open_catalog(str(glyphs / "train"))
+    scores = all_scores(catalog, tmp_path / "s")
+    rows = read_plan(tmp_path / "plan.parquet", catalog).rows.reshape(-1, 4)
+    own, negative = hard_pairs.closeness(scores, np.searchsorted(scores.row, rows))
+    first = rows[(negative - own).max(axis=1).argmax()]
+    assert [each.caption for each in drawn["cells"][:4]] == [catalog.read(int(row)).text.decode() for row in first]
+    monkeypatch.undo()
+    assert run("plan", *words) == 0
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")

@@ -180,6 +180,8 @@ def test_the_softmax_weights_bound_a_batch_from_below(size: int) -> None:
         assert batch_losses(scored, np.arange(size)[None])[0] == pytest.approx(loss / 2, rel=1e-6)
         if size == 2:
             assert bound == pytest.approx(loss, rel=1e-5)
+    one = Scored(*(np.tile(x[:1], (size, 1)) for x in pool(0, 1)[:2]), 10.0)  # equal negatives: Jensen is exact
+    assert softmax_weights(one, size).sum() / 2 / (size * (size - 1)) == pytest.approx(2 * np.log(size), rel=1e-5)
 
 
 def test_the_sigmoid_weights_are_exact() -> None:

@@ -40,11 +40,12 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=12_800)
     parser.add_argument("--json", type=Path)
     options, words = parser.parse_known_args()
+    plain = [word for word in words if not word.startswith("--mining.")]
     mined = ["--mining.method=groups", "--mining.start=0", "--mining.end=1", *words]
     sides: dict[str, list[float]] = {"plain": [], "mined": []}
     for number in range(options.rounds):
         for name in ("plain", "mined") if number % 2 == 0 else ("mined", "plain"):
-            took = seconds(options.config, options.pairs, mined if name == "mined" else [])
+            took = seconds(options.config, options.pairs, mined if name == "mined" else plain)
             sides[name].append(took)
             print(f"round {number + 1}, {name}: {took:.1f} s", flush=True)
     ratio = median(sides["mined"]) / median(sides["plain"])

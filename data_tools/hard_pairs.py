@@ -1,0 +1,53 @@
+"""A picture of what a plan puts together: its hardest groups, and how close negatives come to positives."""
+
+from pathlib import Path
+
+import numpy as np
+
+from clipsmall.mining.scored import Floats, Ints, scored
+from clipsmall.preprocess import BadImage, decode
+from clipsmall.shards import Catalog, captions_of, fields_of
+from clipsmall.shards.scores import Scores
+from data_tools.contact_sheet import COLUMNS, Cell, draw_sheet
+
+SHOWN = 48  # pairs
+MEASURED = 65_536  # pairs whose groups are looked at
+
+
+def draw_hardest(path: Path, catalog: Catalog, table: Scores, pairs: Ints, size: int, title: str) -> None:
+    """Write a PNG: the groups whose hardest negative comes closest to its positives, row by row, and histograms.
+
+    Args:
+        pairs: (m, B) numbers of pairs, groups of `size` side by side.
+    """
+    numbers = catalog.index[table.row]
+    order = np.argsort(numbers)
+    groups = pairs.reshape(-1, size)[: max(MEASURED // size, 1)]
+    places = order[np.searchsorted(numbers, groups, sorter=order)]
+    own, negative = closeness(table, places)
+    shown = min(size, COLUMNS)
+    hardest = np.argsort(-(negative - own).max(axis=1), kind="stable")[: max(SHOWN // shown, 1)]
+    rows = table.row[places[hardest][:, :shown]].reshape(-1)
+    spread = {"cosine of a pair": own.ravel(), "cosine of its hardest negative in the group": negative.ravel()}
+    draw_sheet(path, [cell(catalog, row) for row in rows.tolist()], spread, "pairs", title)
+
+
+def closeness(table: Scores, places: Ints) -> tuple[Floats, Floats]:
+    """(groups, size) each pair's own cosine, and the larger one of its image and its text with another of its group."""
+    own, negative = np.empty(places.shape), np.empty(places.shape)
+    for number, members in enumerate(places):
+        each = scored(table, members)
+        cosines = each.image @ each.text.T
+        own[number] = cosines.diagonal()
+        np.fill_diagonal(cosines, -np.inf)
+        negative[number] = np.maximum(cosines.max(axis=0), cosines.max(axis=1))
+    return own, negative
+
+
+def cell(catalog: Catalog, row: int) -> Cell:
+    members = catalog.read(row)
+    caption = captions_of(members.text, fields_of(members.json))[0]
+    try:
+        return Cell(decode(members.image), caption)
+    except BadImage as reason:
+        return Cell(str(reason), caption)
