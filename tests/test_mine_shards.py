@@ -573,8 +573,8 @@ def test_shards_of_one_name_need_scores_beside_them(
 def test_the_hardest_groups_are_shown(
     glyphs: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    table = topics(64)
-    places = np.arange(64).reshape(-1, 4)[::-1]
+    table = topics(60)
+    places = np.arange(60).reshape(-1, 4)[::-1]
     own, negative = hard_pairs.closeness(table, places)
     cosines = table.image.astype(np.float32) @ table.text.astype(np.float32).T
     for row, members in enumerate(places):
