@@ -335,7 +335,7 @@ def test_a_broken_checkpoint_is_named_and_auto_falls_back(
         ({"optim.lr": 1e-4}, "optim.lr was 0.003, now 0.0001"),
         ({"data.batch_size": 16}, "data.batch_size was 32, now 16"),
         ({"objective.name": "sigmoid"}, "objective.name was 'softmax'"),
-        ({"data.train": "[TEST]"}, "data.train has changed"),
+        ({"data.train": "[TEST]"}, "data.train or data.plan has changed"),
     ],
 )
 def test_another_run_is_not_continued(
