@@ -3,7 +3,7 @@
     python -m clipsmall.synthetic [--pairs 8] [--width 16] [--batch_size 2] [--loss sigmoid] [--out runs/synthetic]
 
 N pairs of free vectors, plain SGD, no data and no network: nothing but the choice of batches differs. Writes
-curves.csv, heatmaps.npz (final cosines, one array for each selection and seed), summary.json and curves.png.
+curves.csv, heatmaps.safetensors (final cosines, one array for each selection and seed), summary.json and curves.png.
 """
 
 import argparse
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from clipsmall.config_reader import refuse
@@ -173,11 +174,11 @@ def main(words: list[str] | None = None) -> int:
     curves, cosines = study(asked)
     found = summary(asked, curves)
     curves.to_csv(asked.out / "curves.csv", index=False, float_format="%.8g")
-    np.savez(asked.out / "heatmaps.npz", allow_pickle=False, **cosines)
+    save_file({name: np.ascontiguousarray(each) for name, each in cosines.items()}, asked.out / "heatmaps.safetensors")
     (asked.out / "summary.json").write_text(json.dumps(found, indent=1) + "\n")
     draw(asked, curves, cosines, found["loss_at_target"])
     print(table(asked, curves))
-    print(f"written to {asked.out}: curves.csv, heatmaps.npz, summary.json, curves.png", file=sys.stderr)
+    print(f"written to {asked.out}: curves.csv, heatmaps.safetensors, summary.json, curves.png", file=sys.stderr)
     return 0
 
 

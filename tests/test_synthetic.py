@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors.numpy import load_file
 
 from clipsmall.mining import free_embeddings
 from clipsmall.mining.free_embeddings import (
@@ -252,10 +253,10 @@ def test_the_command_writes_its_files(tmp_path: Path, capsys: pytest.CaptureFixt
     assert found["loss_at_target"] == pytest.approx(2 * np.log1p(5 * np.exp(-6 / 5)))
     last = curves[(curves.step == 10) & (curves.selection == "s")].full_loss
     assert found["final"]["s"]["full_loss"] == pytest.approx({"mean": last.mean(), "std": last.std()})
-    with np.load(tmp_path / "made/out/heatmaps.npz") as maps:
-        assert set(maps) == {f"{name}_{seed}" for name in SELECTIONS for seed in (3, 5)}
-        last = curves[(curves.step == 10) & (curves.selection == "f") & (curves.seed == 5)]
-        assert maps["f_5"].diagonal().mean() == pytest.approx(last.diagonal.item())
+    maps = load_file(tmp_path / "made/out/heatmaps.safetensors")
+    assert set(maps) == {f"{name}_{seed}" for name in SELECTIONS for seed in (3, 5)}
+    last = curves[(curves.step == 10) & (curves.selection == "f") & (curves.seed == 5)]
+    assert maps["f_5"].diagonal().mean() == pytest.approx(last.diagonal.item())
     assert (tmp_path / "made/out/curves.png").read_bytes()[:4] == b"\x89PNG"
     printed = capsys.readouterr()
     assert "osgd_NcB" in printed.out
