@@ -12,6 +12,7 @@ from clipsmall import world
 from clipsmall.config import Config
 from clipsmall.preprocess import ImageTransform
 from clipsmall.shards import (
+    Catalog,
     GlobalBatches,
     LoadedBatch,
     Order,
@@ -32,14 +33,17 @@ class TrainingData(Protocol):
     fingerprint: str  # what a resumed run must find again
     words: str  # for the opening line
     pairs: int
+    per_epoch: int  # batches until a pair may come again
     ids: Tensor | None  # ascending `index` of all pairs; None where they are not known beforehand
+
+    @property
+    def catalog(self) -> Catalog | None:
+        """None where pairs have no numbers of their own."""
 
     def captions(self) -> Iterator[str]:
         """Every training caption, for vocabularies. Raises ValueError where they cannot be had."""
 
-    per_epoch: int  # batches until a pair may come again
-
-    def reader(self, loaded: Loaded, pin: bool) -> Read:
+    def reader(self, loaded: Loaded, pin: bool, hash_images: bool = False) -> Read:
         """What reads my slices of global batches, which are counted from the start of the run."""
 
 
@@ -74,7 +78,7 @@ class IndexedData:
             members = self.catalog.read_text(row)
             yield from captions_of(members.text, fields_of(members.json))
 
-    def reader(self, loaded: Loaded, pin: bool) -> Read:
+    def reader(self, loaded: Loaded, pin: bool, hash_images: bool = False) -> Read:
         config = self.config
         dataset = GlobalBatches(
             self.catalog,
@@ -84,11 +88,13 @@ class IndexedData:
             config.data.batch_size,
             world.rank(),
             world.size(),
+            hash_images,
         )
         return lambda numbers: batch_loader(dataset, numbers, config.data.workers, pin=pin)
 
 
 class StreamedData:
+    catalog = None
     fingerprint = "streaming"
     pairs = per_epoch = 10**9  # endless
     ids: Tensor | None = None
@@ -102,7 +108,7 @@ class StreamedData:
             "data.streaming: our own towers learn their vocabulary from indexed shards; name another model"
         )
 
-    def reader(self, loaded: Loaded, pin: bool) -> Read:
+    def reader(self, loaded: Loaded, pin: bool, hash_images: bool = False) -> Read:
         config = self.config
         dataset = StreamedBatches(
             list(config.data.train),
@@ -112,6 +118,7 @@ class StreamedData:
             world.rank(),
             world.size(),
             config.seed,
+            hash_images=hash_images,
         )
 
         def read(numbers: range) -> Iterable[LoadedBatch]:

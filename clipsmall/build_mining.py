@@ -17,7 +17,7 @@ from clipsmall.mining import SELECTIONS, Identity, Recipe, Scored
 from clipsmall.mining.online import MinedBatches, View
 from clipsmall.mining.schedule import Schedule
 from clipsmall.mining.scored import scored
-from clipsmall.shards import LoadedBatch, open_catalog
+from clipsmall.shards import Catalog, LoadedBatch
 from clipsmall.shards.scores import all_scores
 from clipsmall.tower_sources import Loaded
 from clipsmall.towers import DualEncoder
@@ -58,25 +58,25 @@ def batches(
             "fraction, or a longer run"
         )
     seen = partial(score, encoder, accelerator, encoder.chunk_size or config.data.batch_size // world.size())
-    known = reference(config) if made.method == "learnability" else None
-    read = data.reader(loaded, pin=False)  # a pool stays in ordinary memory, its batches are pinned as they leave
+    known = reference(config, data.catalog) if made.method == "learnability" else None
+    # a pool stays in ordinary memory, its batches are pinned as they leave
+    read = data.reader(loaded, pin=False, hash_images=True)
     return MinedBatches(read, stretches, seen, made, config.seed, progress, not config.data.streaming, known, pin)
 
 
 def fixed(config: Config) -> tuple[str, ...]:
     """What a mined run cannot change on its way, beside the settings of any run: pools lie at shares of its length."""
-    return ("optim.pairs",) if config.mining.method != "none" else ()
+    return ("mining", "optim.pairs") if config.mining.method != "none" else ("mining.method",)
 
 
-def reference(config: Config) -> Callable[[Identity], Scored]:
+def reference(config: Config, catalog: Catalog | None) -> Callable[[Identity], Scored]:
     """What finds the scores of pairs by their numbers.
 
     Raises:
         ValueError: streamed pairs have no numbers; a shard or a pair has no scores.
     """
-    if config.data.streaming:
+    if catalog is None:
         raise ValueError("mining.method=learnability looks scores up by a pair's number, which streamed pairs lack")
-    catalog = open_catalog(config.data.train)
     scores = all_scores(catalog, Path(config.mining.reference) if config.mining.reference else None)
     if missing := len(catalog) - len(scores.row):
         raise ValueError(

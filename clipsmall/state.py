@@ -24,7 +24,6 @@ FIXED = (
     "seed", "model.name", "objective.name", "objective.mask_duplicates", "objective.queue",
     "data.batch_size", "data.shuffle_window", "data.crop_scale", "data.max_pixels",
     "optim.lr", "optim.lr_scaling", "optim.accumulate", "optim.weight_decay", "optim.betas", "optim.eps",
-    "mining",
 )  # fmt: skip
 
 

@@ -29,7 +29,7 @@ from clipsmall.mining import Identity, Recipe, Scored, deal
 from clipsmall.mining.online import NUMBERS, MinedBatches, View
 from clipsmall.mining.schedule import Schedule, Stretch, turns
 from clipsmall.preprocess import ImageSpec
-from clipsmall.shards import LoadedBatch, Skips
+from clipsmall.shards import LoadedBatch, Skips, open_catalog
 from clipsmall.towers import DualEncoder
 from data_tools import mine_shards
 from tests.bench.mining import clustered
@@ -392,7 +392,8 @@ def test_learnability_needs_scores_and_finds_them(
     scored = ["score", str(tmp_path / "other"), "--data", str(glyphs / "train"), "--scores", str(scores)]
     assert mine_shards.main(scored) == 0
     # a pair is found by its number, in any order
-    found = reference(read(words))
+    catalog = open_catalog(str(glyphs / "train"))
+    found = reference(read(words), catalog)
     numbers = np.array([250, 3, 120])
     known = found(Identity(numbers, numbers, numbers))
     again = found(Identity(numbers[::-1], numbers, numbers))
@@ -403,7 +404,7 @@ def test_learnability_needs_scores_and_finds_them(
     whole = pq.read_table(paths[1])
     pq.write_table(whole.slice(1), paths[1])
     with pytest.raises(ValueError, match="1 of 300 pairs have no scores"):
-        reference(read(words))
+        reference(read(words), catalog)
     pq.write_table(whole, paths[1])
     assert train.main(words) == 0
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

@@ -4,6 +4,7 @@ Seen to fail when: the window's seed leaves out the epoch; a rank takes every W-
 substitute of a bad pair is the next position instead of the next batch's.
 """
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -124,6 +125,18 @@ def test_augmentation_leaves_the_global_generator_alone_and_changes_by_epoch(gly
     assert torch.equal(before, torch.get_rng_state())
     assert torch.equal(first.index, later.index)
     assert not torch.equal(first.image, later.image)
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_images_are_hashed_for_mining_only(glyphs: Path, asked: bool) -> None:
+    catalog = open_catalog(str(glyphs / "train"))
+    order = Order(catalog.sizes, 0, 128)
+    made = GlobalBatches(catalog, order, ImageTransform(ImageSpec(16)), TOKENIZE, 32, hash_images=asked)
+    known = [
+        int.from_bytes(hashlib.sha256(catalog.read(row).image).digest()[:8], "little", signed=True)
+        for row in made.rows(0).tolist()
+    ]
+    assert made[0].image_hash.tolist() == (known if asked else [0] * 32)
 
 
 def test_too_small_and_indivisible_are_refused(glyphs: Path) -> None:

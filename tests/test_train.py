@@ -203,6 +203,12 @@ def test_a_stream_trains_and_says_what_it_does_not_promise(glyphs: Path, tmp_pat
     with pytest.warns(UserWarning, match="not exactly"):
         assert train.main(config(glyphs, tmp_path / "run", **changes)) == 0
     assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+    mining = {"mining.method": "groups", "mining.pool": 64, "mining.start": 0.2}
+    with pytest.warns(UserWarning, match="not exactly"):
+        assert train.main(config(glyphs, tmp_path / "mined", **changes, **mining)) == 0
+    mined = rows(tmp_path / "mined")
+    assert ["mined_loss" in row for row in mined] == [False, False, True, True, True, True]
+    assert mined[-1]["blocked"] < 0.1  # images are told apart, too
 
 
 def test_tensorboard_gets_the_numbers(glyphs: Path, tmp_path: Path) -> None:

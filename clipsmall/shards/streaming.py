@@ -58,6 +58,7 @@ class StreamedBatches(IterableDataset[LoadedBatch]):
         batch_size: B, pairs of one step over all ranks.
         rank, world_size: whose batches these are; every rank must have the same number of workers.
         shuffle: pairs in the buffer of every worker, encoded: 2,000 of 50 KB take 100 MB.
+        hash_images: for mining, see `GlobalBatches`.
 
     Raises:
         ValueError: B does not divide by the ranks.
@@ -75,12 +76,13 @@ class StreamedBatches(IterableDataset[LoadedBatch]):
         world_size: int = 1,
         seed: int = 0,
         shuffle: int = 2_000,
+        hash_images: bool = False,
     ) -> None:
         if batch_size % world_size:
             raise ValueError(f"data.batch_size={batch_size} is not divisible by {world_size} ranks")
         self.urls, self.image, self.tokenize = shard_urls(urls), image, tokenize
         self.local, self.rank, self.world_size = batch_size // world_size, rank, world_size
-        self.seed, self.shuffle = seed, shuffle
+        self.seed, self.shuffle, self.hash_images = seed, shuffle, hash_images
         self.start = 0  # steps the run has made before
         if rank == 0:
             warnings.warn(
@@ -177,8 +179,9 @@ class StreamedBatches(IterableDataset[LoadedBatch]):
         if not caption:
             raise BadImage("empty caption" if "txt" in sample else "no caption")
         data = sample[suffix]
+        of_image = image_hash(data) if self.hash_images else 0
         if not self.image.random:
-            return Pair(self.image(data), caption, number, image_hash(data))
+            return Pair(self.image(data), caption, number, of_image)
         with torch.random.fork_rng(devices=[]):  # the global generator is the training's
             torch.default_generator.manual_seed(rng.getrandbits(63))
-            return Pair(self.image(data), caption, number, image_hash(data))
+            return Pair(self.image(data), caption, number, of_image)

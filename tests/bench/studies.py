@@ -38,6 +38,9 @@ def words(config: str, pairs: int) -> tuple[str, ...]:
     )  # fmt: skip
 
 
+ON_ICONS = (*words("configs/icons.yaml", 60_000), "--model.name=configs/towers/glyph.json")
+
+
 def batch(size: int, *more: str) -> tuple[str, ...]:
     return (f"--data.batch_size={size}", *more)
 
@@ -80,14 +83,14 @@ STUDIES = {
     "batch32-glyphs": Study("glyphs, 100,000 pairs", words("configs/demo.yaml", 100_000), TRICKS, GLYPHS),
     "batch32-icons": Study(
         "icons, 60,000 pairs",
-        (*words("configs/icons.yaml", 60_000), "--model.name=configs/towers/glyph.json"),
+        ON_ICONS,
         TRICKS,
         ICONS,
     ),
     "mining-glyphs": Study("glyphs, 60,000 pairs", words("configs/demo.yaml", 60_000), MINING, HARD),
     "mining-icons": Study(
         "icons, 60,000 pairs",
-        (*words("configs/icons.yaml", 60_000), "--model.name=configs/towers/glyph.json"),
+        ON_ICONS,
         MINING,
         ICONS,
     ),
