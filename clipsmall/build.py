@@ -7,7 +7,18 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from clipsmall import build_chunks, build_mining, build_objective, checkpoint, optim, tower_loading, world
+from clipsmall import (
+    build_cache,
+    build_chunks,
+    build_mining,
+    build_objective,
+    build_tuning,
+    checkpoint,
+    devices,
+    optim,
+    tower_loading,
+    world,
+)
 from clipsmall.batch import Progress, Setting
 from clipsmall.build_data import TrainingData, training_data
 from clipsmall.config import Config
@@ -15,15 +26,16 @@ from clipsmall.feed import Feed, Stop
 from clipsmall.run_folder import RunFolder
 from clipsmall.state import RunState
 from clipsmall.tower_sources import Loaded
-from clipsmall.towers import DualEncoder
+from clipsmall.towers import DualEncoder, frozen
 
 
 def accelerator(config: Config) -> Accelerator:
     """Devices and ranks. Raises ValueError for a precision the device lacks, and for ranks that are not joined."""
+    devices.check_kernels()
     gpu = torch.accelerator.is_available()
     made = Accelerator(
         cpu=not gpu,
-        mixed_precision={"auto": None, "fp32": "no"}.get(config.run.precision, config.run.precision),
+        mixed_precision=devices.precision(config.run.precision),
         log_with=list(config.run.trackers) or None,
         project_dir=config.out,
     )
@@ -35,18 +47,22 @@ def accelerator(config: Config) -> Accelerator:
         raise ValueError(
             "run.precision=fp16 needs a GPU (on a CPU Accelerate trains in fp32 silently); use fp32 or bf16"
         )
-    # without including_emulation=False a V100 says yes, and computes at half the speed of fp32
-    bf16 = made.device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
-    if made.mixed_precision == "bf16" and not bf16:
+    if made.mixed_precision == "bf16" and made.device.type == "cuda" and not devices.has_bf16():
         raise ValueError(f"run.precision=bf16: {torch.cuda.get_device_name()} has no bf16; use fp16")
     return made
 
 
 def loaded_towers(config: Config, data: TrainingData, resumed: Path | None) -> Loaded:
-    """Of the checkpoint if the run continues (same vocabulary), else by name."""
+    """Of the checkpoint if the run continues (same vocabulary), else by name; tuned as the config says."""
     if resumed is not None:
-        return tower_loading.rebuild(resumed)
-    return tower_loading.load_towers(config.model.name, config.model.pretrained, data.captions)
+        loaded = tower_loading.rebuild(resumed)
+    else:
+        loaded = tower_loading.load_towers(config.model.name, config.model.pretrained, data.captions)
+        if loaded.logit_scale is not None:  # trained before: what a model card names
+            loaded.description |= {"base": config.model.name, "pretrained": config.model.pretrained}
+    build_tuning.tune(config, loaded)
+    build_tuning.lean(config, loaded)
+    return loaded
 
 
 def dual_encoder(config: Config, loaded: Loaded, setting: Setting) -> DualEncoder:
@@ -62,8 +78,8 @@ def dual_encoder(config: Config, loaded: Loaded, setting: Setting) -> DualEncode
         loaded.spec,
         scale,
         bias,
-        learn_scale=any(build_objective.learns_scale(config, kind) for kind in asked),
-        learn_bias=any(kind.bias is not None for kind in asked),
+        learn_scale=config.tune.logit_scale and any(build_objective.learns_scale(config, kind) for kind in asked),
+        learn_bias=config.tune.logit_bias and any(kind.bias is not None for kind in asked),
         heads=build_objective.heads(config, setting),
         through=through,
     )
@@ -71,7 +87,8 @@ def dual_encoder(config: Config, loaded: Loaded, setting: Setting) -> DualEncode
 
 def synchronised(model: DualEncoder) -> DualEncoder:
     """BatchNorm over all ranks, as one process would have it. Raises ValueError on CPU ranks, where torch cannot."""
-    norms = any(isinstance(part, torch.nn.modules.batchnorm._BatchNorm) for part in model.modules())
+    kind = torch.nn.modules.batchnorm._BatchNorm
+    norms = any(isinstance(part, kind) and not frozen(part) for part in model.modules())
     if world.size() == 1 or not norms:
         return model
     if not next(model.parameters()).is_cuda:
@@ -83,7 +100,9 @@ def synchronised(model: DualEncoder) -> DualEncoder:
 def optimizer(config: Config, model: DualEncoder) -> torch.optim.Optimizer:
     """AdamW that keeps the logit scale within its bounds after every step."""
     lr = optim.scaled_lr(config.optim.lr, config.data.batch_size, config.optim.lr_scaling)
-    made = optim.adamw(model, lr, config.optim.weight_decay, config.optim.betas, config.optim.eps)
+    scale = build_tuning.lr_scale(config, model)
+    made = optim.adamw(model, lr, config.optim.weight_decay, config.optim.betas, config.optim.eps, scale)
+    build_tuning.refuse_idle(made, model)
     made.register_step_post_hook(lambda *_: model.after_step())
     return made
 
@@ -115,10 +134,12 @@ def run_state(
     loaded = loaded_towers(config, data, resumed)
     setting = build_objective.setting(config, loaded, data.ids)
     encoder = dual_encoder(config, loaded, setting).to(device).train()  # from_pretrained leaves towers in eval mode
+    build_chunks.checkpoint_blocks(config, accelerator, loaded, encoder)
     encoder.chunk_size = build_chunks.chunk_size(config, accelerator, loaded, encoder)
     objective = build_objective.objective(config, setting)
     if isinstance(objective, torch.nn.Module):
         objective = objective.to(device)
+    data.made |= build_cache.frozen_features(config, data, loaded, encoder, accelerator)
     batches = build_mining.batches(config, data, loaded, progress, accelerator, encoder)
     adamw = optimizer(config, encoder)
     schedule = scheduler(config, adamw)  # before prepare, which keeps the step function it finds

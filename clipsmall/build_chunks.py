@@ -3,12 +3,12 @@
 import torch
 from accelerate import Accelerator
 
-from clipsmall import world
+from clipsmall import build_tuning, world
 from clipsmall.batch import Pairs
 from clipsmall.chunks import largest_chunk
 from clipsmall.config import Config
 from clipsmall.tower_sources import Loaded
-from clipsmall.towers import DualEncoder
+from clipsmall.towers import DualEncoder, frozen
 
 
 def chunk_size(config: Config, accelerator: Accelerator, loaded: Loaded, model: DualEncoder) -> int:
@@ -19,7 +19,8 @@ def chunk_size(config: Config, accelerator: Accelerator, loaded: Loaded, model: 
     """
     rows = config.data.batch_size // world.size()
     given = config.model.chunk_size
-    norms = any(isinstance(part, torch.nn.modules.batchnorm._BatchNorm) for part in model.towers.modules())
+    kind = torch.nn.modules.batchnorm._BatchNorm
+    norms = any(isinstance(part, kind) and not frozen(part) for part in model.towers.modules())
     if not given and config.optim.accumulate > 1 and not norms:
         given = rows // config.optim.accumulate  # who accumulates has memory for a part
     if given and norms:
@@ -34,6 +35,23 @@ def chunk_size(config: Config, accelerator: Accelerator, loaded: Loaded, model: 
     found = largest_chunk(rows, lambda size: fits(size, accelerator, loaded, model)) or rows
     least = -int(world.maximum(torch.tensor(-found, device=accelerator.device)))
     return 0 if least == rows else least
+
+
+def checkpoint_blocks(config: Config, accelerator: Accelerator, loaded: Loaded, model: DualEncoder) -> None:
+    """Make each block's activations anew, as asked; `auto`: on a GPU, if a rank's pairs do not fit at once and there
+    are no chunks, which cost as much and save more. All ranks decide alike.
+
+    Raises:
+        ValueError: asked of towers that cannot.
+    """
+    asked = config.model.checkpoint_activations
+    if asked == "auto" and accelerator.device.type == "cuda" and not config.model.chunk_size:
+        rows = config.data.batch_size // world.size()
+        full = loaded.description["kind"] != "small" and not fits(rows, accelerator, loaded, model)
+        asked = bool(world.maximum(torch.tensor(float(full), device=accelerator.device)))
+    if asked is True:
+        build_tuning.checkpoint_activations(loaded)
+    loaded.checkpointed = asked is True
 
 
 def fits(size: int, accelerator: Accelerator, loaded: Loaded, model: DualEncoder) -> bool:

@@ -24,6 +24,7 @@ from clipsmall.shards import (
     open_catalog,
     read_plan,
 )
+from clipsmall.shards.features import Features
 from clipsmall.tower_sources import Loaded
 
 Read = Callable[[range], Iterable[LoadedBatch]]  # numbers of global batches -> my slices of them
@@ -35,6 +36,7 @@ class TrainingData(Protocol):
     pairs: int
     per_epoch: int  # batches until a pair may come again
     ids: Tensor | None  # ascending `index` of all pairs; None where they are not known beforehand
+    made: dict[str, Features]  # by frozen towers, in place of the image or the text
 
     @property
     def catalog(self) -> Catalog | None:
@@ -63,6 +65,7 @@ class IndexedData:
             self.fingerprint += f" {plan.digest}"
             planned = f"; {self.order.length:,} of them in the plan {config.data.plan}"
         self.ids: Tensor | None = torch.from_numpy(self.catalog.index).sort().values
+        self.made: dict[str, Features] = {}  # by frozen towers, in place of images or captions
         left, size = self.catalog.left_out, config.data.batch_size
         self.per_epoch, rest = divmod(self.order.length, size)
         self.words = (
@@ -89,6 +92,7 @@ class IndexedData:
             world.rank(),
             world.size(),
             hash_images,
+            self.made,
         )
         return lambda numbers: batch_loader(dataset, numbers, config.data.workers, pin=pin)
 
@@ -101,6 +105,7 @@ class StreamedData:
 
     def __init__(self, config: Config) -> None:
         self.config = config
+        self.made: dict[str, Features] = {}
         self.words = f"streaming {', '.join(config.data.train)}: resampled order, no exact resume"
 
     def captions(self) -> Iterator[str]:

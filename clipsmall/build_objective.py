@@ -36,7 +36,7 @@ def width(loaded: Loaded) -> int:
     """D of the embeddings: the text tower is asked with one word."""
     training = loaded.towers.training
     loaded.towers.eval()
-    found: Tensor = loaded.towers.text(loaded.tokenize(["a"]))  # type: ignore[operator]
+    found: Tensor = loaded.towers.text(loaded.tokenize(["a"]))
     loaded.towers.train(training)
     return found.shape[1]
 

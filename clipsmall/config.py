@@ -19,6 +19,11 @@ class Model(Section):
     chunk_size: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
         0, description="pairs of a rank that go through the towers at a time; 0 = all; auto = as many as fit the GPU"
     )
+    attention: Literal["auto", "sdpa", "eager"] = Field("auto", description="of HF towers; auto = sdpa, the lean one")
+    checkpoint_activations: bool | Literal["auto"] = Field(
+        "auto",
+        description="make each block's activations anew; auto: on a GPU, where a rank's pairs do not fit at once",
+    )
     logit_scale: float | Literal["auto"] = Field("auto", description="1/temperature at the start (not its log)")
     logit_bias: float | Literal["auto"] = Field("auto", description="auto: sigmoid starts at -log(negatives)")
 
@@ -43,6 +48,33 @@ class Data(Section):
     streaming: bool = Field(False, description="remote or un-indexed shards: resampled order, no exact resume")
 
 
+class Lora(Section):
+    rank: int = Field(16, ge=1)
+    alpha: float = Field(32, gt=0, description="what adapters make is multiplied by alpha/rank")
+    dropout: float = Field(0.0, ge=0, lt=1)
+    targets: list[str] | str = Field(
+        "auto", description="names of modules, or one regular expression of full names; auto: all linear maps in blocks"
+    )
+    dora: bool = Field(False, description="a length of its own for each column (arXiv 2402.09353)")
+    rslora: bool = Field(False, description="alpha/sqrt(rank) instead (arXiv 2312.03732)")
+
+
+Amount = Annotated[int, Field(ge=1)] | Literal["full", "lora", "frozen"]
+
+
+class Tune(Section):
+    image: Amount = Field("full", description="what of the image tower trains; a number: its last so many blocks")
+    text: Amount = Field("full", description="what of the text tower trains")
+    projections: bool | Literal["auto"] = Field(
+        "auto", description="the maps onto the embeddings; auto: unless their tower is frozen or has adapters"
+    )
+    logit_scale: bool = Field(True, description="false = stays as it is, whatever the objective would learn")
+    logit_bias: bool = True
+    lora: Lora = Lora()
+    cache: bool = Field(True, description="features of a frozen tower are computed once, if nothing augments its input")
+    cache_folder: str = Field("", description="of these features; none = beside the shards")
+
+
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -54,6 +86,7 @@ class Optim(Section):
     weight_decay: float = Field(0.1, ge=0)
     betas: tuple[Beta, Beta] = (0.9, 0.98)
     eps: float = Field(1e-8, gt=0)
+    layer_decay: float = Field(1.0, gt=0, le=1, description="lr of a block over that of the block after it")
     clip: float = Field(1.0, gt=0, description="largest gradient norm")
     accumulate: int = Field(1, ge=1, description="parts of a batch compared within themselves: the naive baseline")
 
@@ -89,9 +122,12 @@ class Mining(Section):
 
 
 class Run(Section):
-    precision: Literal["auto", "fp32", "fp16", "bf16"] = Field("auto", description="auto = the launcher's")
+    precision: Literal["auto", "fp32", "fp16", "bf16"] = Field(
+        "auto", description="auto = the launcher's; if none, what the GPU has"
+    )
     log_every: int = Field(10, ge=1, description="steps")
     checkpoint_every: int = Field(500, ge=1, description="steps")
+    max_bad_steps: int = Field(20, ge=1, description="steps in a row that fp16 may skip before the run ends")
     keep_checkpoints: int = Field(2, ge=2, description="one may be in the process of being written")
     evaluate_every: int = Field(0, ge=0, description="steps; 0 = only at the end")
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field([], description="beside metrics.jsonl")
@@ -123,6 +159,7 @@ class Config(Section):
     data: Data
     model: Model = Model()
     objective: Objective = Objective()
+    tune: Tune = Tune()
     optim: Optim = Optim()
     mining: Mining = Mining()
     run: Run = Run()

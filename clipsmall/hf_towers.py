@@ -77,7 +77,7 @@ def from_transformers(name: str, weights: bool = True) -> Loaded:
         tokenize=HFTokenize(tokenizer, config.text_config.max_position_embeddings),
         logit_scale=scale,
         logit_bias=bias,
-        description={"kind": "transformers"},
+        description={"kind": "transformers", "revision": getattr(config, "_commit_hash", None)},
         save_tokenizer=save,
     )
 

@@ -1,6 +1,8 @@
 """AdamW without decay where it hurts, warm-up and cosine by pairs seen, and one guarded step."""
 
 import math
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,21 +10,42 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Trainable parameters in two groups: matrices decay; norms, biases, logit_scale and logit_bias do not."""
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    free = {name for name, p in named if p.ndim <= 1 or name.endswith(("logit_scale", "logit_bias"))}
+def parameter_groups(
+    model: nn.Module, lr: float, weight_decay: float, scale: Callable[[str], float] = lambda name: 1.0
+) -> list[dict[str, Any]]:
+    """Trainable parameters by lr and decay: matrices decay; norms, biases, logit_scale and logit_bias do not.
+
+    Args:
+        scale: name of a parameter -> its lr over `lr`. The two groups of `lr` itself come first, though they be empty.
+
+    Raises:
+        ValueError: nothing trains.
+    """
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {(1.0, True): [], (1.0, False): []}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            decays = p.ndim > 1 and not name.endswith(("logit_scale", "logit_bias"))
+            groups.setdefault((scale(name), decays), []).append(p)
+    if not any(groups.values()):
+        raise ValueError("tune: every part of the model is frozen, nothing would train")
     return [
-        {"params": [p for name, p in named if name not in free], "weight_decay": weight_decay},
-        {"params": [p for name, p in named if name in free], "weight_decay": 0.0},
+        {"params": those, "lr": lr * factor, "weight_decay": weight_decay if decays else 0.0}
+        for (factor, decays), those in groups.items()
     ]
 
 
 def adamw(
-    model: nn.Module, lr: float, weight_decay: float, betas: tuple[float, float], eps: float
+    model: nn.Module,
+    lr: float,
+    weight_decay: float,
+    betas: tuple[float, float],
+    eps: float,
+    scale: Callable[[str], float] = lambda name: 1.0,
 ) -> torch.optim.AdamW:
+    """Over `parameter_groups`; fused on a GPU."""
     fused = any(p.is_cuda for p in model.parameters())
-    return torch.optim.AdamW(parameter_groups(model, weight_decay), lr=lr, betas=betas, eps=eps, fused=fused)
+    groups = parameter_groups(model, lr, weight_decay, scale)
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused)
 
 
 def warmup_cosine(optimizer: torch.optim.Optimizer, steps: int, warmup: int) -> LambdaLR:
@@ -42,20 +65,92 @@ def scaled_lr(lr: float, batch_size: int, rule: str) -> float:
 
 
 class NonFiniteError(ValueError):
-    """A loss or gradient is not a number; weights were not touched."""
+    """A loss or gradient is not finite, and training ends, on all ranks together; weights were not touched.
 
-
-def check_finite(loss: Tensor, grad_norm: Tensor, index: Tensor, scaled: bool) -> None:
-    """Stop before the optimizer writes NaN into every weight.
-
-    With fp16's GradScaler (`scaled`) a non-finite gradient is an overflow that the scaler skips; a non-finite loss
-    is an error everywhere. The gradient norm is the same on all ranks, so all stop together.
-
-    Raises:
-        NonFiniteError: naming the first pairs of my batch.
+    Attributes:
+        numbers: `loss` (this rank's), `grad_norm`, and in fp16 `loss_scale` and `bad_steps`, of that step.
+        index: (b,) this rank's pairs of that batch.
+        broken: (b,) bool, whose features are not finite: none, where the gradient alone is not.
     """
-    if not torch.isfinite(loss) or not (scaled or torch.isfinite(grad_norm)):
-        raise NonFiniteError(
-            f"loss {loss.item()}, gradient norm {float(grad_norm)}: not finite. Weights are untouched; lower optim.lr "
-            f"or optim.clip, or look at the pairs with index {index[:8].tolist()} … of this batch"
-        )
+
+    def __init__(self, message: str, numbers: dict[str, float], index: Tensor, broken: Tensor) -> None:
+        super().__init__(message)
+        self.numbers, self.index, self.broken = numbers, index, broken
+
+
+class Guard:
+    """Says, on all ranks alike, whether a step is taken: not if any rank's loss, or the gradient, is not finite.
+
+    Without a scaler the first bad step ends the run. In fp16 gradients overflow now and then, and at the start, until
+    GradScaler has found its scale: a bad step is skipped and the scale halved; `limit` of them in a row end the run.
+    Weights, moments and averaged towers stay as they were. The schedule goes on: it follows the pairs seen.
+
+    GradScaler skips by itself, too, but fused AdamW, which is what GPUs get, is *called* on an overflow, and its kernel
+    then writes nothing: the hooks after a step would run, and averaged towers move. Here it is not called.
+
+    Args:
+        scaler: fp16's, else None.
+        limit: bad steps in a row that end the run.
+        model: its batch normalisation's running statistics, which the forward pass has changed by then, are put back
+            after a bad step: there a NaN would stay for ever.
+        bad_steps: skipped so far. Those in a row are counted anew when a run is resumed.
+    """
+
+    def __init__(self, scaler: torch.amp.GradScaler | None, limit: int, model: nn.Module, bad_steps: int = 0) -> None:
+        self.scaler, self.limit, self.bad_steps, self.in_a_row = scaler, limit, bad_steps, 0
+        self.running = running_statistics(model) if scaler is not None else []
+        self.kept = [each.clone() for each in self.running]
+        if scaler is not None:  # what torch says of a first step that is skipped; here the schedule is to go on
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+
+    def passes(self, losses: dict[str, Tensor], together: Tensor, rows: Any) -> bool:
+        """Call between clipping, which unscales the gradient, and the optimizer's step.
+
+        Args:
+            losses: with `loss` and `grad_norm`; in fp16 `loss_scale` and `bad_steps` are added.
+            together: () finite only if all ranks' losses and gradients are; the same on every rank.
+            rows: my Embeddings.
+
+        Raises:
+            NonFiniteError: a bad step without a scaler, or the `limit`th in a row.
+        """
+        good = bool(together.isfinite())
+        self.in_a_row = 0 if good else self.in_a_row + 1
+        self.bad_steps += not good
+        if self.scaler is not None:
+            losses["loss_scale"] = torch.tensor(self.scaler.get_scale())
+            losses["bad_steps"] = torch.tensor(float(self.bad_steps))
+        if good:
+            for kept, running in zip(self.kept, self.running, strict=True):
+                kept.copy_(running)
+            return True
+        if self.scaler is None or self.in_a_row >= self.limit:
+            raise self._end(losses, rows)
+        for kept, running in zip(self.kept, self.running, strict=True):
+            running.copy_(kept)
+        self.scaler.update()  # halves the scale if unscaling found the gradient at fault
+        return False
+
+    def _end(self, losses: dict[str, Tensor], rows: Any) -> NonFiniteError:
+        names = ("loss", "grad_norm", "loss_scale", "bad_steps")
+        numbers = {name: losses[name].item() for name in names if name in losses}
+        said = ", ".join(f"{name} {value:g}" for name, value in numbers.items())
+        broken = ~torch.cat([rows.image, rows.text], dim=1).isfinite().all(dim=1)
+        often, remedy = "", "optim.lr or optim.clip"
+        if self.scaler is not None:
+            often = f" in {self.in_a_row} steps on end (run.max_bad_steps)"
+            remedy = "optim.lr, or train with run.precision=bf16 or fp32"
+        message = f"loss or gradient not finite{often}: {said}. Weights are untouched; lower {remedy}"
+        return NonFiniteError(message, numbers, rows.index, broken)
+
+
+def running_statistics(model: nn.Module) -> list[Tensor]:
+    """Of batch normalisation that trains; averaged towers never do, and their copies change after a step."""
+    names = ("running_mean", "running_var", "num_batches_tracked")
+    trains = (part for part in model.modules() if part.training)
+    return [buffer for part in trains for name, buffer in part.named_buffers(recurse=False) if name in names]
+
+
+def skipped(steps: int, optimizer: torch.optim.Optimizer) -> int:
+    """How many of a run's steps were not taken: AdamW counts those that were, and a checkpoint holds its count."""
+    return steps - max((int(state["step"]) for state in optimizer.state.values()), default=0)

@@ -74,6 +74,8 @@ class Report:
         )
         if "mined_loss" in row:
             words += f", mined {row['mined_loss']:.2f} of {row['pool_loss']:.2f}, {row['blocked']:.1%} blocked"
+        if row.get("bad_steps"):
+            words += f", {row['bad_steps']:.0f} steps skipped"
         self.bar.update(row["pairs"] - self.bar.n)
         self.bar.set_postfix_str(words)
         now = time.perf_counter()

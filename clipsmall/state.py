@@ -24,6 +24,8 @@ FIXED = (
     "seed", "model.name", "objective.name", "objective.mask_duplicates", "objective.queue",
     "data.batch_size", "data.shuffle_window", "data.crop_scale", "data.max_pixels",
     "optim.lr", "optim.lr_scaling", "optim.accumulate", "optim.weight_decay", "optim.betas", "optim.eps",
+    "optim.layer_decay", "tune.image", "tune.text", "tune.projections", "tune.logit_scale", "tune.logit_bias",
+    "tune.lora",
 )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from clipsmall import lora
 from clipsmall.hf_towers import from_transformers
 from clipsmall.preprocess import ImageSpec
 from clipsmall.small_towers import SmallConfig, WordTokenizer
@@ -84,8 +85,11 @@ def rebuild(folder: Path) -> Loaded:
     else:
         loaded = from_transformers(str(folder), weights=False)
     spec = description["spec"]
-    if "retrieval" in description:
-        loaded.description["retrieval"] = description["retrieval"]
+    for kept in ("retrieval", "base", "pretrained", "revision", "lora"):
+        if kept in description:
+            loaded.description[kept] = description[kept]
+    if "lora" in description:
+        lora.insert(loaded.towers.model, description["lora"]["targets"], description["lora"]["options"])
     loaded.spec = ImageSpec(**{**spec, "mean": tuple(spec["mean"]), "std": tuple(spec["std"])})
     return loaded
 

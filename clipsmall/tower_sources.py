@@ -16,13 +16,14 @@ from clipsmall.small_towers import SmallConfig, SmallTowers, WordTokenizer
 class Loaded:
     """Towers with all that belongs to them."""
 
-    towers: nn.Module
+    towers: Any  # a module with image(pixels) and text(ids)
     spec: ImageSpec
     tokenize: Callable[[list[str]], Tensor]
     logit_scale: float | None  # what the weights were trained with; None = fresh
     logit_bias: float | None
     description: dict[str, Any]  # JSON from which `rebuild` makes the same architecture
     save_tokenizer: Callable[[Path], None]
+    checkpointed: bool = False  # blocks make their activations anew
 
 
 # ---- ours ------------------------------------------------------------------------------------------------------

@@ -61,19 +61,29 @@ class DualEncoder(nn.Module):
     def encode_image(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) uint8 -> unit rows, at least float32, to be compared with `encode_text`: (B, D), or what the
         head that the model retrieves through makes of it."""
-        image = self.towers.image(self.normalised(pixels))
+        image = self.image_outputs(pixels, self.towers)
         return self.heads[self.through].retrieve_image(image) if self.through else unit(image)
 
     def encode_text(self, ids: Tensor) -> Tensor:
         """(B, L) token ids -> unit rows as of `encode_image`."""
-        text = self.towers.text(ids)
+        text = self.text_outputs(ids, self.towers)
         return self.heads[self.through].retrieve_text(text) if self.through else unit(text)
 
     def outputs(self, pairs: Pairs, towers: Any) -> tuple[Tensor, Tensor]:
         """(B, D) and (B, D), not normalised: what `towers` (ours, or an average of them) make of the pairs."""
         device = self.mean.device
-        image = in_chunks(lambda pixels: towers.image(self.normalised(pixels)), pairs.image, self.chunk_size, device)
-        return image, in_chunks(towers.text, pairs.text, self.chunk_size, device)
+        image = in_chunks(lambda pixels: self.image_outputs(pixels, towers), pairs.image, self.chunk_size, device)
+        return image, in_chunks(lambda ids: self.text_outputs(ids, towers), pairs.text, self.chunk_size, device)
+
+    def image_outputs(self, pixels: Tensor, towers: Any) -> Tensor:
+        """(B, D), not normalised. Features that a frozen tower made beforehand, (B, D), are it already."""
+        image: Tensor = pixels if _made(pixels) else towers.image(self.normalised(pixels))
+        return image
+
+    def text_outputs(self, ids: Tensor, towers: Any) -> Tensor:
+        """The same for token ids, (B, L)."""
+        text: Tensor = ids if _made(ids) else towers.text(ids)
+        return text
 
     def forward(self, pairs: Pairs) -> Embeddings:
         image, text = self.outputs(pairs, self.towers)
@@ -90,6 +100,14 @@ class DualEncoder(nn.Module):
             extra=extra,
         )
 
+    def train(self, mode: bool = True) -> "DualEncoder":
+        """Frozen parts stay in evaluation mode: what is not trained has no dropout, and no batch statistics."""
+        super().train(mode)
+        for part in self.towers.modules():
+            if mode and frozen(part):
+                part.eval()
+        return self
+
     @torch.no_grad()
     def after_step(self) -> None:
         """What an optimizer step is followed by: the scale's bounds, and what the heads do."""
@@ -105,3 +123,13 @@ class DualEncoder(nn.Module):
 
 def unit(x: Tensor) -> Tensor:
     return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
+
+
+def _made(given: Tensor) -> bool:
+    return given.ndim == 2 and given.is_floating_point()
+
+
+def frozen(part: nn.Module) -> bool:
+    """Whether it has parameters, and none of them trains."""
+    trains = [parameter.requires_grad for parameter in part.parameters()]
+    return bool(trains) and not any(trains)

@@ -4,10 +4,13 @@
     torchrun --nproc_per_node 8 clipsmall/train.py --config configs/demo.yaml
     python -m clipsmall.train --config configs/demo.yaml
 
-Exit codes: 0 done; 2 bad input; 143 or 130 stopped by SIGTERM or Ctrl-C, state saved, continue with --resume=auto.
+Exit codes: 0 done; 2 bad input, or a loss or gradient that is not finite (see bad_batch.json); 143 or 130 stopped by
+SIGTERM or Ctrl-C, state saved, continue with --resume=auto.
 (`accelerate launch` and `torchrun` report any failure of theirs as 1.)
 """
 
+import json
+import math
 import os
 import signal
 import sys
@@ -26,15 +29,15 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader workers are f
 from accelerate import Accelerator
 from torch import Tensor
 
-from clipsmall import build, build_jobs, build_objective, build_queue, world
+from clipsmall import build, build_jobs, build_objective, build_queue, build_tuning, world
 from clipsmall.batch import Embeddings, Pairs, Progress
 from clipsmall.config import Config
 from clipsmall.config_reader import read, refuse, written
 from clipsmall.feed import Stop
-from clipsmall.optim import check_finite
+from clipsmall.optim import Guard, NonFiniteError, skipped
 from clipsmall.report import Report
 from clipsmall.run_folder import RunFolder
-from clipsmall.shards import Skips
+from clipsmall.shards import Skips, open_catalog
 from clipsmall.state import RunState
 
 Job = Callable[[Progress, dict[str, Tensor]], None]
@@ -46,6 +49,7 @@ def train(
     columns: Callable[[Embeddings], Embeddings],
     objective: Callable[..., dict[str, Tensor]],
     batches: Iterable[Pairs],
+    guard: Guard,
     optimizer: Any,
     scheduler: Any,
     clip: float,
@@ -58,8 +62,8 @@ def train(
         losses = objective(rows, columns(rows))  # compared with everybody's
         accelerator.backward(losses["loss"])
         losses["grad_norm"] = accelerator.clip_grad_norm_(model.parameters(), clip)
-        check_finite(losses["loss"], losses["grad_norm"], pairs.index, accelerator.scaler is not None)
-        optimizer.step()
+        if guard.passes(losses, world.mean(losses["loss"] + losses["grad_norm"]), rows):  # all ranks alike
+            optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
         progress.advance(len(pairs.index) * world.size())
@@ -90,10 +94,16 @@ def run(config: Config, stop: Stop) -> int:
         jobs.append((config.run.evaluate_every, evaluate))
     jobs.append((config.run.checkpoint_every, save))
     report.start(state.progress, config.compared)
-    train(
-        accelerator, model, build_objective.columns(config), state.objective, state.feed, state.optimizer,
-        state.scheduler, config.optim.clip, state.progress, jobs,
-    )  # fmt: skip
+    bad_steps = skipped(state.progress.step, state.optimizer)
+    guard = Guard(accelerator.scaler, config.run.max_bad_steps, state.model, bad_steps)
+    try:
+        train(
+            accelerator, model, build_objective.columns(config), state.objective, state.feed, guard, state.optimizer,
+            state.scheduler, config.optim.clip, state.progress, jobs,
+        )  # fmt: skip
+    except NonFiniteError as error:
+        step = state.progress.step + 1
+        raise ValueError(f"step {step}: {error}, {bad_batch(config, error, step, folder)}") from None
     save(state.progress, {})
     stop.end()  # all is saved: from here on a signal ends the run at once
     stopped = state.feed.stopped and state.progress.step < config.steps
@@ -103,8 +113,30 @@ def run(config: Config, stop: Stop) -> int:
     report.close()
     accelerator.end_training()
     if accelerator.is_main_process:
-        summarise(state, skips, folder, stopped)
+        summarise(state, skips, guard.bad_steps, folder, stopped)
     return 128 + (stop.signal or signal.SIGTERM) if stopped else 0
+
+
+def bad_batch(config: Config, error: NonFiniteError, step: int, folder: RunFolder) -> str:
+    """Write `bad_batch.json`, all ranks' pairs of the batch that ended the run; returns in words where to look.
+
+    Every rank must call. Pairs have names where shards are indexed; a stream numbers them as they come.
+    """
+    index, names = error.index.cpu(), list[str]()
+    if not config.data.streaming:
+        catalog = open_catalog(config.data.train)
+        order = catalog.index.argsort()
+        names = [catalog.name(row) for row in order[catalog.index.searchsorted(index.numpy(), sorter=order)]]
+    numbers = {name: value if math.isfinite(value) else str(value) for name, value in error.numbers.items()}
+    mine = {"loss": numbers.pop("loss"), "not_finite": index[error.broken.cpu()].tolist(), "index": index.tolist()}
+    said = json.dumps(mine | {"names": names}).encode()
+    ranks = [json.loads(each) for each in world.gather_bytes(said, error.index.device)]
+    path = folder.path / "bad_batch.json"
+    if world.rank() == 0:
+        path.write_text(json.dumps({"step": step, **numbers, "ranks": ranks}, indent=2) + "\n")
+    broken = [number for rank in ranks for number in rank["not_finite"]]
+    first = (broken or [number for rank in ranks for number in rank["index"]])[:8]
+    return f"or look at the pairs with index {first} …: {path} names all of that batch"
 
 
 def start_trackers(accelerator: Accelerator, config: str) -> None:
@@ -128,16 +160,19 @@ def describe(config: Config, state: RunState) -> None:
         + (f"; continuing after step {state.progress.step}" if state.progress.step else ""),
         file=sys.stderr,
     )
+    print("\n".join([*build_tuning.table(state.model), f"  {build_tuning.means(state)}"]), file=sys.stderr)
     for words in build_queue.warnings(config, fresh=state.loaded.logit_scale is None):
         print(f"warning: {words}", file=sys.stderr)
     if idle := build_objective.without_effect(config):
         print(f"note: {', '.join(idle)}: no effect on {config.objective.title}", file=sys.stderr)
 
 
-def summarise(state: RunState, skips: Skips, folder: RunFolder, stopped: bool) -> None:
+def summarise(state: RunState, skips: Skips, bad_steps: int, folder: RunFolder, stopped: bool) -> None:
     """The closing lines: how far, what was skipped, where the results are."""
     if skips.total:
         print(f"replaced by other pairs, as they could not be read: {skips}", file=sys.stderr)
+    if bad_steps:
+        print(f"skipped, as the gradient was not finite: {bad_steps} of {state.progress.step} steps", file=sys.stderr)
     verb = "stopped; continue with --resume=auto" if stopped else "done"
     print(
         f"{verb}: {state.progress.pairs:,} pairs, {state.progress.step} steps; results in {folder.path}",

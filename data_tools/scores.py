@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -32,18 +31,14 @@ def score_shard(encoder: Encoder, catalog: Catalog, place: int) -> tuple[pa.Tabl
     and `index` (as in that index), `caption_hash`, `image_hash`, `image` and `text` (unit rows, float16),
     `similarity` (their cosine). A pair's caption is its first one, its image is not augmented.
     """
-    shard, mine = catalog.shards[place], catalog.shard == place
-    alone = replace(
-        catalog, shards=[shard], shard=catalog.shard[mine] * 0, index=catalog.index[mine], spans=catalog.spans[mine],
-        caption_hash=catalog.caption_hash[mine], _files={},
-    )  # fmt: skip
+    shard, alone = catalog.shards[place], catalog.only(place)
     try:
         image, found = _images(encoder, alone)
         members = [alone.read_text(row) for row in found.tolist()]
         captions = [captions_of(each.text, fields_of(each.json))[0] for each in members]
         text = encoder.texts(captions) if captions else image
     finally:
-        os.close(alone.descriptor(0))  # there may be more shards than a process may hold open
+        os.close(alone.descriptor(0))
     table = read_index(shard, ["key", "index", "caption_hash", "sha256", "status"])
     rows = good_rows(table)[found.numpy()]
     named = table.take(rows)

@@ -6,6 +6,15 @@ import torch
 from torch import Tensor, nn
 
 
+def finite(*features: Tensor) -> Tensor:
+    """() bool: whether a memory may take them, all or none.
+
+    fp16 skips a step whose features overflowed; a queue would bring them back as columns of all steps to come. Judged
+    on the device, so that the host need not wait, and for the batch as a whole, so that a queue gets no gaps.
+    """
+    return torch.stack([each.isfinite().all() for each in features]).all()
+
+
 class Fifo(nn.Module):
     """Features of the last `size` pairs of all ranks, each with the pair's index and caption.
 
@@ -29,10 +38,13 @@ class Fifo(nn.Module):
 
     @torch.no_grad()
     def push(self, index: Tensor, caption: Tensor, **features: Tensor) -> None:
-        """(N,), (N,) and (N, D) each: the same on all ranks. Any N: of more than fit the last stay."""
-        count = len(index)
+        """(N,), (N,) and (N, D) each: the same on all ranks. Any N: of more than fit the last stay.
+
+        Features that are not all finite are not taken: see `finite`.
+        """
+        count, sound = len(index), finite(*features.values())
         spots = ((self.seen + torch.arange(count, device=index.device)) % self.size)[-self.size :]
         for name, rows in {"index": index, "caption": caption, **features}.items():
             kept = self.get_buffer(name)
-            kept[spots] = rows[-self.size :].to(kept.dtype)
-        self.seen += count
+            kept[spots] = torch.where(sound, rows[-self.size :].to(kept.dtype), kept[spots])
+        self.seen += count * sound

@@ -148,8 +148,11 @@ class Gcl(nn.Module):
 
     @torch.no_grad()
     def _remember(self, spots: Tensor, met: Tensor, log_u: Tensor, slopes: Tensor | None) -> None:
-        """What all ranks found, put into the tables of each; a pair that met no negative stays as it was."""
-        met = world.gather(met.int()) > 0
+        """What all ranks found, put into the tables of each; a pair that met no negative stays as it was.
+
+        So does one whose numbers are not finite: fp16 skips that step, and in a table a NaN would stay for ever.
+        """
+        met = world.gather((met & log_u.isfinite().all(dim=1)).int()) > 0
         spots = world.gather(spots)[met]
         self.log_u[spots] = world.gather(log_u)[met].to(self.log_u.dtype)
         if self.temperatures is not None and slopes is not None:

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from clipsmall import similarity, world
 from clipsmall.batch import Embeddings, Setting
+from clipsmall.objectives.fifo import finite
 from clipsmall.objectives.pairs import own_places
 
 
@@ -96,14 +97,14 @@ class Swav(nn.Module):
 
     @torch.no_grad()
     def _remember(self, images: Tensor, texts: Tensor) -> None:
-        """The newest pairs overwrite the oldest."""
-        count = len(images)
+        """The newest pairs overwrite the oldest, if they are finite."""
+        count, sound = len(images), finite(images, texts)
         new = min(count, self.queue)
         if new:
             places = (self.written + torch.arange(count - new, count, device=self.written.device)) % self.queue
             for queue, features in ((self.images, images), (self.texts, texts)):
-                queue[places] = features[-new:].to(queue.dtype)
-        self.written += count
+                queue[places] = torch.where(sound, features[-new:].to(queue.dtype), queue[places])
+        self.written += count * sound
         self.step += 1
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from glob import glob
 from pathlib import Path
 from typing import NamedTuple
@@ -52,6 +52,14 @@ class Catalog:
     def sizes(self) -> list[int]:
         """Pairs in each shard."""
         return np.bincount(self.shard, minlength=len(self.shards)).tolist()  # type: ignore[no-any-return]
+
+    def only(self, place: int) -> "Catalog":
+        """One of the shards, with a descriptor of its own, to be closed: there may be more than a process may hold."""
+        mine = self.shard == place
+        return replace(
+            self, shards=[self.shards[place]], shard=self.shard[mine] * 0, index=self.index[mine],
+            spans=self.spans[mine], caption_hash=self.caption_hash[mine], _files={},
+        )  # fmt: skip
 
     def read(self, row: int) -> Members:
         """The members of one pair, in one read: they lie side by side in the tar."""

@@ -1,0 +1,140 @@
+"""Config -> features of frozen towers, computed once a shard and read instead of images or captions."""
+
+import hashlib
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from clipsmall import build_objective, world
+from clipsmall.anatomy import place
+from clipsmall.build_data import TrainingData
+from clipsmall.config import Config
+from clipsmall.evaluation import Encoder
+from clipsmall.shards import Catalog, captions_of, fields_of, read_index
+from clipsmall.shards.features import Features, feature_file, usable, write_features
+from clipsmall.shards.scores import good_rows
+from clipsmall.tower_sources import Loaded
+from clipsmall.towers import DualEncoder
+
+
+class Outputs(nn.Module):
+    """A dual encoder whose features are its towers' outputs: what training goes on from."""
+
+    def __init__(self, model: DualEncoder) -> None:
+        super().__init__()
+        self.model, self.spec = model, model.spec
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        return self.model.image_outputs(pixels, self.model.towers)
+
+    def encode_text(self, ids: Tensor) -> Tensor:
+        return self.model.text_outputs(ids, self.model.towers)
+
+
+def idle_towers(config: Config, data: TrainingData, model: DualEncoder) -> list[str]:
+    """The towers whose outputs are the same whenever a pair comes, and pairs come more than once: nothing in them
+    trains, nothing augments their input."""
+    if not config.tune.cache or data.catalog is None or config.steps <= data.per_epoch:
+        return []
+    trained = {place(name).tower for name, p in model.towers.named_parameters() if p.requires_grad}
+    found = [tower for tower in ("image", "text") if tower not in trained]
+    if config.data.crop_scale < 1 and "image" in found:
+        found.remove("image")
+    if "tokens" in build_objective.head_options(config) and "text" in found:
+        found.remove("text")  # the head reads token ids
+    return found
+
+
+def frozen_features(
+    config: Config, data: TrainingData, loaded: Loaded, model: DualEncoder, accelerator: Accelerator
+) -> dict[str, Features]:
+    """`image` and `text` of the towers that are idle; every rank makes those of its shards, all read all.
+
+    Raises:
+        ValueError: features cannot be written.
+    """
+    found, catalog = {}, data.catalog
+    folder = Path(config.tune.cache_folder) if config.tune.cache_folder else None
+    for tower in idle_towers(config, data, model):
+        assert catalog is not None
+        digest = _digest(tower, loaded, model, accelerator)
+        files = [feature_file(shard, tower, digest, folder) for shard in catalog.shards]
+        left = [k for k, file in enumerate(files) if not usable(file, catalog.shards[k], digest)]
+        world.barrier()  # all have looked before anybody writes: they share the same list
+        maker = Maker(config, catalog, loaded, Outputs(model), accelerator)
+        for k in tqdm(left[world.rank() :: world.size()], desc=f"{tower} features", disable=world.rank() > 0):
+            features, first = maker.images(k) if tower == "image" else maker.texts(k)
+            write_features(files[k], catalog.shards[k], digest, features, first)
+        world.barrier()
+        found[tower] = Features(catalog, files)
+        if world.rank() == 0:
+            size = sum(file.stat().st_size for file in files) / 2**20
+            print(f"{tower} tower frozen: read as features, {size:,.0f} MiB in {files[0].parent}", file=sys.stderr)
+    return found
+
+
+@dataclass
+class Maker:
+    """Makes the features of one shard after another, on this rank alone."""
+
+    config: Config
+    catalog: Catalog
+    loaded: Loaded
+    model: Any
+    accelerator: Accelerator
+
+    def images(self, shard: int) -> tuple[Tensor, Tensor]:
+        """As `write_features` takes them."""
+        alone, rows, total = self._alone(shard)
+        try:
+            with world.alone(), self.accelerator.autocast():
+                made, there = self._encoder().images(alone)
+        except ValueError as error:
+            if "can be read" not in str(error):
+                raise
+            made, there = self._encoder().texts(["a"])[:0], torch.empty(0, dtype=torch.int64)
+        finally:
+            os.close(alone.descriptor(0))
+        features = torch.full((total, made.shape[1]), torch.nan)
+        features[rows[there]] = made
+        return features, torch.arange(total + 1)
+
+    def texts(self, shard: int) -> tuple[Tensor, Tensor]:
+        alone, rows, total = self._alone(shard)
+        captions, counts = list[str](), torch.zeros(total, dtype=torch.int64)
+        for row, place_ in enumerate(rows.tolist()):
+            members = alone.read_text(row)
+            mine = captions_of(members.text, fields_of(members.json))
+            captions += mine
+            counts[place_] = len(mine)
+        os.close(alone.descriptor(0))
+        with world.alone(), self.accelerator.autocast():
+            features = self._encoder().texts(captions)
+        return features, torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+
+    def _alone(self, shard: int) -> tuple[Catalog, Tensor, int]:
+        """One shard as a catalog, the rows of its index that these are, and how many the index has."""
+        table = read_index(self.catalog.shards[shard], ["status"])
+        return self.catalog.only(shard), torch.from_numpy(good_rows(table)), len(table)
+
+    def _encoder(self) -> Encoder:
+        size, workers = self.config.evaluate.batch_size, self.config.data.workers
+        return Encoder(self.model, self.loaded.tokenize, self.accelerator.device, size, workers)
+
+
+def _digest(tower: str, loaded: Loaded, model: DualEncoder, accelerator: Accelerator) -> str:
+    """Of everything the features depend on: weights, preprocessing, tokens, precision."""
+    probe = loaded.tokenize(["A photo of 2 cats, é!"]).tolist() if tower == "text" else loaded.spec
+    found = hashlib.sha256(f"{tower} {probe!r} {accelerator.mixed_precision}".encode())
+    for name, tensor in sorted(model.towers.state_dict().items()):
+        if place(name).tower == tower:
+            found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            found.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
