@@ -15,6 +15,7 @@ from safetensors import safe_open
 from clipsmall.preprocess import BadImage
 from clipsmall.shards import ShardError, open_catalog
 from clipsmall.shards.features import Features, feature_file, usable, write_features
+from data_tools import check_shards
 from data_tools.shard_writer import Sample, write_shard
 from tests.local_clip import local_clip
 from tests.shard_samples import COLOURS, picture
@@ -163,6 +164,26 @@ def test_features_by_row(data: Path) -> None:
     files[1].unlink()
     with pytest.raises(ShardError, match="all of them see"):
         Features(catalog, files)
+
+
+def test_pairs_left_out_by_the_index_shift_nothing(clip: str, glyphs: Path, data: Path, tmp_path: Path) -> None:
+    """Rows of a catalog are not rows of a shard where some are known to be bad. Fails when they are taken for it."""
+    shutil.rmtree(data / "train")
+    damaged(glyphs, data / "train", [3, 150, 299])
+    assert check_shards.main([str(data / "train"), "--decode"]) == 0
+    curves = []
+    for name, more in (("plain", {"tune.cache": False}), ("made", {})):
+        words = config(data, tmp_path / name, **{"model.name": clip, "tune.image": "frozen", **more})
+        assert run_trainer(words) == 0
+        curves.append(losses(tmp_path / name))
+    assert curves[1] == pytest.approx(curves[0], rel=1e-5)
+
+
+def test_a_head_that_reads_tokens_keeps_them(clip: str, data: Path, tmp_path: Path) -> None:
+    mix = "{softmax: 1, superclass: 0.1}"
+    changes = {"model.name": clip, "tune.text": "frozen", "objective": mix, "optim.pairs": 32 * 12}
+    assert run_trainer(config(data, tmp_path / "run", **changes)) == 0
+    assert not cached(data)
 
 
 def test_mining_scores_what_is_cached(clip: str, data: Path, tmp_path: Path) -> None:

@@ -171,6 +171,7 @@ def test_a_name_tells_its_place() -> None:
         "model.text.text_projection.bias": ("text", LAST, True),
         "model.visual_projection.weight": ("image", LAST, True),
         "model.text_model.head.weight": ("text", LAST, True),
+        "model.visual_projection.base_layer.weight": ("image", LAST, True),
     }.items():
         assert tuple(place(name)) == expected, name
     assert depths(["model.visual.transformer.resblocks.11.x.w", "model.transformer.resblocks.2.w"]) == {
@@ -205,6 +206,28 @@ def test_what_is_frozen_has_no_dropout(models: dict[str, str], tmp_path: Path) -
     assert not torch.equal(first.text, second.text)
     assert not first.image.requires_grad
     assert first.text.requires_grad
+
+
+def test_frozen_batch_norm_may_be_cut_into_chunks(tmp_path: Path) -> None:
+    """It keeps its statistics; trained, a chunk's would not be the batch's."""
+    vision = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None}
+    name = str(write_open_clip_json(tmp_path, "tiny-resnet.json", vision_cfg=vision))
+    alone: Any = SimpleNamespace(device=torch.device("cpu"))
+    for amount in ("full", "frozen"):
+        config = config_of(name, model={"chunk_size": 2}, tune={"image": amount})
+        loaded = build.loaded_towers(config, SimpleNamespace(captions=list), None)  # type: ignore[arg-type]
+        encoder = build.dual_encoder(config, loaded, build_objective.setting(config, loaded, None)).train()
+        if amount == "full":
+            with pytest.raises(ValueError, match="BatchNorm"):
+                build_chunks.chunk_size(config, alone, loaded, encoder)
+        else:
+            assert build_chunks.chunk_size(config, alone, loaded, encoder) == 2
+            before = {name: buffer.clone() for name, buffer in encoder.towers.named_buffers() if "running" in name}
+            encoder.towers.image(torch.randn(4, 3, 32, 32))
+            assert before
+            assert all(
+                torch.equal(before[name], buffer) for name, buffer in encoder.towers.named_buffers() if name in before
+            )
 
 
 # ---- adapters --------------------------------------------------------------------------------------------------------

@@ -47,7 +47,9 @@ def write(config: dict[str, Any], tensors: Tensors, base: str, revision: str, sc
     """
     named = {**config, "base_model_name_or_path": base, "revision": revision or None}
     (folder / "adapter_config.json").write_text(json.dumps(named, indent=2) + "\n")
-    save_file({key: value.contiguous() for key, value in tensors.items()}, folder / "adapter_model.safetensors")
+    path = folder / "adapter_model.safetensors"
+    save_file({key: value.contiguous() for key, value in tensors.items()}, path)
+    path.chmod(0o644)  # safetensors leaves 0600
     log, bias = scalars["logit_scale"].item(), scalars.get("logit_bias")
     # the log is what the libraries keep, the factor what people mean
     scale = {"logit_scale": math.exp(log), "log_logit_scale": log, "logit_bias": None if bias is None else bias.item()}

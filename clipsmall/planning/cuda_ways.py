@@ -1,50 +1,56 @@
 """How a CUDA device would compute what runs abstractly as if on a CPU, as far as memory differs.
 
 Abstract tensors cannot lie on a GPU where there is none: PyTorch's autograd engine asks the driver for its streams
-(2.14: "hasPrimaryContext expects a valid device index"). So they lie on the CPU, and this mode makes the same kernels
-be chosen as on CUDA.
+(2.14: "hasPrimaryContext expects a valid device index"). So they lie on the CPU, and towers find other functions in
+torch.nn.functional: those that stand for the kernels of CUDA. (A TorchFunctionMode would not see what is called inside
+another function of PyTorch: the attention in nn.MultiheadAttention, or whatever a backward pass makes anew.)
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import wraps
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from clipsmall.planning.meter import HOST, Meter
+from clipsmall.tiles import TILE
 
-# what CUDA's autocast computes in float32 and the CPU's does not (docs: "CUDA Ops that can autocast to float32"),
-# of what towers are made of; their inputs and results are kept for the backward pass in twice the bytes
-WIDE = {torch.layer_norm, torch.group_norm, torch.softmax, torch.log_softmax, torch.norm, torch.exp, torch.log,
-        torch.pow, torch.sum, Tensor.softmax, Tensor.log_softmax, Tensor.norm, Tensor.exp, Tensor.log, Tensor.pow,
-        Tensor.sum, F.softmax, F.log_softmax, F.softplus, F.normalize, F.cross_entropy}  # fmt: skip
+# of what CUDA's autocast computes in float32 and the CPU's does not (PyTorch's list "CUDA Ops that can autocast to
+# float32"), those that towers are made of: what they keep for the backward pass has twice the bytes
+WIDE = ("layer_norm", "group_norm", "softmax", "log_softmax", "normalize")
 
 
-class CudaWays(TorchFunctionMode):
-    """Args: meter: is told which tensors would lie in the host's memory."""
+@contextmanager
+def cuda_ways(meter: Meter) -> Iterator[None]:
+    """Inside, kernels are chosen as on CUDA, the loss has its tiles, and what is sent to the host is not counted."""
 
-    def __init__(self, meter: Meter) -> None:
-        super().__init__()
-        self.meter = meter
+    def to_host(x: Tensor) -> Tensor:
+        with meter.labelled(HOST):
+            return torch.clone(x)
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        kwargs = dict(kwargs or {})
-        if func is F.scaled_dot_product_attention:
-            return lean_attention(*args, **kwargs)
-        if func is Tensor.cpu:
-            sent = torch.clone(args[0])
-            self.meter.label([sent], HOST)
-            return sent
-        if func is F.dropout:
-            return kept_as_bytes(*args, **kwargs)
-        if func in WIDE and torch.is_autocast_enabled("cpu") and kwargs.get("dtype") is None:
+    with ExitStack() as inside:
+        inside.enter_context(patch.dict(TILE, cpu=TILE["cuda"]))
+        inside.enter_context(patch.object(Tensor, "cpu", to_host))
+        inside.enter_context(patch.object(F, "scaled_dot_product_attention", lean_attention))
+        inside.enter_context(patch.object(F, "dropout", kept_as_bytes))
+        for name in WIDE:
+            inside.enter_context(patch.object(F, name, in_float32(getattr(F, name))))
+        yield
+
+
+def in_float32(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @wraps(function)
+    def wide(*args: Any, **kwargs: Any) -> Tensor:
+        if torch.is_autocast_enabled("cpu"):
             args = tuple(widened(each) for each in args)
             kwargs = {name: widened(value) for name, value in kwargs.items()}
-        return func(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return wide
 
 
 def widened(x: Any) -> Any:

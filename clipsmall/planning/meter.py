@@ -60,20 +60,20 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        kwargs = kwargs or {}
         try:
-            result = func(*args, **(kwargs or {}))
+            result = func(*args, **kwargs)
         except (DataDependentOutputException, DynamicOutputShapeException):
-            result = answer(func, args)
-        if isinstance(result, Tensor):
-            self._meet(result)
-        elif isinstance(result, tuple | list):
-            for each in result:
+            result = answer(func, args, kwargs)
+        like = func._opname == "zeros_like" and self._label_of(args[0]) == HOST
+        with self.labelled(HOST if like else self.making):
+            for each in result if isinstance(result, tuple | list) else (result,):
                 if isinstance(each, Tensor):
                     self._meet(each)
+        if func._opname in ("any", "ne"):  # they ask for what is odd
+            result.said = False
         if count := FLOPS.get(func._overloadpacket):
-            self.flops += count(*args, **(kwargs or {}), out_val=result)
-        if func._opname == "zeros_like" and self._label_of(args[0]) == HOST:
-            self.label([result], HOST)
+            self.flops += count(*args, **kwargs, out_val=result)
         return result
 
     def _label_of(self, tensor: Tensor) -> str:

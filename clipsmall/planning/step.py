@@ -1,7 +1,7 @@
 """One step of the real loop on abstract tensors, with a meter on it."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -11,17 +11,15 @@ import torch
 from accelerate.utils import convert_outputs_to_fp32
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.autograd.graph import _engine_run_backward
 
 from clipsmall import build, build_chunks, build_objective
 from clipsmall.batch import Embeddings, Pairs, Progress
 from clipsmall.config import Config
 from clipsmall.config_reader import validated
 from clipsmall.optim import Guard
-from clipsmall.planning.cuda_ways import CudaWays
+from clipsmall.planning.cuda_ways import cuda_ways
 from clipsmall.planning.meter import HOST, Meter
 from clipsmall.planning.ranks import imagined
-from clipsmall.tiles import TILE
 from clipsmall.tower_sources import Loaded
 from clipsmall.train import train
 
@@ -64,7 +62,8 @@ def measure(config: Config, machine: Machine, rows: int, hollow: bool = False) -
         ValueError: what a run of this config would raise before its first step.
     """
     config, meter = of_batch(config, rows * machine.ranks), Meter()
-    with imagined(machine.ranks), Abstract(), meter, unmoved(), ways(machine, meter):
+    ways = cuda_ways(meter) if machine.device == "cuda" else nullcontext()
+    with imagined(machine.ranks), Abstract(), meter, unmoved(), ways:
         stage = Stage(config, machine, meter, hollow)
         stage.first_step()
         stage.second_step(rows)
@@ -86,16 +85,6 @@ def of_batch(config: Config, batch: int) -> Config:
 def unmoved() -> Iterator[None]:
     """Modules stay where they are made: `Module.to` cannot move abstract parameters (torch 2.14: swap_tensors)."""
     with patch.object(nn.Module, "to", lambda module, *_, **__: module):
-        yield
-
-
-@contextmanager
-def ways(machine: Machine, meter: Meter) -> Iterator[None]:
-    """Kernels, and the loss's tiles, as on that device."""
-    if machine.device == "cuda":
-        with CudaWays(meter), patch.dict(TILE, cpu=TILE["cuda"]):
-            yield
-    else:
         yield
 
 
@@ -135,8 +124,10 @@ class Stage:
         for head in self.encoder.heads.values():
             if hasattr(head, "average"):
                 meter.label(tensors(head.average), "averaged towers")
-        with meter.labelled("memory"):
-            self.objective = build_objective.objective(config, self.setting)
+        meter.label([ids], HOST)
+        self.objective = build_objective.objective(config, self.setting)
+        if isinstance(self.objective, nn.Module):
+            meter.label(tensors(self.objective), "memory")
         self.optimizer = build.optimizer(config, self.encoder)
         self.trainable = 0
         for parameter in self.encoder.parameters():
@@ -162,9 +153,9 @@ class Stage:
         meter, encoder = self.meter, self.encoder
         self.optimizer.register_step_pre_hook(lambda *_: setattr(meter, "making", "optimizer"))
         encoder.forward = self.told(encoder.forward)  # type: ignore[method-assign]
-        accelerator: Any = SimpleNamespace(
-            backward=self.backward, clip_grad_norm_=nn.utils.clip_grad_norm_, scaler=None
-        )  # fp16's GradScaler holds two numbers
+        accelerator: Any = SimpleNamespace(  # without fp16's GradScaler, which holds two numbers
+            backward=self.backward, unscale_gradients=lambda: None, scaler=None
+        )
         columns = build_objective.columns(self.config)
         batch = self.pairs(rows)
         schedule = build.scheduler(self.config, self.optimizer)
@@ -179,8 +170,8 @@ class Stage:
         side = self.loaded.spec.size
         ids: Tensor = self.loaded.tokenize(["a"])
         made = Pairs(
-            torch.empty(rows, 3, side, side, dtype=torch.uint8),
-            torch.zeros(rows, ids.shape[1], dtype=ids.dtype),
+            torch.zeros(rows, 3, side, side, dtype=torch.uint8),
+            torch.ones(rows, ids.shape[1], dtype=ids.dtype),
             torch.arange(rows),
             torch.arange(rows),
         )
@@ -216,10 +207,7 @@ class Stage:
 
     def backward(self, loss: Tensor) -> None:
         self.meter.making = "loss"
-        # `loss.backward()` would leave CudaWays first, and with it what checkpoints make anew
-        _engine_run_backward(
-            (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True
-        )
+        torch.autograd.backward(loss)
         self.meter.making = "activations"
 
     def as_loss(self, made: Any) -> Any:

@@ -49,6 +49,7 @@ def write_features(path: Path, shard: Path, digest: str, features: Tensor, first
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file({"features": features.contiguous(), "first": first}, temporary, metadata)
+        temporary.chmod(0o644)  # safetensors leaves 0600; shards are shared
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         raise ValueError(

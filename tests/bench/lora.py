@@ -27,16 +27,16 @@ from tests.local_clip import local_clip
 
 METRICS = ("image_retrieval_recall@1", "image_retrieval_recall@10", "text_retrieval_recall@10")
 AMOUNTS: dict[str, list[str]] = {
-    "full": ["--optim.lr=5e-4"],
-    "full, layer_decay 0.7": ["--optim.lr=5e-4", "--optim.layer_decay=0.7"],
-    "lora, rank 16": ["--tune.image=lora", "--tune.text=lora", "--optim.lr=2e-3"],
-    "lora, rank 4": ["--tune.image=lora", "--tune.text=lora", "--tune.lora.rank=4", "--optim.lr=2e-3"],
+    "full": ["--optim.lr=1e-3"],
+    "full, layer_decay 0.7": ["--optim.lr=1e-3", "--optim.layer_decay=0.7"],
+    "lora, rank 16": ["--tune.image=lora", "--tune.text=lora", "--optim.lr=3e-3"],
+    "lora, rank 4": ["--tune.image=lora", "--tune.text=lora", "--tune.lora.rank=4", "--optim.lr=3e-3"],
     "lora, rank 16, projections": [
-        "--tune.image=lora", "--tune.text=lora", "--tune.projections=true", "--optim.lr=2e-3",
+        "--tune.image=lora", "--tune.text=lora", "--tune.projections=true", "--optim.lr=3e-3",
     ],
-    "last block of each": ["--tune.image=1", "--tune.text=1", "--optim.lr=5e-4"],
-    "text frozen": ["--tune.text=frozen", "--optim.lr=5e-4"],
-    "image frozen (LiT)": ["--tune.image=frozen", "--optim.lr=5e-4", "--data.crop_scale=1"],
+    "last block of each": ["--tune.image=1", "--tune.text=1", "--optim.lr=1e-3"],
+    "text frozen": ["--tune.text=frozen", "--optim.lr=1e-3"],
+    "image frozen (LiT)": ["--tune.image=frozen", "--optim.lr=1e-3", "--data.crop_scale=1"],
 }  # fmt: skip
 
 
@@ -74,11 +74,12 @@ def pretrained(out: Path, data: Path, pairs: int) -> Path:
     folder = out / "base"
     if not folder.exists():
         random = local_clip(
-            out / "random", image_size=64, patch_size=8, width=96, layers=3, heads=3, projection=96, context_length=24
+            out / "random", image_size=64, patch_size=16, width=96, layers=3, heads=3, projection=96, context_length=24
         )
         if not (out / "pretraining/checkpoints").exists():
             run("clipsmall.train", f"--out={out / 'pretraining'}", f"--data.train=[{data / 'icons'}]",
-                f"--model.name={random}", "--optim.lr=2e-3", f"--optim.pairs={pairs}", "--data.crop_scale=0.7",
+                f"--model.name={random}", "--optim.lr=1e-3", f"--optim.pairs={pairs}", "--data.crop_scale=0.7",
+                "--data.batch_size=128",
                 "--optim.weight_decay=0.05")  # fmt: skip
         run("clipsmall.export", out / "pretraining", "--to", folder, "--name", "icons-clip")
     return folder
@@ -94,7 +95,8 @@ def tuned(name: str, words: list[str], base: Path, out: Path, data: Path, pairs:
     if not (folder / "seconds").exists():
         seconds = run(
             "clipsmall.train", f"--out={folder}", "--resume=auto", f"--data.train=[{data / 'train'}]",
-            f"--model.name={base}", f"--optim.pairs={pairs}", "--optim.warmup_pairs=2048", "--optim.weight_decay=0.05",
+            f"--model.name={base}", f"--optim.pairs={pairs}", "--optim.warmup_pairs=4096", "--optim.weight_decay=0.05",
+            "--data.batch_size=128",
             f"--evaluate.retrieval=[{{name: openmoji, data: [{data / 'test'}]}}]", "--data.crop_scale=0.7", *words,
         )  # fmt: skip
         (folder / "seconds").write_text(str(round(seconds)))
@@ -106,8 +108,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/lora"))
     parser.add_argument("--data", type=Path, default=Path("data/lora"))
     parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared/data")
-    parser.add_argument("--pretraining_pairs", type=int, default=100_000)
-    parser.add_argument("--pairs", type=int, default=40_000)
+    parser.add_argument("--pretraining_pairs", type=int, default=300_000)
+    parser.add_argument("--pairs", type=int, default=60_000)
     args = parser.parse_args()
     make_data(args.data, args.shared)
     base = pretrained(args.out, args.data, args.pretraining_pairs)
