@@ -16,6 +16,7 @@ from clipsmall import (
     checkpoint,
     devices,
     optim,
+    sharded,
     tower_loading,
     world,
 )
@@ -49,6 +50,8 @@ def accelerator(config: Config) -> Accelerator:
         )
     if made.mixed_precision == "bf16" and made.device.type == "cuda" and not devices.has_bf16():
         raise ValueError(f"run.precision=bf16: {torch.cuda.get_device_name()} has no bf16; use fp16")
+    if sharded.asked():
+        sharded.check(made.mixed_precision, config.model.chunk_size)
     return made
 
 
@@ -86,11 +89,17 @@ def dual_encoder(config: Config, loaded: Loaded, setting: Setting) -> DualEncode
 
 
 def synchronised(model: DualEncoder) -> DualEncoder:
-    """BatchNorm over all ranks, as one process would have it. Raises ValueError on CPU ranks, where torch cannot."""
+    """BatchNorm over all ranks, as one process would have it.
+
+    Raises:
+        ValueError: on CPU ranks, where torch cannot; with FSDP, where nobody has tried.
+    """
     kind = torch.nn.modules.batchnorm._BatchNorm
     norms = any(isinstance(part, kind) and not frozen(part) for part in model.modules())
     if world.size() == 1 or not norms:
         return model
+    if sharded.asked():
+        raise ValueError("this model has BatchNorm, which FSDP does not take here; launch without it")
     if not next(model.parameters()).is_cuda:
         raise ValueError("this model has BatchNorm, which several CPU ranks would each compute for themselves: run one")
     model.towers = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model.towers)  # type: ignore[no-untyped-call]
@@ -141,9 +150,14 @@ def run_state(
         objective = objective.to(device)
     data.made |= build_cache.frozen_features(config, data, loaded, encoder, accelerator)
     batches = build_mining.batches(config, data, loaded, progress, accelerator, encoder)
+    encoder = synchronised(encoder)
+    if sharded.asked():
+        sharded.shard(encoder, device)  # whole so far: what was tried out and cached above, each rank did alone
     adamw = optimizer(config, encoder)
     schedule = scheduler(config, adamw)  # before prepare, which keeps the step function it finds
-    model, adamw = accelerator.prepare(synchronised(encoder), adamw)
+    # sharded towers average their gradients themselves: of Accelerate they need autocast, as in evaluation
+    model = accelerator.prepare_model(encoder, evaluation_mode=sharded.asked())
+    adamw = accelerator.prepare_optimizer(adamw)
     state = RunState(
         accelerator=accelerator,
         model=encoder,

@@ -86,7 +86,9 @@ def checkpoint_activations(loaded: Loaded) -> None:
         ValueError: towers that cannot; chunks do the same for any.
     """
     if loaded.description["kind"] == "transformers":
-        loaded.towers.model.gradient_checkpointing_enable({"use_reentrant": False})
+        model = loaded.towers.model  # transformers 5.23 renamed it
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     elif loaded.description["kind"] == "open_clip":
         loaded.towers.model.set_grad_checkpointing(True)
     else:

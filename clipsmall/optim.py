@@ -2,12 +2,14 @@
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
+
+from clipsmall import sharded, world
 
 
 def parameter_groups(
@@ -34,6 +36,18 @@ def parameter_groups(
     ]
 
 
+class AdamW(torch.optim.AdamW):
+    """Over whole and sharded tensors alike, in one fused kernel: what it does to a number asks no other number, so each
+    rank does it to its shares."""
+
+    def _init_group(self, group: dict[str, Any], *lists: list[Any]) -> bool:
+        """Fills lists of parameters, gradients and moments, of which torch makes a step."""
+        found: bool = super()._init_group(group, *lists)  # type: ignore[no-untyped-call]
+        for tensors in lists:
+            tensors[:] = map(sharded.share, tensors)
+        return found
+
+
 def adamw(
     model: nn.Module,
     lr: float,
@@ -41,11 +55,11 @@ def adamw(
     betas: tuple[float, float],
     eps: float,
     scale: Callable[[str], float] = lambda name: 1.0,
-) -> torch.optim.AdamW:
+) -> AdamW:
     """Over `parameter_groups`; fused on a GPU."""
     fused = any(p.is_cuda for p in model.parameters())
     groups = parameter_groups(model, lr, weight_decay, scale)
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused)
+    return AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused)
 
 
 def warmup_cosine(optimizer: torch.optim.Optimizer, steps: int, warmup: int) -> LambdaLR:
@@ -62,6 +76,21 @@ def warmup_cosine(optimizer: torch.optim.Optimizer, steps: int, warmup: int) -> 
 def scaled_lr(lr: float, batch_size: int, rule: str) -> float:
     """`none`: lr as given; `sqrt`: lr is for batch 256 and grows with √(B/256), as suits Adam."""
     return lr * math.sqrt(batch_size / 256) if rule == "sqrt" else lr
+
+
+@torch.no_grad()
+def clipped_norm(accelerator: Any, parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
+    """(): the norm of the whole gradient, of sharded tensors too, which is then scaled down to at most `limit`."""
+    accelerator.unscale_gradients()
+    found = [p.grad for p in parameters if p.grad is not None]
+    mine = [sharded.share(grad) for grad in found]
+    kept = [part for part, grad in zip(mine, found, strict=True) if part is grad]
+    shares = [part for part, grad in zip(mine, found, strict=True) if part is not grad]
+    norm = torch.nn.utils.get_total_norm(kept)
+    if shares:
+        norm = (norm.square() + world.total(torch.nn.utils.get_total_norm(shares).square())).sqrt()
+    torch._foreach_mul_(mine, (limit / (norm + 1e-6)).clamp(max=1.0))
+    return norm
 
 
 class NonFiniteError(ValueError):

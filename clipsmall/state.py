@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
 
-from clipsmall import checkpoint, world
+from clipsmall import checkpoint, sharded, world
 from clipsmall.batch import Progress
 from clipsmall.checkpoint import CheckpointError
 from clipsmall.feed import Feed
@@ -68,8 +68,10 @@ class RunState:
         mine = {"rng": checkpoint.random_state(device), "feed": self.feed.state_dict()}
         ranks = [json.loads(data) for data in world.gather_bytes(json.dumps(mine).encode(), device)]
         folder = checkpoint.step_folder(checkpoints, self.progress.step)
+        moments, rest = checkpoint.split_optimizer(self.optimizer.state_dict())
+        main = self.accelerator.is_main_process
+        weights, moments = (sharded.gathered(each, keep=main) for each in (self.model.state_dict(), moments))
         if self.accelerator.is_main_process:
-            moments, rest = checkpoint.split_optimizer(self.optimizer.state_dict())
             memory = self.objective.state_dict() if isinstance(self.objective, nn.Module) else {}
             scaler = self.accelerator.scaler
             state = {
@@ -83,7 +85,7 @@ class RunState:
             }
             plan = self.feed.mining.state_dict() if self.feed.mining else {}
             tensors = {
-                "model": self.model.state_dict(), "optimizer": moments, "objective": memory, "mining": plan,
+                "model": weights, "optimizer": moments, "objective": memory, "mining": plan,
             }  # fmt: skip
             checkpoint.save(folder, tensors, state, lambda path: save_model_files(self.loaded, path))
             checkpoint.tidy(checkpoints, keep)
@@ -99,14 +101,15 @@ class RunState:
         state = checkpoint.read_state(folder)
         self._refuse_another_run(folder, state)
         device = self.accelerator.device
+        weights = sharded.scattered(checkpoint.read_tensors(folder, "model"), self.model.state_dict())
         try:
-            missing = self.model.load_state_dict(checkpoint.read_tensors(folder, "model"), strict=False)
+            missing = self.model.load_state_dict(weights, strict=False)
         except RuntimeError as error:  # of another size
             raise CheckpointError(f"{folder}: holds another model ({str(error).splitlines()[-1].strip()})") from None
         if missing.missing_keys or missing.unexpected_keys:
             names = (missing.missing_keys + missing.unexpected_keys)[:3]
             raise CheckpointError(f"{folder}: holds another model (first differing weights: {', '.join(names)})")
-        moments = checkpoint.read_tensors(folder, "optimizer")
+        moments = sharded.scattered_moments(checkpoint.read_tensors(folder, "optimizer"), self.optimizer.param_groups)
         self.optimizer.load_state_dict(checkpoint.joined_optimizer(moments, state["optimizer"]))
         self.scheduler.load_state_dict(state["scheduler"])
         if isinstance(self.objective, nn.Module):

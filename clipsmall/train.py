@@ -29,12 +29,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader workers are f
 from accelerate import Accelerator
 from torch import Tensor
 
-from clipsmall import build, build_jobs, build_objective, build_queue, build_tuning, world
+from clipsmall import build, build_jobs, build_objective, build_queue, build_tuning, sharded, world
 from clipsmall.batch import Embeddings, Pairs, Progress
 from clipsmall.config import Config
 from clipsmall.config_reader import read, refuse, written
 from clipsmall.feed import Stop
-from clipsmall.optim import Guard, NonFiniteError, skipped
+from clipsmall.optim import Guard, NonFiniteError, clipped_norm, skipped
 from clipsmall.report import Report
 from clipsmall.run_folder import RunFolder
 from clipsmall.shards import Skips, open_catalog
@@ -61,7 +61,7 @@ def train(
         rows = model(pairs)  # my embeddings, scale, bias
         losses = objective(rows, columns(rows))  # compared with everybody's
         accelerator.backward(losses["loss"])
-        losses["grad_norm"] = accelerator.clip_grad_norm_(model.parameters(), clip)
+        losses["grad_norm"] = clipped_norm(accelerator, model.parameters(), clip)
         if guard.passes(losses, world.mean(losses["loss"] + losses["grad_norm"]), rows):  # all ranks alike
             optimizer.step()
         scheduler.step()
@@ -154,6 +154,7 @@ def describe(config: Config, state: RunState) -> None:
     print(
         f"{config.objective.title}: {trainable / 1e6:.2f}M parameters; {state.source}; {world.size()} ranks x "
         f"{size // world.size()} = batch {size}"
+        + sharded.told(state.model)
         + (f", compared in {config.optim.accumulate} parts (naive accumulation)" if config.compared < size else "")
         + build_queue.told(state.objective)
         + (f", {state.model.chunk_size} at a time through the towers" if state.model.chunk_size else "")

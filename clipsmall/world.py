@@ -188,6 +188,30 @@ def maximum(x: Tensor) -> Tensor:
     return x
 
 
+def shard(parts: list[Any], passes: tuple[str, ...], device: torch.device) -> None:
+    """Each rank keeps its share of every parameter (FSDP2), and gathers a part's for the time of its passes only.
+
+    Backward averages over ranks, as DDP. `parts`: modules, those inside first; `passes`: methods of the last.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    mesh = init_device_mesh(device.type, (size(),))
+    for part in parts:
+        fully_shard(part, mesh=mesh, reshard_after_forward=True)  # the last part, too: else it stays whole
+    for name in passes:
+        register_fsdp_forward_method(parts[-1], name)
+
+
+def shared_as(like: Any, x: Tensor) -> Tensor:
+    """A whole tensor, the same on every rank, sharded as `like` is, if it is."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if not isinstance(like, DTensor):
+        return x
+    return distribute_tensor(x, like.device_mesh, like.placements, src_data_rank=None)
+
+
 def gather_bytes(data: bytes, device: torch.device) -> list[bytes]:
     """Every rank's bytes, in rank order, on every rank."""
     mine = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)

@@ -6,23 +6,30 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from clipsmall import world
-from clipsmall.preprocess import BadImage, ImageTransform
+from clipsmall.preprocess import BadImage, ImageTransform, decode
 from clipsmall.shards import Catalog, captions_of, fields_of, outlive_the_signal
 from clipsmall.towers import DualEncoder
 
+Change = Callable[[Image.Image, int], Image.Image]  # of a decoded picture and its pair's number
+
 
 class _Images(Dataset[tuple[int, Tensor | None]]):
-    def __init__(self, catalog: Catalog, transform: ImageTransform) -> None:
-        self.catalog, self.transform = catalog, transform
+    def __init__(self, catalog: Catalog, transform: ImageTransform, change: Change | None) -> None:
+        self.catalog, self.transform, self.change = catalog, transform, change
 
     def __getitem__(self, row: int) -> tuple[int, Tensor | None]:
         try:
-            return row, self.transform(self.catalog.read(row).image)
+            data = self.catalog.read(row).image
+            if self.change is None:
+                return row, self.transform(data)
+            changed = self.change(decode(data), int(self.catalog.index[row]))
+            return row, torch.from_numpy(np.array(self.transform.steps(changed))).permute(2, 0, 1)
         except BadImage:
             return row, None
 
@@ -31,6 +38,12 @@ def _collate(samples: list[tuple[int, Tensor | None]]) -> tuple[Tensor, Tensor]:
     good = [(row, image) for row, image in samples if image is not None]
     images = torch.stack([image for _, image in good]) if good else torch.empty(0)
     return torch.tensor([row for row, _ in good], dtype=torch.int64), images
+
+
+def _lacking(batches: list[Any], encoded: int) -> int:
+    """Passes that this rank has yet to make until it has made as many as any other: where towers are sharded, a rank
+    that passes alone waits for ever."""
+    return -(-len(batches) // world.size()) - encoded
 
 
 def _mine(batches: list[Any]) -> list[Any]:
@@ -61,8 +74,13 @@ class Encoder:
         if self.batch_size < 1:
             raise ValueError(f"batch_size={self.batch_size}: must be at least 1")
 
-    def images(self, catalog: Catalog, only: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+    def images(
+        self, catalog: Catalog, only: Sequence[int] | None = None, change: Change | None = None
+    ) -> tuple[Tensor, Tensor]:
         """(n, D) unit features and (n,) their rows in the catalog, ascending; broken images are not among them.
+
+        Args:
+            only: these rows; None = all. change: what happens to a picture before it is resized and cropped.
 
         Raises:
             ValueError: every image is broken.
@@ -70,7 +88,7 @@ class Encoder:
         wanted = torch.arange(len(catalog)) if only is None else torch.tensor(only)
         batches = list(torch.split(wanted, self.batch_size))
         loader = DataLoader(
-            _Images(catalog, ImageTransform(self.model.spec)),
+            _Images(catalog, ImageTransform(self.model.spec), change),
             batch_sampler=[batch.tolist() for batch in _mine(batches)],
             num_workers=self.workers,
             collate_fn=_collate,
@@ -83,6 +101,9 @@ class Encoder:
             if len(here):
                 rows.append(here)
                 parts.append(self._encode(self.model.encode_image, images))
+        side = self.model.spec.size
+        for _ in range(_lacking(batches, len(parts) - 1)):
+            self._encode(self.model.encode_image, torch.zeros(1, 3, side, side, dtype=torch.uint8))
         features, found = self._gathered(torch.cat(rows), torch.cat(parts))
         if not len(found):
             raise ValueError(f"{catalog.shards[0]} ...: none of {len(wanted)} images can be read")
@@ -95,6 +116,8 @@ class Encoder:
         for here in self._bar(_mine(batches), "texts"):
             rows.append(here)
             parts.append(self._encode(self.model.encode_text, self.tokenize([captions[i] for i in here.tolist()])))
+        for _ in range(_lacking(batches, len(parts) - 1)):
+            self._width()
         return self._gathered(torch.cat(rows), torch.cat(parts))[0]
 
     @torch.no_grad()

@@ -27,16 +27,16 @@ from tests.local_clip import local_clip
 
 METRICS = ("image_retrieval_recall@1", "image_retrieval_recall@10", "text_retrieval_recall@10")
 AMOUNTS: dict[str, list[str]] = {
-    "full": ["--optim.lr=1e-3"],
-    "full, layer_decay 0.7": ["--optim.lr=1e-3", "--optim.layer_decay=0.7"],
     "lora, rank 16": ["--tune.image=lora", "--tune.text=lora", "--optim.lr=3e-3"],
-    "lora, rank 4": ["--tune.image=lora", "--tune.text=lora", "--tune.lora.rank=4", "--optim.lr=3e-3"],
+    "full": ["--optim.lr=1e-3"],
     "lora, rank 16, projections": [
         "--tune.image=lora", "--tune.text=lora", "--tune.projections=true", "--optim.lr=3e-3",
     ],
-    "last block of each": ["--tune.image=1", "--tune.text=1", "--optim.lr=1e-3"],
-    "text frozen": ["--tune.text=frozen", "--optim.lr=1e-3"],
     "image frozen (LiT)": ["--tune.image=frozen", "--optim.lr=1e-3", "--data.crop_scale=1"],
+    "last block of each": ["--tune.image=1", "--tune.text=1", "--optim.lr=1e-3"],
+    "lora, rank 4": ["--tune.image=lora", "--tune.text=lora", "--tune.lora.rank=4", "--optim.lr=3e-3"],
+    "full, layer_decay 0.7": ["--optim.lr=1e-3", "--optim.layer_decay=0.7"],
+    "text frozen": ["--tune.text=frozen", "--optim.lr=1e-3"],
 }  # fmt: skip
 
 
