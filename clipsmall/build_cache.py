@@ -1,6 +1,5 @@
 """Config -> features of frozen towers, computed once a shard and read instead of images or captions."""
 
-import hashlib
 import os
 import sys
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from clipsmall import build_objective, world
+from clipsmall import build_objective, checkpoint, world
 from clipsmall.anatomy import place
 from clipsmall.build_data import TrainingData
 from clipsmall.config import Config
@@ -132,9 +131,6 @@ class Maker:
 def _digest(tower: str, loaded: Loaded, model: DualEncoder, accelerator: Accelerator) -> str:
     """Of everything the features depend on: weights, preprocessing, tokens, precision."""
     probe = loaded.tokenize(["A photo of 2 cats, é!"]).tolist() if tower == "text" else loaded.spec
-    found = hashlib.sha256(f"{tower} {probe!r} {accelerator.mixed_precision}".encode())
-    for name, tensor in sorted(model.towers.state_dict().items()):
-        if place(name).tower == tower:
-            found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            found.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return found.hexdigest()
+    weights = {name: x for name, x in model.towers.state_dict().items() if place(name).tower == tower}
+    layers = ((name, part) for name, part in model.towers.named_modules() if place(f"{name}.").tower == tower)
+    return checkpoint.model_digest(layers, weights, tower, probe, accelerator.mixed_precision)

@@ -1,6 +1,5 @@
 """Scoring a shard: what a model makes of each of its pairs."""
 
-import hashlib
 import os
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from clipsmall import checkpoint
 from clipsmall.evaluation import Encoder
 from clipsmall.shards import Catalog, ShardError, captions_of, fields_of, read_index
 from clipsmall.shards.scores import Scorer, good_rows, read_scores, sidecar
@@ -16,12 +16,9 @@ from clipsmall.towers import DualEncoder
 
 
 def scorer_of(model: DualEncoder, name: str, pretrained: str) -> Scorer:
-    digest = hashlib.sha256(repr(model.spec).encode())
-    for key, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    digest = checkpoint.model_digest(model.named_modules(), model.state_dict(), model.spec)
     scale, bias = model.logit_scale.exp().item(), model.logit_bias.item()
-    return Scorer(name, pretrained, digest.hexdigest(), model.spec.size, scale, bias)
+    return Scorer(name, pretrained, digest, model.spec.size, scale, bias)
 
 
 def score_shard(encoder: Encoder, catalog: Catalog, place: int) -> tuple[pa.Table, int]:

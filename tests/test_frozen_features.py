@@ -132,6 +132,16 @@ def metadata(file: Path) -> dict[str, str]:
         return opened.metadata()
 
 
+def test_an_activation_without_weights_makes_another_tower(clip: str, data: Path, tmp_path: Path) -> None:
+    changes = {"tune.image": "frozen", "optim.pairs": 32 * 10}
+    assert run_trainer(config(data, tmp_path / "first", **changes, **{"model.name": clip})) == 0
+    other = Path(shutil.copytree(clip, tmp_path / "other"))
+    text = (other / "config.json").read_text()
+    (other / "config.json").write_text(text.replace("quick_gelu", "gelu"))
+    assert run_trainer(config(data, tmp_path / "second", **changes, **{"model.name": other})) == 0
+    assert len(cached(data)) == 6
+
+
 def test_a_folder_of_its_own_and_one_that_cannot_be_written(
     clip: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
