@@ -5,28 +5,41 @@ import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 
 @dataclass
 class Cell:
     """One model on one data set for one task.
 
-    `metrics` are CLIP_benchmark's names (acc1, acc5, mean_per_class_recall, image_retrieval_recall@5, ...), each a
-    share between 0 and 1; `chance` has the value of a guess for some of them; `counts` says over how much.
+    `metrics` are CLIP_benchmark's names (acc1, acc5, mean_per_class_recall, image_retrieval_recall@5, ...), shares
+    between 0 and 1, or a task's own; `chance` has the value of a guess for some of them; `counts` says over how much.
     """
 
     dataset: str
-    task: str  # zeroshot_classification or zeroshot_retrieval
+    task: str  # zeroshot_classification, zeroshot_retrieval, linear_probe; or one of ours
     metrics: dict[str, float]
     chance: dict[str, float] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)  # pairs, classes, skipped, ...
+    details: dict[str, Any] = field(default_factory=dict)  # JSON behind the metrics: bins, a table of corruptions
+    key: str = ""  # digest of all the numbers depend on, by which a cell is known to be done
+
+
+def safe(name: str) -> str:
+    """As part of a file name."""
+    return re.sub(r"[^\w.@-]+", "-", name).strip("-")
+
+
+def cell_path(folder: Path, dataset: str, pretrained: str, model: str, task: str) -> Path:
+    """`{dataset}_{pretrained}_{model}_{language}_{task}.json`."""
+    parts = (dataset, pretrained, model, "en", task)
+    return folder / ("_".join(map(safe, parts)) + ".json")
 
 
 def write_cell(cell: Cell, folder: Path, model: str, pretrained: str) -> Path:
-    """`{dataset}_{pretrained}_{model}_{language}_{task}.json`, written whole or not at all."""
+    """Write the file `cell_path` names, whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    parts = (cell.dataset, pretrained, model, "en", cell.task)
-    path = folder / ("_".join(re.sub(r"[^\w.@-]+", "-", part).strip("-") for part in parts) + ".json")
+    path = cell_path(folder, cell.dataset, pretrained, model, cell.task)
     content = {
         "dataset": cell.dataset,
         "model": model,
@@ -36,6 +49,8 @@ def write_cell(cell: Cell, folder: Path, model: str, pretrained: str) -> Path:
         "language": "en",
         "chance": cell.chance,
         "counts": cell.counts,
+        **({"details": cell.details} if cell.details else {}),
+        **({"key": cell.key} if cell.key else {}),
     }
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     temporary.write_text(json.dumps(content, indent=2) + "\n")

@@ -9,7 +9,7 @@ from torch import Tensor
 from clipsmall.evaluation import prompts
 from clipsmall.evaluation.cells import Cell
 from clipsmall.evaluation.features import Encoder, class_indices, read_texts
-from clipsmall.evaluation.hits import chance, chunk_rows, hits, refuse_non_finite, scores
+from clipsmall.evaluation.hits import chunk_rows, hits, refuse_non_finite, scores
 from clipsmall.shards import Catalog
 
 KS = (1, 5)
@@ -23,15 +23,29 @@ def class_features(encoder: Encoder, classes: Sequence[str], templates: Sequence
 
 def accuracies(images: Tensor, classes: Tensor, labels: Tensor) -> dict[str, float]:
     """(n, D), (C, D), (n,) -> acc1, acc5 (where C > 5) and mean_per_class_recall over the classes with images."""
-    ks = tuple(k for k in KS if k == 1 or k < len(classes))
-    found, size = [], chunk_rows(len(classes))
-    for features, truth in zip(torch.split(images, size), torch.split(labels, size), strict=True):
-        found.append(hits(scores(features, classes), F.one_hot(truth, len(classes)).bool(), ks))
-    hit = torch.cat(found)
-    counts = torch.bincount(labels, minlength=len(classes))
-    per_class = torch.zeros(len(classes), dtype=torch.float64).index_add_(0, labels, hit[:, 0])
-    metrics = {f"acc{k}": hit[:, i].mean().item() for i, k in enumerate(ks)}
+    size = chunk_rows(len(classes))
+    parts = zip(torch.split(images, size), torch.split(labels, size), strict=True)
+    found = [class_hits(scores(features, classes), truth) for features, truth in parts]
+    return summary(torch.cat(found), labels, len(classes))
+
+
+def class_hits(values: Tensor, labels: Tensor) -> Tensor:
+    """(n, C) scores, (n,) labels -> (n, 1 or 2): is the right class the best, and (where C > 5) among the 5 best?"""
+    classes = values.shape[1]
+    return hits(values, F.one_hot(labels, classes).bool(), tuple(k for k in KS if k == 1 or k < classes))
+
+
+def summary(hit: Tensor, labels: Tensor, classes: int) -> dict[str, float]:
+    """What `class_hits` found -> CLIP_benchmark's metrics."""
+    counts = torch.bincount(labels, minlength=classes)
+    per_class = torch.zeros(classes, dtype=torch.float64).index_add_(0, labels, hit[:, 0])
+    metrics = {f"acc{k}": hit[:, i].mean().item() for i, k in enumerate(KS[: hit.shape[1]])}
     return {**metrics, "mean_per_class_recall": (per_class / counts)[counts > 0].mean().item()}
+
+
+def class_chance(classes: int) -> dict[str, float]:
+    """acc1 and acc5 of a guess among C classes."""
+    return {f"acc{k}": k / classes for k in KS if k == 1 or k < classes}
 
 
 def zero_shot(
@@ -57,13 +71,10 @@ def zero_shot(
     weights = class_features(encoder, names, prompts.templates(templates))
     refuse_non_finite(images, "image")
     refuse_non_finite(weights, "class")
-    answers = torch.tensor([len(names)])
-    guess = chance(answers, torch.ones_like(answers), KS)
-    metrics = accuracies(images, weights, labels[rows])
     return Cell(
         dataset=name,
         task="zeroshot_classification",
-        metrics=metrics,
-        chance={f"acc{k}": p for k, p in zip(KS, guess.tolist(), strict=True) if f"acc{k}" in metrics},
+        metrics=accuracies(images, weights, labels[rows]),
+        chance=class_chance(len(names)),
         counts={"images": len(rows), "classes": len(names), "skipped": len(catalog) - len(rows)},
     )

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from clipsmall import world
+from clipsmall import checkpoint, world
 from clipsmall.preprocess import BadImage, ImageTransform, decode
 from clipsmall.shards import Catalog, captions_of, fields_of, outlive_the_signal
 from clipsmall.towers import DualEncoder
@@ -127,6 +127,11 @@ class Encoder:
         features = encode(inputs.to(self.device)).float().cpu()
         self.model.train(training)
         return features
+
+    def digest(self) -> str:
+        """Of all that features depend on: weights and layers, preprocessing, tokens."""
+        model, probe = self.model, self.tokenize(["A photo of 2 cats, é!"]).tolist()
+        return checkpoint.model_digest(model.named_modules(), model.state_dict(), model.through, model.spec, probe)
 
     def _width(self) -> int:
         return int(self._encode(self.model.encode_text, self.tokenize(["a"])).shape[1])

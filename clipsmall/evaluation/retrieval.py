@@ -4,7 +4,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
+from clipsmall import world
 from clipsmall.evaluation.cells import Cell
 from clipsmall.evaluation.features import Encoder, read_texts
 from clipsmall.evaluation.hits import chance, chunk_rows, hits, refuse_non_finite, scores
@@ -52,10 +54,17 @@ def relevance(captions: list[list[str]]) -> tuple[list[str], Relevance]:
 
 
 def recalls(queries: Tensor, answers: Tensor, belongs: Relevance, side: str) -> dict[int, float]:
-    """recall@k: the share of queries with a right answer among the k best; exact, in chunks of queries."""
+    """recall@k: the share of queries with a right answer among the k best; exact, in chunks of queries.
+
+    Memory: half a GiB, and the answers in float64, however many there are.
+    """
     ks = tuple(k for k in KS if k == 1 or k < len(answers))
     total, size = torch.zeros(len(ks), dtype=torch.float64), chunk_rows(len(answers))
-    for start in range(0, len(queries), size):
+    answers = answers.double()  # once, not in every chunk
+    starts = range(0, len(queries), size)
+    for start in tqdm(
+        starts, desc=f"{side} queries", delay=3, leave=False, disable=None if world.rank() == 0 else True
+    ):
         part = queries[start : start + size]
         total += hits(scores(part, answers), belongs.block(side, start, start + len(part)), ks).sum(dim=0)
     return dict(zip(ks, (total / len(queries)).tolist(), strict=True))
@@ -74,10 +83,19 @@ def retrieval(encoder: Encoder, catalog: Catalog, name: str) -> Cell:
     images, rows = encoder.images(catalog)
     captions, belongs = relevance([texts.captions[row] for row in rows.tolist()])
     features = encoder.texts(captions)
+    return retrieval_of(images, features, belongs, name, skipped=len(catalog) - len(rows))
+
+
+def retrieval_of(images: Tensor, features: Tensor, belongs: Relevance, name: str, skipped: int = 0) -> Cell:
+    """The same of (n, D) features of images and (m, D) of captions.
+
+    Raises:
+        ValueError: features that are not finite.
+    """
     refuse_non_finite(images, "image")
     refuse_non_finite(features, "text")
     cell = Cell(name, "zeroshot_retrieval", {})
-    cell.counts = {"images": len(rows), "captions": len(captions), "skipped": len(catalog) - len(rows)}
+    cell.counts = {"images": len(images), "captions": len(features), "skipped": skipped}
     for task, side, queries, answers in (
         ("image_retrieval", "text", features, images),
         ("text_retrieval", "image", images, features),

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from clipsmall import checkpoint
 from clipsmall.evaluation import Encoder
 from clipsmall.evaluation.features import read_texts
 from clipsmall.evaluation.hits import refuse_non_finite
@@ -55,7 +54,7 @@ def embed(encoder: Encoder, catalog: Catalog, folder: Path, model: str = "") -> 
             not finite.
     """
     prints = [(shard.name, _fingerprint(catalog, number)) for number, shard in enumerate(catalog.shards)]
-    store = Store(folder, model, digest_of(encoder), prints)
+    store = Store(folder, model, encoder.digest(), prints)
     if store.note:
         print(f"{folder}: {store.note}; embedding anew", file=sys.stderr)
     missing = store.missing()
@@ -74,12 +73,6 @@ def embed(encoder: Encoder, catalog: Catalog, folder: Path, model: str = "") -> 
         rows=torch.from_numpy(np.concatenate(rows)),
         broken=store.broken,
     )
-
-
-def digest_of(encoder: Encoder) -> str:
-    """Of all that embeddings depend on: weights, layers (activations have no weights), preprocessing, tokens."""
-    model, probe = encoder.model, encoder.tokenize(["A photo of 2 cats, é!"]).tolist()
-    return checkpoint.model_digest(model.named_modules(), model.state_dict(), model.through, model.spec, probe)
 
 
 def _fingerprint(catalog: Catalog, number: int) -> str:

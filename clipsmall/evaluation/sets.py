@@ -1,0 +1,117 @@
+"""A data set to evaluate on: our shards, or CLIP_benchmark's layout as it is, with the words that belong to it."""
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from clipsmall import world
+from clipsmall.shards import Catalog, build_index, index_path, open_catalog, shard_paths, write_index
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Images, where their class names and templates come from (see `prompts`), and how to tell an image's class."""
+
+    name: str
+    shards: str  # folder, glob or brace list
+    train: str  # of the images that probes learn from; "" = none known
+    kind: str  # retrieval, or "": whatever it has
+    classes: str
+    templates: str
+    label: str
+
+    @cached_property
+    def catalog(self) -> Catalog:
+        """Every image, with a caption or without. Raises ShardError."""
+        return _indexed(self.shards)
+
+    @cached_property
+    def training(self) -> Catalog:
+        """The images that probes learn from. Raises ValueError where there are none."""
+        if not self.train:
+            raise ValueError(f"{self.name}: no images to learn from beside it (a folder `train`); name them by --train")
+        return _indexed(self.train)
+
+    @property
+    def tasks(self) -> list[str]:
+        """What it is made for: retrieval where it has captions, zero_shot where it has a class list or label."""
+        if self.kind == "retrieval":
+            return ["retrieval"]
+        captions = bool(self.catalog.caption_hash.any())
+        return ["zero_shot"] * (self.classes != "captions" or not captions) + ["retrieval"] * captions
+
+    def digest(self, training: bool) -> str:
+        """Of all that results on it depend on."""
+        words = [self.label, self.catalog.fingerprint]
+        if training:
+            try:
+                words.append(self.training.fingerprint)
+            except ValueError as error:  # the task will say so
+                words.append(str(error))
+        for words_or_file in (self.classes, self.templates):
+            path = Path(words_or_file)
+            words.append(path.read_text(encoding="utf-8") if path.is_file() else words_or_file)
+        return hashlib.sha256("\0".join(words).encode()).hexdigest()
+
+
+def open_set(path: str, classes: str = "", templates: str = "", label: str = "", train: str = "") -> DataSet:
+    """The data set at `path`; what is not given is looked for beside its shards.
+
+    Args:
+        path: a folder, glob or brace list of tars, or a folder with `test/` in CLIP_benchmark's layout:
+            `{split}/{i}.tar`, `{split}/nshards.txt`, `classnames.txt`, `zeroshot_classification_templates.txt`,
+            `dataset_type.txt`. The last three may also lie beside a folder of tars.
+        classes, templates, label: as `zero_shot` takes them.
+        train: shards of images to learn from; default: the folder `train` beside.
+
+    Raises:
+        ValueError: no shards, not as many as nshards.txt says, or a multi-label set.
+    """
+    root, shards, name = Path(path).resolve(), path, Path(path).resolve().name
+    if root.is_dir() and not any(root.glob("*.tar")) and (root / "test").is_dir():
+        shards = str(root / "test")
+    else:
+        root = root.parent
+        name = f"{root.name}/{name}"
+    _check_count(shards)
+    if (kind := _word(root / "dataset_type.txt")) == "multilabel":
+        raise ValueError(f"{root}: a multi-label set, which is not supported; only one class an image is")
+
+    def beside(file: str, otherwise: str) -> str:
+        return str(root / file) if (root / file).exists() else otherwise
+
+    found = DataSet(
+        name=name,
+        shards=shards,
+        train=train or beside("train", ""),
+        kind=kind if kind == "retrieval" else "",
+        classes=classes or beside("classnames.txt", "labels" if label else "captions"),
+        templates=templates or beside("zeroshot_classification_templates.txt", "plain"),
+        label=label,
+    )
+    assert len(found.catalog)  # opened now: what is missing is told before a model is loaded
+    assert not train or len(found.training)
+    return found
+
+
+def _word(path: Path) -> str:
+    return path.read_text(encoding="utf-8").strip() if path.exists() else ""
+
+
+def _check_count(shards: str) -> None:
+    said, there = _word(Path(shards) / "nshards.txt"), len(shard_paths(shards))
+    if said and said != str(there):
+        raise ValueError(f"{shards}: nshards.txt says {said}, {there} tars are there; copy the missing ones")
+
+
+def _indexed(shards: str) -> Catalog:
+    """The catalog; tars that nobody has indexed yet are indexed now, by one rank."""
+    try:
+        for shard in shard_paths(shards) if world.rank() == 0 else []:
+            if not index_path(shard).exists():
+                write_index(shard, build_index(shard))
+    except OSError as error:
+        raise ValueError(f"{shards}: has no index and none can be written beside it ({error.strerror})") from None
+    world.barrier()
+    return open_catalog(shards, captions=False)

@@ -1,0 +1,156 @@
+"""The suite: tasks by name, and the cells of one model, each measured once and kept as a file."""
+
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+from clipsmall import world
+from clipsmall.evaluation.calibration import calibration, draw
+from clipsmall.evaluation.cells import Cell, cell_path, write_cell
+from clipsmall.evaluation.classification import accuracies, class_chance
+from clipsmall.evaluation.corruptions import COMMON, SEVERITIES
+from clipsmall.evaluation.features import Encoder
+from clipsmall.evaluation.geometry import geometry
+from clipsmall.evaluation.matching import matching
+from clipsmall.evaluation.probe import knn, linear_probe
+from clipsmall.evaluation.retrieval import retrieval_of
+from clipsmall.evaluation.robustness import MAIN, robustness
+from clipsmall.evaluation.sets import DataSet
+from clipsmall.evaluation.top1 import top1
+from clipsmall.evaluation.view import View
+from clipsmall.shards import ShardError
+
+VERSION = 1  # to be raised when a task's numbers change
+TASKS = {  # by their names in cells, of which the first three are CLIP_benchmark's
+    "zero_shot": "zeroshot_classification",
+    "retrieval": "zeroshot_retrieval",
+    "linear_probe": "linear_probe",
+    "knn": "knn",
+    "robustness": "robustness",
+    "calibration": "calibration",
+    "geometry": "geometry",
+    "matching": "matching",
+    "top1": "top1",
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What tasks can be told; all of it is part of a cell's key."""
+
+    k: int = 20
+    temperature: float = 0.07  # of kNN's votes; 0 = majority
+    corruptions: tuple[str, ...] = COMMON
+    severities: tuple[int, ...] = SEVERITIES
+    empty_classes: bool = False
+
+
+def zero_shot(view: View) -> Cell:
+    """As `classification.zero_shot`, of features that other tasks share."""
+    return Cell(
+        view.data.name,
+        TASKS["zero_shot"],
+        accuracies(view.images, view.class_features, view.labels),
+        class_chance(len(view.classes)),
+        {"images": len(view.images), "classes": len(view.classes), "skipped": view.skipped},
+    )
+
+
+def retrieval(view: View) -> Cell:
+    """As `retrieval.retrieval`, of features that other tasks share."""
+    images, texts, belongs = view.images[view.captioned], view.texts, view.captions[1]
+    return retrieval_of(images, texts, belongs, view.data.name, len(view.data.catalog) - len(images))
+
+
+def evaluations(settings: Settings, base: Sequence[str]) -> dict[str, Callable[[View], Cell]]:
+    """Task -> what measures it. `base`: the tasks that robustness repeats on corrupted pictures."""
+    found: dict[str, Callable[[View], Cell]] = {
+        "zero_shot": zero_shot,
+        "retrieval": retrieval,
+        "linear_probe": linear_probe,
+        "knn": partial(knn, k=settings.k, temperature=settings.temperature),
+        "calibration": calibration,
+        "geometry": geometry,
+        "matching": matching,
+        "top1": partial(top1, corruptions=settings.corruptions, severities=settings.severities),
+    }
+    repeated = {task: found[task] for task in base}
+    found["robustness"] = partial(
+        robustness, tasks=repeated, corruptions=settings.corruptions, severities=settings.severities
+    )
+    return found
+
+
+@dataclass
+class Model:
+    """A model under its name in the results."""
+
+    name: str
+    pretrained: str  # a weight tag, or "" and the first digits of the weights' digest stand in
+    encoder: Encoder
+
+    def __post_init__(self) -> None:
+        self.digest = self.encoder.digest()
+        self.pretrained = self.pretrained or self.digest[:8]
+
+
+def evaluate(model: Model, sets: Sequence[DataSet], tasks: Sequence[str], settings: Settings, out: Path) -> list[str]:
+    """Fill the cells of a model that are not filled yet; returns what went wrong, a line a cell.
+
+    A cell is done when its file says that it was made from these weights, these data and these settings. One that fails
+    is told and left out, the others go on. Every rank must call; the first one writes.
+    """
+    asked = [(data, task) for data in sets for task in tasks or data.tasks]
+    done = _done(model, asked, settings, tasks, out)
+    failures, views = list[str](), dict[str, View]()
+    for (data, task), key in zip(asked, done, strict=True):
+        if not key:
+            continue
+        if data.name not in views:
+            views = {data.name: View(model.encoder, data, settings.empty_classes)}  # features of one set at a time
+        try:
+            cell = evaluations(settings, _base(data, tasks))[task](views[data.name])
+        except Exception as error:
+            if world.size() > 1 and (not isinstance(error, ValueError) or isinstance(error, ShardError)):
+                raise  # perhaps of this rank alone, and then the others are waiting for it
+            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+            failures.append(f"{model.name} on {data.name}, {task}: {kind}{error}")
+            continue
+        cell.key = key
+        if world.rank() == 0:
+            path = write_cell(cell, out, model.name, model.pretrained)
+            if task == "calibration":
+                draw(cell, path.with_suffix(".png"))
+            print(f"written to {path}", file=sys.stderr)
+    return failures
+
+
+def _base(data: DataSet, tasks: Sequence[str]) -> list[str]:
+    return [task for task in tasks if task in MAIN] or data.tasks
+
+
+def _done(
+    model: Model, asked: list[tuple[DataSet, str]], settings: Settings, tasks: Sequence[str], out: Path
+) -> list[str]:
+    """For each cell its key, or "" where it is done: as the first rank finds it, so that all go the same way."""
+    keys = list[str]()
+    for data, task in asked:
+        base = _base(data, tasks) if task == "robustness" else []
+        learns = bool({task, *base} & {"knn", "linear_probe"})
+        parts = [VERSION, model.digest, data.digest(learns), task, base, asdict(settings)]
+        key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        path = cell_path(out, data.name, model.pretrained, model.name, TASKS[task])
+        keys.append("" if _key_of(path) == key else key)
+    first: list[str] = json.loads(world.gather_bytes(json.dumps(keys).encode(), model.encoder.device)[0])
+    return first
+
+
+def _key_of(path: Path) -> str:
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8")).get("key", ""))
+    except (OSError, ValueError):
+        return ""
