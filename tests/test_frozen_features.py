@@ -3,6 +3,7 @@
 Seen to fail when: see the notes of the tests.
 """
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -169,6 +170,7 @@ def test_features_by_row(data: Path) -> None:
         write_features(files[-1], shard, "abcdefgh", values, torch.arange(rows + 1))
     features = Features(catalog, files)
     assert features(207).tolist() == [2007.0] * 3
+    assert copy.deepcopy(features)(207).tolist() == [2007.0] * 3  # as a spawned worker gets it
     with pytest.raises(BadImage):
         features(105)
     files[1].unlink()

@@ -104,7 +104,7 @@ class GlobalBatches(Dataset[LoadedBatch]):
             raise ValueError(f"data.batch_size={batch_size} is more than the {order.length} pairs of the data set")
         self.catalog, self.order, self.image, self.tokenize = catalog, order, image, tokenize
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
-        self.hash_images, self.made = hash_images, made
+        self.hash_images, self.made = hash_images, dict(made)  # a dict: spawned workers get it pickled
         self.per_epoch = order.length // batch_size
         self._advised: tuple[int, int] | None = None
 
