@@ -8,7 +8,7 @@ from torch import nn
 
 IMAGE = re.compile(r"(^|\.)(visual|vision_model|visual_projection)\.")
 # transformers' layers, open_clip's resblocks, timm's blocks and stages, a ResNet's layer1 … layer4; the outermost
-BLOCK = re.compile(r"\.(?:(?:layers|resblocks|blocks|stages)\.(\d+)|layer([1-4]))\.")
+BLOCK = re.compile(r"\.(?:(?:layers?|resblocks|blocks|stages)\.(\d+)|layer([1-4]))\.")
 PROJECTION = re.compile(
     r"(^|\.)(visual_projection|text_projection|visual\.(?:head\.)?proj|text\.text_projection|text_model\.head|head)"
     r"(\.(weight|bias|bias_vector))?$"

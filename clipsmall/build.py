@@ -76,6 +76,7 @@ def dual_encoder(config: Config, loaded: Loaded, setting: Setting) -> DualEncode
         given = build_objective.head_options(config)[through]
         loaded.description["retrieval"] = {"head": through, "width": setting.width, "options": given}
     asked = build_objective.kinds(config)
+    largest = loaded.description.setdefault("largest_scale", max(100.0, scale))  # SigLIP's are around 117
     return DualEncoder(
         loaded.towers,
         loaded.spec,
@@ -85,6 +86,7 @@ def dual_encoder(config: Config, loaded: Loaded, setting: Setting) -> DualEncode
         learn_bias=config.tune.logit_bias and any(kind.bias is not None for kind in asked),
         heads=build_objective.heads(config, setting),
         through=through,
+        largest_scale=largest,
     )
 
 
@@ -148,7 +150,7 @@ def run_state(
     objective = build_objective.objective(config, setting)
     if isinstance(objective, torch.nn.Module):
         objective = objective.to(device)
-    data.made |= build_cache.frozen_features(config, data, loaded, encoder, accelerator)
+    data.made |= build_cache.frozen_features(config, data, loaded, encoder, accelerator, resumed)
     batches = build_mining.batches(config, data, loaded, progress, accelerator, encoder)
     encoder = synchronised(encoder)
     if sharded.asked():

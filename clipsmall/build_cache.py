@@ -52,18 +52,32 @@ def idle_towers(config: Config, data: TrainingData, model: DualEncoder) -> list[
 
 
 def frozen_features(
-    config: Config, data: TrainingData, loaded: Loaded, model: DualEncoder, accelerator: Accelerator
+    config: Config,
+    data: TrainingData,
+    loaded: Loaded,
+    model: DualEncoder,
+    accelerator: Accelerator,
+    resumed: Path | None = None,
 ) -> dict[str, Features]:
     """`image` and `text` of the towers that are idle; every rank makes those of its shards, all read all.
 
+    Args:
+        resumed: the checkpoint whose towers these will be; a rebuilt model has fresh weights until then.
+
     Raises:
-        ValueError: features cannot be written.
+        ValueError: features cannot be written, or the checkpoint holds another model.
     """
     found, catalog = {}, data.catalog
     folder = Path(config.tune.cache_folder) if config.tune.cache_folder else None
-    for tower in idle_towers(config, data, model):
+    towers = idle_towers(config, data, model)
+    if towers and resumed is not None:
+        try:
+            model.load_state_dict(checkpoint.read_tensors(resumed, "model"), strict=False)
+        except RuntimeError as error:  # of another size
+            raise checkpoint.CheckpointError(f"{resumed}: holds another model ({error})") from None
+    for tower in towers:
         assert catalog is not None
-        digest = _digest(tower, loaded, model, accelerator)
+        digest = _digest(tower, config, loaded, model, accelerator)
         files = [feature_file(shard, tower, digest, folder) for shard in catalog.shards]
         left = [k for k, file in enumerate(files) if not usable(file, catalog.shards[k], digest)]
         world.barrier()  # all have looked before anybody writes: they share the same list
@@ -124,13 +138,18 @@ class Maker:
         return self.catalog.only(shard), torch.from_numpy(good_rows(table)), len(table)
 
     def _encoder(self) -> Encoder:
-        size, workers = self.config.evaluate.batch_size, self.config.data.workers
-        return Encoder(self.model, self.loaded.tokenize, self.accelerator.device, size, workers)
+        size, data = self.config.evaluate.batch_size, self.config.data
+        device = self.accelerator.device
+        return Encoder(self.model, self.loaded.tokenize, device, size, data.workers, max_pixels=data.max_pixels)
 
 
-def _digest(tower: str, loaded: Loaded, model: DualEncoder, accelerator: Accelerator) -> str:
+def _digest(tower: str, config: Config, loaded: Loaded, model: DualEncoder, accelerator: Accelerator) -> str:
     """Of everything the features depend on: weights, preprocessing, tokens, precision."""
-    probe = loaded.tokenize(["A photo of 2 cats, é!"]).tolist() if tower == "text" else loaded.spec
+    probe = (
+        loaded.tokenize(["A photo of 2 cats, é!"]).tolist()
+        if tower == "text"
+        else (loaded.spec, config.data.max_pixels)
+    )
     weights = {name: x for name, x in model.towers.state_dict().items() if place(name).tower == tower}
     layers = ((name, part) for name, part in model.towers.named_modules() if place(f"{name}.").tower == tower)
     return checkpoint.model_digest(layers, weights, tower, probe, accelerator.mixed_precision)

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from clipsmall.preprocess import ImageSpec
 from clipsmall.tower_sources import Loaded, taken_over
 
+OUR_CODE = {"trust_remote_code": False}  # unset, transformers asks who sits at a terminal
+
 
 @dataclass
 class HFTokenize:
@@ -51,15 +53,19 @@ def from_transformers(name: str, weights: bool = True) -> Loaded:
     from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
 
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, **OUR_CODE)
         if config.model_type not in ("clip", "siglip"):
             raise ValueError(f"{name}: a {config.model_type!r} model; only clip and siglip are dual encoders we know")
         if weights:
-            model = AutoModel.from_pretrained(name, dtype=torch.float32)
+            model, found = AutoModel.from_pretrained(name, output_loading_info=True, dtype=torch.float32, **OUR_CODE)
+            if missing := sorted(found["missing_keys"]):
+                raise ValueError(
+                    f"{name}: its files lack {len(missing)} of the model's weights ({missing[0]} …), it would be random"
+                )
         else:
             model = AutoModel.from_config(config, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        processor = AutoImageProcessor.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, **OUR_CODE)
+        processor = AutoImageProcessor.from_pretrained(name, **OUR_CODE)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{name}: neither a folder nor a hub id that transformers can load ({error})") from None
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of missing files

@@ -36,6 +36,11 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
+def _known(key: str, tree: dict[str, Any]) -> bool:
+    """Whether a flat tree has this option, or one inside it, or one it is inside of."""
+    return any(f"{key}.".startswith(f"{each}.") or f"{each}.".startswith(f"{key}.") for each in tree)
+
+
 @dataclass
 class RunState:
     """The five homes of state: weights, optimizer and schedule, memory, place in the data, progress and RNG."""
@@ -135,7 +140,9 @@ class RunState:
 
     def _refuse_another_run(self, folder: Path, state: dict[str, Any]) -> None:
         was, now = flat(state["config"]), flat({**self.config, "launch": self.launch})
-        changed = {key: (was.get(key), now.get(key)) for key in now | was if was.get(key) != now.get(key)}
+        # an option that is newer than the checkpoint has no say: without it things were as its default has them
+        known = {key for key in now | was if _known(key, was) and _known(key, now)}
+        changed = {key: (was.get(key), now.get(key)) for key in sorted(known) if was.get(key) != now.get(key)}
         if fixed := [key for key in changed if any(f"{key}.".startswith(f"{each}.") for each in FIXED + self.fixed)]:
             said = "; ".join(f"{key} was {changed[key][0]!r}, now {changed[key][1]!r}" for key in fixed)
             raise CheckpointError(f"{folder}: another run: {said}. Change it back, or start anew with another --out")

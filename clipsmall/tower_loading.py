@@ -49,6 +49,11 @@ def load_towers(name: str, pretrained: str, captions: Callable[[], Iterable[str]
         except ValidationError as error:
             raise ValueError(f"{name}: {error}") from None
         return small(config, WordTokenizer.train(captions(), config.text))
+    if (path / "towers.json").exists() or (path / "checkpoints").is_dir():
+        raise ValueError(
+            f"{name}: a run or checkpoint of ours; continue it with --resume, or start from its export: "
+            f"python -m clipsmall.export {name} --to FOLDER"
+        )
     if (path / "open_clip_config.json").exists():
         return from_open_clip(f"local-dir:{name}", tag, weights)
     if path.is_dir():
@@ -85,7 +90,7 @@ def rebuild(folder: Path) -> Loaded:
     else:
         loaded = from_transformers(str(folder), weights=False)
     spec = description["spec"]
-    for kept in ("retrieval", "base", "pretrained", "revision", "lora"):
+    for kept in ("retrieval", "base", "pretrained", "revision", "largest_scale", "lora"):
         if kept in description:
             loaded.description[kept] = description[kept]
     if "lora" in description:

@@ -91,6 +91,7 @@ def from_open_clip(name: str, pretrained: str, weights: bool = True) -> Loaded:
         name = Path(name).stem
     fresh = not weights or (not pretrained and not name.startswith(("local-dir:", "hf-hub:")))
     try:
+        _refuse_code(given, _open_clip_config(name) or {})
         model = open_clip.create_model(
             name,
             pretrained=pretrained or None,
@@ -124,6 +125,12 @@ def from_open_clip(name: str, pretrained: str, weights: bool = True) -> Loaded:
         description={"kind": "open_clip"},
         save_tokenizer=save,
     )
+
+
+def _refuse_code(name: str, config: dict[str, Any]) -> None:
+    """open_clip hands a model's own tokenizer_kwargs on to transformers, which would run code that lies beside it."""
+    if "trust_remote_code" in json.dumps(config):
+        raise ValueError(f"{name}: its config asks for trust_remote_code; no code of a model is run here")
 
 
 def _open_clip_spec(name: str, found: dict[str, Any]) -> ImageSpec:

@@ -26,6 +26,7 @@ class DualEncoder(nn.Module):
         logit_bias: at the start; learned only if `learn_bias`.
         heads: what the objective asks for beside, by name.
         through: the head in `heads` through which this model retrieves ("" = plainly): see `encode_image`.
+        largest_scale: which a scale that is learned never passes: CLIP's 100, or where weights came with a larger one.
         chunk_size: pairs that go through the towers at a time; 0 = all. Never changes a result.
     """
 
@@ -40,6 +41,7 @@ class DualEncoder(nn.Module):
         heads: Mapping[str, nn.Module] | None = None,
         through: str = "",
         chunk_size: int = 0,
+        largest_scale: float = 100.0,
     ) -> None:
         super().__init__()
         self.towers: Any = towers
@@ -47,6 +49,7 @@ class DualEncoder(nn.Module):
         self.heads: Any = nn.ModuleDict(heads)
         self.through = through
         self.chunk_size = chunk_size
+        self.largest_log_scale = math.log(largest_scale)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(logit_scale)), requires_grad=learn_scale)
         self.logit_bias = nn.Parameter(torch.tensor(logit_bias), requires_grad=learn_bias)
         self.mean: Tensor
@@ -117,8 +120,10 @@ class DualEncoder(nn.Module):
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
-        """Keep 1 ≤ scale ≤ 100. Called after each step: a clamp in forward would kill the gradient at the bound."""
-        self.logit_scale.clamp_(0.0, MAX_LOG_SCALE)
+        """Keep 1 ≤ scale ≤ 100, if it is learned. Called after each step: a clamp in forward would kill the gradient at
+        the bound."""
+        if self.logit_scale.requires_grad:
+            self.logit_scale.clamp_(0.0, self.largest_log_scale)
 
 
 def unit(x: Tensor) -> Tensor:

@@ -18,9 +18,12 @@ cd "${SLURM_SUBMIT_DIR:-.}"
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 ranks=${RANKS:-${SLURM_GPUS_ON_NODE:-8}}
 
+# how long torchrun lets a step and its save take after SIGTERM; 30 s otherwise
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-110}"
+
 stopped=
 trap 'stopped=1; kill -TERM "$step" 2>/dev/null' TERM
-srun --kill-on-bad-exit=1 torchrun --nnodes "$SLURM_NNODES" --nproc_per_node "$ranks" --rdzv_id "$SLURM_JOB_ID" \
+srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" torchrun --nnodes "$SLURM_NNODES" --nproc_per_node "$ranks" --rdzv_id "$SLURM_JOB_ID" \
     --rdzv_backend c10d --rdzv_endpoint "$head:${PORT:-29500}" clipsmall/train.py "$@" --resume=auto &
 step=$!
 wait "$step"; status=$?

@@ -133,6 +133,43 @@ def metadata(file: Path) -> dict[str, str]:
         return opened.metadata()
 
 
+def test_a_resumed_run_goes_on_with_the_features_of_its_own_tower(clip: str, data: Path, tmp_path: Path) -> None:
+    """Fails when they are made before the checkpoint's weights are there: of a tower with fresh ones."""
+    changes = {"model.name": clip, "tune.image": "frozen", "optim.pairs": 32 * 20}
+    assert run_trainer(config(data, tmp_path / "whole", **changes)) == 0
+    names = cached(data)
+    assert run_trainer(config(data, tmp_path / "cut", **changes)) == 0
+    for step in (15, 20):
+        shutil.rmtree(tmp_path / f"cut/checkpoints/step_{step:08d}")
+    assert run_trainer([*config(data, tmp_path / "cut", **changes), "--resume=auto"]) == 0
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    assert cached(data) == names
+
+
+def test_sets_whose_shards_have_one_name_share_a_folder(clip: str, data: Path, tmp_path: Path) -> None:
+    shutil.copytree(data / "test", tmp_path / "other")
+    both = f"[{data / 'train'}, {tmp_path / 'other'}]"
+    changes = {"model.name": clip, "tune.image": "frozen", "data.train": both, "tune.cache_folder": tmp_path / "made"}
+    assert run_trainer(config(data, tmp_path / "made_run", **changes)) == 0
+    assert len(list((tmp_path / "made").iterdir())) == 4
+    assert run_trainer(config(data, tmp_path / "plain", **changes, **{"tune.cache": False})) == 0
+    assert losses(tmp_path / "made_run") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
+
+
+def test_features_follow_the_pairs_that_are_good_and_max_pixels(
+    clip: str, glyphs: Path, data: Path, tmp_path: Path
+) -> None:
+    shutil.rmtree(data / "train")
+    damaged(glyphs, data / "train", [3])
+    changes = {"model.name": clip, "tune.image": "frozen", "data.max_error_rate": 1.0}
+    assert run_trainer(config(data, tmp_path / "first", **changes)) == 0
+    file = data / "train" / cached(data)[0]
+    assert check_shards.main([str(data / "train"), "--decode"]) == 0
+    assert not usable(file, data / "train/00000.tar", metadata(file)["digest"])
+    with pytest.raises(SystemExit):  # every image is too large
+        run_trainer(config(data, tmp_path / "small", **changes, **{"data.max_pixels": 100}))
+
+
 def test_an_activation_without_weights_makes_another_tower(clip: str, data: Path, tmp_path: Path) -> None:
     changes = {"tune.image": "frozen", "optim.pairs": 32 * 10}
     assert run_trainer(config(data, tmp_path / "first", **changes, **{"model.name": clip})) == 0

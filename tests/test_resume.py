@@ -4,6 +4,7 @@ Seen to fail when: the loader starts one batch late; RNG is not restored; the sc
 not cut back; a checkpoint is renamed before its manifest is written.
 """
 
+import hashlib
 import json
 import os
 import random
@@ -107,6 +108,21 @@ def test_what_an_objective_remembers_is_resumed(glyphs: Path, tmp_path: Path, na
     assert run([*words, "--resume=auto"]) == 0
     assert losses(out) == losses(straight)
     same_state(last(out), last(straight))
+
+
+def test_options_newer_than_a_checkpoint_have_no_say(glyphs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert run(config(glyphs, out, **{"optim.pairs": 32 * 5})) == 0
+    folder = out / "checkpoints/step_00000005"
+    state = json.loads((folder / "state.json").read_text())
+    del state["config"]["tune"], state["config"]["optim"]["layer_decay"]
+    (folder / "state.json").write_text(json.dumps(state))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    data = (folder / "state.json").read_bytes()
+    manifest["files"]["state.json"] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert run([*config(glyphs, out, **{"optim.pairs": 32 * 10}), "--resume=auto"]) == 0
+    assert len(losses(out)) == 10
 
 
 def test_another_memory_is_refused(glyphs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -393,6 +393,56 @@ def test_a_fresh_siglip_starts_with_a_sane_bias(models: dict[str, str]) -> None:
     assert loss < 5.5  # about 1 for the positive at scale 10, 1 for all negatives
 
 
+@pytest.mark.parametrize("learned", [True, False])
+def test_a_scale_beyond_100_stays_what_it_was(tmp_path: Path, learned: bool) -> None:
+    """SigLIP's is about 117; without its bias' counterpart the loss would jump."""
+    from safetensors.torch import save_file
+
+    folder = local_siglip(tmp_path / "siglip")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["logit_scale"] = torch.tensor([math.log(117.0)])
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = config_of(str(folder), tune={"logit_scale": learned}, optim={"lr": 1e-5}, objective={"name": "sigmoid"})
+    encoder = built(config)
+    adamw = build.optimizer(config, encoder)
+    gradients(encoder, config)
+    adamw.step()
+    scale = encoder.logit_scale.exp().item()
+    assert scale == pytest.approx(117.0, abs=0.01 if learned else 1e-4)
+    assert scale < 117.001
+    assert encoder.largest_log_scale == pytest.approx(math.log(117.0))
+
+
+def test_a_checkpoint_of_ours_and_a_folder_without_weights_are_no_start(
+    models: dict[str, str], glyphs: Path, tmp_path: Path
+) -> None:
+    from safetensors.torch import save_file
+
+    from clipsmall.tower_loading import load_towers
+
+    changes = {"model.name": models["clip"], "optim.pairs": 32 * 5}
+    assert train.main(config(glyphs, tmp_path / "run", **changes)) == 0
+    for name in (tmp_path / "run", tmp_path / "run/checkpoints/step_00000005"):
+        with pytest.raises(ValueError, match="a run or checkpoint of ours; continue it with --resume"):
+            load_towers(str(name), "", list)
+    folder = local_clip(tmp_path / "lacking")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["visual_projection.weight"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"lack 1 of the model's weights \(visual_projection"):
+        load_towers(str(folder), "", list)
+
+
+def test_code_of_a_model_is_not_run(tmp_path: Path) -> None:
+    from clipsmall.tower_loading import load_towers
+
+    text = {"hf_tokenizer_name": str(tmp_path), "tokenizer_kwargs": {"trust_remote_code": True}}
+    description = {"embed_dim": 8, "vision_cfg": {"width": 8}, "text_cfg": text}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": description, "preprocess_cfg": {}}))
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        load_towers(str(tmp_path), "", list)
+
+
 # ---- devices ---------------------------------------------------------------------------------------------------------
 
 

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from clipsmall import checkpoint, world
-from clipsmall.preprocess import BadImage, ImageTransform, decode
+from clipsmall.preprocess import MAX_PIXELS, BadImage, ImageTransform, decode
 from clipsmall.shards import Catalog, captions_of, fields_of, outlive_the_signal
 from clipsmall.towers import DualEncoder
 
@@ -69,6 +69,7 @@ class Encoder:
     batch_size: int = 512
     workers: int = 0
     progress: bool = False
+    max_pixels: int = MAX_PIXELS  # of an image; larger ones count as broken
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -88,7 +89,7 @@ class Encoder:
         wanted = torch.arange(len(catalog)) if only is None else torch.tensor(only)
         batches = list(torch.split(wanted, self.batch_size))
         loader = DataLoader(
-            _Images(catalog, ImageTransform(self.model.spec), change),
+            _Images(catalog, ImageTransform(self.model.spec, max_pixels=self.max_pixels), change),
             batch_sampler=[batch.tolist() for batch in _mine(batches)],
             num_workers=self.workers,
             collate_fn=_collate,
@@ -111,7 +112,7 @@ class Encoder:
 
     def texts(self, captions: Sequence[str]) -> Tensor:
         """(n, D) unit features of n captions."""
-        batches = list(torch.split(torch.arange(len(captions)), self.batch_size))
+        batches = list(torch.split(torch.arange(len(captions)), self.batch_size)) if captions else []
         rows, parts = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, self._width())]
         for here in self._bar(_mine(batches), "texts"):
             rows.append(here)

@@ -1,11 +1,11 @@
 """Features that a frozen tower made once: sidecars `NNNNN.image-1a2b3c4d.safetensors` of shards."""
 
 import contextlib
+import hashlib
 import os
 from pathlib import Path
 
 import numpy as np
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -20,8 +20,19 @@ VERSION = "1"
 
 
 def feature_file(shard: Path, tower: str, digest: str, folder: Path | None = None) -> Path:
-    """Where the features of a shard are: beside it, or in a folder. `digest`: of the tower, image or text."""
-    return (folder or shard.parent) / f"{shard.stem}.{tower}-{digest[:8]}.safetensors"
+    """Where the features of a shard are: beside it, or in a folder, where shards of several sets may have one name.
+
+    `digest`: of the tower, image or text.
+    """
+    stem = f"{shard.stem}-{hashlib.sha256(str(shard.resolve()).encode()).hexdigest()[:8]}" if folder else shard.stem
+    return (folder or shard.parent) / f"{stem}.{tower}-{digest[:8]}.safetensors"
+
+
+def _belongs(shard: Path, digest: str) -> dict[str, str]:
+    """What features are made of: the file that lies there now, the pairs in it that are good, and the tower."""
+    good = good_rows(read_index(shard, ["status"]))
+    rows = hashlib.sha256(good.tobytes()).hexdigest()[:16]
+    return {"version": VERSION, "tar_proof": proof(shard), "rows": rows, "digest": digest}
 
 
 def usable(path: Path, shard: Path, digest: str) -> bool:
@@ -31,7 +42,7 @@ def usable(path: Path, shard: Path, digest: str) -> bool:
             found = file.metadata() or {}
     except (OSError, SafetensorError):
         return False
-    return found == {"version": VERSION, "tar_proof": proof(shard), "digest": digest}
+    return found == _belongs(shard, digest)
 
 
 def write_features(path: Path, shard: Path, digest: str, features: Tensor, first: Tensor) -> None:
@@ -45,7 +56,7 @@ def write_features(path: Path, shard: Path, digest: str, features: Tensor, first
         ValueError: no room, or no right to write.
     """
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    metadata = {"version": VERSION, "tar_proof": proof(shard), "digest": digest}
+    metadata = _belongs(shard, digest)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file({"features": features.contiguous(), "first": first}, temporary, metadata)
@@ -90,7 +101,7 @@ class Features:
                 self._open[shard] = (file.get_tensor("features"), file.get_tensor("first"))
         features, first = self._open[shard]
         found = features[int(first[self.place[row]]) + caption]
-        if not torch.isfinite(found[0]):
+        if not found.isfinite().all():
             raise BadImage("could not be read when its features were made")
         return found.clone()
 

@@ -104,7 +104,7 @@ class GlobalBatches(Dataset[LoadedBatch]):
             raise ValueError(f"data.batch_size={batch_size} is more than the {order.length} pairs of the data set")
         self.catalog, self.order, self.image, self.tokenize = catalog, order, image, tokenize
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
-        self.hash_images, self.made = hash_images, dict(made)  # a dict: spawned workers get it pickled
+        self.hash_images, self.made = hash_images, dict(made)  # no proxy could travel to a spawned worker
         self.per_epoch = order.length // batch_size
         self._advised: tuple[int, int] | None = None
 
@@ -128,19 +128,18 @@ class GlobalBatches(Dataset[LoadedBatch]):
             self._pair(epoch, batch * self.batch_size + self.rank * local + slot, row, skips)
             for slot, row in enumerate(self.rows(number).tolist())
         ]
-        images, captions, chosen, rows, hashes = zip(*loaded, strict=True)
-        text = self.made.get("text")
+        images, captions, made, rows, hashes = zip(*loaded, strict=True)
         pairs = Pairs(
             image=torch.stack(images),
-            text=torch.stack(list(map(text, rows, chosen))) if text else self.tokenize(list(captions)),
+            text=torch.stack(made) if "text" in self.made else self.tokenize(list(captions)),
             index=torch.from_numpy(self.catalog.index[list(rows)]),
             caption_hash=torch.tensor([caption_hash(caption) for caption in captions]),
         )
         return LoadedBatch(pairs, skips, torch.tensor(hashes))
 
-    def _pair(self, epoch: int, position: int, row: int, skips: Skips) -> tuple[Tensor, str, int, int, int]:
-        """The pair at `position` of the epoch, or its deterministic substitute: image, caption and which of the pair's
-        it is, row, image hash."""
+    def _pair(self, epoch: int, position: int, row: int, skips: Skips) -> tuple[Tensor, str, Tensor | None, int, int]:
+        """The pair at `position` of the epoch, or its deterministic substitute: image, caption and its features if they
+        were made, row, image hash."""
         for step in range(1, MAX_SUBSTITUTES + 1):
             try:
                 looked_at = "image" not in self.made or self.hash_images
@@ -149,7 +148,8 @@ class GlobalBatches(Dataset[LoadedBatch]):
                 captions = captions_of(members.text, fields_of(members.json))
                 chosen = self._choice(len(captions), epoch, row)
                 hashed = image_hash(members.image) if self.hash_images else 0
-                return image, captions[chosen], chosen, row, hashed
+                made = self.made["text"](row, chosen) if "text" in self.made else None
+                return image, captions[chosen], made, row, hashed
             except BadImage as reason:
                 skips.add(str(reason), partial(self.catalog.name, row))
             position = (position + self.batch_size) % (self.per_epoch * self.batch_size)
