@@ -76,6 +76,8 @@ def dual_encoder(config: Config, loaded: Loaded, setting: Setting) -> DualEncode
         given = build_objective.head_options(config)[through]
         loaded.description["retrieval"] = {"head": through, "width": setting.width, "options": given}
     asked = build_objective.kinds(config)
+    if "sigmoid" in config.objective.mix and config.objective.sigmoid.relative_bias:
+        loaded.description["relative_bias"] = True  # in units of the scale: others want the product
     largest = loaded.description.setdefault("largest_scale", max(100.0, scale))  # SigLIP's are around 117
     return DualEncoder(
         loaded.towers,

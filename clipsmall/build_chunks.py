@@ -57,6 +57,7 @@ def checkpoint_blocks(config: Config, accelerator: Accelerator, loaded: Loaded, 
 def fits(size: int, accelerator: Accelerator, loaded: Loaded, model: DualEncoder) -> bool:
     """Whether `size` pairs go forth and back, with AdamW's two moments beside them."""
     device, weights = accelerator.device, [p for p in model.parameters() if p.requires_grad]
+    kept = [buffer.clone() for buffer in model.buffers()]  # BatchNorm counts every batch, this one of zeros, too
     try:
         moments = [torch.empty_like(weight) for weight in weights for _ in range(2)]
         pixels = torch.zeros(size, 3, loaded.spec.size, loaded.spec.size, dtype=torch.uint8, device=device)
@@ -64,11 +65,15 @@ def fits(size: int, accelerator: Accelerator, loaded: Loaded, model: DualEncoder
         with accelerator.autocast():
             pairs = Pairs(pixels, loaded.tokenize(["a"] * size).to(device), numbers, numbers)
             image, text = model.outputs(pairs, model.towers)
-        (image.float().sum() + text.float().sum()).backward()  # type: ignore[no-untyped-call]
-        del moments, image, text
+        total = image.float().sum() + text.float().sum()
+        if total.requires_grad:  # not with both towers frozen
+            total.backward()  # type: ignore[no-untyped-call]
+        del moments, image, text, total
     except torch.OutOfMemoryError:
         return False
     finally:
         model.zero_grad(set_to_none=True)
+        for buffer, before in zip(model.buffers(), kept, strict=True):
+            buffer.copy_(before)
         torch.cuda.empty_cache()
     return True

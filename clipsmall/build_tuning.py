@@ -118,7 +118,7 @@ def refuse_idle(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
         if idle := [name for name, p in named.items() if p.grad is None]:
             raise ValueError(
                 f"{len(idle)} of {len(named)} tensors that train got no gradient: {', '.join(idle[:3])} …; freeze them "
-                "(see tune), or take an objective that reaches them"
+                "(see tune; adapters: narrow tune.lora.targets), or take an objective that reaches them"
             )
 
     handle = optimizer.register_step_pre_hook(look)

@@ -32,6 +32,8 @@ def load_model(name: str, pretrained: str = "") -> tuple[DualEncoder, Loaded]:
         model = DualEncoder(loaded.towers, loaded.spec, 1.0, 0.0, False, heads=heads, through=head)
         needed = model.state_dict().keys()  # heads that only training needs stay in the file
         model.load_state_dict({name: tensor for name, tensor in weights.items() if name in needed})
+        if loaded.description.get("relative_bias"):
+            model.logit_bias.data.mul_(model.logit_scale.data.exp())
         return model, loaded
 
     def no_captions() -> Iterator[str]:

@@ -90,7 +90,7 @@ def rebuild(folder: Path) -> Loaded:
     else:
         loaded = from_transformers(str(folder), weights=False)
     spec = description["spec"]
-    for kept in ("retrieval", "base", "pretrained", "revision", "largest_scale", "lora"):
+    for kept in ("retrieval", "base", "pretrained", "revision", "largest_scale", "relative_bias", "lora"):
         if kept in description:
             loaded.description[kept] = description[kept]
     if "lora" in description:

@@ -363,6 +363,15 @@ def pairs_for_loaded(model: DualEncoder, tokenize: Any) -> Pairs:
     return pairs_for(model)
 
 
+def test_a_relative_bias_is_told_to_others_as_a_plain_one(models: dict[str, str], glyphs: Path, tmp_path: Path) -> None:
+    changes = {"model.name": models["clip"], "objective": "sigmoid", "objective.sigmoid.relative_bias": True}
+    assert train.main(config(glyphs, tmp_path / "run", **changes, **{"optim.pairs": 32 * 5})) == 0
+    raw = weights(tmp_path / "run", 5)
+    model, _ = load_model(str(tmp_path / "run"))
+    assert raw["logit_bias"] != 0
+    assert model.logit_bias.item() == pytest.approx((raw["logit_bias"] * raw["logit_scale"].exp()).item())
+
+
 def test_another_tuning_is_another_run(
     models: dict[str, str], glyphs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
