@@ -132,6 +132,11 @@ class Guard:
         if scaler is not None:  # what torch says of a first step that is skipped; here the schedule is to go on
             warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
 
+    def step(self, optimizer: Any, losses: dict[str, Tensor], together: Tensor, rows: Any) -> None:
+        """The optimizer's step, if this one `passes`."""
+        if self.passes(losses, together, rows):
+            optimizer.step()
+
     def passes(self, losses: dict[str, Tensor], together: Tensor, rows: Any) -> bool:
         """Call between clipping, which unscales the gradient, and the optimizer's step.
 

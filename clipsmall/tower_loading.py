@@ -49,7 +49,7 @@ def load_towers(name: str, pretrained: str, captions: Callable[[], Iterable[str]
         except ValidationError as error:
             raise ValueError(f"{name}: {error}") from None
         return small(config, WordTokenizer.train(captions(), config.text))
-    if (path / "towers.json").exists() or (path / "checkpoints").is_dir():
+    if (path / "towers.json").exists() or (path / "run.yaml").exists():
         raise ValueError(
             f"{name}: a run or checkpoint of ours; continue it with --resume, or start from its export: "
             f"python -m clipsmall.export {name} --to FOLDER"

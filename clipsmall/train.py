@@ -62,8 +62,7 @@ def train(
         losses = objective(rows, columns(rows))  # compared with everybody's
         accelerator.backward(losses["loss"])
         losses["grad_norm"] = clipped_norm(accelerator, model.parameters(), clip)
-        if guard.passes(losses, world.mean(losses["loss"] + losses["grad_norm"]), rows):  # all ranks alike
-            optimizer.step()
+        guard.step(optimizer, losses, world.mean(losses["loss"] + losses["grad_norm"]), rows)  # all ranks alike
         scheduler.step()
         optimizer.zero_grad()
         progress.advance(len(pairs.index) * world.size())
@@ -152,7 +151,7 @@ def describe(config: Config, state: RunState) -> None:
     size = config.data.batch_size
     trainable = sum(p.numel() for p in state.model.parameters() if p.requires_grad)
     print(
-        f"{config.objective.title}: {trainable / 1e6:.2f}M parameters; {state.source}; {world.size()} ranks x "
+        f"{config.objective.title}: {trainable / 1e6:.2f}M parameters train; {state.source}; {world.size()} ranks x "
         f"{size // world.size()} = batch {size}"
         + sharded.told(state.model)
         + (f", compared in {config.optim.accumulate} parts (naive accumulation)" if config.compared < size else "")

@@ -90,3 +90,16 @@ def sides(given: dict[str, Any], heads: int, act: str) -> dict[str, Any]:
         "hidden_act": act,
         "layer_norm_eps": (given["norm_kwargs"] or {}).get("eps", 1e-5),
     }
+
+
+def text_tower(text: Any) -> dict[str, Any]:
+    """What open_clip's `text_cfg` says of the sizes of a text tower of transformers."""
+    return {
+        "context_length": text.max_position_embeddings,
+        "vocab_size": text.vocab_size,
+        "width": text.hidden_size,
+        "heads": text.num_attention_heads,
+        "layers": text.num_hidden_layers,
+        "mlp_ratio": ratio(text),
+        **norm(text.layer_norm_eps),
+    }

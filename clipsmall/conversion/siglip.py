@@ -122,15 +122,9 @@ def to_open_clip(config: Any, name: str) -> dict[str, Any]:
             "timm_proj": "none",
         },
         "text_cfg": {
-            "context_length": text.max_position_embeddings,
-            "vocab_size": text.vocab_size,
-            "width": text.hidden_size,
-            "heads": text.num_attention_heads,
-            "layers": text.num_hidden_layers,
-            "mlp_ratio": options.ratio(text),
+            **options.text_tower(text),
             **TEXT,
             **text_act,
-            **options.norm(text.layer_norm_eps),
         },
     }
 
