@@ -239,7 +239,7 @@ def test_merged_equals_unmerged(models: dict[str, str], kind: str, option: str) 
     options = {"rank": 4, option: True} if option else {"rank": 4}
     tune = {"image": "lora", "text": "lora", "lora": options}
     if (kind, option) == ("open_clip", "dora"):  # peft has none for attention modules of one tensor
-        with pytest.raises(ValueError, match="peft refuses these targets or options: .* DoRA"):
+        with pytest.raises(ValueError, match=r"peft refuses these targets or options: .* DoRA"):
             built(config_of(models[kind], tune=tune))
         return
     plain = built(config_of(models[kind])).eval()
