@@ -5,7 +5,7 @@ import re
 import sys
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from typing import Any, NoReturn, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -13,6 +13,8 @@ from pydantic_core import ErrorDetails
 
 from clipsmall.config import Config
 from clipsmall.config_objectives import Name
+
+M = TypeVar("M", bound=BaseModel)
 
 
 class ConfigError(ValueError):
@@ -121,12 +123,17 @@ def _line(error: ErrorDetails, known: list[str]) -> str:
 
 def validated(tree: dict[str, Any]) -> Config:
     """Raises ConfigError with one line for each thing wrong."""
+    return of_kind(Config, tree)
+
+
+def of_kind(kind: type[M], tree: dict[str, Any], where: str = "") -> M:
+    """A tree as one of our models. Raises ConfigError with one line for each thing wrong; where: its file."""
     try:
-        return Config.model_validate(tree)
+        return kind.model_validate(tree)
     except ValidationError as error:
-        known = list(fields())
+        known = list(fields(kind))
         lines = dict.fromkeys(_line(each, known) for each in error.errors())
-        raise ConfigError("\n".join(lines)) from None
+        raise ConfigError("\n".join(f"{where}: {line}" if where else line for line in lines)) from None
 
 
 def help_text() -> str:

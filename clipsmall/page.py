@@ -6,13 +6,14 @@ import math
 import re
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib import style
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, PercentFormatter, ScalarFormatter
@@ -25,8 +26,19 @@ SHARE = re.compile(r"(?<![a-z])acc(?!um)|recall|chance|precision|share|wait|r@\d
 NUMBER = re.compile(r"[-+]?[\d,]*\.?\d+(e[-+]?\d+)?(\s?%)?", re.IGNORECASE)
 # With a fixed salt the same report gives the same bytes; captions with $ are no formulas.
 STYLE: list[Any] = ["seaborn-v0_8-colorblind", {"text.parse_math": False, "svg.hashsalt": "page"}]
+ROOM = Environment(
+    loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+    lstrip_blocks=True,
+)  # fmt: skip
 KNOWN = {"loss": "Loss", "logit_scale": "Logit scale", "logit_bias": "Logit bias", "lr": "Learning rate"}
 KNOWN |= {"pairs_per_second": "Pairs per second", "data_wait": "Share of time waiting for data"}
+
+
+class Cell(NamedTuple):
+    """How a cell of a table reads: its text, and its CSS classes; a `number` stands right and is sorted as one."""
+
+    text: str
+    look: str = ""
 
 
 @dataclass
@@ -36,7 +48,7 @@ class Table:
     title: str
     note: str
     columns: list[str]
-    rows: list[list[Any]]  # text or numbers; None and NaN become a dash
+    rows: list[list[Any]]  # text, numbers or Cells; None and NaN become a dash
 
 
 @dataclass
@@ -69,19 +81,33 @@ class Report:
 
 def render(report: Report) -> str:
     """The whole page; captions, labels and config are untrusted and escaped."""
-    room = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    page = room.from_string(Path(__file__).with_suffix(".html.jinja").read_text(encoding="utf-8"))
-    # Captions become labels; a script that the plots' font lacks is worth a box, not a warning per glyph.
-    with style.context(STYLE), warnings.catch_warnings(action="ignore"):
+    with drawing():
         curves = {"Training": list(training(report.metrics)), "Evaluation": list(evaluation(report.metrics))}
         matrix = heat_map(report.matrix, report.matrix_labels) if report.matrix is not None else ""
-    return page.render(report=report, curves=curves, matrix=matrix, cell=cell, picture=picture)
+    return filled("page.html.jinja", report=report, curves=curves, matrix=matrix)
+
+
+def filled(template: str, **values: Any) -> str:
+    """A template of this package with `values`, which it escapes."""
+    return ROOM.get_template(template).render(values, cell=cell, picture=picture)
+
+
+@contextmanager
+def drawing() -> Iterator[None]:
+    """The look of all plots. Captions become labels; a script that the font lacks is worth a box, not a warning."""
+    with style.context(STYLE), warnings.catch_warnings(action="ignore"):
+        yield
 
 
 def write(report: Report, path: Path) -> None:
     """Render to `path`, whole or not at all."""
+    save(render(report), path)
+
+
+def save(html: str, path: Path) -> None:
+    """Write to `path`, whole or not at all."""
     part = path.with_name(f".{path.name}.part")
-    part.write_bytes(render(report).encode(errors="replace"))  # a caption may hold a lone surrogate
+    part.write_bytes(html.encode(errors="replace"))  # a caption may hold a lone surrogate
     part.replace(path)
 
 
@@ -92,13 +118,16 @@ def quantity(value: float, share: bool = False) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 or float(value).is_integer() else f"{value:.4g}"
 
 
-def cell(column: str, value: Any) -> tuple[str, bool]:
-    """How a cell of a table reads, and whether it is a number."""
+def cell(column: str, value: Any) -> Cell:
+    """How a value under the heading `column` reads."""
+    if isinstance(value, Cell):
+        return value
     if isinstance(value, int | float | np.number) and math.isfinite(value):
-        return quantity(float(value), SHARE.search(column) is not None and 0 <= float(value) <= 1), True
+        share = SHARE.search(column) is not None and 0 <= float(value) <= 1
+        return Cell(quantity(float(value), share), "number")
     if pd.isna(value):  # None or NaN
-        return "\N{EN DASH}", True
-    return str(value), NUMBER.fullmatch(str(value)) is not None
+        return Cell("\N{EN DASH}", "number")
+    return Cell(str(value), "number" if NUMBER.fullmatch(str(value)) else "")
 
 
 def training(frame: pd.DataFrame) -> Iterator[Plot]:
@@ -161,9 +190,9 @@ def draw(lines: list[Line], share: bool) -> str:
     return svg(axes.figure)
 
 
-def heat_map(matrix: NDArray[Any], labels: list[str]) -> str:
+def heat_map(matrix: NDArray[Any], labels: list[str], size: tuple[float, float] = (8.5, 7.2)) -> str:
     """The similarities of a batch, images down and texts across; captions only where they can be read."""
-    axes = Figure(figsize=(8.5, 7.2), layout="constrained").add_subplot(xlabel="texts", ylabel="images")
+    axes = Figure(figsize=size, layout="constrained").add_subplot(xlabel="texts", ylabel="images")
     reach = np.abs(matrix[np.isfinite(matrix)]).max(initial=1e-6)
     axes.figure.colorbar(axes.imshow(matrix, cmap="RdBu_r", vmin=-reach, vmax=reach), shrink=0.8)
     if len(labels) == len(matrix) <= 40:

@@ -14,20 +14,15 @@ from typing import Any
 
 import pandas as pd
 import torch
-from torch import Tensor
 
 from clipsmall import page
-from clipsmall.config import Config
 from clipsmall.config_reader import read_yaml, refuse, validated
 from clipsmall.evaluation import Encoder
-from clipsmall.evaluation.features import read_texts
-from clipsmall.evaluation.prompts import classes
+from clipsmall.gallery import batch_rows, gallery, logit_matrix, shown_sets
 from clipsmall.run_folder import RunFolder
 from clipsmall.saved_model import load_model
-from clipsmall.shards import Catalog, caption_hash, open_catalog
-from clipsmall.shards.order import Order, permutation
+from clipsmall.shards import open_catalog
 
-QUERIES, ANSWERS, CANDIDATES, MATRIX = 8, 5, 10_000, 256
 TABLES: list[tuple[str, str, list[str], list[str], dict[str, str]]] = [
     (
         "Zero-shot classification",
@@ -77,51 +72,6 @@ def result_tables(folder: RunFolder, names: list[str]) -> list[page.Table]:
     return found
 
 
-def gallery(encoder: Encoder, catalog: Catalog, name: str, class_file: str) -> list[page.Query]:
-    """A few images with the names they find, and a few captions with the images they find.
-
-    Searched are at most CANDIDATES pairs, evenly spread over the data set.
-    """
-    candidates = list(range(0, len(catalog), -(-len(catalog) // CANDIDATES)))
-    captions = dict(zip(candidates, read_texts(catalog, rows=candidates).captions, strict=True))
-    hashes = {row: {caption_hash(caption) for caption in of_one} for row, of_one in captions.items()}
-    features, rows = encoder.images(catalog, candidates)
-    names = classes(class_file, list(captions.values()), [])
-    names_features = encoder.texts(names)
-    shown = permutation(len(rows), 0)[:QUERIES].tolist()
-    queries = []
-    for place in shown:
-        row = int(rows[place])
-        own = catalog.read(row).image
-        best, order = (features[place] @ names_features.T).topk(min(ANSWERS, len(names)))
-        found = [
-            (names[i], score, caption_hash(names[i]) in hashes[row])
-            for score, i in zip(best.tolist(), order.tolist(), strict=True)
-        ]
-        queries.append(page.Query(own, captions[row][0], "image_to_text", name, texts=found))
-    texts = encoder.texts([captions[int(rows[place])][0] for place in shown])
-    for place, text in zip(shown, texts, strict=True):
-        row = int(rows[place])
-        wanted = caption_hash(captions[row][0])
-        best, order = (text @ features.T).topk(min(ANSWERS, len(features)))
-        images = []
-        for score, i in zip(best.tolist(), rows[order].tolist(), strict=True):
-            images.append((catalog.read(i).image, captions[i][0], score, wanted in hashes[i]))
-        queries.append(page.Query(catalog.read(row).image, captions[row][0], "text_to_image", name, images=images))
-    return queries
-
-
-@torch.no_grad()
-def logit_matrix(config: Config, encoder: Encoder, catalog: Catalog, scale: Tensor) -> tuple[Tensor, list[str]]:
-    """The first MATRIX pairs of the first global batch: scaled cosines, images down and texts across; captions."""
-    shuffled = Order(catalog.sizes, config.seed, config.data.shuffle_window)
-    rows = shuffled.rows(0, torch.arange(min(MATRIX, config.data.batch_size)).numpy()).tolist()
-    captions = [of_one[0] for of_one in read_texts(catalog, rows=rows).captions]
-    images, found = encoder.images(catalog, sorted(rows))
-    images = images[[found.tolist().index(row) for row in rows]]
-    return scale.cpu() * images @ encoder.texts(captions).T, captions
-
-
 def report(folder: RunFolder) -> page.Report:
     """Everything the page shows. Raises ValueError for a folder that holds no run."""
     config = validated(read_yaml(str(folder.path / "run.yaml")))
@@ -129,15 +79,10 @@ def report(folder: RunFolder) -> page.Report:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     encoder = Encoder(model.to(device).eval(), loaded.tokenize, device, config.evaluate.batch_size)
     table = metrics(folder)
-    queries = [
-        query
-        for z in config.evaluate.zero_shot
-        if not z.label
-        for query in gallery(encoder, open_catalog(z.data), z.name, z.classes)
-    ]
-    for r in [] if queries else config.evaluate.retrieval:
-        queries += gallery(encoder, open_catalog(r.data), r.name, "captions")
-    matrix, labels = logit_matrix(config, encoder, open_catalog(config.data.train), model.logit_scale.exp())
+    sets = shown_sets(config)
+    queries = [query for data, name, names in sets for query in gallery(encoder, open_catalog(data), name, names)]
+    catalog = open_catalog(config.data.train)
+    matrix, labels = logit_matrix(encoder, catalog, batch_rows(config, catalog), model.logit_scale.exp())
     trained = table.dropna(subset="loss") if "loss" in table else table
     last = trained.iloc[-1]
     seconds = (trained["pairs"].diff() / trained["pairs_per_second"]).sum()

@@ -1,5 +1,6 @@
 """One step of the real loop on abstract tensors, with a meter on it."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -84,7 +85,8 @@ def of_batch(config: Config, batch: int) -> Config:
 @contextmanager
 def unmoved() -> Iterator[None]:
     """Modules stay where they are made: `Module.to` cannot move abstract parameters (torch 2.14: swap_tensors)."""
-    with patch.object(nn.Module, "to", lambda module, *_, **__: module):
+    with patch.object(nn.Module, "to", lambda module, *_, **__: module), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # of a copied tower
         yield
 
 
