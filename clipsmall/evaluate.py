@@ -6,7 +6,8 @@
     torchrun --nproc_per_node 2 -m clipsmall.evaluate runs/demo --data data/coco/test --tasks retrieval geometry
 
 A model is a run or checkpoint of ours, a HF folder or hub id, or an open_clip name (`NAME,TAG` with weights). Data are
-folders of tars or CLIP_benchmark's layout (CSV, image folders and HF data sets: make tars with data_tools.make_shards).
+folders of tars or CLIP_benchmark's layout, multi-label sets among them (CSV, image folders and HF data sets: make tars
+with data_tools.make_shards).
 Written to --out: a JSON cell a model, data set and task in CLIP_benchmark's format, `benchmark.csv` of all cells there,
 `MODEL/eval_results.jsonl` in DataComp's. Exit codes: 0 all cells are there; 1 some failed; 2 bad input.
 """
@@ -51,6 +52,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--temperature", type=float, default=0.07, help="of kNN's votes; 0 = majority")
     made.add_argument("--corruptions", nargs="+", choices=FAMILIES, default=COMMON, metavar="NAME")
     made.add_argument("--severities", nargs="+", type=int, choices=SEVERITIES, default=SEVERITIES)
+    made.add_argument("--candidates", type=int, default=32, help="pairs of a hard set of the task candidates")
     made.add_argument("--batch_size", type=int, default=256)
     made.add_argument("--workers", type=int, default=0, help="processes that decode images, a rank")
     return made
@@ -81,8 +83,9 @@ def load(given: str, title: tuple[str, str], state: PartialState, options: argpa
 def run(options: argparse.Namespace, state: PartialState, sets: list[DataSet]) -> list[str]:
     """All models, one after another; returns what went wrong."""
     settings = Settings(
-        options.k, options.temperature, tuple(options.corruptions), tuple(options.severities), options.empty_classes
-    )
+        options.k, options.temperature, tuple(options.corruptions), tuple(options.severities), options.empty_classes,
+        options.candidates,
+    )  # fmt: skip
     failures = []
     for given, title in zip(options.models, titles(options.models), strict=True):
         try:

@@ -4,11 +4,12 @@ Seen to fail when: a file that exists is a cell that is done; a key forgets weig
 settings; features are made anew for each task; every rank writes, or encodes all; a failing cell ends the run, or
 the exit code is 0; classes without images pass; features that are not finite pass; nshards.txt or dataset_type.txt
 is not read; tars without an index are refused; metrics of ours are left out of the CSV; a block of scores is the
-whole matrix; two models share a file.
+whole matrix; two models share a file; images that are no shards are refused without the commands that make them.
 """
 
 import json
 import re
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +35,7 @@ from clipsmall.small_towers import SmallConfig, WordTokenizer
 from clipsmall.tower_loading import save_model_files
 from clipsmall.tower_sources import small
 from clipsmall.towers import DualEncoder
+from data_tools import make_shards
 from tests.meter import Meter
 from tests.shard_samples import write_tar
 from tests.shards_for_tests import TOWERS
@@ -42,7 +44,7 @@ from tests.test_towers import write_clip, write_open_clip_folder
 
 SEEN = COLOURS[:-1]  # no picture is pink
 ALL = [*suite.TASKS]
-FEW = Settings(k=5, corruptions=("contrast", "jpeg_compression"), severities=(1, 5))
+FEW = Settings(k=5, corruptions=("contrast", "jpeg_compression"), severities=(1, 5), candidates=6)
 
 
 def write_model(folder: Path, seed: int = 0, bias: float = 0.0) -> Path:
@@ -73,7 +75,7 @@ def run(*words: object) -> int:
 
 def options(home: Path, out: Path) -> list[str]:
     return ["--data", str(home / "pictures"), "--label", "kind", "--out", str(out), "--corruptions", "contrast",
-            "--severities", "1", "5", "--k", "5"]  # fmt: skip
+            "--severities", "1", "5", "--k", "5", "--candidates", "6"]  # fmt: skip
 
 
 def cells(out: Path) -> dict[str, dict[str, Any]]:
@@ -288,7 +290,6 @@ def drop_tar(folder: Path) -> None:
 
 BAD_SETS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a missing tar": (drop_tar, r"nshards.txt says 2, 1 tars are there"),
-    "several labels": (lambda f: (f / "dataset_type.txt").write_text("multilabel"), "a multi-label set"),
     "no shards": (shutil.rmtree, "no shards there"),
     "cut": (lambda f: (f / "test" / "1.tar").write_bytes((f / "test" / "1.tar").read_bytes()[:3000]), r"1\.tar: .*cut"),
 }
@@ -303,9 +304,60 @@ def test_a_bad_data_set_ends_with_2_before_a_model_is_loaded(
     with pytest.raises(SystemExit) as left:
         run("no-model", "--data", tmp_path / "cifar", "--out", tmp_path / "out")
     assert left.value.code == 2
-
     assert re.search(f"error: .*{said}", capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
+
+
+def command(said: str) -> tuple[list[str], list[str]]:
+    """The words of make_shards and of evaluate that a refusal names."""
+    made = re.search(r"make them: python -m data_tools\.make_shards (.*); then evaluate with (.*)", said)
+    assert made
+    return shlex.split(made[1]), shlex.split(made[2])
+
+
+def test_a_folder_of_class_folders_is_two_commands_away(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the refusal says is typed as it stands."""
+    monkeypatch.chdir(tmp_path)
+    for split, count in (("test", 3), ("train", 6)):
+        for number, colour in enumerate(SEEN):
+            (tmp_path / "my pets" / split / colour).mkdir(parents=True)
+            for i in range(count):
+                image = picture(100 * number + 10 * i + len(split))
+                (tmp_path / "my pets" / split / colour / f"{i}.png").write_bytes(image)
+    with pytest.raises(SystemExit) as left:
+        run("no-model", "--data", "my pets")
+    assert left.value.code == 2
+    making, data = command(capsys.readouterr().err)
+    assert making == [str(tmp_path / "my pets" / "test"), "data/my pets-shards/test", "--label", "class"]
+    assert make_shards.main([*making, "--workers", "1"]) == 0
+    assert make_shards.main([re.sub("/test$", "/train", word) for word in [*making, "--workers", "1"]]) == 0
+    assert data == ["--data", "data/my pets-shards/test", "--label", "label"]
+    out = tmp_path / "out"
+    assert run(home / "model", *data, "--out", out, "--tasks", "zero_shot", "knn", "--k", "5") == 0
+    found = cells(out)
+    assert found["zeroshot_classification"]["counts"] == {"images": 21, "classes": 7, "skipped": 0}
+    assert found["knn"]["counts"] == {"images": 21, "train": 42, "classes": 7, "skipped": 0, "k": 5}
+
+
+def test_what_has_to_become_shards_first_is_told_how(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cats" / "a").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"^cats: no shards there \(\*\.tar\)$"):
+        open_set("cats")
+    (tmp_path / "cats" / "a" / "1.JPG").touch()
+    (tmp_path / "photos.csv").touch()
+    column, columns = "--label COLUMN", "--split test --caption COLUMN --label COLUMN"
+    for given, out, how in (
+        ("cats", "cats-shards", "--label class"), ("photos.csv", "photos-shards", column),
+        ("hf:org/pets", "pets-shards", columns),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=rf"^{given}: no shards ") as error:
+            open_set(given)
+        making, data = command(str(error.value))
+        assert (making[:2], " ".join(making[2:])) == ([given, f"data/{out}"], how)
+        assert data == ["--data", f"data/{out}", "--label", "label"]
 
 
 @pytest.mark.parametrize("what", ["a class without images", "a template without {c}", "a label without a class"])

@@ -1,12 +1,17 @@
 """A data set to evaluate on: our shards, or CLIP_benchmark's layout as it is, with the words that belong to it."""
 
 import hashlib
+import shlex
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from clipsmall import world
 from clipsmall.shards import Catalog, build_index, index_path, open_catalog, shard_paths, write_index
+from clipsmall.shards.index import IMAGE_SUFFIXES
+
+KINDS = {"retrieval": "retrieval", "multilabel": "zero_shot"}  # dataset_type.txt -> the task it is made for
+TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".zip")  # that data_tools.make_shards opens
 
 
 @dataclass(frozen=True)
@@ -16,7 +21,7 @@ class DataSet:
     name: str
     shards: str  # folder, glob or brace list
     train: str  # of the images that probes learn from; "" = none known
-    kind: str  # retrieval, or "": whatever it has
+    kind: str  # one of KINDS, or "": whatever it has
     classes: str
     templates: str
     label: str
@@ -36,14 +41,14 @@ class DataSet:
     @property
     def tasks(self) -> list[str]:
         """What it is made for: retrieval where it has captions, zero_shot where it has a class list or label."""
-        if self.kind == "retrieval":
-            return ["retrieval"]
+        if self.kind:
+            return [KINDS[self.kind]]
         captions = bool(self.catalog.caption_hash.any())
         return ["zero_shot"] * (self.classes != "captions" or not captions) + ["retrieval"] * captions
 
     def digest(self, training: bool) -> str:
         """Of all that results on it depend on."""
-        words = [self.label, self.catalog.fingerprint]
+        words = [self.label, self.catalog.fingerprint, *["multilabel"] * (self.kind == "multilabel")]
         if training:
             try:
                 words.append(self.training.fingerprint)
@@ -66,7 +71,7 @@ def open_set(path: str, classes: str = "", templates: str = "", label: str = "",
         train: shards of images to learn from; default: the folder `train` beside.
 
     Raises:
-        ValueError: no shards, not as many as nshards.txt says, or a multi-label set.
+        ValueError: no shards (for images: with the command that makes them), or not as many as nshards.txt says.
     """
     root, shards, name = Path(path).resolve(), path, Path(path).resolve().name
     if root.is_dir() and not any(root.glob("*.tar")) and (root / "test").is_dir():
@@ -74,9 +79,9 @@ def open_set(path: str, classes: str = "", templates: str = "", label: str = "",
     else:
         root = root.parent
         name = f"{root.name}/{name}"
+    _refuse_images(shards)
     _check_count(shards)
-    if (kind := _word(root / "dataset_type.txt")) == "multilabel":
-        raise ValueError(f"{root}: a multi-label set, which is not supported; only one class an image is")
+    kind = _word(root / "dataset_type.txt")
 
     def beside(file: str, otherwise: str) -> str:
         return str(root / file) if (root / file).exists() else otherwise
@@ -85,7 +90,7 @@ def open_set(path: str, classes: str = "", templates: str = "", label: str = "",
         name=name,
         shards=shards,
         train=train or beside("train", ""),
-        kind=kind if kind == "retrieval" else "",
+        kind=kind if kind in KINDS else "",
         classes=classes or beside("classnames.txt", "labels" if label else "captions"),
         templates=templates or beside("zeroshot_classification_templates.txt", "plain"),
         label=label,
@@ -97,6 +102,29 @@ def open_set(path: str, classes: str = "", templates: str = "", label: str = "",
 
 def _word(path: Path) -> str:
     return path.read_text(encoding="utf-8").strip() if path.exists() else ""
+
+
+def _refuse_images(path: str) -> None:
+    """Raises ValueError for images that are no shards yet, and says how they become some."""
+    place = Path(path.removeprefix("hf:")).resolve()
+    made = f"{place.parent.name}-shards/test" if place.name == "test" else f"{place.stem}-shards"  # train fits beside
+    if path.startswith("hf:"):
+        columns = "--split test --caption COLUMN --label COLUMN"
+    elif place.suffix in TABLES and place.is_file():
+        columns = "--label COLUMN"
+    elif place.is_dir() and not any(place.glob("*.tar")) and any(map(_is_image, place.rglob("*"))):
+        columns = "--label class"
+    else:
+        return
+    given, out = shlex.quote(path), shlex.quote(f"data/{made}")
+    raise ValueError(
+        f"{path}: no shards (*.tar) yet; make them: python -m data_tools.make_shards {given} {out} {columns}; "
+        f"then evaluate with --data {out} --label label"
+    )
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix[1:].lower() in IMAGE_SUFFIXES
 
 
 def _check_count(shards: str) -> None:

@@ -7,15 +7,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from clipsmall import world
 from clipsmall.evaluation.calibration import calibration, draw
+from clipsmall.evaluation.candidates import candidates
 from clipsmall.evaluation.cells import Cell, cell_path, write_cell
 from clipsmall.evaluation.classification import accuracies, class_chance
 from clipsmall.evaluation.corruptions import COMMON, SEVERITIES
 from clipsmall.evaluation.features import Encoder
 from clipsmall.evaluation.geometry import geometry
 from clipsmall.evaluation.matching import matching
+from clipsmall.evaluation.multilabel import average_precisions
 from clipsmall.evaluation.probe import knn, linear_probe
 from clipsmall.evaluation.retrieval import retrieval_of
 from clipsmall.evaluation.robustness import MAIN, robustness
@@ -35,7 +38,9 @@ TASKS = {  # by their names in cells, of which the first three are CLIP_benchmar
     "geometry": "geometry",
     "matching": "matching",
     "top1": "top1",
+    "candidates": "candidates",
 }
+OF_SEVERAL_LABELS = ("zero_shot", "top1")  # the tasks that a multi-label set without captions has
 
 
 @dataclass(frozen=True)
@@ -47,16 +52,46 @@ class Settings:
     corruptions: tuple[str, ...] = COMMON
     severities: tuple[int, ...] = SEVERITIES
     empty_classes: bool = False
+    candidates: int = 32  # of a hard set
+
+    def told(self, task: str) -> dict[str, Any]:
+        """For the key of a task's cell."""
+        told = asdict(self)
+        if task != "candidates":
+            del told["candidates"]  # newer than the others: cells of before stay done
+        return told
 
 
 def zero_shot(view: View) -> Cell:
-    """As `classification.zero_shot`, of features that other tasks share."""
+    """As `classification.zero_shot`, of features that other tasks share; of a multi-label set, its mAP."""
+    if view.data.kind == "multilabel":
+        return ranked(view)
     return Cell(
         view.data.name,
         TASKS["zero_shot"],
         accuracies(view.images, view.class_features, view.labels),
         class_chance(len(view.classes)),
         {"images": len(view.images), "classes": len(view.classes), "skipped": view.skipped},
+    )
+
+
+def ranked(view: View) -> Cell:
+    """`mean_average_precision` over the classes that have an image (CLIP_benchmark's name); see `average_precisions`.
+
+    Raises:
+        ValueError: targets that are none, classes without an image (unless allowed), or none at all with one.
+    """
+    classes, targets = view.classes, view.targets
+    found = average_precisions(view.images, view.class_features, targets)
+    here = ~found.isnan()
+    if not here.any():
+        raise ValueError(f"{view.data.name}: no class has an image; check its .npy members")
+    return Cell(
+        view.data.name,
+        TASKS["zero_shot"],
+        {"mean_average_precision": found[here].mean().item()},
+        {"mean_average_precision": targets[:, here].double().mean().item()},
+        {"images": len(targets), "classes": len(classes), "labels": int(targets.sum()), "skipped": view.skipped},
     )
 
 
@@ -76,6 +111,7 @@ def evaluations(settings: Settings, base: Sequence[str]) -> dict[str, Callable[[
         "calibration": calibration,
         "geometry": geometry,
         "matching": matching,
+        "candidates": partial(candidates, size=settings.candidates),
         "top1": partial(top1, corruptions=settings.corruptions, severities=settings.severities),
     }
     repeated = {task: found[task] for task in base}
@@ -113,6 +149,8 @@ def evaluate(model: Model, sets: Sequence[DataSet], tasks: Sequence[str], settin
         if data.name not in views:
             views = {data.name: View(model.encoder, data, settings.empty_classes)}  # features of one set at a time
         try:
+            if data.kind == "multilabel" and task not in OF_SEVERAL_LABELS:
+                raise ValueError(f"a multi-label set has no such cell, only {' and '.join(OF_SEVERAL_LABELS)}")
             cell = evaluations(settings, _base(data, tasks))[task](views[data.name])
         except Exception as error:
             if world.size() > 1 and (not isinstance(error, ValueError) or isinstance(error, ShardError)):
@@ -141,7 +179,7 @@ def _done(
     for data, task in asked:
         base = _base(data, tasks) if task == "robustness" else []
         learns = bool({task, *base} & {"knn", "linear_probe"})
-        parts = [VERSION, model.digest, data.digest(learns), task, base, asdict(settings)]
+        parts = [VERSION, model.digest, data.digest(learns), task, base, settings.told(task)]
         key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
         path = cell_path(out, data.name, model.pretrained, model.name, TASKS[task])
         keys.append("" if _key_of(path) == key else key)

@@ -46,7 +46,8 @@ def eval_results(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for cell in cells:
         metrics = dict(cell["metrics"])
         if cell["task"] == "zeroshot_classification":
-            key, metrics["main_metric"] = cell["dataset"], metrics["acc1"]
+            key = cell["dataset"]
+            metrics["main_metric"] = metrics["mean_average_precision" if "acc1" not in metrics else "acc1"]
         elif cell["task"] == "zeroshot_retrieval":
             key = f"retrieval/{cell['dataset']}"
             recalls = metrics["image_retrieval_recall@1"], metrics["text_retrieval_recall@1"]

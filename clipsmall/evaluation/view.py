@@ -12,6 +12,7 @@ from clipsmall.evaluation import prompts
 from clipsmall.evaluation.classification import class_features
 from clipsmall.evaluation.features import Change, Encoder, Texts, class_indices, read_texts
 from clipsmall.evaluation.hits import refuse_non_finite
+from clipsmall.evaluation.multilabel import read_targets
 from clipsmall.evaluation.retrieval import Relevance, relevance
 from clipsmall.evaluation.sets import DataSet
 
@@ -82,14 +83,30 @@ class View:
     # ---- classes ----
 
     @cached_property
-    def classes(self) -> list[str]:
-        """Class names. Raises ValueError for none, and (without `empty_classes`) for one without an image."""
+    def names(self) -> list[str]:
+        """Class names. Raises ValueError for none."""
         if self.data.kind == "retrieval":
             raise ValueError(f"{self.data.name}: a retrieval set (dataset_type.txt); it has no classes")
-        names = prompts.classes(self.data.classes, self.words.captions, self.words.labels)
+        # a .npy names no class: without a list of them there are none
+        words = Texts([], []) if self.data.kind == "multilabel" else self.words
+        names = prompts.classes(self.data.classes, words.captions, words.labels)
         if not names:
             raise ValueError(f"{self.data.name}: no class names; give a classnames.txt beside it, or --classes")
-        here = set(class_indices(self.words.labels, names).tolist())
+        return names
+
+    @cached_property
+    def all_targets(self) -> Tensor:
+        """(N, C) bool, of a multi-label set: which classes each image of the catalog shows."""
+        return read_targets(self.data.catalog, len(self.names))
+
+    @cached_property
+    def classes(self) -> list[str]:
+        """`names`; raises ValueError (without `empty_classes`) where one has no image."""
+        names = self.names
+        if self.data.kind == "multilabel":
+            here = set(self.all_targets.any(dim=0).nonzero()[:, 0].tolist())
+        else:
+            here = set(class_indices(self.words.labels, names).tolist())
         empty = [name for place, name in enumerate(names) if place not in here]
         if empty and not self.empty_classes and self.data.classes != "captions":
             raise ValueError(
@@ -102,6 +119,11 @@ class View:
     def labels(self) -> Tensor:
         """(n,) class numbers of `images`."""
         return class_indices(self.words.labels, self.classes)[self.encoded[1]]
+
+    @property
+    def targets(self) -> Tensor:
+        """(n, C) bool, of a multi-label set: which classes `images` show."""
+        return self.all_targets[self.encoded[1]]
 
     @cached_property
     def class_features(self) -> Tensor:
