@@ -94,6 +94,8 @@ def run(comparison: Comparison, budgets: Budgets, trainer: Trainer, options: arg
     work(budgets.speeds(chosen), trainer, options.jobs, "speeds")
     runs = [run for cell in budgets.cells() if cell.setting in chosen for run in cell.runs]
     seeds = options.seeds or comparison.seeds
+    if strange := set(seeds) - set(comparison.seeds):
+        raise ValueError(f"--seeds {min(strange)}: none of this grid's; there is {comparison.seeds}")
     by_seed = [run for seed in seeds for run in runs if run.seed == seed]  # a whole grid of one seed before the next
     work(by_seed, trainer, options.jobs, "runs")
 
@@ -129,7 +131,7 @@ def main(words: list[str] | None = None) -> int:
             if codes[-1] > 2:
                 break
         return max(codes)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         refuse(error)
 
 

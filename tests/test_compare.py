@@ -187,6 +187,35 @@ def test_every_run_is_made_once(grid: dict[str, Any], tmp_path: Path) -> None:
     pd.testing.assert_frame_equal(saved, found, check_dtype=False)
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--seeds", "7"], "--seeds 7: none of this grid's; there is [0, 1]"),
+        (["--only", "objective=dcl"], "there is no objective=dcl in this grid; there is softmax, sigmoid"),
+        (["--only", "size=8"], "there is objective, batch_size"),
+        (["--jobs", "0"], "--jobs=0: at least one"),
+    ],
+)
+def test_what_is_not_in_the_grid_cannot_be_picked(
+    grid: dict[str, Any], tmp_path: Path, words: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        compare.main([written(grid, tmp_path), *words])
+    assert left.value.code == 2
+    assert told in capsys.readouterr().err
+    assert not calls(tmp_path)
+
+
+def test_a_command_that_is_not_there_is_told(
+    grid: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grid["launch"] = "/nowhere/launcher"
+    with pytest.raises(SystemExit) as left:
+        compare.main([written(grid, tmp_path)])
+    assert left.value.code == 2
+    assert "/nowhere/launcher" in capsys.readouterr().err
+
+
 def test_a_failing_run_is_told_and_only_made_again_when_asked(
     grid: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -234,6 +263,11 @@ def test_rates_are_tuned_on_a_seed_of_their_own(grid: dict[str, Any], tmp_path: 
     assert {(run.seed, run.config.data.batch_size, run.config.optim.pairs) for run in tried} == {(2, 16, 160)}
     assert table(grid, tmp_path)["lr"].unique().tolist() == [2e-3]
     assert Budgets(comparison).edges() == []
+    lines = tried[1].files.metrics.read_text()  # softmax at 2e-3
+    tried[1].files.metrics.write_text(lines.replace("0.5162", "null"))
+    rates = [Budgets(comparison).rate(setting) for setting in settings(comparison)]
+    assert rates == [1e-3, 1e-3, 2e-3, 2e-3]  # a metric that is no number wins nothing
+    tried[1].files.metrics.write_text(lines)
     grid["lr"]["values"] = [2e-3, 4e-3]
     assert compare.main([written(grid, tmp_path)]) == 0
     assert len(calls(tmp_path)) == 14  # another grid of rates: the same trials, the same runs

@@ -3,11 +3,13 @@
 import json
 import math
 import os
+import sys
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
 import torch
+from tqdm import tqdm
 
 from clipsmall.comparing.grid import Comparison, Setting, Tree, settings
 from clipsmall.comparing.runs import Run, digest, make_run
@@ -87,7 +89,8 @@ class Budgets:
             return None
         key = self.comparison.metrics[self.comparison.metric]
         scores = {lr: last(run, key) for lr, run in trials.items() if run.finished}
-        return max(scores, key=lambda lr: scores[lr], default=None)
+        known = {lr: score for lr, score in scores.items() if score is not None}
+        return max(known, key=lambda lr: known[lr], default=None)
 
     def edges(self) -> list[str]:
         """Groups of settings whose best rate is the least or the greatest that was tried."""
@@ -166,12 +169,9 @@ def batch(setting: Setting) -> int:
     return validated(setting.tree).data.batch_size
 
 
-def last(run: Run, key: str) -> float:
-    """A metric of the run's last evaluation. Raises ValueError if it has none."""
-    for line in reversed(run.lines()):
-        if isinstance(line.get(key), int | float):
-            return float(line[key])
-    raise ValueError(f"{run.folder}: its metrics.jsonl has no {key!r}")
+def last(run: Run, key: str) -> float | None:
+    """A metric of the run's last evaluation; None if it was no number."""
+    return next((float(line[key]) for line in reversed(run.lines()) if line.get(key) is not None), None)
 
 
 def _memory(comparison: Comparison, found: list[Setting]) -> dict[str, float]:
@@ -182,16 +182,16 @@ def _memory(comparison: Comparison, found: list[Setting]) -> dict[str, float]:
     planner, path = Planner(machine, budget=2**63), Path(comparison.out) / "memory.json"
     known = json.loads(path.read_text()) if path.exists() else {}
     needs = {}
-    for setting in found:
+    for setting in tqdm(found, desc="memory", unit=" settings", leave=False, disable=not sys.stderr.isatty()):
         tree = lay_over(setting.tree, spent)
         key = f"{setting.title} {digest(tree)}, {machine.ranks} x {machine.device}"
-        if key not in known:
+        if key not in known:  # half a second for the glyph towers, a minute for large ones
             known[key] = _peak(planner, tree)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+            part.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
+            part.replace(path)
         needs[setting.title] = math.nan if known[key] is None else known[key]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    part.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
-    part.replace(path)
     return needs
 
 
