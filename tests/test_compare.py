@@ -46,7 +46,8 @@ recall = 0.5 - abs(lr - 2e-3) * 10 + batch / 1000 + given["seed"] / 10_000
 lines = [{"step": step, "pairs": step * batch, "loss": 1 / step, "logit_scale": 10.0 + step, "logit_bias": 0.0,
           "pairs_per_second": rate, "skipped": 2} for step in range(1, steps + 1)]
 if given.get("evaluate", {}).get("retrieval"):
-    lines.append({"step": steps, "pairs": steps * batch, "test/image_retrieval_recall@1": recall})
+    lines.append({"step": steps, "pairs": steps * batch, "test/image_retrieval_recall@1": recall,
+                  "test/image_retrieval_recall@5": 1 - recall})
 (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\\n" for line in lines))
 saved = out / "checkpoints" / f"step_{steps:08d}"
 saved.mkdir(parents=True)
@@ -136,6 +137,7 @@ def test_a_grid_is_the_product_of_its_axes(grid: dict[str, Any], tmp_path: Path)
         ({"baseline": {"objective": "dcl"}}, "baseline: objective=dcl is none of the grid's; there is softmax"),
         ({"baseline": {"size": "8"}}, "there is objective, batch_size"),
         ({"lr": {"values": [1e-3, 2e-3], "pairs": 64, "at": {"batch_size": 4}}}, "lr.at: batch_size=4"),
+        ({"lr": {"values": [1e-3, 2e-3], "pairs": 64, "metric": "acc1"}}, "lr.metric=acc1 is none of the metrics"),
         ({"budget": {"pairs": 64, "seconds": 3}}, "either pairs (equal samples) or seconds"),
         ({"budget": {}}, "either pairs"),
         ({"budget": {"pairs": 15}}, "softmax, 16: 15 pairs (budget.pairs, lr.pairs) are less than one batch of 16"),
@@ -268,6 +270,10 @@ def test_rates_are_tuned_on_a_seed_of_their_own(grid: dict[str, Any], tmp_path: 
     rates = [Budgets(comparison).rate(setting) for setting in settings(comparison)]
     assert rates == [1e-3, 1e-3, 2e-3, 2e-3]  # a metric that is no number wins nothing
     tried[1].files.metrics.write_text(lines)
+    grid["metrics"]["recall@5"], grid["lr"]["metric"] = "test/image_retrieval_recall@5", "recall@5"
+    asked = Budgets(made(grid, tmp_path))
+    assert [asked.rate(setting) for setting in asked.settings] == [4e-3] * 4  # where the stand-in's is highest
+    del grid["lr"]["metric"]
     grid["lr"]["values"] = [2e-3, 4e-3]
     assert compare.main([written(grid, tmp_path)]) == 0
     assert len(calls(tmp_path)) == 14  # another grid of rates: the same trials, the same runs

@@ -87,7 +87,8 @@ class Budgets:
             return validated(setting.tree).optim.lr
         if not all(run.state in ("done", "failed") for run in trials.values()):
             return None
-        key = self.comparison.metrics[self.comparison.metric]
+        rates = self.comparison.lr
+        key = self.comparison.metrics[rates.metric if rates and rates.metric else self.comparison.metric]
         scores = {lr: last(run, key) for lr, run in trials.items() if run.finished}
         known = {lr: score for lr, score in scores.items() if score is not None}
         return max(known, key=lambda lr: known[lr], default=None)

@@ -79,6 +79,7 @@ class Rates(Section):
     values: list[float] = Field(min_length=2)
     pairs: int = Field(ge=1, description="of each trial")
     at: dict[str, str] = Field({}, description="axis: level where it is tried; the others have their own rate each")
+    metric: str = Field("", description="that decides; default: the first. A steady one: short runs are noisy")
 
 
 class Gallery(Section):
@@ -113,6 +114,8 @@ class Comparison(Section):
                 if level not in self.axes.get(axis, {}):
                     known = ", ".join(self.axes.get(axis, self.axes))
                     raise ValueError(f"{field}: {axis}={level} is none of the grid's; there is {known}")
+        if self.lr and self.lr.metric and self.lr.metric not in self.metrics:
+            raise ValueError(f"lr.metric={self.lr.metric} is none of the metrics; there is {', '.join(self.metrics)}")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds: {self.seeds} names one twice")
         names = [*self.axes, *self.metrics, *COLUMNS]
