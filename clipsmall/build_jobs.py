@@ -1,5 +1,6 @@
 """Config -> jobs: the side work of a run, each a callable that every rank calls at the same step."""
 
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -65,6 +66,7 @@ def evaluate_job(
         if progress.step in done:
             return
         done.add(progress.step)
+        begun = time.perf_counter()
         cells = [job(encoder) for job in jobs]
         row: dict[str, Any] = {"step": progress.step, "pairs": progress.pairs}
         for cell in cells:
@@ -75,5 +77,6 @@ def evaluate_job(
         if cells:
             report.write(row)
             report.bar.write(print_cells(cells)) if state.accelerator.is_main_process else None
+        report.leave_out(time.perf_counter() - begun)
 
     return run

@@ -26,6 +26,8 @@ from clipsmall.comparing.runs import Run, Trainer
 from clipsmall.comparing.telling import tell
 from clipsmall.config_reader import refuse
 
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
@@ -54,10 +56,10 @@ def picked(found: Sequence[Setting], comparison: Comparison, words: Sequence[str
     return [each for each in found if all(each.levels[axis] in names for axis, names in wanted.items())]
 
 
-def environment(jobs: int) -> dict[str, str]:
-    """Of a run: as many threads as its share of the cores."""
-    threads = str(max(1, (os.cpu_count() or 1) // jobs))
-    return {"OMP_NUM_THREADS": threads, **os.environ}
+def environment(jobs: int, launch: str) -> dict[str, str]:
+    """Of a run: as many threads as its share of the cores; a launcher decides for itself."""
+    threads = {} if launch else {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
+    return {**threads, **os.environ}
 
 
 def work(runs: list[Run], trainer: Trainer, jobs: int, words: str) -> None:
@@ -109,10 +111,11 @@ def compare(comparison: Comparison, options: argparse.Namespace) -> int:
             print(f"{each.state:<10} {each.title:<40} {each.folder}")
         return 0
     if not options.tell:
-        trainer = Trainer(comparison.launch, environment(options.jobs), options.again)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, trainer.stop)
+        trainer = Trainer(comparison.launch, environment(options.jobs, comparison.launch), options.again)
+        before = {number: signal.signal(number, trainer.stop) for number in STOPS}
         run(comparison, budgets, trainer, options)
+        for number, handler in before.items():
+            signal.signal(number, handler)
         if trainer.stopped:
             print("stopped; the same command goes on", file=sys.stderr)
             return 128 + trainer.stopped
@@ -125,8 +128,11 @@ def main(words: list[str] | None = None) -> int:
     try:
         if options.jobs < 1:
             raise ValueError(f"--jobs={options.jobs}: at least one")
-        codes = []
-        for comparison in [load(path) for path in options.grids]:
+        codes, found = [], [load(path) for path in options.grids]
+        folders = [comparison.out for comparison in found]
+        if twice := [out for out in folders if folders.count(out) > 1]:
+            raise ValueError(f"out: two of the grids write to {twice[0]}; give each its own")
+        for comparison in found:
             codes.append(compare(comparison, options))
             if codes[-1] > 2:
                 break

@@ -111,6 +111,8 @@ def fields(model: type[BaseModel] = Config, prefix: str = "") -> dict[str, Any]:
 
 
 def _line(error: ErrorDetails, known: list[str]) -> str:
+    if not error["loc"]:  # of several fields together, which the message names
+        return error["msg"].removeprefix("Value error, ")
     path = ".".join(str(part) for part in error["loc"] if part not in ("float", "literal['auto']")) or "config"
     if error["type"] == "extra_forbidden":
         leaf = path.rpartition(".")[2]

@@ -42,6 +42,11 @@ class Report:
         self.bar.update(progress.pairs - self.bar.n)
         self._mark = (time.perf_counter(), progress.pairs, self.feed.waited, self.feed.mined)
 
+    def leave_out(self, seconds: float) -> None:
+        """What was spent on evaluation is no training: the speed knows nothing of it."""
+        then, pairs, waited, mined = self._mark
+        self._mark = (then + seconds, pairs, waited, mined)
+
     def __call__(self, progress: Progress, losses: dict[str, Tensor]) -> None:
         now, (then, pairs, waited, mined) = time.perf_counter(), self._mark
         names = sorted(losses)

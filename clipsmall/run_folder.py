@@ -66,8 +66,9 @@ class RunFolder:
 
     def last_evaluation(self) -> int:
         """The last step with a line of results (which has no `loss`) in metrics.jsonl, -1 if there is none."""
-        lines = self.metrics.read_text().splitlines() if self.metrics.exists() else []
-        return max((int(_step(line)) for line in lines if '"loss"' not in line), default=-1)
+        lines = self.metrics.read_text(errors="replace").splitlines() if self.metrics.exists() else []
+        steps = [_step(line) for line in lines if '"loss"' not in line]
+        return max((int(step) for step in steps if step < math.inf), default=-1)
 
     def claim(self, config: str, step: int, launch: dict[str, Any]) -> None:
         """Make the folder, lock it, write run.yaml, command.txt and env.json, and take back what came after `step`.
@@ -83,12 +84,18 @@ class RunFolder:
             self._lock = (self.path / ".lock").open("w")
         except OSError as error:
             raise ValueError(f"{self.path}: cannot be written ({error.strerror}); give another --out") from None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{self.path}: another run is writing here; wait for it, or give another --out") from None
-        except OSError:  # some network file systems know no locks
-            pass
+        for wait in (0.1, 0.2, None):  # a comparison looks at locks, for a moment
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if wait is None:
+                    told = f"{self.path}: another run is writing here; wait for it, or give another --out"
+                    raise ValueError(told) from None
+                time.sleep(wait)
+                continue
+            except OSError:  # some network file systems know no locks
+                pass
+            break
         if self.metrics.exists():
             kept = [line for line in self.metrics.read_text().splitlines() if _step(line) <= step]
             partial = self.metrics.with_name(f".tmp-{self.metrics.name}")

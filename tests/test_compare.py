@@ -41,8 +41,9 @@ signal.signal(signal.SIGTERM, stop)
 while (here / "slow").exists():
     time.sleep(0.02)
 steps = given["optim"]["pairs"] // batch
-rate = 50 * batch + given["seed"]
-recall = 0.5 - abs(lr - 2e-3) * 10 + batch / 1000 + given["seed"] / 10_000
+seed = given["seed"] % 1000
+rate = 50 * batch + seed
+recall = 0.5 - abs(lr - 2e-3) * 10 + batch / 1000 + seed / 10_000
 lines = [{"step": step, "pairs": step * batch, "loss": 1 / step, "logit_scale": 10.0 + step, "logit_bias": 0.0,
           "pairs_per_second": rate, "skipped": 2} for step in range(1, steps + 1)]
 if given.get("evaluate", {}).get("retrieval"):
@@ -110,7 +111,8 @@ def test_a_grid_is_the_product_of_its_axes(grid: dict[str, Any], tmp_path: Path)
         "objective": {"softmax": None, "mixed": {"objective": {"softmax": 1, "vicreg": 0.1}},
                       "moco": {"objective.queue": "moco"}},
         "batch_size": [8, 16],
-        "trick": {"none": {}, "mined": {"mining": {"method": "groups"}, "mining.group": 4, "optim.pairs": 320}},
+        "trick": {"none": {}, "mined": {"mining": {"method": "groups"}, "mining.group": 4,
+                            "optim": {"pairs": 320, "warmup_pairs": 7}}},
     }  # fmt: skip
     grid["common"] = {"optim.lr": 0.5, "optim": {"clip": 2.0}}
     found = settings(made(grid, tmp_path))
@@ -120,8 +122,12 @@ def test_a_grid_is_the_product_of_its_axes(grid: dict[str, Any], tmp_path: Path)
     assert found[-1].levels == {"objective": "moco", "batch_size": "16", "trick": "mined"}
     assert found[-1].tree["mining"] == {"method": "groups", "group": 4}
     assert found[-1].tree["data"]["batch_size"] == 16
-    assert found[-1].tree["optim"] == {"lr": 0.5, "clip": 2.0, "pairs": 320}
-    assert Budgets(made(grid, tmp_path)).pairs(found[-1]) == 320  # the grid's own word
+    assert found[-1].tree["optim"] == {"lr": 0.5, "clip": 2.0, "pairs": 320, "warmup_pairs": 7}
+    budgets = Budgets(made(grid, tmp_path))
+    assert budgets.pairs(found[-1]) == 320  # the grid's own word
+    warmups = [cell.runs[0].config.optim.warmup_pairs for cell in budgets.cells()]
+    assert (warmups[0], warmups[-1]) == (32, 7)
+    assert made(grid, tmp_path).spent == "640 pairs a run, where the grid does not say otherwise"
     assert found[4].tree["objective"] == {"name": {"softmax": 1, "vicreg": 0.1}}
     assert found[-1].tree["objective"] == {"queue": "moco"}
 
@@ -133,6 +139,15 @@ def test_a_grid_is_the_product_of_its_axes(grid: dict[str, Any], tmp_path: Path)
         ({"axes": {"batchsize": [8]}}, "batchsize: no such key; did you mean data.batch_size?"),
         ({"axes": {}}, "axes"),
         ({"axes": {"objective": {"softmax": 3}}}, "must hold `section.field: value`, not 3"),
+        ({"axes": {"objective": [{"softmax": 1}]}}, "needs a name, as in objective: {NAME: {section.field: value}}"),
+        ({"axes": {"trick": {"none": {}, "no more": None}}}, "no more: trains the same as none"),
+        ({"axes": {"trick": {"late": {"seed": 7}}}}, "trick=late sets seed, which the comparison sets"),
+        ({"axes": {"trick": {"fast": {"optim.lr": 7}}}, "lr": {"values": [1e-3, 2e-3], "pairs": 64}},
+         "trick=fast sets optim.lr, and `lr` would try others"),
+        ({"lr": {"values": [1e-3, 0], "pairs": 64}}, "lr.values"),
+        ({"lr": {"values": [1e-3, 2e-3], "pairs": 64, "seed": 1}}, "lr.seed=1 is one of seeds"),
+        ({"seeds": [-1]}, "seeds.0"),
+        ({"launch": "sbatch 'launch"}, "No closing quotation"),
         ({"metrics": {"r": "test/acc1"}}, "there is test/image_retrieval_recall@1"),
         ({"baseline": {"objective": "dcl"}}, "baseline: objective=dcl is none of the grid's; there is softmax"),
         ({"baseline": {"size": "8"}}, "there is objective, batch_size"),
@@ -165,7 +180,12 @@ def test_a_run_is_known_by_what_it_learns_from(grid: dict[str, Any], tmp_path: P
     assert folder.parent == Path("out/runs")
     assert folder.name == f"softmax-8-s0-{digest(setting.tree | {'seed': 0})}"
     assert make_run("out", setting, 0, [{"run": {"log_every": 7}, "data": {"workers": 3}}]).folder == folder
-    for changes in ({"optim": {"lr": 0.1}}, {"data": {"crop_scale": 0.5}}, {"evaluate": {"retrieval": []}}):
+    for changes in (
+        {"run": {"precision": "bf16"}},
+        {"optim": {"lr": 0.1}},
+        {"data": {"crop_scale": 0.5}},
+        {"evaluate": {"retrieval": []}},
+    ):
         assert make_run("out", setting, 0, [changes]).folder != folder
 
 
@@ -255,6 +275,58 @@ def test_runs_handed_to_a_queue_are_waited_for_not_handed_over_again(grid: dict[
     assert compare.main([path]) == 0
 
 
+def test_what_lies_broken_in_a_folder_stops_no_other_run(grid: dict[str, Any], tmp_path: Path) -> None:
+    path = written(grid, tmp_path)
+    assert compare.main([path]) == 0
+    runs = [run for cell in Budgets(made(grid, tmp_path)).cells() for run in cell.runs]
+    with runs[0].files.metrics.open("ab") as log:
+        log.write(b'{"step": 41, "test/image_retr\xff')  # the disk was full
+    (runs[1].folder / "failed.json").touch()
+    runs[1].files.metrics.unlink()
+    found = table(grid, tmp_path)
+    assert found["state"].value_counts().to_dict() == {"done": 7, "failed": 1}
+    assert "log.txt" in found[found["state"] == "failed"]["error"].iloc[0]
+    assert compare.main([path, "--again"]) == 0
+
+
+def test_a_disk_without_locks_is_no_reason_to_wait(
+    grid: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(*arguments: object) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr("clipsmall.comparing.runs.fcntl.flock", refuses)
+    assert compare.main([written(grid, tmp_path)]) == 0
+
+
+def test_trials_in_a_queue_are_told_as_what_is_waited_for(grid: dict[str, Any], tmp_path: Path) -> None:
+    grid["lr"] = {"values": [1e-3, 2e-3], "pairs": 160, "at": {"batch_size": 16}}
+    (tmp_path / "queue").touch()
+    assert compare.main([written(grid, tmp_path)]) == 1
+    found = table(grid, tmp_path)
+    assert found["state"].eq("missing").all()
+    assert found["error"].eq("waits for trials of its learning rate or speed: 2 submitted").all()
+
+
+def test_a_run_that_was_stopped_through_a_launcher_has_not_failed(grid: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "launcher.py").write_text(
+        "import pathlib, sys\nout = [w for w in sys.argv if w.startswith('--out=')][0][6:]\n"
+        "(pathlib.Path(out) / 'run.yaml').touch()\nprint('stopped; continue with --resume=auto')\nsys.exit(1)\n"
+    )
+    grid["launch"] = f"{sys.executable} {tmp_path / 'launcher.py'}"
+    assert compare.main([written(grid, tmp_path)]) == 1
+    assert table(grid, tmp_path)["state"].eq("begun").all()
+
+
+def test_two_grids_do_not_share_a_folder(
+    grid: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = written(grid, tmp_path)
+    with pytest.raises(SystemExit):
+        compare.main([path, path, "--tell"])
+    assert "two of the grids write to" in capsys.readouterr().err
+
+
 def test_rates_are_tuned_on_a_seed_of_their_own(grid: dict[str, Any], tmp_path: Path) -> None:
     grid["lr"] = {"values": [1e-3, 2e-3, 4e-3], "pairs": 160, "at": {"batch_size": 16}}
     comparison = made(grid, tmp_path)
@@ -262,11 +334,11 @@ def test_rates_are_tuned_on_a_seed_of_their_own(grid: dict[str, Any], tmp_path: 
     assert compare.main([written(grid, tmp_path)]) == 0
     tried = Budgets(comparison).tuning(settings(comparison))
     assert len(tried) == 6
-    assert {(run.seed, run.config.data.batch_size, run.config.optim.pairs) for run in tried} == {(2, 16, 160)}
+    assert {(run.seed, run.config.data.batch_size, run.config.optim.pairs) for run in tried} == {(1000, 16, 160)}
     assert table(grid, tmp_path)["lr"].unique().tolist() == [2e-3]
     assert Budgets(comparison).edges() == []
     lines = tried[1].files.metrics.read_text()  # softmax at 2e-3
-    tried[1].files.metrics.write_text(lines.replace("0.5162", "null"))
+    tried[1].files.metrics.write_text(lines.replace("0.516", "null"))
     rates = [Budgets(comparison).rate(setting) for setting in settings(comparison)]
     assert rates == [1e-3, 1e-3, 2e-3, 2e-3]  # a metric that is no number wins nothing
     tried[1].files.metrics.write_text(lines)
@@ -286,7 +358,7 @@ def test_where_no_rate_can_be_tried_nothing_is_run(grid: dict[str, Any], tmp_pat
     assert compare.main([written(grid, tmp_path)]) == 1
     found = table(grid, tmp_path)
     assert found[found["objective"] == "dcl"]["state"].eq("failed").all()
-    assert found[found["objective"] == "dcl"]["error"].str.contains("no learning rate could be tried").all()
+    assert found[found["objective"] == "dcl"]["error"].str.contains("could not be tried: error: <b>no such shard").all()
     assert found[found["objective"] == "softmax"]["state"].eq("done").all()
 
 
@@ -307,12 +379,25 @@ def test_equal_memory_gives_each_setting_its_largest_batch(grid: dict[str, Any],
     assert compare.main([written(grid, tmp_path)]) == 0
     found = table(grid, tmp_path)
     assert found["batch_size"].unique().tolist() == ["256"]
+    summary = pd.read_parquet(tmp_path / "out" / "summary.parquet")
+    assert summary["n"].tolist() == [2, 2]  # what was left out on purpose is not missing
+    tests = pd.read_parquet(tmp_path / "out" / "contrasts.parquet")
+    assert tests[["objective", "difference"]].to_numpy().tolist() == [["sigmoid", pytest.approx(0)]]
+    grid["axes"]["batch_size"] = {8: {"data.batch_size": 8}, 1024: {"data.batch_size": 1024}}
+    grid["axes"]["objective"] = {"softmax": {}, "chunked": {"model.chunk_size": 8}}
+    most = table(grid | {"budget": {"pairs": 2048}}, tmp_path).groupby("objective")["memory"].max()
+    grid["budget"]["memory"] = float(most.mean())
+    assert compare.main([written(grid, tmp_path)]) == 0
+    tests = pd.read_parquet(tmp_path / "out" / "contrasts.parquet")  # rivals of different batches
+    assert tests[["objective", "batch_size"]].to_numpy().tolist() == [["chunked", "1024"]]
+    assert tests["difference"].tolist() == [pytest.approx(1.016)]
+    grid["axes"] = {"objective": ["softmax", "sigmoid"], "batch_size": [8, 256, 1024]}
     grid["budget"]["memory"] = float(needs["8"]) / 2
     assert compare.main([written(grid, tmp_path)]) == 0
     found = table(grid, tmp_path)
     assert found["state"].eq("unfit").all()
     assert found["batch_size"].unique().tolist() == ["8"]
-    assert len(calls(tmp_path)) == 4
+    assert len(calls(tmp_path)) == 8
 
 
 def start(path: str, *more: str) -> "subprocess.Popen[str]":
@@ -388,7 +473,8 @@ def test_real_runs(grid: dict[str, Any], tmp_path: Path) -> None:
 
 def test_a_run_has_its_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    assert compare.environment(10_000)["OMP_NUM_THREADS"] == "1"
-    assert compare.environment(1)["OMP_NUM_THREADS"] == str(os.cpu_count())
+    assert compare.environment(10_000, "")["OMP_NUM_THREADS"] == "1"
+    assert compare.environment(1, "")["OMP_NUM_THREADS"] == str(os.cpu_count())
+    assert "OMP_NUM_THREADS" not in compare.environment(1, "torchrun")
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    assert compare.environment(1)["OMP_NUM_THREADS"] == "7"
+    assert compare.environment(1, "")["OMP_NUM_THREADS"] == "7"

@@ -68,7 +68,7 @@ def facts(comparison: Comparison, runs: pd.DataFrame) -> list[tuple[str, str]]:
         *((spoken(axis), f"{len(levels)}: {', '.join(levels)}") for axis, levels in comparison.axes.items()),
         ("seeds", str(len(comparison.seeds))),
         ("runs done", f"{done} of {len(runs)}"),
-        ("each run", comparison.budget.words),
+        ("each run", comparison.spent),
         ("time in all", f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"),
     ]
 
@@ -96,9 +96,9 @@ def tables(comparison: Comparison, summary: pd.DataFrame, contrasts: pd.DataFram
 
 def _spread(row: dict[str, Any], metric: str, best: float) -> page.Cell:
     """43.1 ± 0.5, in percent; or with a bootstrap interval 43.1 (42.6 to 43.5)."""
-    mean, sd, low = row[metric], row[f"{metric} sd"], row.get(f"{metric} low", nan)
-    if isnan(mean):
+    if isnan(mean := row[metric]):
         return page.Cell(DASH, "number")
+    sd, low = row[f"{metric} sd"], row.get(f"{metric} low", nan)
     wide = f" ± {percent(sd)}" if isnan(low) and not isnan(sd) else ""
     wide = wide if isnan(low) else f" ({percent(low)} to {percent(row[f'{metric} high'])})"
     return page.Cell(percent(mean) + wide, "number best" if mean == best else "number")
@@ -111,12 +111,13 @@ def _glance(comparison: Comparison, summary: pd.DataFrame) -> list[page.Table]:
     (across,), metric = others, comparison.metric
     best = summary.groupby(across)[metric].max()
     table = {(row[down], row[across]): row for row in records(summary)}
+    there = [at for at in comparison.axes[across] if at in best]
     rows = [
-        [level, *(_spread(table[level, at], metric, best[at]) for at in comparison.axes[across])]
+        [level, *(_spread(table.get((level, at), {metric: nan}), metric, best[at]) for at in there)]
         for level in comparison.axes[down]
     ]
     note = f"Percent, mean over the seeds; across: {spoken(across)}. Bold: the best of a column."
-    return [page.Table(f"{metric} at a glance", note, [spoken(down), *comparison.axes[across]], rows)]
+    return [page.Table(f"{metric} at a glance", note, [spoken(down), *there], rows)]
 
 
 def _full(comparison: Comparison, summary: pd.DataFrame, contrasts: pd.DataFrame) -> page.Table:

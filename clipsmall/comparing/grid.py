@@ -1,7 +1,9 @@
 """A comparison, described: a grid of settings in YAML, the budget that they share, and what is measured."""
 
 import itertools
-from typing import Annotated, Any, NamedTuple
+import json
+import shlex
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -10,11 +12,12 @@ from clipsmall.config_objectives import Section
 from clipsmall.config_reader import ConfigError, lay_over, of_kind, read_yaml, spelled_out, validated
 
 Tree = dict[str, Any]
+TRIED = 1000  # seed of trials: more seeds for the runs leave it alone
 SHORT = {"batch_size": "data.batch_size"}
-COLUMNS = (  # of a run, beside its levels and metrics
-    "seed", "state", "error", "pairs", "steps", "lr", "logit_scale", "logit_bias", "seconds", "pairs_per_second",
-    "memory", "skipped", "folder", "loss", "accuracy",
-)  # fmt: skip
+COUNTS = ("n", "unfit", "failed", "missing", "seed", "seeds", "state", "error", "skipped", "folder")
+TESTS = ("difference", "low", "high", "t", "df", "p", "p Holm")
+NUMBERS = ("pairs", "steps", "lr", "logit_scale", "logit_bias", "seconds", "pairs_per_second", "memory")
+COLUMNS = (*COUNTS, *TESTS, *NUMBERS, "loss", "accuracy")  # of the tables, beside levels and metrics
 CLASSIFIED = ("acc1", "acc5", "mean_per_class_recall")
 RETRIEVED = tuple(f"{way}_retrieval_recall@{k}" for way in ("image", "text") for k in (1, 5, 10))
 
@@ -27,6 +30,7 @@ def nested(tree: Any) -> Tree:
         raise ValueError(f"must hold `section.field: value`, not {tree!r}")
     found: Tree = {}
     for name, value in tree.items():
+        value = nested(value) if isinstance(value, dict) and name not in ("name", "objective.name") else value
         for part in reversed(str(name).split(".")):
             value = {part: value}
         found = lay_over(found, spelled_out(value))
@@ -40,6 +44,8 @@ def _levels(axes: Any) -> Any:
     found = {}
     for axis, levels in axes.items():
         if isinstance(levels, list):
+            if strange := [level for level in levels if isinstance(level, list | dict)]:
+                raise ValueError(f"{axis}: {strange[0]} needs a name, as in {axis}: {{NAME: {{section.field: value}}}}")
             levels = {level: {SHORT.get(axis, axis): level} for level in levels}
         if isinstance(levels, dict):
             levels = {str(name): nested(tree) for name, tree in levels.items()}
@@ -59,6 +65,7 @@ class Budget(Section):
     trial: int = Field(4_000, ge=1, description="pairs of the run that tries the speed")
     memory: float | None = Field(None, gt=0, description="GiB of a rank: each takes its largest batch that fits")
     ranks: int = Field(1, ge=1, description="ranks of a run, as `launch` starts them: for the memory of one")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="that runs train on, for its memory; auto: mine")
     warmup: float = Field(0.05, ge=0, lt=1, description="share of a run's pairs")
 
     @model_validator(mode="after")
@@ -69,17 +76,18 @@ class Budget(Section):
 
     @property
     def words(self) -> str:
-        same = f"{self.pairs:,} pairs" if self.pairs else f"{self.seconds:g} seconds of training"
-        return f"{same} a run" + (f", the largest batch within {self.memory:g} GiB" if self.memory else "")
+        same = f"{self.pairs:,} pairs a run" if self.pairs else f"as many pairs as {self.seconds:g} s of training take"
+        return same + (f", the largest batch within {self.memory:g} GiB" if self.memory else "")
 
 
 class Rates(Section):
     """Learning rates that are tried, on a seed that the comparison does not use."""
 
-    values: list[float] = Field(min_length=2)
+    values: list[Annotated[float, Field(gt=0)]] = Field(min_length=2)
     pairs: int = Field(ge=1, description="of each trial")
     at: dict[str, str] = Field({}, description="axis: level where it is tried; the others have their own rate each")
     metric: str = Field("", description="that decides; default: the first. A steady one: short runs are noisy")
+    seed: int = Field(TRIED, ge=0, description="of the trials, which no run has")
 
 
 class Gallery(Section):
@@ -97,7 +105,7 @@ class Comparison(Section):
     ]
     common: Changes = Field({}, description="laid over these configs")
     axes: Axes = Field(min_length=1)
-    seeds: list[int] = Field([0, 1, 2], min_length=1)
+    seeds: list[Annotated[int, Field(ge=0)]] = Field([0, 1, 2], min_length=1)
     budget: Budget
     lr: Rates | None = None
     metrics: dict[str, str] = Field(min_length=1, description="column: evaluation/metric")
@@ -118,10 +126,34 @@ class Comparison(Section):
             raise ValueError(f"lr.metric={self.lr.metric} is none of the metrics; there is {', '.join(self.metrics)}")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds: {self.seeds} names one twice")
+        if self.lr and self.lr.seed in self.seeds:
+            raise ValueError(f"lr.seed={self.lr.seed} is one of seeds; learning rates are tried on another")
+        shlex.split(self.launch)
+        return self
+
+    @model_validator(mode="after")
+    def _columns_are_free(self) -> "Comparison":
         names = [*self.axes, *self.metrics, *COLUMNS]
         if twice := [name for name in names if names.count(name) > 1]:
             raise ValueError(f"axes, metrics: {twice[0]!r} is a column of the table already; take another name")
+        for axis, levels in self.axes.items():
+            for level, tree in levels.items():
+                if taken := {"seed", "out", "resume"} & set(tree):
+                    raise ValueError(f"axes: {axis}={level} sets {min(taken)}, which the comparison sets")
+                if self.lr and "lr" in tree.get("optim", {}):
+                    raise ValueError(f"axes: {axis}={level} sets optim.lr, and `lr` would try others in its place")
         return self
+
+    @property
+    def batch_axes(self) -> list[str]:
+        """Axes of which each level is a batch size and nothing else."""
+        return [axis for axis, levels in self.axes.items() if all(_sized(tree) for tree in levels.values())]
+
+    @property
+    def spent(self) -> str:
+        """The budget in words."""
+        own = any("pairs" in tree.get("optim", {}) for levels in self.axes.values() for tree in levels.values())
+        return self.budget.words + (", where the grid does not say otherwise" if own else "")
 
     @property
     def against(self) -> dict[str, str]:
@@ -132,6 +164,10 @@ class Comparison(Section):
     @property
     def metric(self) -> str:
         return next(iter(self.metrics))
+
+
+def _sized(tree: Tree) -> bool:
+    return set(tree) == {"data"} and set(tree["data"]) == {"batch_size"}
 
 
 class Setting(NamedTuple):
@@ -148,12 +184,19 @@ class Setting(NamedTuple):
 def load(path: str) -> Comparison:
     """Raises ConfigError with all that is wrong with the file and with the runs that it describes."""
     comparison = of_kind(Comparison, read_yaml(path), path)
-    wrong = dict[str, str]()
-    for setting in settings(comparison):
+    try:
+        grid = settings(comparison)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: config: {error}") from None
+    wrong, same = dict[str, str](), dict[str, str]()
+    for setting in grid:
         try:
             check(comparison, validated(setting.tree))
         except ConfigError as error:
             wrong.setdefault(str(error), setting.title)
+        first = same.setdefault(json.dumps(setting.tree, sort_keys=True, default=str), setting.title)
+        if first != setting.title:
+            wrong.setdefault(f"trains the same as {first}: a level changes nothing", setting.title)
     if wrong:
         raise ConfigError("\n".join(f"{path}: {title}: {line}" for line, title in wrong.items()))
     return comparison

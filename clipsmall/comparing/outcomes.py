@@ -46,7 +46,7 @@ def outcomes(comparison: Comparison, cells: list[Cell]) -> tuple[pd.DataFrame, p
 def _row(comparison: Comparison, run: Run | None, cell: Cell) -> dict[str, Any]:
     if run is None:
         state = "unfit" if not cell.fits else "failed" if cell.error else "missing"
-        return {"state": state, "error": cell.error, "memory": cell.memory, "folder": ""}
+        return {"state": state, "error": cell.error or cell.waits, "memory": cell.memory, "folder": ""}
     lines = run.lines()
     trained = [line for line in lines if "pairs_per_second" in line]
     state, lr = run.state, run.config.optim.lr
@@ -60,6 +60,8 @@ def _row(comparison: Comparison, run: Run | None, cell: Cell) -> dict[str, Any]:
         final = [line for line in lines if "loss" not in line]
         row |= {column: final[-1].get(key) for column, key in comparison.metrics.items()}
         row |= {"pairs": final[-1]["pairs"], "steps": final[-1]["step"]}
+        if trained:  # the last steps may be fewer than log_every
+            row["seconds"] = seconds(trained) * final[-1]["pairs"] / trained[-1]["pairs"]
     return row
 
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,14 +25,19 @@ from clipsmall.evaluation.cells import safe
 from clipsmall.run_folder import RunFolder
 
 State = Literal["done", "failed", "submitted", "running", "begun", "missing"]
-APART = {"run", "out", "resume"}  # sections that change nothing of what is learned
+APART = {  # what changes nothing of what is learned
+    "": {"out", "resume"},
+    "data": {"workers"},
+    "run": {"log_every", "checkpoint_every", "keep_checkpoints", "evaluate_every", "trackers"},
+}
 
 
 def digest(tree: Tree) -> str:
     """Of what was written, not of defaults: an option that is new to clipsmall makes no run over again."""
-    told = {name: value for name, value in tree.items() if name not in APART}
-    if "data" in told:
-        told["data"] = {name: value for name, value in told["data"].items() if name != "workers"}
+    told = {name: value for name, value in tree.items() if name not in APART[""]}
+    for section in ("data", "run"):
+        left = {name: value for name, value in told.pop(section, {}).items() if name not in APART[section]}
+        told |= {section: left} if left else {}
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:8]
 
 
@@ -71,7 +76,7 @@ class Run:
     def state(self) -> State:
         if self.finished:
             return "done"
-        if _held(self.folder / "lock"):
+        if _held(self.folder / "lock") or _held(self.folder / ".lock"):  # a comparison's, and the trainer's own
             return "running"
         return self.mark or ("begun" if (self.folder / "run.yaml").exists() else "missing")
 
@@ -86,12 +91,17 @@ class Run:
     def error(self) -> str:
         """Why it failed; empty if it did not."""
         path = self.folder / "failed.json"
-        return str(json.loads(path.read_text())["error"]) if path.exists() and not self.finished else ""
+        if not path.exists() or self.finished:
+            return ""
+        try:
+            return str(json.loads(path.read_text())["error"])
+        except (ValueError, KeyError):
+            return f"see {self.folder}/log.txt"
 
     def lines(self) -> list[dict[str, Any]]:
         """metrics.jsonl; a line cut by a kill is left out."""
         found = []
-        for line in self.files.metrics.read_text().splitlines() if self.files.metrics.exists() else []:
+        for line in self.files.metrics.read_text(errors="replace").splitlines() if self.files.metrics.exists() else []:
             try:
                 found.append(json.loads(line))
             except json.JSONDecodeError:
@@ -109,13 +119,16 @@ def make_run(out: str, setting: Setting, seed: int, changes: Sequence[Tree], kin
 
 
 def _held(path: Path) -> bool:
+    """Whether a process has locked it. A disk without locks (some network file systems) cannot tell: no."""
     if not path.exists():
         return False
     with path.open("a") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
             return True
+        except OSError:
+            pass
     return False
 
 
@@ -124,12 +137,17 @@ def _lock(path: Path) -> Iterator[TextIO | None]:
     """None if another process has it. A child that is handed the file holds the lock, too: one that outlives us."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            yield None
-        else:
+        for wait in (0.1, 0.0):  # somebody may just be looking
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(wait)
+                continue
+            except OSError:  # no locks on this disk: the trainer's own refusal has to do
+                pass
             yield file
+            return
+        yield None
 
 
 class Trainer:
@@ -149,7 +167,7 @@ class Trainer:
     def stop(self, number: int, frame: Any = None) -> None:
         self.stopped = number
         for child in list(self._children):
-            if child.poll() is None:
+            with suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGTERM)  # a launcher's ranks, too
 
     def train(self, run: Run, device: str | None = None) -> float | None:
@@ -157,7 +175,8 @@ class Trainer:
         if self.stopped:
             return None
         with _lock(run.folder / "lock") as lock:
-            if lock is None or run.finished or (run.mark and not self.again):
+            busy = lock is None or _held(run.folder / ".lock")
+            if lock is None or busy or run.finished or (run.mark and not self.again):
                 return None
             for name in ("failed", "submitted"):
                 (run.folder / f"{name}.json").unlink(missing_ok=True)
@@ -180,14 +199,21 @@ class Trainer:
             if self.stopped:
                 self.stop(self.stopped)  # it came between the question and the start
             code = child.wait()
+            for _ in range(600):  # a launcher may be gone before its ranks, which are still saving
+                with suppress(ProcessLookupError, PermissionError):
+                    os.killpg(child.pid, 0)
+                    time.sleep(0.1)
+                    continue
+                break
             self._children.discard(child)
         return code
 
     def _mark(self, run: Run, code: int) -> None:
         """What is neither finished nor stopped has failed, or was handed to a queue by a command that went well."""
         log = [line for line in (run.folder / "log.txt").read_text(errors="replace").splitlines() if line.strip()]
-        if code in (128 + signal.SIGTERM, 128 + signal.SIGINT, -signal.SIGTERM):
-            return  # stopped from outside: it goes on the next time
+        ends = (128 + signal.SIGTERM, 128 + signal.SIGINT, -signal.SIGTERM, -signal.SIGINT)
+        if code in ends or any("continue with --resume=auto" in line for line in log[-20:]):
+            return  # stopped from outside, which launchers call 1: it goes on the next time
         said = [line for line in log if line.startswith("error: ")] or log[-3:]
         told = {
             "exit_code": code,
@@ -195,4 +221,6 @@ class Trainer:
             "log": f"{run.folder}/log.txt",
         }
         name = "failed" if code else "submitted"
-        (run.folder / f"{name}.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+        part = run.folder / f".tmp-{name}.json"
+        part.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+        part.replace(run.folder / f"{name}.json")

@@ -7,6 +7,7 @@ from pathlib import Path
 import pandas as pd
 import yaml
 
+from clipsmall import page
 from clipsmall.comparing import compare_page
 from clipsmall.comparing.budgets import Budgets
 from clipsmall.comparing.grid import Comparison
@@ -24,8 +25,9 @@ def tell(comparison: Comparison, budgets: Budgets, interval: str) -> pd.DataFram
     """Writes everything to the comparison's folder, prints table and verdict; returns the frame `runs`."""
     out = Path(comparison.out)
     runs, curves = outcomes(comparison, budgets.cells())
-    summary = summarise(runs, comparison.axes, comparison.metrics, interval)
-    tests = contrasts(runs, comparison.axes, comparison.metric, comparison.against)
+    comparison = _rivals(comparison, runs)
+    summary = _there(summarise(runs, comparison.axes, comparison.metrics, interval), runs, comparison)
+    tests = _there(contrasts(runs, comparison.axes, comparison.metric, comparison.against), runs, comparison)
     words = [*verdict(comparison, runs, summary, tests), *_rates(budgets)]
     for name, frame in {"runs": runs, "curves": curves, "summary": summary, "contrasts": tests}.items():
         frame.to_csv(out / f"{name}.csv", index=False)
@@ -34,10 +36,10 @@ def tell(comparison: Comparison, budgets: Budgets, interval: str) -> pd.DataFram
     save(drawings, out)
     shown = compare_page.Page(
         title=comparison.title,
-        subtitle=f"{comparison.budget.words}; {comparison.metric} decides",
+        subtitle=f"{comparison.spent}; {comparison.metric} decides",
         facts=compare_page.facts(comparison, runs),
         verdict=words,
-        tables=compare_page.tables(comparison, summary, tests),
+        tables=[*compare_page.tables(comparison, summary, tests), *_tried(budgets)],
         failures=compare_page.failures(comparison, runs),
         figures=drawings,
         samples=_samples(comparison, runs),
@@ -60,6 +62,38 @@ def printed(comparison: Comparison, summary: pd.DataFrame) -> str:
     for column, values in {"seconds": summary["seconds"], "MiB": 1024 * summary["memory"]}.items():
         table[column] = [DASH if pd.isna(value) else f"{value:,.0f}" for value in values]
     return table.to_string(index=False)
+
+
+def _rivals(comparison: Comparison, runs: pd.DataFrame) -> Comparison:
+    """Within a budget of memory the baseline meets rivals of other batches: its own batch is part of what it is."""
+    against = dict(comparison.against)
+    for axis in comparison.batch_axes if comparison.budget.memory else ():
+        mine = runs[(runs[list(against)] == list(against.values())).all(axis=1)]
+        if axis not in against and mine[axis].nunique() == 1:
+            against[axis] = mine[axis].iloc[0]
+    return comparison.model_copy(update={"baseline": against})
+
+
+def _there(frame: pd.DataFrame, runs: pd.DataFrame, comparison: Comparison) -> pd.DataFrame:
+    """The rows of settings that are part of the comparison: a budget of memory leaves batches out."""
+    axes = list(comparison.axes)
+    shown = set(runs[axes].itertuples(index=False, name=None))
+    return frame[[levels in shown for levels in frame[axes].itertuples(index=False, name=None)]].reset_index(drop=True)
+
+
+def _tried(budgets: Budgets) -> list[page.Table]:
+    """The learning rates that were tried, one of which each setting took."""
+    rates, trials = budgets.comparison.lr, budgets.tuning(budgets.fitting)
+    if not rates or not trials:
+        return []
+    metric = rates.metric or budgets.comparison.metric
+    rows = []
+    for run in trials:
+        score, lr = budgets.score(run), page.Cell(f"{run.config.optim.lr:g}", "number")
+        shown = DASH if score is None else percent(score)
+        rows.append([run.title.rpartition(", lr ")[0], lr, page.Cell(shown, "number"), run.error or run.state])
+    note = f"{rates.pairs:,} pairs each, on a seed of their own; the best by {metric} is taken."
+    return [page.Table("Learning rates tried", note, ["setting", "lr", f"{metric}, %", "state"], rows)]
 
 
 def _rates(budgets: Budgets) -> list[str]:
@@ -86,5 +120,5 @@ def _samples(comparison: Comparison, runs: pd.DataFrame) -> list[Sample]:
     models = models[: comparison.gallery.models]
     try:
         return samples(models)
-    except ValueError as error:  # the data may lie on another machine: the page says so
+    except (ValueError, OSError, RuntimeError) as error:  # data on another machine, a full GPU: the page says so
         return [Sample(title, error=str(error)) for title, _ in models]

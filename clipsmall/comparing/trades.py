@@ -36,8 +36,11 @@ def _growth(study: Study, lines: Lines) -> list[str]:
         if who == study.baseline and len(line) > 1:
             small, large = line[min(line)], line[max(line)]
             test = study.duel(metric, large, small)
+            if isnan(test["difference"]):
+                return []
             told = ("better than", "worse than") if test["p"] < TOLD else ("ahead of", "behind")
-            words = "not told apart from" if test["p"] >= TOLD else told[test["difference"] <= 0]
+            open_ = test["p"] >= TOLD or abs(test["difference"]) <= 1e-9
+            words = "not told apart from" if open_ else told[test["difference"] <= 0]
             values = f"{study.value(large, metric)} and {study.value(small, metric)}"
             return [f"{study.name(large)} is {words} {study.name(small)}: {values}; {gap(test)}."]
     return []

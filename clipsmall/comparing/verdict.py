@@ -40,7 +40,8 @@ def _best(study: Study) -> list[str]:
     best = f"{study.name(first)}, {study.value(first, metric)} {metric}"
     if not others:
         return [f"Only one setting is done: {best}."]
-    versus = gap(study.duel(metric, first, others[0]))
+    test = study.duel(metric, first, others[0])
+    versus = ("by the means; seed for seed it is behind: " if test["difference"] < 0 else "") + gap(test)
     return [f"Best: {best}. Runner-up: {study.name(others[0])}, {study.value(others[0], metric)}; {versus}."]
 
 
@@ -156,7 +157,7 @@ def _unsteady(study: Study) -> list[str]:
 
 def _footing(study: Study) -> list[str]:
     """What the numbers rest on."""
-    budget, seeds = study.comparison.budget.words, len(study.comparison.seeds)
+    budget, seeds = study.comparison.spent, len(study.comparison.seeds)
     if max(row["n"] for row in study.table.values()) < 2:
         return [f"{budget}; one run each: no interval, no significance."]
     drawn = any(f"{study.comparison.metric} low" in row for row in study.table.values())
