@@ -91,13 +91,13 @@ def work(runs: list[Run], trainer: Trainer, jobs: int, words: str) -> None:
 
 def run(comparison: Comparison, budgets: Budgets, trainer: Trainer, options: argparse.Namespace) -> None:
     """Rates are tried before speeds, speeds before the grid: each follows from what came before."""
+    seeds = options.seeds or comparison.seeds
+    if strange := set(seeds) - set(comparison.seeds):
+        raise ValueError(f"--seeds {min(strange)}: none of this grid's; there is {comparison.seeds}")
     chosen = picked(budgets.fitting, comparison, options.only)
     work(budgets.tuning(chosen), trainer, options.jobs, "learning rates")
     work(budgets.speeds(chosen), trainer, options.jobs, "speeds")
     runs = [run for cell in budgets.cells() if cell.setting in chosen for run in cell.runs]
-    seeds = options.seeds or comparison.seeds
-    if strange := set(seeds) - set(comparison.seeds):
-        raise ValueError(f"--seeds {min(strange)}: none of this grid's; there is {comparison.seeds}")
     by_seed = [run for seed in seeds for run in runs if run.seed == seed]  # a whole grid of one seed before the next
     work(by_seed, trainer, options.jobs, "runs")
 

@@ -97,7 +97,7 @@ class RunFolder:
                 pass
             break
         if self.metrics.exists():
-            kept = [line for line in self.metrics.read_text().splitlines() if _step(line) <= step]
+            kept = [line for line in self.metrics.read_text(errors="replace").splitlines() if _step(line) <= step]
             partial = self.metrics.with_name(f".tmp-{self.metrics.name}")
             partial.write_text("".join(f"{line}\n" for line in kept))
             partial.replace(self.metrics)

@@ -221,6 +221,7 @@ def test_every_run_is_made_once(grid: dict[str, Any], tmp_path: Path) -> None:
 def test_what_is_not_in_the_grid_cannot_be_picked(
     grid: dict[str, Any], tmp_path: Path, words: list[str], told: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    grid["lr"] = {"values": [1e-3, 2e-3], "pairs": 64}  # told before anything is tried
     with pytest.raises(SystemExit) as left:
         compare.main([written(grid, tmp_path), *words])
     assert left.value.code == 2

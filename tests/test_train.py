@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 import yaml
 
 from clipsmall import report_page, retrieve, train
+from clipsmall.evaluation import retrieval
 from clipsmall.evaluation.features import read_texts
 from clipsmall.objectives import OBJECTIVES, Kind
 from clipsmall.objectives.softmax import softmax
@@ -139,6 +141,21 @@ def test_the_page_of_a_run(glyphs: Path, tmp_path: Path, capsys: pytest.CaptureF
     with pytest.raises(SystemExit) as left:
         report_page.main([str(tmp_path)])
     assert left.value.code == 2
+
+
+def test_the_speed_knows_nothing_of_evaluations(glyphs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, late = time.perf_counter, [0.0]
+
+    def slow(*arguments: object, **options: object) -> object:
+        late[0] += 10_000  # seconds
+        return retrieval(*arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(time, "perf_counter", lambda: clock() + late[0])
+    monkeypatch.setattr("clipsmall.build_jobs.retrieval", slow)
+    changes = {"run.evaluate_every": 5, "evaluate.retrieval": f"[{{name: test, data: [{glyphs / 'test'}]}}]"}
+    assert train.main(config(glyphs, tmp_path / "run", **changes)) == 0
+    assert late[0] == 10_000 * 5
+    assert min(row["pairs_per_second"] for row in rows(tmp_path / "run") if "loss" in row) > 32 / 1000
 
 
 @pytest.mark.parametrize("launcher", ["accelerate", "python"])

@@ -14,9 +14,9 @@ from clipsmall.config_reader import ConfigError, lay_over, of_kind, read_yaml, s
 Tree = dict[str, Any]
 TRIED = 1000  # seed of trials: more seeds for the runs leave it alone
 SHORT = {"batch_size": "data.batch_size"}
-COUNTS = ("n", "unfit", "failed", "missing", "seed", "seeds", "state", "error", "skipped", "folder")
+COUNTS = ("n", "unfit", "failed", "missing", "seed", "seeds", "state", "error", "folder")
 TESTS = ("difference", "low", "high", "t", "df", "p", "p Holm")
-NUMBERS = ("pairs", "steps", "lr", "logit_scale", "logit_bias", "seconds", "pairs_per_second", "memory")
+NUMBERS = ("pairs", "steps", "lr", "logit_scale", "logit_bias", "seconds", "pairs_per_second", "memory", "skipped")
 COLUMNS = (*COUNTS, *TESTS, *NUMBERS, "loss", "accuracy")  # of the tables, beside levels and metrics
 CLASSIFIED = ("acc1", "acc5", "mean_per_class_recall")
 RETRIEVED = tuple(f"{way}_retrieval_recall@{k}" for way in ("image", "text") for k in (1, 5, 10))

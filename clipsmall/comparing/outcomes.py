@@ -7,11 +7,10 @@ from typing import Any
 import pandas as pd
 
 from clipsmall.comparing.budgets import Cell
-from clipsmall.comparing.grid import Comparison
+from clipsmall.comparing.grid import NUMBERS, Comparison
 from clipsmall.comparing.runs import Run
 
 CURVES = ("pairs", "loss", "accuracy", "logit_scale", "logit_bias")
-NUMBERS = ("pairs", "steps", "lr", "logit_scale", "logit_bias", "seconds", "pairs_per_second", "memory", "skipped")
 
 
 def outcomes(comparison: Comparison, cells: list[Cell]) -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -175,8 +175,7 @@ class Trainer:
         if self.stopped:
             return None
         with _lock(run.folder / "lock") as lock:
-            busy = lock is None or _held(run.folder / ".lock")
-            if lock is None or busy or run.finished or (run.mark and not self.again):
+            if lock is None or _held(run.folder / ".lock") or run.finished or (run.mark and not self.again):
                 return None
             for name in ("failed", "submitted"):
                 (run.folder / f"{name}.json").unlink(missing_ok=True)

@@ -10,6 +10,7 @@ import yaml
 from clipsmall import page
 from clipsmall.comparing import compare_page
 from clipsmall.comparing.budgets import Budgets
+from clipsmall.comparing.compare_page import DASH
 from clipsmall.comparing.grid import Comparison
 from clipsmall.comparing.outcomes import outcomes
 from clipsmall.comparing.plots import figures, save
@@ -17,8 +18,6 @@ from clipsmall.comparing.samples import Sample, samples
 from clipsmall.comparing.study import percent
 from clipsmall.comparing.summary import contrasts, summarise
 from clipsmall.comparing.verdict import verdict
-
-DASH = "\N{EN DASH}"
 
 
 def tell(comparison: Comparison, budgets: Budgets, interval: str) -> pd.DataFrame:
