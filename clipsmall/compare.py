@@ -12,9 +12,11 @@ import argparse
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import cycle
+from pathlib import Path
 from queue import SimpleQueue
 
 import torch
@@ -89,26 +91,46 @@ def work(runs: list[Run], trainer: Trainer, jobs: int, words: str) -> None:
     bar.close()
 
 
+def trials(runs: list[Run], trainer: Trainer, jobs: int, words: str) -> None:
+    """What follows needs their results: those that another command is at are waited for."""
+    work(runs, trainer, jobs, words)
+    if any(run.state == "running" for run in runs):
+        print(f"{words}: waiting for those that another command is at", file=sys.stderr)
+        while not trainer.stopped and any(run.state == "running" for run in runs):
+            time.sleep(1)
+        work(runs, trainer, jobs, words)  # what it has left, should it have been stopped
+
+
 def run(comparison: Comparison, budgets: Budgets, trainer: Trainer, options: argparse.Namespace) -> None:
     """Rates are tried before speeds, speeds before the grid: each follows from what came before."""
     seeds = options.seeds or comparison.seeds
     if strange := set(seeds) - set(comparison.seeds):
         raise ValueError(f"--seeds {min(strange)}: none of this grid's; there is {comparison.seeds}")
     chosen = picked(budgets.fitting, comparison, options.only)
-    work(budgets.tuning(chosen), trainer, options.jobs, "learning rates")
-    work(budgets.speeds(chosen), trainer, options.jobs, "speeds")
+    trials(budgets.tuning(chosen), trainer, options.jobs, "learning rates")
+    trials(budgets.speeds(chosen), trainer, options.jobs, "speeds")
     runs = [run for cell in budgets.cells() if cell.setting in chosen for run in cell.runs]
     by_seed = [run for seed in seeds for run in runs if run.seed == seed]  # a whole grid of one seed before the next
     work(by_seed, trainer, options.jobs, "runs")
+
+
+def listing(comparison: Comparison, budgets: Budgets) -> None:
+    """A line for each run, and for each folder that this grid no longer asks for."""
+    runs = [each for cell in budgets.cells() for each in cell.runs]
+    runs = [*budgets.tuning(budgets.fitting), *budgets.speeds(budgets.fitting), *runs]
+    for each in runs:
+        print(f"{each.state:<10} {each.title:<40} {each.folder}")
+    known = {each.folder for each in runs}
+    for given in sorted(Path(comparison.out).glob("*/*/given.yaml")):
+        if given.parent not in known:
+            print(f"{'former':<10} {'not of this grid, as it is now':<40} {given.parent}")
 
 
 def compare(comparison: Comparison, options: argparse.Namespace) -> int:
     """One of them, whole; returns the exit code."""
     budgets = Budgets(comparison)
     if options.list:
-        runs = [each for cell in budgets.cells() for each in cell.runs]
-        for each in [*budgets.tuning(budgets.fitting), *budgets.speeds(budgets.fitting), *runs]:
-            print(f"{each.state:<10} {each.title:<40} {each.folder}")
+        listing(comparison, budgets)
         return 0
     if not options.tell:
         trainer = Trainer(comparison.launch, environment(options.jobs, comparison.launch), options.again)

@@ -450,6 +450,34 @@ def test_two_commands_share_the_work(grid: dict[str, Any], tmp_path: Path) -> No
     assert sorted(calls(tmp_path)) == sorted(set(calls(tmp_path)))
 
 
+def test_trials_of_another_command_are_waited_for(grid: dict[str, Any], tmp_path: Path) -> None:
+    grid["lr"] = {"values": [1e-3, 2e-3], "pairs": 160, "at": {"batch_size": 16, "objective": "softmax"}}
+    path = written(grid, tmp_path)
+    (tmp_path / "slow").touch()
+    first = start(path, "--jobs", "2")
+    until(lambda: len(calls(tmp_path)) == 2)
+    first.kill()  # its trials go on alone
+    second = start(path)
+    assert second.stderr is not None
+    until(lambda: "waiting" in str(second.stderr and second.stderr.readline()))
+    (tmp_path / "slow").unlink()
+    second.communicate()
+    assert second.returncode == 0
+    assert len(calls(tmp_path)) == 2 + 8
+
+
+def test_folders_of_a_former_grid_are_listed(
+    grid: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert compare.main([written(grid, tmp_path)]) == 0
+    grid["axes"]["batch_size"] = [8, 32]
+    capsys.readouterr()
+    assert compare.main([written(grid, tmp_path), "--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["done", "done", "missing", "missing"] * 2 + ["former"] * 4
+    assert all("-16-s" in line for line in lines[8:])
+
+
 def test_real_runs(grid: dict[str, Any], tmp_path: Path) -> None:
     """The trainer itself, with a setting that only fails once it runs, up to the page."""
     grid |= {"launch": "", "seeds": [0], "curve": 2, "budget": {"pairs": 320}}
