@@ -12,6 +12,8 @@ from accelerate import PartialState
 from clipsmall import world
 from clipsmall.config_reader import refuse
 from clipsmall.evaluation import Cell, Encoder, print_cells, write_cell
+from clipsmall.evaluation.cells import check_folder
+from clipsmall.evaluation.sets import set_name
 from clipsmall.saved_model import load_model
 
 MODEL_HELP = (
@@ -29,7 +31,7 @@ def parser(command: str, description: str) -> argparse.ArgumentParser:
     made.add_argument("model", help=MODEL_HELP)
     made.add_argument("--data", nargs="+", required=True, help="folders, globs or brace lists of indexed tar shards")
     made.add_argument("--pretrained", default="", help="weight tag of an open_clip model")
-    made.add_argument("--name", default="", help="of the data set in the result; default: its folder")
+    made.add_argument("--name", default="", help="of the data set in the result; default: its folder's")
     made.add_argument("--out", type=Path, default=Path("eval"), help="folder for the JSON cell")
     made.add_argument("--batch_size", type=int, default=256)
     made.add_argument("--workers", type=int, default=0, help="processes that decode images, a rank")
@@ -42,6 +44,7 @@ def evaluate(options: argparse.Namespace, measure: Callable[[Encoder, str], Cell
     try:
         state = PartialState(cpu=not torch.accelerator.is_available())
         world.check(state.num_processes)
+        check_folder(options.out)
         model, loaded = load_model(options.model, options.pretrained)
         encoder = Encoder(
             model.to(state.device).eval(),
@@ -51,12 +54,13 @@ def evaluate(options: argparse.Namespace, measure: Callable[[Encoder, str], Cell
             options.workers,
             True,
         )
-        cell = measure(encoder, options.name or Path(options.data[0]).name)
+        cell = measure(encoder, options.name or set_name(options.data[0]))
+        pretrained = options.pretrained or encoder.digest()[:8]  # two runs' checkpoints may have one name
         if state.is_main_process:
             print(print_cells([cell]))
             source = Path(options.model)
             model_name = source.resolve().name if source.exists() else options.model
-            print(f"written to {write_cell(cell, options.out, model_name, options.pretrained)}", file=sys.stderr)
+            print(f"written to {write_cell(cell, options.out, model_name, pretrained)}", file=sys.stderr)
         world.leave()
     except ValueError as error:
         refuse(error)

@@ -13,6 +13,7 @@ Written to --out: a JSON cell a model, data set and task in CLIP_benchmark's for
 """
 
 import argparse
+import math
 import os
 import sys
 from collections import Counter
@@ -26,6 +27,7 @@ from clipsmall import world
 from clipsmall.commands import MODEL_HELP
 from clipsmall.config_reader import refuse
 from clipsmall.evaluation import suite, tables
+from clipsmall.evaluation.cells import check_folder
 from clipsmall.evaluation.corruptions import COMMON, FAMILIES, SEVERITIES
 from clipsmall.evaluation.features import Encoder
 from clipsmall.evaluation.sets import DataSet, open_set
@@ -56,6 +58,15 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--batch_size", type=int, default=256)
     made.add_argument("--workers", type=int, default=0, help="processes that decode images, a rank")
     return made
+
+
+def check(options: argparse.Namespace) -> None:
+    """Raises ValueError for a number that no task can take."""
+    for name, least in (("batch_size", 1), ("k", 1), ("candidates", 2)):
+        if getattr(options, name) < least:
+            raise ValueError(f"--{name}={getattr(options, name)}: must be at least {least}")
+    if not 0 <= options.temperature < math.inf:
+        raise ValueError(f"--temperature={options.temperature}: a number from 0 on (0 = majority)")
 
 
 def titles(models: Sequence[str]) -> list[tuple[str, str]]:
@@ -94,6 +105,7 @@ def run(options: argparse.Namespace, state: PartialState, sets: list[DataSet]) -
             failures.append(f"{title[0]}: {error}")
             continue
         failures += suite.evaluate(model, sets, options.tasks, settings, options.out)
+        del model  # or two would be on the device while the next one loads
     return failures
 
 
@@ -108,8 +120,8 @@ def main(words: list[str] | None = None) -> int:
         ]
         if twice := [name for name, often in Counter(data.name for data in sets).items() if often > 1]:
             raise ValueError(f"two data sets are called {twice[0]!r}: evaluate them with an --out of their own each")
-        if options.batch_size < 1:
-            raise ValueError(f"batch_size={options.batch_size}: must be at least 1")
+        check(options)
+        check_folder(options.out)
     except ValueError as error:
         refuse(error)
     failures = run(options, state, sets)

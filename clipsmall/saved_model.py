@@ -14,7 +14,7 @@ def load_model(name: str, pretrained: str = "") -> tuple[DualEncoder, Loaded]:
     """A model to evaluate: a run folder or checkpoint of ours, or anything `tower_loading.load_towers` knows.
 
     Raises:
-        ValueError: nothing usable of that name.
+        ValueError: nothing usable of that name, or no weights (`pretrained="none"` asks for random ones).
     """
     path = Path(name)
     if (path / "checkpoints").is_dir():
@@ -25,6 +25,8 @@ def load_model(name: str, pretrained: str = "") -> tuple[DualEncoder, Loaded]:
     elif (path / "manifest.json").exists():
         checkpoint.verify(path)
     if (path / "manifest.json").exists():
+        if pretrained:
+            raise ValueError(f"{name}: a run of ours has its own weights; leave out --pretrained {pretrained}")
         loaded = tower_loading.rebuild(path)
         weights, retrieval = checkpoint.read_tensors(path, "model"), loaded.description.get("retrieval")
         head = retrieval["head"] if retrieval else ""
@@ -40,5 +42,10 @@ def load_model(name: str, pretrained: str = "") -> tuple[DualEncoder, Loaded]:
         raise ValueError(f"{name}: an untrained tower JSON has no vocabulary; give a run folder or checkpoint")
 
     loaded = tower_loading.load_towers(name, pretrained, no_captions)
+    if loaded.logit_scale is None and pretrained != "none":
+        raise ValueError(
+            f"{name}: no weights named, its towers would be random; choose a tag that open_clip.list_pretrained() has "
+            "(--pretrained TAG; evaluate: NAME,TAG), or none for random ones all the same"
+        )
     model = DualEncoder(loaded.towers, loaded.spec, loaded.logit_scale or 1.0, loaded.logit_bias or 0.0, False)
     return model, loaded

@@ -8,6 +8,7 @@ noticed. The page is on this machine alone (127.0.0.1) and needs Gradio: pip ins
 """
 
 import argparse
+import hashlib
 import os
 import re
 import sys
@@ -31,7 +32,10 @@ def main(words: list[str] | None = None) -> int:
         page.require_gradio()
         catalog = open_catalog(options.data)
         data, model = (_name(given) for given in (options.data[0], options.model))
-        folder = options.embeddings or Path("embeddings") / re.sub(r"[^\w.-]+", "-", f"{data} {model}")
+        paths = [Path(options.model).resolve(), *(shard.resolve() for shard in catalog.shards)]
+        told = "\0".join([options.pretrained, *map(str, paths)])  # names may be alike, embeddings are not
+        own = hashlib.sha256(told.encode()).hexdigest()[:8]
+        folder = options.embeddings or Path("embeddings") / re.sub(r"[^\w.-]+", "-", f"{data} {model} {own}")
         searcher = _searcher(options, catalog, folder)
         k = min(24, searcher.images) if options.k is None else options.k
         if not 1 <= k <= searcher.images:

@@ -34,7 +34,7 @@ FAMILIES = [f"{script} letter {member}" for member in "abcd" for script in SCRIP
 def seen(captions: list[list[str]], images: Tensor, texts: Tensor) -> View:
     """A view of features that are made up."""
     view = View.__new__(View)
-    view.data = type("Data", (), {"name": "made", "catalog": captions})()
+    view.data = type("Data", (), {"name": "made", "catalog": type("Catalog", (), {"total": len(captions)})()})()
     view.__dict__.update(
         encoded=(images, torch.arange(len(images))), texts=texts, captioned=torch.arange(len(images)),
         captions=relevance(captions),

@@ -540,7 +540,11 @@ def test_the_commands_print_a_table_and_write_a_cell(
 ) -> None:
     words = [str(models[kind]), "--data", str(shards), "--out", str(tmp_path / "out"), "--batch_size", "9"]
     classes = ["--classes", classes_file(tmp_path), "--templates", "simple", "--label", "kind"]
-    name = "coloured-pictures__" + models[kind].name
+    loaded = load_towers(str(models[kind]), "", lambda: [])
+    scale, bias = loaded.logit_scale or 1.0, loaded.logit_bias or 0.0
+    model = DualEncoder(loaded.towers, loaded.spec, scale, bias, False)
+    digest = Encoder(model, loaded.tokenize, torch.device("cpu")).digest()[:8]
+    name = f"{shards.parent.name}-coloured-pictures_{digest}_{models[kind].name}"  # of other sets and weights: others
     for command, more, file, metrics in (
         (zero_shot, classes, f"{name}_en_zeroshot_classification.json", {"acc1", "acc5", "mean_per_class_recall"}),
         (
@@ -583,9 +587,8 @@ def test_the_command_measures_what_the_function_does(models: dict[str, Path], sh
         DualEncoder(loaded.towers, loaded.spec, 1.0, 0.0, False), loaded.tokenize, torch.device("cpu"), 256
     )
     cell = measure_zero_shot(encoder, open_catalog(str(shards)), "a b", classes_file(tmp_path), "plain", "kind")
-    assert (
-        json.loads((tmp_path / "a-b__hf-clip_en_zeroshot_classification.json").read_text())["metrics"] == cell.metrics
-    )
+    (path,) = tmp_path.glob("a-b_*_hf-clip_en_zeroshot_classification.json")
+    assert json.loads(path.read_text())["metrics"] == cell.metrics
 
 
 NONSENSE: dict[str, Callable[[str, str], list[str]]] = {
@@ -594,9 +597,11 @@ NONSENSE: dict[str, Callable[[str, str], list[str]]] = {
     "unknown option": lambda model, data: [model, "--data", data, "--no_such_option"],
     "unknown model": lambda model, data: ["no-such-model", "--data", data],
     "missing shards": lambda model, data: [model, "--data", f"{data}-not-there"],
+    "nowhere to write": lambda model, data: [model, "--data", data, "--out", f"{data}/00000.tar/eval"],
     "no batch": lambda model, data: [model, "--data", data, "--batch_size", "0"],
     "a word for a number": lambda model, data: [model, "--data", data, "--batch_size", "many"],
     "an untrained tower JSON": lambda model, data: ["configs/towers/glyph.json", "--data", data],
+    "no weights": lambda model, data: ["ViT-B-32", "--data", data],
     "an unknown weight tag": lambda model, data: ["ViT-B-32", "--pretrained", "no-such-tag", "--data", data],
 }
 
@@ -629,3 +634,15 @@ def test_a_label_that_is_missing_ends_zero_shot_with_2(
     assert left.value.code == 2
     assert "its json has no field 'color'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_class_numbers_are_not_places_in_a_list_of_captions() -> None:
+    with pytest.raises(ValueError, match="classes=captions: labels are numbers here"):
+        prompts.classes("captions", [["zebra"], ["apple"]], [0, 1])
+    with pytest.raises(ValueError, match="classes=labels: labels are numbers here"):
+        prompts.classes("labels", [["zebra"], ["apple"]], [0, 1])
+
+
+def test_names_that_differ_in_letter_case_are_one_class() -> None:
+    assert prompts.classes("captions", [["red dot", "Red dot"], ["a"], ["A"]], ["x"]) == ["A", "Red dot"]
+    assert prompts.classes("labels", [], ["straße", "STRASSE", "cat"]) == ["STRASSE", "cat"]

@@ -27,7 +27,7 @@ from clipsmall.evaluation import zero_shot as measure_zero_shot
 from clipsmall.evaluation.retrieval import Relevance, recalls
 from clipsmall.evaluation.sets import open_set
 from clipsmall.evaluation.suite import Model, Settings
-from clipsmall.evaluation.tables import FIRST, eval_results
+from clipsmall.evaluation.tables import FIRST, eval_results, write_tables
 from clipsmall.evaluation.view import View
 from clipsmall.preprocess import ImageSpec
 from clipsmall.shards import open_catalog
@@ -184,8 +184,13 @@ def test_done_cells_are_not_made_again_and_lost_or_changed_ones_are(
     assert run(home / "model", *words) == 0
     assert renewed() == {"knn", "geometry"}
     before = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")}
-    assert run(home / "model", *words, "--k", "6") == 0
+    assert run(home / "model", *words, "knn", "--k", "6") == 0  # named twice, measured once
     assert cells(tmp_path)["knn"]["counts"]["k"] == 6
+    assert renewed() == {"knn"}  # what does not depend on k stays
+    for order in (["knn", "zero_shot", "robustness"], ["robustness", "zero_shot", "knn"]):
+        before = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")}
+        assert run(home / "model", *options(home, tmp_path), "--tasks", *order, "--k", "6") == 0
+        assert renewed() == ({"robustness"} if order[0] == "knn" else set())
 
 
 def test_other_weights_other_data_other_classes_are_other_cells(home: Path, tmp_path: Path) -> None:
@@ -227,6 +232,41 @@ def test_a_failing_cell_is_told_and_the_others_are_made(
     assert set(cells(tmp_path)) == {"zeroshot_classification", "geometry"}
     assert run(home / "model", *words, "--k", "60") == 0
     assert set(cells(tmp_path)) == {"zeroshot_classification", "geometry", "knn"}
+
+
+def test_a_list_that_is_no_text_fails_its_task_with_its_name(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_wds(tmp_path / "cifar")
+    (folder / "classnames.txt").write_bytes("caf\xe9\n".encode("latin-1"))
+    assert run(home / "model", "--data", folder, "--out", tmp_path / "out") == 1
+    assert f"{folder}/classnames.txt: not UTF-8 text (byte 3)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--k", "0"], "--k=0: must be at least 1"),
+        (["--candidates", "1"], "--candidates=1: must be at least 2"),
+        (["--batch_size", "0"], "--batch_size=0: must be at least 1"),
+        (["--temperature", "-1"], "--temperature=-1.0: a number from 0 on"),
+        (["--temperature", "nan"], "--temperature=nan: a number from 0 on"),
+        (["--out", "file"], "--out=file: nothing can be written to file"),
+        (["--out", "file/deeper"], "--out=file/deeper: nothing can be written to"),
+    ],
+)
+def test_what_cannot_be_is_told_before_a_model_is_loaded(
+    words: list[str], said: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluate, "load_model", None)
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as left:
+        run("model", *options(home, tmp_path / "out"), *words)
+    assert left.value.code == 2
+    assert f"error: {said}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 # ---- data sets --------------------------------------------------------------------------------------------------
@@ -278,10 +318,49 @@ def test_what_a_data_set_is_called_and_made_for(home: Path, tmp_path: Path) -> N
     (write_wds(tmp_path / "nameless") / "classnames.txt").unlink()
     nameless = open_set(str(tmp_path / "nameless"))
     assert nameless.tasks == ["zero_shot"]
-    with pytest.raises(ValueError, match=r"nameless: no class names; give a classnames\.txt"):
+    with pytest.raises(ValueError, match=r"classes=captions: labels are numbers here; give a classnames\.txt"):
         suite.zero_shot(View(small_encoder(), nameless))
     with pytest.raises(ValueError, match=r"no images to learn from beside it .* --train"):
         _ = open_set(str(tmp_path / "plain")).training
+
+
+def test_images_are_not_learned_from_and_asked_about(home: Path) -> None:
+    data = open_set(str(home / "pictures" / "train"), label="kind")
+    with pytest.raises(ValueError, match=r"pictures/train: would learn from the images it is asked about \(.*--train"):
+        _ = data.training
+
+
+def test_no_image_is_left_out_in_silence(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of ten, one has no caption, one a blank one, one a caption that is no text; all have a class."""
+    words = {3: b" \n", 4: "caf\xe9".encode("latin-1")}
+    members: list[tuple[str, bytes]] = []
+    for i in range(10):
+        caption = words.get(i, f"picture {i}".encode())
+        members += [(f"{i}.png", picture(i)), (f"{i}.cls", str(i % 7).encode())]
+        members += [(f"{i}.txt", caption)] if i != 5 else []
+    write_tar(tmp_path / "set" / "test" / "0.tar", members)
+    (tmp_path / "set" / "classnames.txt").write_text("\n".join(SEEN))
+    words = ["--data", tmp_path / "set", "--out", tmp_path / "out", "--empty_classes", "--corruptions", "contrast"]
+    assert run(home / "model", *words, "--tasks", "zero_shot", "retrieval", "matching", "top1") == 0
+    found = {task: cell["counts"] for task, cell in cells(tmp_path / "out").items()}
+    assert (found["zeroshot_classification"]["images"], found["zeroshot_classification"]["skipped"]) == (9, 1)
+    assert (found["zeroshot_retrieval"]["images"], found["zeroshot_retrieval"]["skipped"]) == (7, 3)
+    assert (found["matching"]["skipped"], found["top1"]["skipped"]) == (3, 1)
+    assert "zeroshot_retrieval (3 images could not be used" in capsys.readouterr().out
+    catalog = open_catalog(str(tmp_path / "set" / "test"))
+    assert measure_retrieval(load(home / "model"), catalog, "x").counts["skipped"] == 3
+
+
+def trained_from_nothing(folder: Path) -> str:
+    with pytest.raises(ValueError, match="no shards there") as error:
+        _ = open_set(str(folder / "test"), label="kind").training
+    return str(error.value)
+
+
+def test_where_there_is_nothing_to_learn_from_no_rank_waits(home: Path, ranks: Any, tmp_path: Path) -> None:
+    shutil.copytree(home / "pictures" / "test", tmp_path / "set" / "test")
+    (tmp_path / "set" / "train").mkdir()
+    assert len(ranks(2, trained_from_nothing, tmp_path / "set")) == 2
 
 
 def drop_tar(folder: Path) -> None:
@@ -450,3 +529,13 @@ def test_models_that_share_a_name_are_told_apart(home: Path, tmp_path: Path) -> 
 def test_a_cell_of_another_task_is_no_line_of_datacomps() -> None:
     cell = {"dataset": "d", "model": "m", "pretrained": "p", "task": "geometry", "metrics": {"alignment": 1.0}}
     assert eval_results([cell]) == []
+
+
+def test_cells_of_clip_benchmark_and_cut_ones_do_not_stop_a_table(tmp_path: Path) -> None:
+    cell = {"dataset": "d", "model": "m", "pretrained": "p", "task": "zeroshot_retrieval",
+            "metrics": {"image_retrieval_recall@5": 0.5, "text_retrieval_recall@5": 0.25}}  # fmt: skip
+    (tmp_path / "d_p_m_en_zeroshot_retrieval.json").write_text(json.dumps(cell))
+    (tmp_path / ".tmp-1-d_p_m_en_zeroshot_retrieval.json").write_text(json.dumps(cell))
+    write_tables(tmp_path)
+    assert pd.read_csv(tmp_path / "benchmark.csv")["text_retrieval_recall@5"].tolist() == [0.25]
+    assert not (tmp_path / "m_p").exists()

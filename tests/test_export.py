@@ -158,7 +158,7 @@ def test_lora_is_merged(places: Path, tmp_path: Path) -> None:
 def test_an_open_clip_model_for_transformers(tmp_path: Path) -> None:
     path = write_open_clip_json(tmp_path, "tiny-export.json", quick_gelu=True, init_logit_bias=-2)
     torch.manual_seed(0)
-    run(path, "--to", tmp_path / "out")
+    run(path, "--pretrained", "none", "--to", tmp_path / "out")
     model, image, text, seen = seen_by_transformers(tmp_path / "out")
     opened, open_image, open_text, open_pixels = seen_by_open_clip(tmp_path / "out")
     close(image, open_image)
@@ -210,7 +210,7 @@ def test_what_one_library_has_is_written_for_it(
         source, reason = write_open_clip_json(tmp_path, "tiny-resnet.json", vision_cfg=vision), "ResNet"
     else:
         source, reason = local_siglip(tmp_path / "siglip", patch_size=4), "timm has none of this size"
-    run(source, "--to", tmp_path / "out")
+    run(source, *["--pretrained", "none"] * (case == "resnet"), "--to", tmp_path / "out")
     assert reason in capsys.readouterr().err
     written = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"config.json", "open_clip_config.json"} & written == (
@@ -241,7 +241,8 @@ def test_what_no_library_has_is_refused(places: Path, tmp_path: Path, capsys: py
         multimodal_cfg=OPEN_CLIP["text_cfg"],
         custom_text=True,
     )
-    assert "captioner" in refused(capsys, path, "--to", tmp_path / "out")
+    assert "no weights named, its towers would be random" in refused(capsys, path, "--to", tmp_path / "out")
+    assert "captioner" in refused(capsys, path, "--pretrained", "none", "--to", tmp_path / "out")
     path.unlink()
     assert "no complete checkpoint" in refused(
         capsys, make(tmp_path / "e" / "checkpoints").parent, "--to", tmp_path / "out"

@@ -71,6 +71,12 @@ def test_votes_are_scikit_learns(k: int) -> None:
     assert np.allclose(found / found.sum(dim=1, keepdim=True), weighted.predict_proba(test.double()), atol=1e-5)
 
 
+def test_far_neighbours_vote_at_any_temperature() -> None:
+    train, test = F.one_hot(torch.tensor([0, 1, 2])).float(), torch.tensor([[0.1, 0.15, 0.0]])  # cosines far from 1
+    found = probe.votes(train, torch.tensor([0, 1, 1]), test, 2, 2, temperature=1e-3)
+    assert found.tolist() == [[pytest.approx(math.exp(-50)), 1.0]]
+
+
 def test_votes_of_more_than_there_are_are_refused() -> None:
     train, labels = clusters(20, 3, 0)
     assert probe.votes(train, labels, train, 3, 20).shape == (20, 3)
@@ -271,6 +277,14 @@ def test_the_best_assignment_is_the_best_of_all() -> None:
     big = unit_rows(80, 5, seed=3), unit_rows(80, 5, seed=4)
     _, theirs = linear_sum_assignment(-(big[0].double() @ big[1].double().T).numpy())
     assert matching.assigned(*big).tolist() == theirs.tolist()
+
+
+def test_the_assignment_of_equal_scores_is_a_guess() -> None:
+    """scipy prefers the diagonal, which is the truth: a collapsed model had 100 %."""
+    same = unit_rows(1, 5, seed=1).expand(200, -1)
+    assert (matching.assigned(same, same) == torch.arange(200)).float().mean() < 0.03
+    fives = unit_rows(100, 8, seed=2).repeat_interleave(5, dim=0)  # right among five: a fifth
+    assert (matching.assigned(fives, fives) == torch.arange(500)).float().mean().item() == pytest.approx(0.2, abs=0.06)
 
 
 def test_one_to_one_takes_each_once() -> None:

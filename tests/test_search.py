@@ -27,6 +27,7 @@ from torch import Tensor
 from clipsmall import search
 from clipsmall.evaluation import Encoder
 from clipsmall.searching import Answer, Exact, Hit, Searcher, embed, index, page, results
+from clipsmall.searching.store import alone
 from clipsmall.shards import build_index, open_catalog, write_index
 from clipsmall.small_towers import SmallConfig, WordTokenizer
 from clipsmall.tower_sources import small
@@ -452,10 +453,25 @@ def test_the_command_embeds_and_serves(
 ) -> None:
     with pytest.raises(AssertionError, match="served"):
         ask()
-    assert (tmp_path / "embeddings" / f"{tmp_path.name}-data-model" / "embeddings.json").exists()
+    (folder,) = (tmp_path / "embeddings").glob(f"{tmp_path.name}-data-model-*")
+    assert (folder / "embeddings.json").exists()
     said = capsys.readouterr()
     assert "12 pairs; left out: 0 by their index, 1 unreadable images" in said.err
     assert "http://127.0.0.1:1" in said.out
+
+
+def test_other_weights_or_shards_have_a_folder_of_their_own(ask: Callable[..., int], tmp_path: Path) -> None:
+    for number, words in enumerate([[], ["--pretrained=tag"], ["--data", str(tmp_path / "data" / "00000.tar")], []]):
+        with pytest.raises(AssertionError, match="served"):
+            ask(*words)
+        assert len(list((tmp_path / "embeddings").iterdir())) == min(number + 1, 3)
+
+
+def test_two_commands_do_not_embed_into_one_folder(shards: Path, tmp_path: Path) -> None:
+    encoder, catalog = made_encoder(), open_catalog(str(shards))
+    with alone(tmp_path / "emb"), pytest.raises(ValueError, match="emb: another command embeds there"):
+        embed(encoder, catalog, tmp_path / "emb")
+    assert embed(encoder, catalog, tmp_path / "emb").rows.numel()
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,13 @@ class Cell:
     key: str = ""  # digest of all the numbers depend on, by which a cell is known to be done
 
 
+def check_folder(folder: Path) -> None:
+    """Before results are made: raises ValueError if they could not be written there. Makes nothing."""
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"--out={folder}: nothing can be written to {there}; give another folder")
+
+
 def safe(name: str) -> str:
     """As part of a file name."""
     return re.sub(r"[^\w.@-]+", "-", name).strip("-")

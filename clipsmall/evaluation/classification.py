@@ -67,14 +67,14 @@ def zero_shot(
     texts = read_texts(catalog, label)
     names = prompts.classes(classes, texts.captions, texts.labels)
     labels = class_indices(texts.labels, names)
-    images, rows = encoder.images(catalog)
-    weights = class_features(encoder, names, prompts.templates(templates))
-    refuse_non_finite(images, "image")
+    weights = class_features(encoder, names, prompts.templates(templates))  # before images, which may take hours
     refuse_non_finite(weights, "class")
+    images, rows = encoder.images(catalog)
+    refuse_non_finite(images, "image")
     return Cell(
         dataset=name,
         task="zeroshot_classification",
         metrics=accuracies(images, weights, labels[rows]),
         chance=class_chance(len(names)),
-        counts={"images": len(rows), "classes": len(names), "skipped": len(catalog) - len(rows)},
+        counts={"images": len(rows), "classes": len(names), "skipped": catalog.total - len(rows)},
     )

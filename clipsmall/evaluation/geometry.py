@@ -49,6 +49,7 @@ def geometry(view: View) -> Cell:
     """All of the above over the images with captions and the distinct captions of a data set."""
     images, texts, belongs = view.images[view.captioned], view.texts, view.captions[1]
     pairs, others = mean_cosines(images, texts, belongs)
+    told = {} if math.isnan(others) else {"mean_cosine_of_others": others}  # there may be none
     return Cell(
         view.data.name,
         "geometry",
@@ -60,7 +61,7 @@ def geometry(view: View) -> Cell:
             "image_effective_rank": effective_rank(images),
             "text_effective_rank": effective_rank(texts),
             "mean_cosine_of_pairs": pairs,
-            "mean_cosine_of_others": others,
+            **told,
         },
         counts={"images": len(images), "captions": len(texts), "width": images.shape[1]},
     )

@@ -51,8 +51,12 @@ def one_to_one(belongs: Relevance, limit: int = SQUARE) -> tuple[Tensor, Tensor]
 
 
 def assigned(x: Tensor, y: Tensor) -> Tensor:
-    """(p, D), (p, D) -> (p,) the column of each row in the one-to-one assignment of the highest sum (Hungarian)."""
-    return torch.from_numpy(linear_sum_assignment(scores(x, y).numpy(), maximize=True)[1])
+    """(p, D), (p, D) -> (p,) the column of each row in the one-to-one assignment of the highest sum (Hungarian).
+
+    Columns are shuffled first: among equal scores scipy prefers the diagonal, which here is the truth.
+    """
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
+    return order[torch.from_numpy(linear_sum_assignment(scores(x, y[order]).numpy(), maximize=True)[1])]
 
 
 def matching(view: View, iterations: int = 50, tolerance: float = 1e-3) -> Cell:
@@ -71,7 +75,7 @@ def matching(view: View, iterations: int = 50, tolerance: float = 1e-3) -> Cell:
     ones = torch.ones(len(images), 1), torch.ones(len(texts), 1)
     lifted_images = torch.cat([images * scale, f[:, None].float(), ones[0]], dim=1)
     lifted_texts = torch.cat([texts, ones[1], g[:, None].float()], dim=1)
-    cell = retrieval_of(lifted_images, lifted_texts, belongs, view.data.name)
+    cell = retrieval_of(lifted_images, lifted_texts, belongs, view.data.name, view.uncaptioned)
     cell.task, cell.metrics = "matching", {f"sinkhorn_{name}": value for name, value in cell.metrics.items()}
     cell.chance = {f"sinkhorn_{name}": value for name, value in cell.chance.items()}
     mine, own = one_to_one(belongs)

@@ -26,14 +26,19 @@ def votes(train: Tensor, labels: Tensor, test: Tensor, classes: int, k: int, tem
     Raises:
         ValueError: k is not between 1 and N.
     """
-    if not 1 <= k <= len(train):
-        raise ValueError(f"k={k}: there are {len(train)} images to learn from; choose k from 1 to {len(train)}")
-    parts = []
+    _check_k(k, len(train))
+    parts, train = [], train.double()  # once, not in every chunk
     for part in torch.split(test, chunk_rows(len(train))):
         near = scores(part, train).double().topk(k, dim=1)
-        worth = ((near.values - 1) / temperature).exp() if temperature else torch.ones_like(near.values)
+        best = near.values[:, :1]  # votes are relative: of a small temperature all would be 0
+        worth = ((near.values - best) / temperature).exp() if temperature else torch.ones_like(near.values)
         parts.append(torch.zeros(len(part), classes, dtype=torch.float64).scatter_add_(1, labels[near.indices], worth))
     return torch.cat(parts)
+
+
+def _check_k(k: int, count: int) -> None:
+    if not 1 <= k <= count:
+        raise ValueError(f"k={k}: there are {count} images to learn from; choose k from 1 to {count}")
 
 
 def knn(view: View, k: int = 20, temperature: float = 0.07) -> Cell:
@@ -42,6 +47,7 @@ def knn(view: View, k: int = 20, temperature: float = 0.07) -> Cell:
     Raises:
         ValueError: k larger than the train set, or classes without a train image.
     """
+    _check_k(k, len(view.data.training))  # before anything is encoded
     train, labels, _, classes = view.training
     found = votes(train, labels, view.images, classes, k, temperature)
     return _cell(view, "knn", found, {"k": k})

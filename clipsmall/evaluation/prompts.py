@@ -1,6 +1,6 @@
 """Class names and prompt templates: open_clip's built-in ones, a user's files, or the data set's own words."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 Template = Callable[[str], str]
@@ -29,20 +29,28 @@ def templates(name: str) -> list[Template]:
 def classes(name: str, captions: list[list[str]], labels: list[str | int]) -> list[str]:
     """`imagenet`, `captions` and `labels` (the data set's distinct ones, sorted), or a file with a class a line.
 
+    Names that differ in letter case alone are one class.
+
     Raises:
         ValueError: no such file, or class numbers where names are needed.
     """
+    if name in ("captions", "labels") and any(isinstance(label, int) for label in labels):
+        raise ValueError(
+            f"classes={name}: labels are numbers here; give a classnames.txt beside the data, or --classes FILE"
+        )
     if name == "imagenet":
         import open_clip
 
         return list(open_clip.IMAGENET_CLASSNAMES)
     if name == "captions":
-        return sorted({caption for all_of_one in captions for caption in all_of_one})
+        return _distinct(caption for all_of_one in captions for caption in all_of_one)
     if name == "labels":
-        if any(isinstance(label, int) for label in labels):
-            raise ValueError("classes: labels are numbers here; give a file with a class name a line")
-        return sorted({str(label) for label in labels})
+        return _distinct(map(str, labels))
     return _lines(name, "classes (imagenet, captions, labels or a file)")
+
+
+def _distinct(names: Iterable[str]) -> list[str]:
+    return sorted({name.casefold(): name for name in sorted(names, reverse=True)}.values())
 
 
 def _lines(path: str, what: str) -> list[str]:
@@ -50,6 +58,8 @@ def _lines(path: str, what: str) -> list[str]:
         lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
     except OSError as error:
         raise ValueError(f"{what}: {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
     if not lines:
         raise ValueError(f"{path}: holds no line")
     return lines

@@ -83,7 +83,7 @@ def retrieval(encoder: Encoder, catalog: Catalog, name: str) -> Cell:
     images, rows = encoder.images(catalog)
     captions, belongs = relevance([texts.captions[row] for row in rows.tolist()])
     features = encoder.texts(captions)
-    return retrieval_of(images, features, belongs, name, skipped=len(catalog) - len(rows))
+    return retrieval_of(images, features, belongs, name, skipped=catalog.total - len(rows))
 
 
 def retrieval_of(images: Tensor, features: Tensor, belongs: Relevance, name: str, skipped: int = 0) -> Cell:

@@ -33,9 +33,13 @@ class DataSet:
 
     @cached_property
     def training(self) -> Catalog:
-        """The images that probes learn from. Raises ValueError where there are none."""
+        """The images that probes learn from. Raises ValueError where there are none, or the very ones to classify."""
         if not self.train:
             raise ValueError(f"{self.name}: no images to learn from beside it (a folder `train`); name them by --train")
+        if both := {path.resolve() for path in shard_paths(self.train)} & {
+            path.resolve() for path in shard_paths(self.shards)
+        }:
+            raise ValueError(f"{self.name}: would learn from the images it is asked about ({min(both)}); see --train")
         return _indexed(self.train)
 
     @property
@@ -56,7 +60,8 @@ class DataSet:
                 words.append(str(error))
         for words_or_file in (self.classes, self.templates):
             path = Path(words_or_file)
-            words.append(path.read_text(encoding="utf-8") if path.is_file() else words_or_file)
+            # bytes that are no text are for the task to refuse
+            words.append(path.read_text(encoding="utf-8", errors="replace") if path.is_file() else words_or_file)
         return hashlib.sha256("\0".join(words).encode()).hexdigest()
 
 
@@ -73,12 +78,11 @@ def open_set(path: str, classes: str = "", templates: str = "", label: str = "",
     Raises:
         ValueError: no shards (for images: with the command that makes them), or not as many as nshards.txt says.
     """
-    root, shards, name = Path(path).resolve(), path, Path(path).resolve().name
-    if root.is_dir() and not any(root.glob("*.tar")) and (root / "test").is_dir():
+    root, shards = Path(path).resolve(), path
+    if _has_test(root):
         shards = str(root / "test")
     else:
         root = root.parent
-        name = f"{root.name}/{name}"
     _refuse_images(shards)
     _check_count(shards)
     kind = _word(root / "dataset_type.txt")
@@ -87,7 +91,7 @@ def open_set(path: str, classes: str = "", templates: str = "", label: str = "",
         return str(root / file) if (root / file).exists() else otherwise
 
     found = DataSet(
-        name=name,
+        name=set_name(path),
         shards=shards,
         train=train or beside("train", ""),
         kind=kind if kind in KINDS else "",
@@ -98,6 +102,16 @@ def open_set(path: str, classes: str = "", templates: str = "", label: str = "",
     assert len(found.catalog)  # opened now: what is missing is told before a model is loaded
     assert not train or len(found.training)
     return found
+
+
+def set_name(path: str) -> str:
+    """The name of a data set in results: of a folder with `test/` in it its own, else with its parent's in front."""
+    root = Path(path).resolve()
+    return root.name if _has_test(root) else f"{root.parent.name}/{root.name}"
+
+
+def _has_test(root: Path) -> bool:
+    return root.is_dir() and not any(root.glob("*.tar")) and (root / "test").is_dir()
 
 
 def _word(path: Path) -> str:
@@ -141,5 +155,6 @@ def _indexed(shards: str) -> Catalog:
                 write_index(shard, build_index(shard))
     except OSError as error:
         raise ValueError(f"{shards}: has no index and none can be written beside it ({error.strerror})") from None
-    world.barrier()
+    finally:
+        world.barrier()  # also after an error, or the others would wait here for ever; they fail below
     return open_catalog(shards, captions=False)

@@ -27,7 +27,7 @@ from clipsmall.evaluation.top1 import top1
 from clipsmall.evaluation.view import View
 from clipsmall.shards import ShardError
 
-VERSION = 1  # to be raised when a task's numbers change
+VERSION = 2  # to be raised when a task's numbers change
 TASKS = {  # by their names in cells, of which the first three are CLIP_benchmark's
     "zero_shot": "zeroshot_classification",
     "retrieval": "zeroshot_retrieval",
@@ -40,12 +40,20 @@ TASKS = {  # by their names in cells, of which the first three are CLIP_benchmar
     "top1": "top1",
     "candidates": "candidates",
 }
+DEPENDS = {  # task -> the settings that change its numbers
+    "zero_shot": ("empty_classes",),
+    "calibration": ("empty_classes",),
+    "knn": ("k", "temperature"),
+    "robustness": ("corruptions", "severities"),
+    "top1": ("corruptions", "severities"),
+    "candidates": ("candidates",),
+}
 OF_SEVERAL_LABELS = ("zero_shot", "top1")  # the tasks that a multi-label set without captions has
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What tasks can be told; all of it is part of a cell's key."""
+    """What tasks can be told; what a task depends on is part of its cell's key."""
 
     k: int = 20
     temperature: float = 0.07  # of kNN's votes; 0 = majority
@@ -54,22 +62,21 @@ class Settings:
     empty_classes: bool = False
     candidates: int = 32  # of a hard set
 
-    def told(self, task: str) -> dict[str, Any]:
-        """For the key of a task's cell."""
-        told = asdict(self)
-        if task != "candidates":
-            del told["candidates"]  # newer than the others: cells of before stay done
-        return told
+    def told(self, tasks: Sequence[str]) -> dict[str, Any]:
+        """Those that these tasks depend on, for the key of a cell."""
+        names = {name for task in tasks for name in DEPENDS.get(task, ())}
+        return {name: value for name, value in asdict(self).items() if name in names}
 
 
 def zero_shot(view: View) -> Cell:
     """As `classification.zero_shot`, of features that other tasks share; of a multi-label set, its mAP."""
     if view.data.kind == "multilabel":
         return ranked(view)
+    classes, labels = view.class_features, view.labels  # before images: a wrong list is told at once
     return Cell(
         view.data.name,
         TASKS["zero_shot"],
-        accuracies(view.images, view.class_features, view.labels),
+        accuracies(view.images, classes, labels),
         class_chance(len(view.classes)),
         {"images": len(view.images), "classes": len(view.classes), "skipped": view.skipped},
     )
@@ -81,8 +88,8 @@ def ranked(view: View) -> Cell:
     Raises:
         ValueError: targets that are none, classes without an image (unless allowed), or none at all with one.
     """
-    classes, targets = view.classes, view.targets
-    found = average_precisions(view.images, view.class_features, targets)
+    classes, features, targets = view.classes, view.class_features, view.targets
+    found = average_precisions(view.images, features, targets)
     here = ~found.isnan()
     if not here.any():
         raise ValueError(f"{view.data.name}: no class has an image; check its .npy members")
@@ -98,7 +105,7 @@ def ranked(view: View) -> Cell:
 def retrieval(view: View) -> Cell:
     """As `retrieval.retrieval`, of features that other tasks share."""
     images, texts, belongs = view.images[view.captioned], view.texts, view.captions[1]
-    return retrieval_of(images, texts, belongs, view.data.name, len(view.data.catalog) - len(images))
+    return retrieval_of(images, texts, belongs, view.data.name, view.uncaptioned)
 
 
 def evaluations(settings: Settings, base: Sequence[str]) -> dict[str, Callable[[View], Cell]]:
@@ -140,7 +147,7 @@ def evaluate(model: Model, sets: Sequence[DataSet], tasks: Sequence[str], settin
     A cell is done when its file says that it was made from these weights, these data and these settings. One that fails
     is told and left out, the others go on. Every rank must call; the first one writes.
     """
-    asked = [(data, task) for data in sets for task in tasks or data.tasks]
+    asked = [(data, task) for data in sets for task in dict.fromkeys(tasks or data.tasks)]
     done = _done(model, asked, settings, tasks, out)
     failures, views = list[str](), dict[str, View]()
     for (data, task), key in zip(asked, done, strict=True):
@@ -160,15 +167,16 @@ def evaluate(model: Model, sets: Sequence[DataSet], tasks: Sequence[str], settin
             continue
         cell.key = key
         if world.rank() == 0:
-            path = write_cell(cell, out, model.name, model.pretrained)
-            if task == "calibration":
+            if task == "calibration":  # first: a cell that is there counts as done
+                path = cell_path(out, data.name, model.pretrained, model.name, cell.task)
+                path.parent.mkdir(parents=True, exist_ok=True)
                 draw(cell, path.with_suffix(".png"))
-            print(f"written to {path}", file=sys.stderr)
+            print(f"written to {write_cell(cell, out, model.name, model.pretrained)}", file=sys.stderr)
     return failures
 
 
 def _base(data: DataSet, tasks: Sequence[str]) -> list[str]:
-    return [task for task in tasks if task in MAIN] or data.tasks
+    return sorted({task for task in tasks if task in MAIN}) or data.tasks
 
 
 def _done(
@@ -179,7 +187,7 @@ def _done(
     for data, task in asked:
         base = _base(data, tasks) if task == "robustness" else []
         learns = bool({task, *base} & {"knn", "linear_probe"})
-        parts = [VERSION, model.digest, data.digest(learns), task, base, settings.told(task)]
+        parts = [VERSION, model.digest, data.digest(learns), task, base, settings.told([task, *base])]
         key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
         path = cell_path(out, data.name, model.pretrained, model.name, TASKS[task])
         keys.append("" if _key_of(path) == key else key)

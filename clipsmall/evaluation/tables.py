@@ -20,7 +20,7 @@ WIDE = 3  # metrics that fit across a terminal
 def read_cells(folder: Path) -> list[dict[str, Any]]:
     """Every cell in the folder, ours or CLIP_benchmark's, by file name; other JSON is passed over."""
     found = []
-    for path in sorted(folder.glob("*.json")):
+    for path in sorted(folder.glob("[!.]*.json")):  # not the parts of files that a kill left behind
         try:
             cell = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -47,13 +47,18 @@ def eval_results(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
         metrics = dict(cell["metrics"])
         if cell["task"] == "zeroshot_classification":
             key = cell["dataset"]
-            metrics["main_metric"] = metrics["mean_average_precision" if "acc1" not in metrics else "acc1"]
+            main = [metrics.get("acc1", metrics.get("mean_average_precision"))]
         elif cell["task"] == "zeroshot_retrieval":
             key = f"retrieval/{cell['dataset']}"
-            recalls = metrics["image_retrieval_recall@1"], metrics["text_retrieval_recall@1"]
-            metrics["mean_recall@1"] = metrics["main_metric"] = sum(recalls) / 2
+            main = [metrics.get("image_retrieval_recall@1"), metrics.get("text_retrieval_recall@1")]
         else:
             continue
+        known = [value for value in main if value is not None]
+        if len(known) < len(main):  # CLIP_benchmark's own cells need not have them
+            continue
+        metrics["main_metric"] = sum(known) / len(known)
+        if len(known) > 1:
+            metrics["mean_recall@1"] = metrics["main_metric"]
         lines.append({"key": key, "dataset": cell["dataset"], "metrics": metrics})
     return lines
 
@@ -91,5 +96,7 @@ def printed(cells: list[dict[str, Any]]) -> str:
         table = pd.DataFrame([cell["metrics"] for cell in here], index=index).sort_index()
         if len(table.columns) > WIDE:
             table = table.T
-        parts.append(f"{task}\n{table.to_string(float_format='{:.4f}'.format, na_rep='')}")
+        missed = sum(cell.get("counts", {}).get("skipped", 0) for cell in here)
+        note = f" ({missed:,} images could not be used: see counts.skipped of its cells)" if missed else ""
+        parts.append(f"{task}{note}\n{table.to_string(float_format='{:.4f}'.format, na_rep='')}")
     return "\n\n".join(parts)

@@ -66,7 +66,8 @@ def top1(
     catalog, encoder, side = view.data.catalog, view.encoder, view.encoder.model.spec.size
     rows = torch.arange(len(catalog)).tolist()
     few = rows[:: -(-len(rows) // limit)]
-    cell = Cell(view.data.name, "top1", {}, counts={"images": len(view.images), "corruptions": len(corruptions)})
+    cell = Cell(view.data.name, "top1", {}, counts={"images": len(view.images), "skipped": view.skipped})
+    cell.counts["corruptions"] = len(corruptions)
 
     def seen(only: list[int], number: int, before: Change | None = None) -> Tensor:
         found = encoder.images(catalog, only, Augmented(number, side, before))[0]

@@ -50,7 +50,13 @@ class View:
 
     @property
     def skipped(self) -> int:
-        return len(self.data.catalog) - len(self.images)
+        """Images of the data set that are not among them."""
+        return self.data.catalog.total - len(self.images)
+
+    @property
+    def uncaptioned(self) -> int:
+        """Images of the data set that are not among the `captioned`."""
+        return self.data.catalog.total - len(self.captioned)
 
     # ---- captions ----
 
@@ -118,7 +124,8 @@ class View:
     @cached_property
     def labels(self) -> Tensor:
         """(n,) class numbers of `images`."""
-        return class_indices(self.words.labels, self.classes)[self.encoded[1]]
+        numbers = class_indices(self.words.labels, self.classes)
+        return numbers[self.encoded[1]]
 
     @property
     def targets(self) -> Tensor:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from clipsmall.evaluation import Encoder
 from clipsmall.evaluation.features import read_texts
 from clipsmall.evaluation.hits import refuse_non_finite
-from clipsmall.searching.store import Part, Store
+from clipsmall.searching.store import Part, Store, alone
 from clipsmall.shards import Catalog, ShardError, caption_hash, read_index
 from clipsmall.shards.index import proof
 from clipsmall.shards.scores import good_rows
@@ -54,13 +54,14 @@ def embed(encoder: Encoder, catalog: Catalog, folder: Path, model: str = "") -> 
             not finite.
     """
     prints = [(shard.name, _fingerprint(catalog, number)) for number, shard in enumerate(catalog.shards)]
-    store = Store(folder, model, encoder.digest(), prints)
-    if store.note:
-        print(f"{folder}: {store.note}; embedding anew", file=sys.stderr)
-    missing = store.missing()
-    for number in tqdm(missing, desc="embedding shards", disable=not (missing and encoder.progress)):
-        store.add(number, *_made(encoder, catalog, number))
-    parts = [part for number in range(len(prints)) if (part := store.part(number))]
+    with alone(folder):
+        store = Store(folder, model, encoder.digest(), prints)
+        if store.note:
+            print(f"{folder}: {store.note}; embedding anew", file=sys.stderr)
+        missing = store.missing()
+        for number in tqdm(missing, desc="embedding shards", disable=not (missing and encoder.progress)):
+            store.add(number, *_made(encoder, catalog, number))
+        parts = [part for number in range(len(prints)) if (part := store.part(number))]
     assert len(parts) == len(prints)
     starts = np.cumsum([0, *catalog.sizes])
     rows = [part.table["row"].to_numpy() + start for part, start in zip(parts, starts, strict=False)]

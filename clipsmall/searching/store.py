@@ -5,9 +5,11 @@
 A part is a shard of the data. Row i of its three files is one caption with its image.
 """
 
+import fcntl
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +30,29 @@ class Part(NamedTuple):
     image: Tensor  # (n, D) unit rows, float16
     text: Tensor  # (n, D)
     table: pa.Table  # (n,) shard, row, key, caption
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """No other command writes to the folder meanwhile. Raises ValueError if one is at it."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder}: holds something else than our embeddings; give a new --embeddings")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        place = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise ValueError(f"{folder}: cannot be written ({error}); give another --embeddings") from None
+    try:
+        with suppress(OSError):  # some disks have no locks
+            try:
+                fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(
+                    f"{folder}: another command embeds there; wait, or give another --embeddings"
+                ) from None
+        yield
+    finally:
+        os.close(place)
 
 
 class Store:
@@ -98,7 +123,7 @@ class Store:
     def _read(self) -> dict[str, Any]:
         path = self.folder / "embeddings.json"
         if not path.exists():
-            if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+            if self.folder.exists() and any(self.folder.iterdir()):
                 raise ValueError(f"{self.folder}: holds something else than our embeddings; give a new --embeddings")
             return {}
         try:

@@ -49,6 +49,11 @@ class Catalog:
         return len(self.index)
 
     @property
+    def total(self) -> int:
+        """Pairs in the shards, the bad ones among them."""
+        return len(self) + sum(self.left_out.values())
+
+    @property
     def sizes(self) -> list[int]:
         """Pairs in each shard."""
         return np.bincount(self.shard, minlength=len(self.shards)).tolist()  # type: ignore[no-any-return]
@@ -131,7 +136,7 @@ def open_catalog(patterns: str | list[str], captions: bool = True) -> Catalog:
     sizes = [len(table) for table in tables]
     table = pa.concat_tables([t.replace_schema_metadata(None) for t in tables]).combine_chunks()
     status = table["status"].to_numpy(zero_copy_only=False)
-    good = (status == "") if captions else np.isin(status.astype(str), ["", "no caption"])
+    good = (status == "") if captions else np.isin(status.astype(str), ["", "no caption", "empty caption"])
     if not good.any():
         raise ShardError(f"{patterns}: no usable pair in {len(shards)} shards")
     index = table["index"].to_numpy()
