@@ -13,6 +13,7 @@ from typing import get_args
 import pytest
 import yaml
 
+from clipsmall.comparing.grid import load
 from clipsmall.config import Config
 from clipsmall.config_objectives import Name, Objective
 from clipsmall.config_reader import ConfigError, fields, lay_over, read, written
@@ -269,9 +270,21 @@ def test_help_lists_every_field(capsys: pytest.CaptureFixture[str]) -> None:
     assert "[0.001]" in text
 
 
-def test_the_demo_config_is_good() -> None:
-    path = Path(__file__).resolve().parents[1] / "configs" / "demo.yaml"
-    assert read(["--config", str(path)]).data.train == ["data/glyphs/train"]
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.parametrize("name", [path.name for path in sorted((ROOT / "configs").glob("*.yaml"))])
+def test_the_configs_are_good(name: str) -> None:
+    config = read(["--config", str(ROOT / "configs" / name)])
+    assert config.data.train
+    assert config.out.startswith("runs/")
+
+
+@pytest.mark.parametrize("name", [path.name for path in sorted((ROOT / "configs" / "compare").glob("*.yaml"))])
+def test_the_grids_are_good(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    grid = load(str(Path("configs") / "compare" / name))
+    assert grid.out == f"runs/compare/{Path(name).stem}"
 
 
 # ---- a refusal writes nothing -----------------------------------------------------------------------------------
