@@ -43,9 +43,11 @@ TABLES: list[tuple[str, str, list[str], list[str], dict[str, str]]] = [
 
 def metrics(folder: RunFolder) -> pd.DataFrame:
     """metrics.jsonl; raises ValueError when the run has not logged a step yet."""
-    if not folder.metrics.exists() or not folder.metrics.stat().st_size:
+    there = folder.metrics.exists() and folder.metrics.stat().st_size
+    table = pd.read_json(folder.metrics, lines=True) if there else pd.DataFrame()
+    if "loss" not in table:
         raise ValueError(f"{folder.path}: no metrics.jsonl with a step in it; is this the folder of a run?")
-    return pd.read_json(folder.metrics, lines=True)
+    return table
 
 
 def result_tables(folder: RunFolder, names: list[str]) -> list[page.Table]:
@@ -83,9 +85,9 @@ def report(folder: RunFolder) -> page.Report:
     queries = [query for data, name, names in sets for query in gallery(encoder, open_catalog(data), name, names)]
     catalog = open_catalog(config.data.train)
     matrix, labels = logit_matrix(encoder, catalog, batch_rows(config, catalog), model.logit_scale.exp())
-    trained = table.dropna(subset="loss") if "loss" in table else table
+    trained = table.dropna(subset="loss")
     last = trained.iloc[-1]
-    seconds = (trained["pairs"].diff() / trained["pairs_per_second"]).sum()
+    seconds = (trained["pairs"].diff().fillna(trained["pairs"]) / trained["pairs_per_second"]).sum()
     names = [z.name for z in config.evaluate.zero_shot] + [r.name for r in config.evaluate.retrieval]
     return page.Report(
         title=f"{folder.path.name}: {config.objective.title} at batch {config.data.batch_size}",

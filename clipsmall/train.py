@@ -88,7 +88,7 @@ def run(config: Config, stop: Stop) -> int:
     save = build_jobs.save_job(config, state, folder, resumed)
     evaluate = build_jobs.evaluate_job(config, state, report, folder, evaluations)
     # evaluated before it is saved: a run that continues from a checkpoint has all lines up to it
-    jobs: list[tuple[int, Job]] = [(config.run.log_every, report)]
+    jobs: list[tuple[int, Job]] = [(min(config.run.log_every, config.steps), report)]  # short runs log a step, too
     if config.run.evaluate_every:
         jobs.append((config.run.evaluate_every, evaluate))
     jobs.append((config.run.checkpoint_every, save))

@@ -143,6 +143,17 @@ def test_the_page_of_a_run(glyphs: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert left.value.code == 2
 
 
+def test_a_run_of_fewer_steps_than_the_log_waits_for_has_a_page(glyphs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert train.main(config(glyphs, out, **{"optim.pairs": 96, "run.log_every": 1000})) == 0
+    assert [row["step"] for row in rows(out) if "loss" in row] == [3]
+    assert report_page.main([str(out)]) == 0
+    (out / "metrics.jsonl").write_text("{}\n")
+    with pytest.raises(SystemExit) as left:
+        report_page.main([str(out)])
+    assert left.value.code == 2
+
+
 def test_the_speed_knows_nothing_of_evaluations(glyphs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock, late = time.perf_counter, [0.0]
 
