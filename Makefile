@@ -24,7 +24,7 @@ demo: .venv/installed
 	$(BIN)/python -m clipsmall.report_page $(DEMO) --open
 
 test: .venv/installed lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import InitProcessGroupKwargs, set_seed
 
 from clipsmall import (
     build_cache,
@@ -39,11 +39,17 @@ def accelerator(config: Config) -> Accelerator:
         mixed_precision=devices.precision(config.run.precision),
         log_with=list(config.run.trackers) or None,
         project_dir=config.out,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=world.PATIENCE)],
     )
     world.check(made.num_processes)
     started = {str(tracker) for tracker in made.log_with}
     if missing := [name for name in config.run.trackers if name not in started]:
         raise ValueError(f"run.trackers: {missing[0]} is not installed; pip install 'clipsmall[{missing[0]}]'")
+    if made.gradient_accumulation_steps != 1:  # Accelerate would divide the loss by it, and this loop adds nothing up
+        raise ValueError(
+            f"gradient_accumulation_steps={made.gradient_accumulation_steps} of Accelerate: leave it out; a large "
+            "batch on a small device is model.chunk_size, small batches added up are optim.accumulate"
+        )
     if made.mixed_precision == "fp16" and not gpu:
         raise ValueError(
             "run.precision=fp16 needs a GPU (on a CPU Accelerate trains in fp32 silently); use fp32 or bf16"
@@ -124,14 +130,18 @@ def scheduler(config: Config, optimizer: torch.optim.Optimizer) -> Any:
     return optim.warmup_cosine(optimizer, config.steps, config.optim.warmup_pairs // config.data.batch_size)
 
 
-def resumed_folder(config: Config, folder: RunFolder) -> Path | None:
+def resumed_folder(config: Config, folder: RunFolder, device: torch.device) -> Path | None:
     """The checkpoint to continue: the newest good one (`auto`; None if there is none yet), or the one named.
 
     Raises:
-        CheckpointError: the named one is not whole.
+        CheckpointError: the named one is not whole, or none of those there; ranks see different ones.
     """
     if config.resume == "auto":
-        return checkpoint.newest(folder.checkpoints)
+        found = checkpoint.newest(folder.checkpoints)
+        names = world.gather_bytes(str(found).encode(), device)
+        if len(set(names)) > 1:  # a network disk that some machines see as it was
+            raise ValueError(f"{folder.checkpoints}: ranks see different checkpoints: {b', '.join(names).decode()}")
+        return found
     if config.resume:
         checkpoint.verify(Path(config.resume))
         return Path(config.resume)

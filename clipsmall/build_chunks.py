@@ -3,12 +3,14 @@
 import torch
 from accelerate import Accelerator
 
-from clipsmall import build_tuning, world
+from clipsmall import build_tuning, sharded, world
 from clipsmall.batch import Pairs
 from clipsmall.chunks import largest_chunk
 from clipsmall.config import Config
 from clipsmall.tower_sources import Loaded
 from clipsmall.towers import DualEncoder, frozen
+
+TILES = 512 << 20  # bytes of the loss: two tiles of 4,096 x 8,192 in float32, with masks
 
 
 def chunk_size(config: Config, accelerator: Accelerator, loaded: Loaded, model: DualEncoder) -> int:
@@ -32,7 +34,8 @@ def chunk_size(config: Config, accelerator: Accelerator, loaded: Loaded, model: 
         return given
     if accelerator.device.type != "cuda":
         return 0  # a host swaps rather than refuses: there is nothing to try
-    found = largest_chunk(rows, lambda size: fits(size, accelerator, loaded, model)) or rows
+    waiting = rows if world.size() > 1 else 0  # DDP brings a rank's pixels whole
+    found = largest_chunk(rows, lambda size: fits(size, accelerator, loaded, model, waiting)) or rows
     least = -int(world.maximum(torch.tensor(-found, device=accelerator.device)))
     return 0 if least == rows else least
 
@@ -45,21 +48,25 @@ def checkpoint_blocks(config: Config, accelerator: Accelerator, loaded: Loaded, 
         ValueError: asked of towers that cannot.
     """
     asked = config.model.checkpoint_activations
-    if asked == "auto" and accelerator.device.type == "cuda" and not config.model.chunk_size:
+    small = loaded.description["kind"] == "small"
+    if asked == "auto" and accelerator.device.type == "cuda" and not config.model.chunk_size and not small:
         rows = config.data.batch_size // world.size()
-        full = loaded.description["kind"] != "small" and not fits(rows, accelerator, loaded, model)
+        # towers that will be shared out are whole here: nothing can be tried, and who shares them is short of memory
+        full = sharded.asked() or not fits(rows, accelerator, loaded, model)
         asked = bool(world.maximum(torch.tensor(float(full), device=accelerator.device)))
     if asked is True:
         build_tuning.checkpoint_activations(loaded)
     loaded.checkpointed = asked is True
 
 
-def fits(size: int, accelerator: Accelerator, loaded: Loaded, model: DualEncoder) -> bool:
-    """Whether `size` pairs go forth and back, with AdamW's two moments beside them."""
+def fits(size: int, accelerator: Accelerator, loaded: Loaded, model: DualEncoder, waiting: int = 0) -> bool:
+    """Whether `size` pairs go forth and back beside what else a step holds; the bytes of `waiting` others, too."""
     device, weights = accelerator.device, [p for p in model.parameters() if p.requires_grad]
     kept = [buffer.clone() for buffer in model.buffers()]  # BatchNorm counts every batch, this one of zeros, too
     try:
-        moments = [torch.empty_like(weight) for weight in weights for _ in range(2)]
+        copies = 2 + (world.size() > 1)  # AdamW's moments, and DDP's copy of the gradients
+        beside = [torch.empty_like(weight) for weight in weights for _ in range(copies)]
+        beside.append(torch.empty(TILES + waiting * 3 * loaded.spec.size**2, dtype=torch.uint8, device=device))
         pixels = torch.zeros(size, 3, loaded.spec.size, loaded.spec.size, dtype=torch.uint8, device=device)
         numbers = torch.arange(size, device=device)
         with accelerator.autocast():
@@ -68,7 +75,7 @@ def fits(size: int, accelerator: Accelerator, loaded: Loaded, model: DualEncoder
         total = image.float().sum() + text.float().sum()
         if total.requires_grad:  # not with both towers frozen
             total.backward()  # type: ignore[no-untyped-call]
-        del moments, image, text, total
+        del beside, image, text, total
     except torch.OutOfMemoryError:
         return False
     finally:

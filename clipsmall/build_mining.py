@@ -57,7 +57,8 @@ def batches(
             f"{plan.steps} steps, and into an epoch of {plan.per_epoch} batches: take a smaller mining.pool, a larger "
             "fraction, or a longer run"
         )
-    seen = partial(score, encoder, accelerator, encoder.chunk_size or config.data.batch_size // world.size())
+    rows = encoder.chunk_size or config.data.batch_size // world.size()
+    seen = partial(score, encoder, accelerator, rows, bool(loaded.description.get("relative_bias")))
     known = reference(config, data.catalog) if made.method == "learnability" else None
     # a pool stays in ordinary memory, its batches are pinned as they leave
     read = data.reader(loaded, pin=False, hash_images=True)
@@ -125,8 +126,11 @@ def schedule(config: Config, made: Recipe, per_epoch: int) -> Schedule:
 
 
 @torch.no_grad()
-def score(encoder: DualEncoder, accelerator: Accelerator, rows: int, pairs: Pairs) -> View:
-    """Pairs as the model sees them now: eval mode, in the run's precision, `rows` at a time; nothing is left behind."""
+def score(encoder: DualEncoder, accelerator: Accelerator, rows: int, relative: bool, pairs: Pairs) -> View:
+    """Pairs as the model sees them now: eval mode, in the run's precision, `rows` at a time; nothing is left behind.
+
+    `relative`: the model's bias is in units of its scale.
+    """
     training = encoder.training
     encoder.eval()
     device = accelerator.device
@@ -134,4 +138,5 @@ def score(encoder: DualEncoder, accelerator: Accelerator, rows: int, pairs: Pair
         image = torch.cat([encoder.encode_image(part.to(device)).float() for part in torch.split(pairs.image, rows)])
         text = torch.cat([encoder.encode_text(part.to(device)).float() for part in torch.split(pairs.text, rows)])
     encoder.train(training)
-    return View(image, text, encoder.logit_scale.exp(), encoder.logit_bias.detach())
+    scale, bias = encoder.logit_scale.exp(), encoder.logit_bias.detach()
+    return View(image, text, scale, bias * scale if relative else bias)

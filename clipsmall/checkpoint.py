@@ -127,8 +127,8 @@ def save(folder: Path, tensors: dict[str, Tensors], state: dict[str, Any], extra
     """
     temporary = folder.with_name(f".tmp-{os.getpid()}-{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     try:
+        temporary.mkdir(parents=True)
         for stem, named in tensors.items():
             if named:
                 # clone: tied weights share memory, which safetensors refuses
@@ -176,14 +176,23 @@ def verify(folder: Path) -> None:
 
 
 def newest(checkpoints: Path) -> Path | None:
-    """The newest complete checkpoint; broken ones are named on stderr and passed over."""
-    for folder in sorted(checkpoints.glob("step_*"), reverse=True):
+    """The newest complete checkpoint, None if there is no checkpoint; broken ones are named on stderr and passed over.
+
+    Raises:
+        CheckpointError: none of those there can be used.
+    """
+    there = sorted(checkpoints.glob("step_*"), reverse=True)
+    for folder in there:
         try:
             verify(folder)
         except CheckpointError as error:
             print(f"warning: {error}; falling back to the one before", file=sys.stderr)
         else:
             return folder
+    if there:
+        raise CheckpointError(
+            f"{checkpoints}: none of {len(there)} checkpoints can be used; restore one, or give another --out"
+        )
     return None
 
 

@@ -42,7 +42,7 @@ def evaluate(options: argparse.Namespace, measure: Callable[[Encoder, str], Cell
     """Load the model, measure, print the table and write the cell; exact on any number of ranks."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        state = PartialState(cpu=not torch.accelerator.is_available())
+        state = PartialState(cpu=not torch.accelerator.is_available(), timeout=world.PATIENCE)
         world.check(state.num_processes)
         check_folder(options.out)
         model, loaded = load_model(options.model, options.pretrained)

@@ -113,7 +113,7 @@ def main(words: list[str] | None = None) -> int:
     options = parser().parse_args(words)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        state = PartialState(cpu=not torch.accelerator.is_available())
+        state = PartialState(cpu=not torch.accelerator.is_available(), timeout=world.PATIENCE)
         world.check(state.num_processes)
         sets = [
             open_set(path, options.classes, options.templates, options.label, options.train) for path in options.data

@@ -97,7 +97,8 @@ class Feed:
         if bad > self.max_error_rate * max(seen, self.enough):
             raise ShardError(
                 f"{bad} of {seen} pairs could not be read, over data.max_error_rate={self.max_error_rate}: "
-                f"{self.skips}; find them with: python -m data_tools.check_shards FOLDER --decode"
+                f"{self.skips}; find them with: python -m data_tools.check_shards FOLDER --decode (then begin anew), "
+                "or go on with a higher rate"
             )
 
     def skips_of_all(self) -> Skips:

@@ -73,6 +73,8 @@ def _rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image).astype(np.float64)
         scale = 257.0 if values.max(initial=0) > 255 or image.mode.startswith("I;16") else 1.0
+        if image.mode == "F" and 0 < values.max(initial=0) <= 1:
+            scale = 1 / 255  # shares, not 0 to 255
         return Image.fromarray((values / scale).round().clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")

@@ -83,8 +83,11 @@ def report(folder: RunFolder) -> page.Report:
     table = metrics(folder)
     sets = shown_sets(config)
     queries = [query for data, name, names in sets for query in gallery(encoder, open_catalog(data), name, names)]
-    catalog = open_catalog(config.data.train)
-    matrix, labels = logit_matrix(encoder, catalog, batch_rows(config, catalog), model.logit_scale.exp())
+    matrix, labels = None, list[str]()
+    if not config.data.streaming:  # of a stream nothing can be looked up
+        catalog = open_catalog(config.data.train)
+        made, labels = logit_matrix(encoder, catalog, batch_rows(config, catalog), model.logit_scale.exp())
+        matrix = made.numpy()
     trained = table.dropna(subset="loss")
     last = trained.iloc[-1]
     seconds = (trained["pairs"].diff().fillna(trained["pairs"]) / trained["pairs_per_second"]).sum()
@@ -105,7 +108,7 @@ def report(folder: RunFolder) -> page.Report:
         metrics=table,
         tables=result_tables(folder, names),
         gallery=queries,
-        matrix=matrix.numpy(),
+        matrix=matrix,
         matrix_labels=labels,
         config=(folder.path / "run.yaml").read_text(encoding="utf-8"),
         command=(folder.path / "command.txt").read_text(encoding="utf-8"),

@@ -75,7 +75,7 @@ def run(config: Config, stop: Stop) -> int:
     """Build everything, train, evaluate; returns the exit code. Nothing is written before all is built."""
     accelerator = build.accelerator(config)
     folder = RunFolder(config.out)
-    resumed = build.resumed_folder(config, folder)
+    resumed = build.resumed_folder(config, folder, accelerator.device)
     folder.refuse_if_used(config.resume == "auto", resumed)
     evaluations = build_jobs.evaluations(config)
     model, state = build.run_state(config, accelerator, resumed, stop)
@@ -184,7 +184,7 @@ def main(words: list[str] | None = None) -> int:
     stop = Stop().listen()
     try:
         return run(read(sys.argv[1:] if words is None else words), stop)
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # a full disk names its file
         refuse(error)
 
 

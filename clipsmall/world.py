@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from clipsmall.batch import Embeddings
 
+PATIENCE = timedelta(hours=6)  # with a rank that caches, saves or plans alone; NCCL's own is ten minutes
 _alone = False  # of the process, not of a thread: on a GPU backward passes run in threads of their own
 
 
@@ -37,10 +39,7 @@ def check(accelerate_processes: int) -> None:
     """Refuse to train when the launcher, torch.distributed and Accelerate count different ranks.
 
     `torchrun` on CPU without ACCELERATE_USE_CPU=1 starts processes that Accelerate does not join: each would
-    train alone and call itself the main one.
-
-    Raises:
-        ValueError: the three counts differ.
+    train alone and call itself the main one. Raises ValueError then.
     """
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if not launched == size() == accelerate_processes:

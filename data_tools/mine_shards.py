@@ -95,7 +95,7 @@ def parser() -> argparse.ArgumentParser:
 def score(args: argparse.Namespace) -> None:
     """Score the shards that have no scores yet, each on one rank."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    state = PartialState(cpu=not torch.accelerator.is_available())
+    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=world.PATIENCE)
     world.check(state.num_processes)
     catalog = open_catalog(args.data)
     if args.scores and (twice := [n for n, c in Counter(shard.name for shard in catalog.shards).items() if c > 1]):

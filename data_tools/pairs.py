@@ -64,11 +64,12 @@ def pairs_of(source: Source, request: Request) -> list[Pair]:
     places: list[Place] = frame.index.tolist() if source.image is None else [
         name if isinstance(name, str) else "" if pd.isna(name) else str(name) for name in frame[source.image]
     ]  # fmt: skip
-    keys = _group_keys(frame[request.group]) if request.group else places
+    named = pd.Series([None if place == "" else place for place in places], dtype=object)  # no name: no common image
+    keys = _group_keys(frame[request.group] if request.group else named)
     found: dict[Any, Pair] = {}
-    kept = {(f"input_{name}" if name in RESERVED else name): frame[name].tolist() for name in request.keep}
+    kept = {(f"input_{name}" if name in RESERVED else name): _values(frame[name]) for name in request.keep}
     if label is not None:
-        kept["label"] = frame[label].tolist()
+        kept["label"] = _values(frame[label])
     texts = [frame[name].tolist() for name in captions]
     for row, (key, place) in enumerate(zip(keys, places, strict=True)):
         if key not in found:
@@ -116,6 +117,21 @@ def _selected(frame: pd.DataFrame, where: str | None) -> pd.DataFrame:
 def _group_keys(column: pd.Series) -> list[Any]:
     """Rows without a value stay alone."""
     return [("alone", row) if pd.isna(value) else value for row, value in enumerate(column.tolist())]
+
+
+def _values(column: pd.Series) -> list[Any]:
+    """Whole numbers beside empty cells, which pandas has made floats, are whole again.
+
+    Raises:
+        ValueError: numbers that a float cannot tell from the next.
+    """
+    if not pd.api.types.is_float_dtype(column) or not column.isna().any() or (column.dropna() % 1).any():
+        return column.tolist()
+    if (column.abs() >= 2**53).any():
+        raise ValueError(
+            f"column {column.name}: long numbers beside empty cells lose their last digits; fill the cells"
+        )
+    return [None if pd.isna(value) else int(value) for value in column]
 
 
 def _plain(value: Any) -> Any:

@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from clipsmall.preprocess import BadImage, decode
 from clipsmall.shards import build_index, captions_of, check_stats, index_path, read_index, write_index
+from clipsmall.shards.catalog import RECORD, unfinished
 
 SHA_DIFFERS = "sha256 differs"
 
@@ -61,6 +62,8 @@ def _in_folder(folder: Path) -> tuple[list[Path], dict[Path, str]]:
         for side in sorted(folder.glob(f"*{suffix}")):
             if not (shard := folder / f"{side.name.removesuffix(suffix)}.tar").exists() and side.name[0] != ".":
                 missing[shard] = f"missing, but {side.name} is there"
+    if lacking := unfinished(folder):
+        missing[folder / RECORD] = lacking
     count = folder / "nshards.txt"
     if count.exists() and re.fullmatch(r"\d{1,6}", promised := count.read_text().strip()):
         for number in range(int(promised)):

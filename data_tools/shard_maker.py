@@ -13,9 +13,10 @@ from PIL import Image
 
 from clipsmall.preprocess import BadImage, decode
 from clipsmall.shards import read_index
+from clipsmall.shards.index import MAX_TEXT_BYTES
 from data_tools.pairs import Pair
 from data_tools.shard_writer import PAIRS_PER_SHARD, Sample, write_shard
-from data_tools.stores import Store
+from data_tools.stores import MISSING, UNREADABLE, Store
 
 NO_CAPTION = "empty caption"
 SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # Pillow's name -> ours
@@ -73,7 +74,7 @@ def stored(data: bytes, recipe: Recipe) -> tuple[bytes, str, int, int]:
     """The bytes that the shard shall hold, their suffix, and the upright picture's width and height (pixels).
 
     Raises:
-        BadImage: the picture cannot be decoded.
+        BadImage: the picture cannot be decoded, or not be written in the format asked for.
     """
     picture = decode(data)
     with Image.open(BytesIO(data)) as header:
@@ -89,7 +90,10 @@ def stored(data: bytes, recipe: Recipe) -> tuple[bytes, str, int, int]:
         picture = picture.resize(size, Image.Resampling.BICUBIC)
     out = BytesIO()
     picture.info = {}  # a CMYK picture's colour profile does not fit its RGB copy
-    picture.save(out, "JPEG" if wanted == "jpg" else wanted, quality=QUALITY)
+    try:
+        picture.save(out, "JPEG" if wanted == "jpg" else wanted, quality=QUALITY)
+    except (OSError, ValueError):  # longer than the format can say: 16,383 pixels of webp, 65,535 of jpg
+        raise BadImage(f"cannot be written as {wanted}") from None
     return out.getvalue(), wanted, *size
 
 
@@ -102,6 +106,8 @@ def make_shard(job: Job, store: Store, recipe: Recipe, out: Path) -> Tally:
             try:
                 if not pair.captions:
                     raise BadImage(NO_CAPTION)
+                if sum(map(len, pair.captions)) > MAX_TEXT_BYTES // 8:  # in bytes, twice: in .txt and .json
+                    raise BadImage("captions too long")
                 image, suffix, width, height = stored(store.read(pair.image), recipe)
             except BadImage as reason:
                 tally.fail(str(reason), str(pair.image))
@@ -114,14 +120,27 @@ def make_shard(job: Job, store: Store, recipe: Recipe, out: Path) -> Tally:
     return tally
 
 
-def finished(out: Path, job: Job) -> Tally | None:
-    """What a former run counted for a shard that is whole; None when it has to be made."""
+def finished(out: Path, job: Job, store: Store) -> Tally | None:
+    """What a former run counted for a shard that is whole; None when it has to be made, or files that could not be
+    read then can be read now."""
     try:
         stats = json.loads((out / f"{job.number:05d}_stats.json").read_text())
-        rows = read_index(out / f"{job.number:05d}.tar", ["key"]).num_rows
-        if (stats["count"], stats["successes"]) != (len(job.pairs), rows):
+        written = set(read_index(out / f"{job.number:05d}.tar", ["index"])["index"].to_pylist())
+        if (stats["count"], stats["successes"]) != (len(job.pairs), len(written)):
             return None
         failures = Counter({why: n for why, n in stats["status_dict"].items() if why != "success"})
-        return Tally(len(job.pairs), rows, failures=failures)
+        absent = [pair for pair in job.pairs if pair.index not in written and pair.captions]
+        before = failures[MISSING] + failures[UNREADABLE]
+        if before and sum(_unreadable(pair, store) for pair in absent) < before:
+            return None
+        return Tally(len(job.pairs), len(written), failures=failures)
     except (OSError, KeyError, TypeError, ValueError):
         return None
+
+
+def _unreadable(pair: Pair, store: Store) -> bool:
+    try:
+        store.read(pair.image)
+    except BadImage as reason:
+        return str(reason) in (MISSING, UNREADABLE)
+    return False

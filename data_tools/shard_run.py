@@ -12,13 +12,12 @@ from typing import Any
 
 from tqdm import tqdm
 
+from clipsmall.shards.catalog import RECORD
 from clipsmall.shards.order import permutation
 from data_tools.pairs import Pair, pairs_hash
 from data_tools.pool import in_processes
 from data_tools.shard_maker import Job, Recipe, Tally, finished, make_shard
 from data_tools.stores import Store
-
-RECORD = "make_shards.json"
 
 
 class TooManyErrors(ValueError):
@@ -55,21 +54,25 @@ def make_shards(
     ]
     total, left = Tally(), list[Job]()
     for job in jobs:
-        if tally := finished(out, job):
+        if tally := finished(out, job, store):
             total.add(tally)
         else:
             left.append(job)
+    _check(total, len(pairs), max_error_rate)
     with tqdm(total=len(pairs), initial=total.pairs, unit="pair", desc="shards", disable=None) as bar:
         for tally in in_processes(partial(make_shard, store=store, recipe=recipe, out=out), left, workers):
             total.add(tally)
             bar.update(tally.pairs)
-            if (bad := total.failures.total()) > max_error_rate * len(pairs):
-                reasons = "; ".join(total.lines())
-                raise TooManyErrors(
-                    f"{bad} of {total.pairs} pairs read so far cannot be used, more than --max_error_rate "
-                    f"{max_error_rate} of all {len(pairs)}: {reasons}"
-                )
+            _check(total, len(pairs), max_error_rate)
     return total
+
+
+def _check(total: Tally, pairs: int, max_error_rate: float) -> None:
+    if (bad := total.failures.total()) > max_error_rate * pairs:
+        raise TooManyErrors(
+            f"{bad} of {total.pairs} pairs read so far cannot be used, more than --max_error_rate "
+            f"{max_error_rate} of all {pairs}: {'; '.join(total.lines())}; once repaired, the same command goes on"
+        )
 
 
 def _prepare(out: Path, record: dict[str, Any], overwrite: bool) -> None:

@@ -8,12 +8,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pandas as pd
 import pyarrow as pa
 
+from clipsmall.preprocess import BadImage
 from clipsmall.shards.index import IMAGE_SUFFIXES
 from data_tools.stores import Rows, Store, open_store
 from data_tools.tables import IMAGE_NAMES, TABLES, columns_of, parquet_schema, pick, read_table
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+
+METADATA = tuple(f"metadata{suffix}" for suffix in TABLES)
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class Request:
     @property
     def texts(self) -> set[str]:
         """Columns that must be read as text."""
-        return {*self.caption, *([self.image] if self.image else [])}
+        return {*self.caption, *(name for name in (self.image, self.group) if name)}
 
 
 class Source(NamedTuple):
@@ -69,11 +73,27 @@ def open_source(request: Request) -> Source:
         return _table_source(Path(request.table), path, request)
     store = open_store(path)
     names = store.names()
-    for name in (f"metadata{suffix}" for suffix in TABLES):
-        if name in names:
-            frame = read_table(name, BytesIO(store.read(name)), request.texts)
-            return Source(frame, store, pick(columns_of(frame), IMAGE_NAMES, request.image, "--image"))
+    tables = [name for name in names if PurePosixPath(name).name in METADATA]
+    if tables:
+        return _metadata_source(str(path), store, tables, request)
     return _files_source(str(path), store, names)
+
+
+def _metadata_source(origin: str, store: Store, tables: list[str], request: Request) -> Source:
+    """Of a table among the images, whose paths are relative to it: at the top, or the only one there is."""
+    top = [name for name in METADATA if name in tables]
+    if not top and len(tables) > 1:
+        raise ValueError(f"{origin}: several tables ({', '.join(tables[:3])}); open one of their folders at a time")
+    name = (top or tables)[0]
+    try:
+        data = store.read(name)
+    except BadImage as error:
+        raise ValueError(f"{origin}: {name}: {error}") from None
+    frame = read_table(f"{origin}/{name}", BytesIO(data), request.texts)
+    image = pick(columns_of(frame), IMAGE_NAMES, request.image, "--image")
+    folder = PurePosixPath(name).parent
+    places = frame[image].map(lambda place: str(folder / str(place)), na_action="ignore")
+    return Source(frame.assign(**{image: places}), store, image)
 
 
 def _table_source(table: Path, images: Path, request: Request) -> Source:
@@ -104,14 +124,35 @@ def _files_source(origin: str, store: Store, names: list[str]) -> Source:
     beside = [str(path.with_suffix(".txt")) for path in images]
     frame = pd.DataFrame({"image": [str(path) for path in images], "class": [path.parent.name for path in images]})
     if texts & set(beside):
-        lines = [store.read(text).decode("utf-8", "replace").splitlines() if text in texts else [] for text in beside]
+        lines = _lines(origin, store, [text if text in texts else "" for text in beside])
         return Source(frame.assign(caption=pd.Series(lines, dtype=object)), store, "image")
     if not frame["class"].any():
         raise ValueError(
             f"{origin}: no captions: neither a .txt beside an image, class folders, metadata.csv nor --table"
         )
+    if frame["class"].nunique() == 1 and len(frame) > 1:
+        stray = [name for name in names if PurePosixPath(name).suffix.lower() in TABLES]
+        raise ValueError(
+            f"{origin}: the name of the only folder, {frame['class'][0]!r}, would be every caption; "
+            f"give a table by --table{f' ({stray[0]}?)' if stray else ''}, or a folder for each class"
+        )
     captions = frame["class"].str.replace(r"[_\s]+", " ", regex=True)
     return Source(frame.assign(caption=captions), store, "image", label="class")
+
+
+def _lines(origin: str, store: Store, texts: list[str]) -> list[list[str]]:
+    """The lines of each file; none of "". Raises ValueError if some cannot be read as UTF-8."""
+    found, broken = list[list[str]](), list[str]()
+    for text in texts:
+        try:
+            found.append(store.read(text).decode("utf-8-sig").splitlines() if text else [])
+        except (UnicodeDecodeError, BadImage) as error:
+            broken.append(f"{text}: {'not UTF-8' if isinstance(error, UnicodeDecodeError) else error}")
+    if broken:
+        raise ValueError(
+            f"{origin}: {len(broken)} captions cannot be read, as {broken[0]}; convert (iconv -t utf-8) or remove them"
+        )
+    return found
 
 
 def _load_dataset(request: Request, parquet: Path | None = None) -> "Dataset":

@@ -48,12 +48,14 @@ class Folder:
     root: Path
 
     def names(self) -> list[str]:
-        found = (
-            Path(at, name).relative_to(self.root)
-            for at, _, files in os.walk(self.root, followlinks=True)
-            for name in files
-        )
-        return sorted(name for path in found if _shown(name := path.as_posix()))
+        found, seen = list[str](), set[str]()
+        for at, folders, files in os.walk(self.root, followlinks=True):
+            if (real := os.path.realpath(at)) in seen:  # a link that leads back, or twice to one place
+                folders.clear()
+                continue
+            seen.add(real)
+            found += (Path(at, name).relative_to(self.root).as_posix() for name in files)
+        return sorted(filter(_shown, found))
 
     def read(self, place: Place) -> bytes:
         path = self.root / str(place)

@@ -78,6 +78,7 @@ def read_table(name: str, data: Any, texts: Iterable[str] = ()) -> pd.DataFrame:
         raise ValueError(f"{name}: cannot be read: {str(error).splitlines()[0]}") from None
     if frame.empty:
         raise ValueError(f"{name}: has no rows")
+    frame.columns = columns_of(frame)  # rows that are lists have numbers
     return frame.reset_index(drop=True)
 
 

@@ -88,6 +88,12 @@ def test_16_bit_greys_are_scaled_not_clipped(kind: str) -> None:
     np.testing.assert_array_equal(got[..., 0].ravel(), np.arange(256))
 
 
+def test_shares_of_light_are_no_black_picture() -> None:
+    ramp = np.linspace(0, 1, 256, dtype=np.float32).reshape(16, 16)
+    got = np.asarray(decode(saved(Image.fromarray(ramp), "TIFF")))
+    np.testing.assert_array_equal(got[..., 0].ravel(), np.arange(256))
+
+
 def turned(image: Image.Image, orientation: int) -> bytes:
     """The picture as a camera stores it: turned, with the tag that says how to turn it back."""
     steps = {

@@ -174,7 +174,8 @@ def test_odd_members(tmp_path: Path) -> None:
         ("c.png", picture("red")), ("c.txt", b"x" * (1 << 20) + b"y"),
         ("d.txt", b"no picture"),
         ("e.png", picture("red")), ("e.txt", b"  \n "),
-        ("f.PNG", picture("red")), ("f.txt", b"good"),
+        ("f.PNG", picture("red")), ("f.txt", b"good"), ("f.json", b'{"index": true}'),
+        ("caf\udce9.png", picture("red")), ("caf\udce9.txt", b"good"),
     ]  # fmt: skip
     write_tar(tmp_path / "0.tar", members)
     assert check(tmp_path, "--decode") == 0
@@ -182,7 +183,7 @@ def test_odd_members(tmp_path: Path) -> None:
         "caption is not UTF-8": 1, "broken json": 1, "caption or json over 1 MiB": 1, "no image": 1,
         "empty caption": 1,
     }  # fmt: skip
-    assert report(tmp_path)["good"] == 1
+    assert report(tmp_path)["good"] == 2
 
 
 def test_duplicates(tmp_path: Path) -> None:

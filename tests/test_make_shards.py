@@ -10,7 +10,8 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from clipsmall.shards import read_index
+from clipsmall.shards import open_catalog, read_index
+from data_tools import check_shards
 from data_tools.pairs import clean_captions
 from tests.shard_samples import by_index, check_colours, make_photos, picture, run, samples
 
@@ -135,7 +136,7 @@ def test_zip_members_that_claim_too_much_are_not_read(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(data_tools.stores, "MAX_FILE_BYTES", 10_000)
     with zipfile.ZipFile(tmp_path / "in.zip", "w", zipfile.ZIP_DEFLATED) as file:
-        file.writestr("a/good.png", picture("red"))
+        file.writestr("b/good.png", picture("red"))
         file.writestr("a/bomb.png", bytes(1_000_000))
     assert run(tmp_path / "in.zip", tmp_path / "out", "--max_error_rate", 0.5) == 0
     stats = json.loads((tmp_path / "out/00000_stats.json").read_text())
@@ -203,3 +204,124 @@ def test_the_index_matches_the_stats(photos: Path, tmp_path: Path) -> None:
     counts = [read_index(shard).num_rows for shard in sorted((tmp_path / "out").glob("*.tar"))]
     assert counts == [5, 5, 2]
     assert read_index(tmp_path / "out/00002.tar")["key"].to_pylist() == ["000020000", "000020001"]
+
+
+def colours(out: Path) -> dict[str, bytes]:
+    """Caption -> picture."""
+    return {sample["caption"]: sample[".image"] for sample in by_index(out).values()}
+
+
+def test_repaired_images_are_taken_by_the_same_command(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    hidden = (photos / "images").rename(photos / "not mounted")
+    args = (photos / "photos.csv", tmp_path / "out", "--pairs_per_shard", 6)
+    for _ in range(2):  # a second time it is no success either
+        assert run(*args) == 1
+        assert "no such image file" in capsys.readouterr().err
+    hidden.rename(photos / "images")
+    (photos / "images/black.png").rename(photos / "black.png")
+    assert run(*args, "--max_error_rate", 0.1) == 0
+    assert len(by_index(tmp_path / "out")) == 11
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.tar")}
+    (photos / "black.png").rename(photos / "images/black.png")
+    assert run(*args) == 0
+    check_colours(tmp_path / "out")
+    after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.tar")}
+    assert sum(before[name] != after[name] for name in before) == 1  # the other shard lacked nothing
+
+
+def test_a_stopped_run_is_no_whole_data_set(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    out = tmp_path / "out"
+    assert run(photos / "photos.csv", out, "--pairs_per_shard", 4) == 0
+    for path in out.glob("00002*"):
+        path.unlink()
+    said = "make_shards has made 8 of 12 pairs: type its command again"
+    with pytest.raises(ValueError, match=said):
+        open_catalog(str(out))
+    assert check_shards.main([str(out)]) == 1
+    output = capsys.readouterr()
+    assert said in output.out + output.err
+    assert len(open_catalog(f"{out}/*.tar")) == 8  # named one by one they are what is wanted
+    assert len(open_catalog([f"{out}/*.tar", f"{out}/00000.tar"])) == 8  # twice named, there once
+
+
+def test_the_name_of_the_only_folder_is_no_caption(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "in" / "Images").mkdir(parents=True)
+    for name in ("red", "blue"):
+        (tmp_path / "in" / "Images" / f"{name}.png").write_bytes(picture(name))
+    (tmp_path / "in" / "captions.csv").write_text("image,caption\nImages/red.png,red\n")
+    assert run(tmp_path / "in", tmp_path / "out") == 2
+    said = capsys.readouterr().err
+    assert "'Images', would be every caption; give a table by --table (captions.csv?)" in said
+
+
+def test_a_table_inside_a_zipped_folder_is_found(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    with zipfile.ZipFile(tmp_path / "in.zip", "w") as file:
+        file.writestr("photos/metadata.csv", "file_name,caption\na/red.png,red\na/blue.png,blue\n")
+        for name in ("red", "blue"):
+            file.writestr(f"photos/a/{name}.png", picture(name))
+    assert run(tmp_path / "in.zip", tmp_path / "out") == 0
+    assert colours(tmp_path / "out") == {"red": picture("red"), "blue": picture("blue")}
+    with zipfile.ZipFile(tmp_path / "in.zip", "a") as file:
+        file.writestr("more/metadata.csv", "file_name,caption\na/red.png,red\n")
+    assert run(tmp_path / "in.zip", tmp_path / "other") == 2
+    assert "several tables (more/metadata.csv, photos/metadata.csv)" in capsys.readouterr().err
+
+
+def test_texts_that_are_no_text_are_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "in").mkdir()
+    for name, words in {"red": b"\xef\xbb\xbfred", "blue": "café".encode("latin-1")}.items():
+        (tmp_path / "in" / f"{name}.png").write_bytes(picture(name))
+        (tmp_path / "in" / f"{name}.txt").write_bytes(words)
+    assert run(tmp_path / "in", tmp_path / "out") == 2
+    assert "1 captions cannot be read, as blue.txt: not UTF-8; convert" in capsys.readouterr().err
+    (tmp_path / "in" / "blue.txt").write_text("blue")
+    assert run(tmp_path / "in", tmp_path / "out") == 0
+    assert set(colours(tmp_path / "out")) == {"red", "blue"}  # no byte order mark
+
+
+def test_rows_without_an_image_are_left_out_one_by_one(photos: Path, tmp_path: Path) -> None:
+    table = pd.read_csv(photos / "photos.csv")
+    table.loc[[1, 2, 3], "path"] = None
+    table.to_csv(photos / "photos.csv", index=False)
+    assert run(photos / "photos.csv", tmp_path / "out", "--max_error_rate", 0.5) == 0
+    stats = json.loads((tmp_path / "out/00000_stats.json").read_text())
+    assert (stats["count"], stats["status_dict"]["success"]) == (12, 9)
+
+
+def test_numbers_beside_empty_cells_stay_what_they_are(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    table = pd.read_csv(photos / "photos.csv")
+    table["group"] = [f"90071992547409{i:04d}" for i in range(11)] + [None]
+    table["kind"] = pd.Series([*range(11), None], dtype="Int64")
+    table["id"] = pd.Series([2**60 + i for i in range(11)] + [None], dtype="Int64")
+    table.to_csv(photos / "photos.csv", index=False)
+    args = (photos / "photos.csv", tmp_path / "out", "--group", "group", "--label", "kind")
+    assert run(*args) == 0
+    assert {number: sample["label"] for number, sample in by_index(tmp_path / "out").items()} == {
+        **{i: i for i in range(11)}, 11: None
+    }  # fmt: skip
+    assert all(type(sample["label"]) is int for number, sample in by_index(tmp_path / "out").items() if number < 11)
+    assert run(*args, "--keep", "id", "--overwrite") == 2
+    assert "column id: long numbers beside empty cells lose their last digits" in capsys.readouterr().err
+
+
+def test_pictures_that_a_format_cannot_hold_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for name, size in {"long": (17_000, 500), "short": (40, 30)}.items():
+        Image.new("RGB", size).save(tmp_path / "in" / f"{name}.png")
+        (tmp_path / "in" / f"{name}.txt").write_text("black")
+    assert run(tmp_path / "in", tmp_path / "out", "--format", "webp", "--max_error_rate", 0.5) == 0
+    stats = json.loads((tmp_path / "out/00000_stats.json").read_text())
+    assert stats["status_dict"] == {"success": 1, "cannot be written as webp": 1}
+
+
+def test_a_link_that_leads_back_gives_no_picture_twice(tmp_path: Path) -> None:
+    for name in ("red", "blue"):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        (tmp_path / "in" / name / "1.png").write_bytes(picture(name))
+    (tmp_path / "in" / "red" / "self").symlink_to(tmp_path / "in")
+    assert run(tmp_path / "in", tmp_path / "out") == 0
+    assert len(by_index(tmp_path / "out")) == 2

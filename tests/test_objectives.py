@@ -105,9 +105,10 @@ def test_the_smallest_batches(name: str, size: int) -> None:
 @pytest.mark.parametrize("scale", [1.0, 100.0])
 def test_a_batch_of_nothing_but_duplicates_is_finite(name: str, scale: float) -> None:
     e = with_duplicates(embeddings(6, noise=0.0, scale=scale), [(0, i) for i in range(1, 6)])
-    loss = call(name, e)["loss"]
-    assert torch.isfinite(loss)
-    assert all(g is None or torch.isfinite(g).all() for g in gradients(loss, e))
+    for options in [{}, *[{"intra_modal": True}] * (name in ("softmax", "dcl", "dclw"))]:
+        loss = call(name, e, **options)["loss"]
+        assert torch.isfinite(loss)
+        assert all(g is None or torch.isfinite(g).all() for g in gradients(loss, e))
 
 
 @pytest.mark.parametrize("name", sorted(set(PAIRWISE) - {"sinkhorn_targets", "align_uniform", "spectral"}))

@@ -332,7 +332,7 @@ def test_pairs_are_scored_in_eval_mode_and_nothing_is_left_behind(rows: int) -> 
     index = torch.arange(10)
     pixels = torch.randint(0, 256, (10, 3, 2, 2), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     pairs = Pairs(pixels, torch.arange(30).view(10, 3), index, index)
-    seen = build_mining.score(encoder, Accelerator(cpu=True), rows, pairs)
+    seen = build_mining.score(encoder, Accelerator(cpu=True), rows, False, pairs)
     assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
     assert torch.equal(torch.get_rng_state(), random)
     assert encoder.training
@@ -343,6 +343,8 @@ def test_pairs_are_scored_in_eval_mode_and_nothing_is_left_behind(rows: int) -> 
     assert torch.allclose(seen.text, encoder.encode_text(pairs.text), atol=1e-6)
     assert float(seen.scale) == pytest.approx(20.0)
     assert float(seen.bias) == -3.0
+    relative = build_mining.score(encoder, Accelerator(cpu=True), rows, True, pairs)
+    assert float(relative.bias) == pytest.approx(-60.0)  # as the objective sees it
 
 
 def test_scoring_leaves_no_trace(glyphs: Path, tmp_path: Path) -> None:

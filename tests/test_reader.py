@@ -26,6 +26,7 @@ from clipsmall.shards import (
     ShardError,
     batch_loader,
     build_index,
+    catalog,
     index_path,
     open_catalog,
     read_index,
@@ -267,3 +268,15 @@ def test_the_layout_is_img2datasets(glyphs: Path) -> None:
     assert set(names[:3]) == {"000010000.png", "000010000.txt", "000010000.json"}
     assert record["index"] == 100
     assert json.loads((glyphs / "train" / "00001_stats.json").read_text())["successes"] == 100
+
+
+def test_as_many_files_may_be_open_as_there_are_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(catalog.resource, "getrlimit", lambda which: (1024, 4096))
+    monkeypatch.setattr(catalog.resource, "setrlimit", lambda which, limits: asked.append(limits))
+    catalog._allow_files(3)
+    assert not asked
+    catalog._allow_files(1240)
+    assert asked == [(4096, 4096)]
+    with pytest.raises(ShardError, match=r"4000 shards, but a process may open 4096 files .*ulimit -n 8256"):
+        catalog._allow_files(4000)

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -406,6 +407,21 @@ if stage == "manifest": checkpoint._digest = die
 if stage == "rename": os.replace = die
 checkpoint.save(folder / "step_00000002", {"model": {"w": torch.ones(9)}}, {}, extra)
 """
+
+
+def test_where_no_checkpoint_can_be_used_nothing_is_begun_anew(
+    glyphs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert train.main(config(glyphs, out)) == 0
+    log = (out / "metrics.jsonl").read_text()
+    for manifest in out.glob("checkpoints/*/manifest.json"):
+        manifest.write_text(manifest.read_text().replace('"version": ', '"version": 99'))
+    with pytest.raises(SystemExit) as left:
+        train.main([*config(glyphs, out), "--resume=auto"])
+    assert left.value.code == 2
+    assert re.search(r"none of \d+ checkpoints can be used; restore one", capsys.readouterr().err)
+    assert (out / "metrics.jsonl").read_text() == log
 
 
 @pytest.mark.parametrize("stage", ["files", "manifest", "rename"])

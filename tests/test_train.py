@@ -21,7 +21,7 @@ from clipsmall.objectives import OBJECTIVES, Kind
 from clipsmall.objectives.softmax import softmax
 from clipsmall.preprocess import ImageTransform
 from clipsmall.saved_model import load_model
-from clipsmall.shards import open_catalog
+from clipsmall.shards import Catalog, ShardError, open_catalog
 from clipsmall.towers import unit
 from tests.shards_for_tests import config
 from tests.test_reader import damaged
@@ -237,6 +237,33 @@ def test_a_stream_trains_and_says_what_it_does_not_promise(glyphs: Path, tmp_pat
     mined = rows(tmp_path / "mined")
     assert ["mined_loss" in row for row in mined] == [False, False, True, True, True, True]
     assert mined[-1]["blocked"] < 0.1  # images are told apart, too
+    assert report_page.main([str(tmp_path / "run")]) == 0
+    assert "Batch matrix" not in (tmp_path / "run" / "report.html").read_text()  # nothing to look up
+
+
+def test_a_loader_workers_error_is_told_in_one_line(
+    glyphs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def cut(catalog: Catalog, row: int) -> None:
+        raise ShardError("00001.tar: ends before its index says; it was cut while in use")
+
+    monkeypatch.setattr(Catalog, "read", cut)
+    with pytest.raises(SystemExit) as left:
+        train.main(config(glyphs, tmp_path / "run", **{"data.workers": 1}))
+    assert left.value.code == 2
+    said = capsys.readouterr().err
+    assert "\nerror: 00001.tar: ends before its index says; it was cut while in use\n" in said
+    assert "Traceback" not in said
+
+
+def test_accelerates_accumulation_is_refused(
+    glyphs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    with pytest.raises(SystemExit) as left:
+        train.main(config(glyphs, tmp_path / "run"))
+    assert left.value.code == 2
+    assert "gradient_accumulation_steps=4 of Accelerate: leave it out" in capsys.readouterr().err
 
 
 def test_tensorboard_gets_the_numbers(glyphs: Path, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from clipsmall import world
 from clipsmall.batch import Embeddings
-from clipsmall.objectives.pairs import directions, layout, negatives, within
+from clipsmall.objectives.pairs import both, directions, layout, negatives, within
 
 
 def dcl(
@@ -45,7 +45,7 @@ def dcl(
     among = within(rows, columns, place) if intra_modal else (None, None)
     loss = image.own.new_zeros(())
     for way, same in zip((image, text), among, strict=True):
-        others = way.others if same is None else way.others.logaddexp(same)
+        others = way.others if same is None else both(way.others, same)
         weight = weights(way.own / rows.logit_scale, sigma) if weighted else 1.0
         alone = others == -torch.inf  # every column has the row's caption: nothing to learn from
         loss = loss + (others - weight * way.own).masked_fill(alone, 0.0).mean() / 2

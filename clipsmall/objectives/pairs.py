@@ -44,6 +44,14 @@ def layout(rows: Embeddings, columns: Embeddings, mask_duplicates: bool, keep_ow
     )
 
 
+def both(first: Tensor, second: Tensor) -> Tensor:
+    """(b,), (b,) log sums -> log(e^first + e^second). Both may be -inf: a row with no column, whose gradient is 0 where
+    logaddexp's own is NaN."""
+    none = (first == -torch.inf) & (second == -torch.inf)
+    sums = torch.logaddexp(first.masked_fill(none, 0.0), second.masked_fill(none, 0.0))
+    return sums.masked_fill(none, -torch.inf)
+
+
 def repeats(numbers: Tensor) -> bool:
     return len(torch.unique(numbers)) < len(numbers)
 

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from clipsmall.batch import Embeddings
-from clipsmall.objectives.pairs import directions, layout, negatives, within
+from clipsmall.objectives.pairs import both, directions, layout, negatives, within
 
 
 def softmax(
@@ -29,8 +29,8 @@ def softmax(
     accuracy = (image.accuracy + text.accuracy) / 2
     if intra_modal:
         among_images, among_texts = within(rows, columns, place)
-        image = image._replace(others=image.others.logaddexp(among_images))
-        text = text._replace(others=text.others.logaddexp(among_texts))
+        image = image._replace(others=both(image.others, among_images))
+        text = text._replace(others=both(text.others, among_texts))
     return {
         "loss": (image.surprise.mean() + text.surprise.mean()) / 2,
         "accuracy": accuracy,

@@ -1,7 +1,9 @@
 """All shards of a data set as one table of pairs: which file, which bytes, which number, which caption."""
 
 import hashlib
+import json
 import os
+import resource
 from dataclasses import dataclass, field, replace
 from glob import glob
 from pathlib import Path
@@ -14,6 +16,7 @@ from numpy.typing import NDArray
 
 from clipsmall.shards.index import ShardError, read_index
 
+RECORD = "make_shards.json"  # in a folder that make_shards fills: how many pairs there shall be
 COLUMNS = [
     "index", "image_offset", "image_size", "text_offset", "text_size",
     "json_offset", "json_size", "label_offset", "label_size", "caption_hash", "status",
@@ -114,10 +117,37 @@ def shard_paths(patterns: str | list[str]) -> list[Path]:
             here = sorted(Path(name).glob("*.tar")) if Path(name).is_dir() else [Path(p) for p in sorted(glob(name))]
             if not here:
                 raise ShardError(f"{name}: no shards there (*.tar)")
+            if lacking := unfinished(Path(name)):
+                raise ShardError(f"{name}: {lacking}; to use what is there name the tars themselves ({name}/*.tar)")
             found += here
     if odd := [path for path in found if path.suffix != ".tar"]:
         raise ShardError(f"{odd[0]}: not a .tar; compressed shards cannot be read at random, unpack them first")
-    return found
+    return list(dict.fromkeys(found))  # named by two patterns, still there once
+
+
+def unfinished(folder: Path) -> str:
+    """What a folder lacks that make_shards has not filled; empty for a whole one, and for one that others made."""
+    try:
+        pairs = int(json.loads((folder / RECORD).read_text())["pairs"])
+        there = sum(int(json.loads(stats.read_text())["count"]) for stats in folder.glob("[0-9]*_stats.json"))
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+    return f"make_shards has made {there} of {pairs} pairs: type its command again" if there < pairs else ""
+
+
+def _allow_files(shards: int) -> None:
+    """Every process opens every shard in the course of an epoch; most systems allow 1,024 until asked for more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = 2 * shards + 256  # with test sets, workers and libraries
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    most = max(soft, needed) if hard == resource.RLIM_INFINITY else hard
+    if most < shards + 256:
+        raise ShardError(
+            f"{shards} shards, but a process may open {most} files here; allow more (ulimit -n {needed}), or make "
+            "larger shards"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def open_catalog(patterns: str | list[str], captions: bool = True) -> Catalog:
@@ -132,6 +162,7 @@ def open_catalog(patterns: str | list[str], captions: bool = True) -> Catalog:
         ShardError: a shard is missing, has no index, has changed since it was indexed, or nothing good is left.
     """
     shards = shard_paths(patterns)
+    _allow_files(len(shards))
     tables = [read_index(shard, COLUMNS) for shard in shards]
     sizes = [len(table) for table in tables]
     table = pa.concat_tables([t.replace_schema_metadata(None) for t in tables]).combine_chunks()

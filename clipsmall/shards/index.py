@@ -131,8 +131,8 @@ def _row(key: str, group: dict[str, Member], read: Any) -> dict[str, Any]:
         status = "no image"
     number = fields.get("index", -1)
     return {
-        "key": key,
-        "index": number if isinstance(number, int) and 0 <= number < 2**63 else -1,
+        "key": key.encode("utf-8", "replace").decode(),  # a tar's names need not be UTF-8
+        "index": number if type(number) is int and 0 <= number < 2**63 else -1,
         "image_offset": image.offset,
         "image_size": image.size,
         "image_suffix": suffix,
