@@ -161,7 +161,7 @@ def compare(it: Subject, dtype: torch.dtype, chunk: int) -> list[Row]:
     judge = Judge(differences(it.alone(dtype, shaken=True), reference, named, device), dtype)
     for size in (0, chunk) if chunk else (0,):
         compared = differences(it.together(dtype, size), reference, named, device)
-        known = mistakes(-(-it.rows // size) if size else 1, it.accelerator.gradient_accumulation_steps)
+        known = mistakes(-(-it.rows // size) if size else 1)
         what = f"{label}, chunks of {size}" if size else label
         rows += [Row(what, group, d, judge.verdict(group, d, known)) for group, d in compared.items()]
     if low is not None:
@@ -170,14 +170,13 @@ def compare(it: Subject, dtype: torch.dtype, chunk: int) -> list[Row]:
     return rows
 
 
-def mistakes(chunks: int, steps: int) -> dict[str, float]:
+def mistakes(chunks: int) -> dict[str, float]:
     """Known ones, and what they multiply a gradient by."""
     ranks = world.size()
     return {
         f"= 1/W, W = {ranks} ranks: a sum over ranks is missing?": 1 / ranks,
         f"= W, W = {ranks} ranks: summed over ranks, not averaged?": ranks,
         "= the number of chunks: counted once a chunk?": chunks,
-        "= 1/gradient_accumulation_steps of the launcher": 1 / steps,
     }
 
 

@@ -246,15 +246,6 @@ def test_numbers_that_are_none_are_named_and_all_ranks_agree(ranks: Any, glyphs:
     assert "not finite: 1 of 1 numbers" in found[0][0][1]
 
 
-def test_accumulation_that_the_launcher_asks_for_is_named(
-    ranks: Any, glyphs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
-    (code, said), *_ = checked([config(glyphs, tmp_path / "out")])
-    assert code == 1
-    assert "0.25 x the gradient of one process (= 1/gradient_accumulation_steps of the launcher)" in said
-
-
 def test_what_cannot_be_told_is_not_fine(glyphs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gradient_check, "MARGIN", 1e15)
     (code, said), *_ = checked([config(glyphs, tmp_path / "out")])
