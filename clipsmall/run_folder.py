@@ -1,6 +1,5 @@
 """The folder of a run: claimed by one process, described by files that lie beside every result."""
 
-import fcntl
 import json
 import math
 import platform
@@ -12,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from clipsmall import locks
 
 PACKAGES = (
     "clipsmall",
@@ -84,18 +85,8 @@ class RunFolder:
             self._lock = (self.path / ".lock").open("w")
         except OSError as error:
             raise ValueError(f"{self.path}: cannot be written ({error.strerror}); give another --out") from None
-        for wait in (0.1, 0.2, None):  # a comparison looks at locks, for a moment
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if wait is None:
-                    told = f"{self.path}: another run is writing here; wait for it, or give another --out"
-                    raise ValueError(told) from None
-                time.sleep(wait)
-                continue
-            except OSError:  # some network file systems know no locks
-                pass
-            break
+        if not locks.take(self._lock):
+            raise ValueError(f"{self.path}: another run is writing here; wait for it, or give another --out")
         if self.metrics.exists():
             kept = [line for line in self.metrics.read_text(errors="replace").splitlines() if _step(line) <= step]
             partial = self.metrics.with_name(f".tmp-{self.metrics.name}")

@@ -48,6 +48,7 @@ def check(accelerate_processes: int) -> None:
             f"{accelerate_processes}: they would train apart; on CPU start them with: "
             "ACCELERATE_USE_CPU=1 torchrun --nproc_per_node N ..."
         )
+    barrier()  # or a rank that ends at once, as all is done, breaks one that is still connecting (seen with gloo)
 
 
 # its name since torch 2.14, where the older one warns at every call

@@ -29,6 +29,7 @@ def _serve(rank: int, tasks: Any, results: Any) -> None:
     warnings.resetwarnings()  # forked within a test, which may have its own filters
     torch.set_num_threads(1)
     os.environ.update(ACCELERATE_USE_CPU="1", GLOO_SOCKET_IFNAME="lo", MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
+    os.environ["TORCH_DIST_INIT_BARRIER"] = "1"  # else a rank with little to do is gone before another has met it
     while (task := tasks.get()) is not None:
         world, store, fn, args = task
         try:
@@ -80,6 +81,7 @@ def ranks() -> Iterator[Ranks]:
         queue.put(None)
     for worker in workers:
         worker.join(10)
+        worker.kill()  # one that hangs, and heeds no SIGTERM since it has trained, would hold our exit for ever
     folder.cleanup()
 
 

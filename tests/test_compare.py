@@ -296,7 +296,7 @@ def test_a_disk_without_locks_is_no_reason_to_wait(
     def refuses(*arguments: object) -> None:
         raise OSError(38, "Function not implemented")
 
-    monkeypatch.setattr("clipsmall.comparing.runs.fcntl.flock", refuses)
+    monkeypatch.setattr("clipsmall.locks.fcntl.flock", refuses)
     assert compare.main([written(grid, tmp_path)]) == 0
 
 

@@ -441,10 +441,12 @@ def test_what_has_to_become_shards_first_is_told_how(tmp_path: Path, monkeypatch
 
 @pytest.mark.parametrize("what", ["a class without images", "a template without {c}", "a label without a class"])
 def test_bad_words_fail_with_one_clear_message(
-    what: str, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    what: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = write_wds(tmp_path / "cifar")
-    words, said = list[str](), ""
+    said = ""
+    encode = Encoder.images
+    monkeypatch.setattr(Encoder, "images", None)  # told before anything is encoded
     if what == "a class without images":
         (folder / "classnames.txt").write_text("\n".join([*SEEN, "pink", "puce"]))
         said = "class 'pink' has no image, like 2 of 9 classes in"
@@ -454,9 +456,10 @@ def test_bad_words_fail_with_one_clear_message(
     else:
         (folder / "classnames.txt").write_text("red\ngreen\n")
         said = "label 2 is none of the 2 classes"
-    assert run(home / "model", "--data", folder, "--out", tmp_path / "out", *words) == 1
+    assert run(home / "model", "--data", folder, "--out", tmp_path / "out") == 1
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("failed: ")]
     assert said in line
+    monkeypatch.setattr(Encoder, "images", encode)
     if what == "a class without images":
         assert run(home / "model", "--data", folder, "--out", tmp_path / "out", "--empty_classes") == 0
         assert cells(tmp_path / "out")["zeroshot_classification"]["counts"]["classes"] == 9

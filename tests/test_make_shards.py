@@ -318,6 +318,15 @@ def test_pictures_that_a_format_cannot_hold_are_counted(tmp_path: Path) -> None:
     assert stats["status_dict"] == {"success": 1, "cannot be written as webp": 1}
 
 
+def test_captions_that_no_reader_takes_are_counted(photos: Path, tmp_path: Path) -> None:
+    table = pd.read_csv(photos / "photos.csv")
+    table.loc[3, "caption"] = "word " * 300_000
+    table.to_csv(photos / "photos.csv", index=False)
+    assert run(photos / "photos.csv", tmp_path / "out", "--max_error_rate", 0.5) == 0
+    stats = json.loads((tmp_path / "out/00000_stats.json").read_text())
+    assert stats["status_dict"] == {"success": 11, "captions too long": 1}
+
+
 def test_a_link_that_leads_back_gives_no_picture_twice(tmp_path: Path) -> None:
     for name in ("red", "blue"):
         (tmp_path / "in" / name).mkdir(parents=True)

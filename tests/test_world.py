@@ -5,6 +5,7 @@ summed instead of averaged over rows; sinkhorn's column sums stay on the rank.
 """
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,20 @@ def test_ranks_that_are_not_joined_are_refused(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="train apart"):
         world.check(1)
+
+
+def meets(folder: Path) -> int:
+    """How many ranks have come by the time this one goes on; the last comes late."""
+    if world.rank() == world.size() - 1:
+        time.sleep(0.5)
+    (folder / str(world.rank())).touch()
+    world.check(world.size())
+    return len(list(folder.iterdir()))
+
+
+def test_no_rank_goes_on_before_all_have_met(ranks: Any, tmp_path: Path) -> None:
+    """One with nothing to do would leave, and another that is still connecting to it would fail."""
+    assert ranks(4, meets, tmp_path) == [4] * 4
 
 
 def run_trainer(words: list[str]) -> int:

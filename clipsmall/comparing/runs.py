@@ -1,6 +1,5 @@
 """A run of a comparison: its config, its folder, how far it is, and the process that does it."""
 
-import fcntl
 import hashlib
 import json
 import os
@@ -18,6 +17,7 @@ from typing import Any, Literal, TextIO
 
 import yaml
 
+from clipsmall import locks
 from clipsmall.comparing.grid import Setting, Tree
 from clipsmall.config import Config
 from clipsmall.config_reader import lay_over, validated
@@ -76,7 +76,7 @@ class Run:
     def state(self) -> State:
         if self.finished:
             return "done"
-        if _held(self.folder / "lock") or _held(self.folder / ".lock"):  # a comparison's, and the trainer's own
+        if any(locks.held(self.folder / name) for name in ("lock", ".lock")):  # a comparison's, the trainer's own
             return "running"
         return self.mark or ("begun" if (self.folder / "run.yaml").exists() else "missing")
 
@@ -118,36 +118,12 @@ def make_run(out: str, setting: Setting, seed: int, changes: Sequence[Tree], kin
     return Run(setting, seed, tree, Path(out) / kind / name, kind)
 
 
-def _held(path: Path) -> bool:
-    """Whether a process has locked it. A disk without locks (some network file systems) cannot tell: no."""
-    if not path.exists():
-        return False
-    with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        except OSError:
-            pass
-    return False
-
-
 @contextmanager
 def _lock(path: Path) -> Iterator[TextIO | None]:
     """None if another process has it. A child that is handed the file holds the lock, too: one that outlives us."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
-        for wait in (0.1, 0.0):  # somebody may just be looking
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                time.sleep(wait)
-                continue
-            except OSError:  # no locks on this disk: the trainer's own refusal has to do
-                pass
-            yield file
-            return
-        yield None
+        yield file if locks.take(file) else None
 
 
 class Trainer:
@@ -175,7 +151,7 @@ class Trainer:
         if self.stopped:
             return None
         with _lock(run.folder / "lock") as lock:
-            if lock is None or _held(run.folder / ".lock") or run.finished or (run.mark and not self.again):
+            if lock is None or locks.held(run.folder / ".lock") or run.finished or (run.mark and not self.again):
                 return None
             for name in ("failed", "submitted"):
                 (run.folder / f"{name}.json").unlink(missing_ok=True)

@@ -5,11 +5,10 @@
 A part is a shard of the data. Row i of its three files is one caption with its image.
 """
 
-import fcntl
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
+
+from clipsmall import locks
 
 VERSION = 1
 ENDINGS = {"img_emb": "npy", "text_emb": "npy", "metadata": "parquet"}
@@ -43,13 +44,8 @@ def alone(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise ValueError(f"{folder}: cannot be written ({error}); give another --embeddings") from None
     try:
-        with suppress(OSError):  # some disks have no locks
-            try:
-                fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(
-                    f"{folder}: another command embeds there; wait, or give another --embeddings"
-                ) from None
+        if not locks.take(place):
+            raise ValueError(f"{folder}: another command embeds there; wait, or give another --embeddings")
         yield
     finally:
         os.close(place)
