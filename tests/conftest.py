@@ -44,7 +44,7 @@ def _serve(rank: int, tasks: Any, results: Any) -> None:
                     init_method=f"file://{store}",
                     rank=rank,
                     world_size=world,
-                    timeout=timedelta(seconds=60),
+                    timeout=timedelta(seconds=120),
                 )
             results.put((rank, fn(*args), None))
         except BaseException:
@@ -71,7 +71,7 @@ def ranks() -> Iterator[Ranks]:
         store = os.path.join(folder.name, f"store{next(number)}")
         for queue in tasks[:world]:
             queue.put((world, store, fn, args))
-        answers = sorted((results.get(timeout=120) for _ in range(world)), key=lambda answer: answer[0])
+        answers = sorted((results.get(timeout=300) for _ in range(world)), key=lambda answer: answer[0])
         errors = [error for _, _, error in answers if error]
         assert not errors, errors[0]
         return [value for _, value, _ in answers]

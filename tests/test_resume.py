@@ -217,7 +217,7 @@ def test_a_killed_run_continues_as_if_nothing_had_been(glyphs: Path, tmp_path: P
     process = start(config(glyphs, killed, **LONG, **{"data.workers": 1}))
     wait_for_step(killed, 60, process)
     process.send_signal(number)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=180)
     assert process.returncode == (143 if number == signal.SIGTERM else -9), said
     saved = int(last(killed).name[5:])
     assert 50 <= saved < 400
@@ -236,7 +236,7 @@ def test_workers_outlive_a_signal_to_the_whole_group(glyphs: Path, tmp_path: Pat
     process = start(words, session=True)
     wait_for_step(out, 20, process)
     os.killpg(process.pid, signal.SIGTERM)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=180)
     assert process.returncode == 143, said
     assert "continue with --resume=auto" in said
     assert int(last(out).name[5:]) == losses(out)[-1][0]
@@ -258,7 +258,7 @@ raise SystemExit(3)
 
 
 def test_a_worker_leaves_with_its_trainer_and_does_not_hold_its_exit() -> None:
-    done = subprocess.run([sys.executable, "-c", HOLDS], cwd=ROOT, capture_output=True, text=True, timeout=40)
+    done = subprocess.run([sys.executable, "-c", HOLDS], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 3, done.stderr
 
 
@@ -302,7 +302,7 @@ def test_sigterm_to_one_rank_stops_all_at_the_same_step(glyphs: Path, tmp_path: 
     wait_for_step(out, 5, process)
     children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     os.kill(int(children[-1]), signal.SIGTERM)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=180)
     assert "continue with --resume=auto" in said
     assert int(last(out).name[5:]) == losses(out)[-1][0]
     checkpoint.verify(last(out))

@@ -238,7 +238,7 @@ def encoded(shards: str, size: int) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_ranks_with_fewer_batches_pass_as_often(ranks: Any, glyphs: Path, world_size: int) -> None:
-    """Fails, after a minute of waiting, when ranks pass as often as they have batches, or good ones."""
+    """Fails, after two minutes of waiting, when ranks pass as often as they have batches, or good ones."""
     images, texts = encoded(str(glyphs / "test"), 4)
     for found in ranks(world_size, encoded, str(glyphs / "test"), 4):
         torch.testing.assert_close(found[0], images)
