@@ -1,7 +1,10 @@
 """Locks on files: one process holds them, with the children that were handed the file, until the last of these ends."""
 
 import fcntl
+import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,6 +24,19 @@ def take(file: IO[Any] | int) -> bool:
             pass
         return True
     return False
+
+
+@contextmanager
+def alone(folder: Path, refusal: str) -> Iterator[None]:
+    """Inside, no other process is inside with this folder. Raises ValueError, with the words of `refusal`, if one is;
+    OSError for a folder that is not there."""
+    place = os.open(folder, os.O_RDONLY)
+    try:
+        if not take(place):
+            raise ValueError(f"{folder}: {refusal}")
+        yield
+    finally:
+        os.close(place)
 
 
 def held(path: Path) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from clipsmall import locks
 from clipsmall.shards.catalog import RECORD
 from clipsmall.shards.order import permutation
 from data_tools.pairs import Pair, pairs_hash
@@ -41,29 +42,33 @@ def make_shards(
         max_error_rate: share of all pairs that may be unusable.
 
     Raises:
-        ValueError: `out` holds other shards.
+        ValueError: `out` holds other shards, or another command makes shards there.
         TooManyErrors: finished shards stay.
     """
     content = hashlib.sha256(json.dumps([asdict(recipe), pairs_hash(pairs), store.fingerprint()]).encode()).hexdigest()
-    _prepare(out, {"arguments": arguments, "pairs": len(pairs), "fingerprint": content}, overwrite)
     order = list(range(len(pairs))) if recipe.shuffle is None else permutation(len(pairs), recipe.shuffle).tolist()
     size = recipe.pairs_per_shard
     jobs = [
         Job(number, [pairs[row] for row in order[number * size : (number + 1) * size]])
         for number in range(math.ceil(len(pairs) / size))
     ]
-    total, left = Tally(), list[Job]()
-    for job in jobs:
-        if tally := finished(out, job, store):
-            total.add(tally)
-        else:
-            left.append(job)
-    _check(total, len(pairs), max_error_rate)
-    with tqdm(total=len(pairs), initial=total.pairs, unit="pair", desc="shards", disable=None) as bar:
-        for tally in in_processes(partial(make_shard, store=store, recipe=recipe, out=out), left, workers):
-            total.add(tally)
-            bar.update(tally.pairs)
-            _check(total, len(pairs), max_error_rate)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out}: is a file, not a folder")
+    out.mkdir(parents=True, exist_ok=True)
+    with locks.alone(out, "another command makes shards there; wait, or choose another folder"):
+        _prepare(out, {"arguments": arguments, "pairs": len(pairs), "fingerprint": content}, overwrite)
+        total, left = Tally(), list[Job]()
+        for job in jobs:
+            if tally := finished(out, job, store):
+                total.add(tally)
+            else:
+                left.append(job)
+        _check(total, len(pairs), max_error_rate)
+        with tqdm(total=len(pairs), initial=total.pairs, unit="pair", desc="shards", disable=None) as bar:
+            for tally in in_processes(partial(make_shard, store=store, recipe=recipe, out=out), left, workers):
+                total.add(tally)
+                bar.update(tally.pairs)
+                _check(total, len(pairs), max_error_rate)
     return total
 
 
@@ -78,8 +83,6 @@ def _check(total: Tally, pairs: int, max_error_rate: float) -> None:
 def _prepare(out: Path, record: dict[str, Any], overwrite: bool) -> None:
     """Make `out` ready: refuse other shards, sweep what a killed run left, note what is made here."""
     record = json.loads(json.dumps(record))  # tuples become lists, as in the file
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out}: is a file, not a folder")
     path = out / RECORD
     if overwrite:
         # stats first: without them no shard counts as finished, wherever this is interrupted
@@ -92,7 +95,6 @@ def _prepare(out: Path, record: dict[str, Any], overwrite: bool) -> None:
         _compare(path, record)
     elif any(out.glob("*.tar")):
         raise ValueError(f"{out}: holds shards that make_shards did not make; choose another folder, or --overwrite")
-    out.mkdir(parents=True, exist_ok=True)
     for stale in out.glob(".tmp-*"):
         stale.unlink(missing_ok=True)
     temporary = out / f".tmp-{os.getpid()}-{RECORD}"

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from clipsmall import locks
 from clipsmall.shards import open_catalog, read_index
 from data_tools import check_shards
 from data_tools.pairs import clean_captions
@@ -325,6 +326,19 @@ def test_captions_that_no_reader_takes_are_counted(photos: Path, tmp_path: Path)
     assert run(photos / "photos.csv", tmp_path / "out", "--max_error_rate", 0.5) == 0
     stats = json.loads((tmp_path / "out/00000_stats.json").read_text())
     assert stats["status_dict"] == {"success": 11, "captions too long": 1}
+
+
+def test_two_commands_do_not_make_shards_in_one_folder(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / ".tmp-1-00000_stats.json").touch()
+    with locks.alone(out, "this one"):
+        assert run(photos / "photos.csv", out) == 2
+    assert f"error: {out}: another command makes shards there; wait" in capsys.readouterr().err
+    assert [file.name for file in out.iterdir()] == [".tmp-1-00000_stats.json"]  # what the other one writes is not swept
+    assert run(photos / "photos.csv", out) == 0
 
 
 def test_a_link_that_leads_back_gives_no_picture_twice(tmp_path: Path) -> None:

@@ -40,15 +40,10 @@ def alone(folder: Path) -> Iterator[None]:
         raise ValueError(f"{folder}: holds something else than our embeddings; give a new --embeddings")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        place = os.open(folder, os.O_RDONLY)
     except OSError as error:
         raise ValueError(f"{folder}: cannot be written ({error}); give another --embeddings") from None
-    try:
-        if not locks.take(place):
-            raise ValueError(f"{folder}: another command embeds there; wait, or give another --embeddings")
+    with locks.alone(folder, "another command embeds there; wait, or give another --embeddings"):
         yield
-    finally:
-        os.close(place)
 
 
 class Store:
