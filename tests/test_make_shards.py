@@ -337,7 +337,7 @@ def test_two_commands_do_not_make_shards_in_one_folder(
     with locks.alone(out, "this one"):
         assert run(photos / "photos.csv", out) == 2
     assert f"error: {out}: another command makes shards there; wait" in capsys.readouterr().err
-    assert [file.name for file in out.iterdir()] == [".tmp-1-00000_stats.json"]  # what the other one writes is not swept
+    assert [file.name for file in out.iterdir()] == [".tmp-1-00000_stats.json"]  # not swept
     assert run(photos / "photos.csv", out) == 0
 
 
