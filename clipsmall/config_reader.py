@@ -197,9 +197,9 @@ def written(config: Config) -> str:
 
 def refuse(error: Exception) -> NoReturn:
     """How every command ends on bad input: the message, one `error:` a line, and exit code 2."""
-    lines = str(error).splitlines()
-    if lines and lines[0].startswith("Caught "):  # torch hands on a loader worker's error as its traceback
-        lines = [lines[-1].partition(": ")[2]]
-    for line in lines:
+    said = str(error)
+    if said.startswith("Caught "):  # torch hands on a loader worker's error as its traceback: "\nmodule.Class: message"
+        said = re.split(r"\n(?:\w+\.)*[A-Z]\w*: ", said)[-1]
+    for line in said.splitlines():
         print(f"error: {line}", file=sys.stderr)
     sys.exit(2)

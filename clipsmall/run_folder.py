@@ -89,14 +89,21 @@ class RunFolder:
             raise ValueError(f"{self.path}: another run is writing here; wait for it, or give another --out")
         if self.metrics.exists():
             kept = [line for line in self.metrics.read_text(errors="replace").splitlines() if _step(line) <= step]
-            partial = self.metrics.with_name(f".tmp-{self.metrics.name}")
-            partial.write_text("".join(f"{line}\n" for line in kept))
-            partial.replace(self.metrics)
+            self._write(self.metrics.name, "".join(f"{line}\n" for line in kept))
         for folder in self.checkpoints.glob("step_*"):
             if int(folder.name.removeprefix("step_")) > step:
                 aside = folder.with_name(f"aside_{folder.name}_{time.time_ns()}")
                 folder.rename(aside)
                 print(f"note: {folder.name} is later than step {step}; kept as {aside.name}", file=sys.stderr)
-        (self.path / "run.yaml").write_text(config, encoding="utf-8")
-        (self.path / "command.txt").write_text(shlex.join(sys.argv) + "\n", encoding="utf-8")
-        (self.path / "env.json").write_text(json.dumps(versions() | launch, indent=2) + "\n", encoding="utf-8")
+        self._write("run.yaml", config)
+        self._write("command.txt", shlex.join(sys.argv) + "\n")
+        self._write("env.json", json.dumps(versions() | launch, indent=2) + "\n")
+
+    def _write(self, name: str, text: str) -> None:
+        """Whole or not at all: a resumed run's files outlive a full disk."""
+        partial = self.path / f".tmp-{name}"
+        try:
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(self.path / name)
+        finally:
+            partial.unlink(missing_ok=True)

@@ -183,8 +183,13 @@ def summarise(state: RunState, skips: Skips, bad_steps: int, folder: RunFolder, 
 def main(words: list[str] | None = None) -> int:
     stop = Stop().listen()
     try:
-        return run(read(sys.argv[1:] if words is None else words), stop)
-    except (ValueError, OSError) as error:  # a full disk names its file
+        config = read(sys.argv[1:] if words is None else words)
+        try:
+            return run(config, stop)
+        except OSError as error:  # in the middle of a file a full disk names none
+            place = f"{error.filename or config.out}: {error.strerror}; once repaired, continue with --resume=auto"
+            raise ValueError(place if error.errno else str(error)) from error
+    except ValueError as error:
         refuse(error)
 
 

@@ -36,7 +36,7 @@ def alone() -> Iterator[None]:
 
 
 def check(accelerate_processes: int) -> None:
-    """Refuse to train when the launcher, torch.distributed and Accelerate count different ranks.
+    """Let all ranks meet; refuse to train when the launcher, torch.distributed and Accelerate count different ones.
 
     `torchrun` on CPU without ACCELERATE_USE_CPU=1 starts processes that Accelerate does not join: each would
     train alone and call itself the main one. Raises ValueError then.

@@ -21,8 +21,9 @@ import numpy as np
 import pytest
 import torch
 
-from clipsmall import checkpoint, train
+from clipsmall import build, checkpoint, train, world
 from clipsmall.checkpoint import CheckpointError
+from clipsmall.config_reader import read
 from clipsmall.objectives import OBJECTIVES, Kind
 from clipsmall.objectives.softmax import softmax
 from clipsmall.run_folder import RunFolder
@@ -422,6 +423,39 @@ def test_where_no_checkpoint_can_be_used_nothing_is_begun_anew(
     assert left.value.code == 2
     assert re.search(r"none of \d+ checkpoints can be used; restore one", capsys.readouterr().err)
     assert (out / "metrics.jsonl").read_text() == log
+
+
+def sees(words: list[str], folders: list[Path]) -> str:
+    with pytest.raises(ValueError, match="ranks see different checkpoints") as refused:
+        build.resumed_folder(read(words), RunFolder(str(folders[world.rank()])), torch.device("cpu"))
+    return str(refused.value)
+
+
+def test_ranks_that_see_different_checkpoints_do_not_begin(ranks: Any, glyphs: Path, tmp_path: Path) -> None:
+    folders = [tmp_path / "fresh", tmp_path / "stale"]
+    saved = folders[0] / "checkpoints" / "step_00000007"
+    checkpoint.save(saved, {"model": {"w": torch.zeros(9)}}, {}, lambda path: None)
+    words = [*config(glyphs, folders[0]), "--resume=auto"]
+    assert all(said.endswith(f"{saved}, None") for said in ranks(2, sees, words, folders))
+
+
+def test_a_full_disk_is_told_and_spoils_nothing(
+    glyphs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert run(config(glyphs, out)) == 0
+    before = {path: path.read_bytes() for path in out.iterdir() if path.is_file()}
+
+    def full(path: Path, *arguments: object, **options: object) -> None:
+        path.touch()
+        raise OSError(28, "No space left on device")  # as write says it: without the file
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(SystemExit) as left:
+        train.main([*config(glyphs, out), "--resume=auto"])
+    assert left.value.code == 2
+    assert f"\nerror: {out}: No space left on device; once repaired, continue with" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
 
 
 @pytest.mark.parametrize("stage", ["files", "manifest", "rename"])

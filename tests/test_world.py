@@ -153,6 +153,15 @@ def test_ranks_that_are_not_joined_are_refused(monkeypatch: pytest.MonkeyPatch) 
         world.check(1)
 
 
+def test_columns_in_host_memory_go_back_in_one_thread() -> None:
+    """Two devices' backward passes in two threads would start their collectives in an order of chance (on GPUs)."""
+    with torch.autograd.set_multithreading_enabled(True):
+        for exchange, threads in (("gather", True), ("host", False)):
+            run = validated({"data": {"train": ["x"], "batch_size": B}, "objective": {"exchange": exchange}})
+            build_objective.columns(run)
+            assert torch._C._is_multithreading_enabled() == threads
+
+
 def meets(folder: Path) -> int:
     """How many ranks have come by the time this one goes on; the last comes late."""
     if world.rank() == world.size() - 1:
