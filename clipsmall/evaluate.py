@@ -23,16 +23,15 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
-from clipsmall import world
-from clipsmall.commands import MODEL_HELP
-from clipsmall.config_reader import refuse
+from clipsmall.cli import MODEL_HELP, refuse
+from clipsmall.distributed import world
 from clipsmall.evaluation import suite, tables
 from clipsmall.evaluation.cells import check_folder
 from clipsmall.evaluation.corruptions import COMMON, FAMILIES, SEVERITIES
 from clipsmall.evaluation.features import Encoder
 from clipsmall.evaluation.sets import DataSet, open_set
 from clipsmall.evaluation.suite import TASKS, Model, Settings
-from clipsmall.saved_model import load_model
+from clipsmall.model.saved import load_model
 
 
 def parser() -> argparse.ArgumentParser:

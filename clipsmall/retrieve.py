@@ -9,9 +9,9 @@ order of the tied. The JSON cell is CLIP_benchmark's.
 
 import sys
 
-from clipsmall import commands
+from clipsmall.data import open_catalog
 from clipsmall.evaluation import Cell, Encoder, retrieval
-from clipsmall.shards import open_catalog
+from clipsmall.evaluation import command as commands
 
 
 def main(words: list[str] | None = None) -> int:

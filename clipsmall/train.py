@@ -29,16 +29,33 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader workers are f
 from accelerate import Accelerator
 from torch import Tensor
 
-from clipsmall import build, build_jobs, build_objective, build_queue, build_tuning, sharded, world
 from clipsmall.batch import Embeddings, Pairs, Progress
+from clipsmall.build import (
+    jobs as build_jobs,
+)
+from clipsmall.build import (
+    objective as build_objective,
+)
+from clipsmall.build import (
+    queue as build_queue,
+)
+from clipsmall.build import (
+    run as build,
+)
+from clipsmall.build import (
+    tuning as build_tuning,
+)
+from clipsmall.cli import refuse
 from clipsmall.config import Config
-from clipsmall.config_reader import read, refuse, written
-from clipsmall.feed import Stop
-from clipsmall.optim import Guard, NonFiniteError, clipped_norm, skipped
-from clipsmall.report import Report
-from clipsmall.run_folder import RunFolder
-from clipsmall.shards import Skips, open_catalog
-from clipsmall.state import RunState
+from clipsmall.config.reader import read, written
+from clipsmall.data import Skips, open_catalog
+from clipsmall.distributed import world
+from clipsmall.storage.run_folder import RunFolder
+from clipsmall.training import fsdp as sharded
+from clipsmall.training.feed import Stop
+from clipsmall.training.metrics_log import Report
+from clipsmall.training.optim import Guard, NonFiniteError, clipped_norm, skipped
+from clipsmall.training.state import RunState
 
 Job = Callable[[Progress, dict[str, Tensor]], None]
 

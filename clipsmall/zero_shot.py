@@ -9,9 +9,9 @@ Accuracy is top-1, top-5 and the mean over classes, beside chance; the JSON cell
 
 import sys
 
-from clipsmall import commands
+from clipsmall.data import open_catalog
 from clipsmall.evaluation import Cell, Encoder, zero_shot
-from clipsmall.shards import open_catalog
+from clipsmall.evaluation import command as commands
 
 
 def main(words: list[str] | None = None) -> int:

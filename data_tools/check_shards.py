@@ -21,8 +21,8 @@ import pandas as pd
 from PIL import Image
 from tqdm import tqdm
 
-from clipsmall.preprocess import BadImage, decode
-from clipsmall.shards import read_index
+from clipsmall.data import read_index
+from clipsmall.data.preprocess import BadImage, decode
 from data_tools.contact_sheet import Cell, draw_sheet
 from data_tools.pool import in_processes
 from data_tools.shard_check import Problem, check_shard, find_shards, pair_captions, pair_image

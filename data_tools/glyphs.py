@@ -27,7 +27,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from clipsmall.shards.order import permutation
+from clipsmall.data.order import permutation
 from data_tools.shard_writer import Sample, write_shard
 
 HELD_OUT_FACES = ("DejaVuSans-BoldOblique", "DejaVuSerif-Italic", "STIXGeneralItalic")

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import numpy as np
 
+from clipsmall.data import Catalog, captions_of, fields_of
+from clipsmall.data.preprocess import BadImage, decode
+from clipsmall.data.scores import Scores
 from clipsmall.mining.scored import Floats, Ints, scored
-from clipsmall.preprocess import BadImage, decode
-from clipsmall.shards import Catalog, captions_of, fields_of
-from clipsmall.shards.scores import Scores
 from data_tools.contact_sheet import COLUMNS, Cell, draw_sheet
 
 SHOWN = 48  # pairs

@@ -21,14 +21,14 @@ import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
-from clipsmall import world
+from clipsmall.data import open_catalog
+from clipsmall.data.batch_plan import read_plan, write_plan
+from clipsmall.data.scores import all_scores, write_scores
+from clipsmall.distributed import world
 from clipsmall.evaluation import Encoder
 from clipsmall.mining import Recipe
 from clipsmall.mining.weights import WEIGHTS
-from clipsmall.saved_model import load_model
-from clipsmall.shards import open_catalog
-from clipsmall.shards.plan import read_plan, write_plan
-from clipsmall.shards.scores import all_scores, write_scores
+from clipsmall.model.saved import load_model
 from data_tools.hard_pairs import draw_hardest
 from data_tools.plans import plan as planned
 from data_tools.repack import repack as repacked

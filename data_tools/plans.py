@@ -6,11 +6,11 @@ from dataclasses import replace
 import numpy as np
 from tqdm import tqdm
 
+from clipsmall.data import Catalog
+from clipsmall.data.scores import Scores
 from clipsmall.mining import Identity, Recipe, deal
 from clipsmall.mining.scored import Floats, Ints, scored
 from clipsmall.mining.weights import batch_losses
-from clipsmall.shards import Catalog
-from clipsmall.shards.scores import Scores
 
 FITTED = 100_000  # pairs that the centres are learned from
 CHUNK = 65_536  # pairs compared with the centres at a time

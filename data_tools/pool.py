@@ -10,7 +10,7 @@ from typing import TypeVar
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
-HEAVY = ["clipsmall.preprocess", "data_tools.shard_writer", "pandas"]  # imported once, in the fork server
+HEAVY = ["clipsmall.data.preprocess", "data_tools.shard_writer", "pandas"]  # imported once, in the fork server
 
 
 def _end_with_parent() -> None:

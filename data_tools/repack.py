@@ -10,10 +10,10 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from clipsmall.shards import Catalog, ShardError, captions_of, fields_of, read_index
-from clipsmall.shards.order import Rows
-from clipsmall.shards.plan import Plan
-from clipsmall.shards.scores import good_rows
+from clipsmall.data import Catalog, ShardError, captions_of, fields_of, read_index
+from clipsmall.data.batch_plan import Plan
+from clipsmall.data.order import Rows
+from clipsmall.data.scores import good_rows
 from data_tools.shard_writer import Sample, write_shard
 
 RECORD = "repacked.json"

@@ -8,11 +8,11 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from clipsmall import checkpoint
+from clipsmall.data import Catalog, ShardError, captions_of, fields_of, read_index
+from clipsmall.data.scores import Scorer, good_rows, read_scores, sidecar
 from clipsmall.evaluation import Encoder
-from clipsmall.shards import Catalog, ShardError, captions_of, fields_of, read_index
-from clipsmall.shards.scores import Scorer, good_rows, read_scores, sidecar
-from clipsmall.towers import DualEncoder
+from clipsmall.model.dual_encoder import DualEncoder
+from clipsmall.storage import checkpoint
 
 
 def scorer_of(model: DualEncoder, name: str, pretrained: str) -> Scorer:

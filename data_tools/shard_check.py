@@ -12,9 +12,16 @@ import braceexpand
 import pandas as pd
 import pyarrow as pa
 
-from clipsmall.preprocess import BadImage, decode
-from clipsmall.shards import build_index, captions_of, check_stats, index_path, read_index, write_index
-from clipsmall.shards.catalog import RECORD, unfinished
+from clipsmall.data import (
+    build_index,
+    captions_of,
+    check_stats,
+    index_path,
+    read_index,
+    write_index,
+)
+from clipsmall.data.catalog import RECORD, unfinished
+from clipsmall.data.preprocess import BadImage, decode
 
 SHA_DIFFERS = "sha256 differs"
 

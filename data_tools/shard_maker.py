@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from clipsmall.preprocess import BadImage, decode
-from clipsmall.shards import read_index
-from clipsmall.shards.index import MAX_TEXT_BYTES
+from clipsmall.data import read_index
+from clipsmall.data.index import MAX_TEXT_BYTES
+from clipsmall.data.preprocess import BadImage, decode
 from data_tools.pairs import Pair
 from data_tools.shard_writer import PAIRS_PER_SHARD, Sample, write_shard
 from data_tools.stores import MISSING, UNREADABLE, Store

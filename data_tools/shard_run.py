@@ -12,9 +12,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from clipsmall import locks
-from clipsmall.shards.catalog import RECORD
-from clipsmall.shards.order import permutation
+from clipsmall.data.catalog import RECORD
+from clipsmall.data.order import permutation
+from clipsmall.storage import locks
 from data_tools.pairs import Pair, pairs_hash
 from data_tools.pool import in_processes
 from data_tools.shard_maker import Job, Recipe, Tally, finished, make_shard

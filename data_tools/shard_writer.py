@@ -12,7 +12,7 @@ from typing import Any
 
 import webdataset
 
-from clipsmall.shards import build_index, write_index
+from clipsmall.data import build_index, write_index
 
 PAIRS_PER_SHARD = 10_000  # img2dataset's keys have four digits for a pair within its shard
 

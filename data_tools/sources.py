@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pandas as pd
 import pyarrow as pa
 
-from clipsmall.preprocess import BadImage
-from clipsmall.shards.index import IMAGE_SUFFIXES
+from clipsmall.data.index import IMAGE_SUFFIXES
+from clipsmall.data.preprocess import BadImage
 from data_tools.stores import Rows, Store, open_store
 from data_tools.tables import IMAGE_NAMES, TABLES, columns_of, parquet_schema, pick, read_table
 

@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Protocol
 
-from clipsmall.preprocess import BadImage
+from clipsmall.data.preprocess import BadImage
 
 if TYPE_CHECKING:
     from datasets import Dataset

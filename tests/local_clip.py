@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from clipsmall.conversion.tokenizer import VOCABULARY, clip_tokenizer
+from clipsmall.export.tokenizer import VOCABULARY, clip_tokenizer
 
 WORDS = ["a", "photo", "of", "the", "cat", "dog", "small", "letter", "red", "heart", "face", "with", "black", "white"]
 

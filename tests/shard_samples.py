@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 from PIL import Image
 
-from clipsmall.shards import open_catalog
+from clipsmall.data import open_catalog
 from data_tools.make_shards import main
 
 COLOURS = ["red", "green", "blue", "navy", "teal", "olive", "gold", "pink", "grey", "black", "white", "cyan"]

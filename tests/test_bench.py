@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from clipsmall.batch import Pairs
-from clipsmall.towers import DualEncoder
+from clipsmall.model.dual_encoder import DualEncoder
 from tests.bench import mining
 from tests.bench.chunks import built
 from tests.bench.gradcache import against, gradients, step
-from tests.test_chunks import noisy
-from tests.test_towers import write_open_clip_json
+from tests.model.test_chunks import noisy
+from tests.model.test_towers import write_open_clip_json
 
 SIZE, CHUNK = 8, 2
 K = SIZE // CHUNK

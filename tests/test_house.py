@@ -8,19 +8,15 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests import ROOT
+
 FILES = sorted([*ROOT.glob("clipsmall/**/*.py"), *ROOT.glob("data_tools/**/*.py")])
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_a_file_is_short_and_opens_with_a_sentence(path: Path) -> None:
+def test_a_file_opens_with_a_sentence(path: Path) -> None:
     text = path.read_text()
-    tree = ast.parse(text)
-    assert ast.get_docstring(tree), "opens with one sentence"
-    assert text.count("\n") <= 230
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef):
-            assert (node.end_lineno or 0) - node.lineno < 55, node.name
+    assert ast.get_docstring(ast.parse(text)), "opens with one sentence"
 
 
 def test_only_world_speaks_torch_distributed() -> None:

@@ -17,10 +17,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from clipsmall.config_reader import read
+from clipsmall.config.reader import read
+from tests import ROOT
 from tests.shards_for_tests import config
 
-ROOT = Path(__file__).resolve().parent.parent
 YAMLS = sorted((ROOT / "launch").glob("*.yaml"))
 
 

@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clipsmall.data import Catalog
 from clipsmall.evaluation import prompts
 from clipsmall.evaluation.cells import Cell
 from clipsmall.evaluation.features import Encoder, class_indices, read_texts
 from clipsmall.evaluation.hits import chunk_rows, hits, refuse_non_finite, scores
-from clipsmall.shards import Catalog
 
 KS = (1, 5)
 

@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from clipsmall import checkpoint, world
-from clipsmall.preprocess import MAX_PIXELS, BadImage, ImageTransform, decode
-from clipsmall.shards import Catalog, captions_of, fields_of, outlive_the_signal
-from clipsmall.towers import DualEncoder
+from clipsmall.data import Catalog, captions_of, fields_of, outlive_the_signal
+from clipsmall.data.preprocess import MAX_PIXELS, BadImage, ImageTransform, decode
+from clipsmall.distributed import world
+from clipsmall.model.dual_encoder import DualEncoder
+from clipsmall.storage import checkpoint
 
 Change = Callable[[Image.Image, int], Image.Image]  # of a decoded picture and its pair's number
 

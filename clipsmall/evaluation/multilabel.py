@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 from sklearn.metrics import average_precision_score
 from torch import Tensor
 
+from clipsmall.data import Catalog
+from clipsmall.data.index import MAX_TEXT_BYTES, Member, samples, tar_members
 from clipsmall.evaluation.hits import chunk_rows, scores
-from clipsmall.shards import Catalog
-from clipsmall.shards.index import MAX_TEXT_BYTES, Member, samples, tar_members
 
 
 def average_precisions(images: Tensor, classes: Tensor, targets: Tensor) -> Tensor:

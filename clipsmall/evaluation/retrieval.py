@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from clipsmall import world
+from clipsmall.data import Catalog, caption_hash
+from clipsmall.distributed import world
 from clipsmall.evaluation.cells import Cell
 from clipsmall.evaluation.features import Encoder, read_texts
 from clipsmall.evaluation.hits import chance, chunk_rows, hits, refuse_non_finite, scores
-from clipsmall.shards import Catalog, caption_hash
 
 KS = (1, 5, 10)
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from clipsmall import world
-from clipsmall.shards import Catalog, build_index, index_path, open_catalog, shard_paths, write_index
-from clipsmall.shards.index import IMAGE_SUFFIXES
+from clipsmall.data import Catalog, build_index, index_path, open_catalog, shard_paths, write_index
+from clipsmall.data.index import IMAGE_SUFFIXES
+from clipsmall.distributed import world
 
 KINDS = {"retrieval": "retrieval", "multilabel": "zero_shot"}  # dataset_type.txt -> the task it is made for
 TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".zip")  # that data_tools.make_shards opens

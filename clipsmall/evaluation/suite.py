@@ -9,7 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from clipsmall import world
+from clipsmall.data import ShardError
+from clipsmall.distributed import world
 from clipsmall.evaluation.calibration import calibration, draw
 from clipsmall.evaluation.candidates import candidates
 from clipsmall.evaluation.cells import Cell, cell_path, write_cell
@@ -25,7 +26,6 @@ from clipsmall.evaluation.robustness import MAIN, robustness
 from clipsmall.evaluation.sets import DataSet
 from clipsmall.evaluation.top1 import top1
 from clipsmall.evaluation.view import View
-from clipsmall.shards import ShardError
 
 VERSION = 2  # to be raised when a task's numbers change
 TASKS = {  # by their names in cells, of which the first three are CLIP_benchmark's

@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clipsmall import world
 from clipsmall.batch import Pairs, Progress
+from clipsmall.data import LoadedBatch
+from clipsmall.distributed import world
 from clipsmall.mining.deal import Dealt, Recipe, deal
 from clipsmall.mining.guards import Identity
 from clipsmall.mining.pool import Pool
 from clipsmall.mining.schedule import Stretch, turns
 from clipsmall.mining.scored import Scored
-from clipsmall.shards import LoadedBatch
 
 NUMBERS = ("blocked", "duplicates", "threshold", "unseparated", "pool_loss", "mined_loss")
 

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from clipsmall import world
 from clipsmall.batch import Pairs
+from clipsmall.data import LoadedBatch, Skips
+from clipsmall.distributed import world
 from clipsmall.mining.scored import Ints
-from clipsmall.shards import LoadedBatch, Skips
 
 
 class Pool:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from clipsmall.shards.scores import Scores
+from clipsmall.data.scores import Scores
 
 Floats = NDArray[np.floating]
 Ints = NDArray[np.int64]

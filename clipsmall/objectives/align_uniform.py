@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from clipsmall import similarity, world
 from clipsmall.batch import Embeddings
+from clipsmall.distributed import similarity, world
+from clipsmall.distributed.similarity import Layout
 from clipsmall.objectives.pairs import layout, negatives, own_column, scaled
-from clipsmall.similarity import Layout
 
 
 def align_uniform(

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from clipsmall import world
 from clipsmall.batch import Embeddings
-from clipsmall.batch_norm import moments
+from clipsmall.distributed import world
+from clipsmall.distributed.batch_norm import moments
 
 
 def barlow(rows: Embeddings, columns: Embeddings, redundancy: float = 5e-3) -> dict[str, Tensor]:

@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clipsmall import similarity, world
 from clipsmall.batch import Embeddings, Setting
+from clipsmall.distributed import similarity, world
+from clipsmall.distributed.similarity import Layout
 from clipsmall.objectives.pairs import dots, layout, negatives, scaled, ways
 from clipsmall.objectives.sigmoid import softplus
-from clipsmall.similarity import Layout
 
 MODES = ("balanced", "warmup", "one")
 

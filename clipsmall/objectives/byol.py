@@ -3,9 +3,9 @@
 from torch import Tensor
 
 from clipsmall.batch import Embeddings
+from clipsmall.model.dual_encoder import unit
 from clipsmall.objectives.pairs import dots
 from clipsmall.objectives.simsiam import spread
-from clipsmall.towers import unit
 
 
 def byol(rows: Embeddings, columns: Embeddings) -> dict[str, Tensor]:

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from clipsmall import world
 from clipsmall.batch import Embeddings
+from clipsmall.distributed import world
 from clipsmall.objectives.pairs import both, directions, layout, negatives, within
 
 

@@ -5,12 +5,12 @@ import math
 import torch
 from torch import Tensor, nn
 
-from clipsmall import similarity, world
 from clipsmall.batch import Embeddings, Setting
+from clipsmall.distributed import similarity, world
+from clipsmall.distributed.similarity import Layout
 from clipsmall.objectives.gcl_temperature import Temperatures, mean_exponent
 from clipsmall.objectives.gcl_variants import chosen
 from clipsmall.objectives.pairs import Direction, directions, layout, negatives
-from clipsmall.similarity import Layout
 
 
 class Gcl(nn.Module):

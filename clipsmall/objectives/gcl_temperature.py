@@ -5,9 +5,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from clipsmall import similarity
+from clipsmall.distributed import similarity
+from clipsmall.distributed.similarity import Layout
 from clipsmall.objectives.pairs import Direction, scaled
-from clipsmall.similarity import Layout
 
 Rule = Literal["momentum", "adam"]
 STEEPEST = 5.0  # both papers' code cuts slopes here: the log u of a pair that is new to the model jumps by tens

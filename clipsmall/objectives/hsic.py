@@ -5,10 +5,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from clipsmall import similarity, world
 from clipsmall.batch import Embeddings
+from clipsmall.distributed import similarity, world
+from clipsmall.distributed.similarity import Layout
 from clipsmall.objectives.pairs import dots, whole_batch
-from clipsmall.similarity import Layout
 
 
 def hsic(rows: Embeddings, columns: Embeddings, gamma: float = 1.0, width: float = 1.0) -> dict[str, Tensor]:

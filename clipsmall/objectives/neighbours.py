@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor, nn
 
-from clipsmall import similarity, world
 from clipsmall.batch import Embeddings, Setting
+from clipsmall.distributed import similarity, world
+from clipsmall.distributed.similarity import Layout
 from clipsmall.objectives.fifo import Fifo
 from clipsmall.objectives.pairs import directions, layout, negatives, whole_batch
-from clipsmall.similarity import Layout
 
 
 class Queue(Fifo):

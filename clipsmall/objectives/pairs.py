@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipsmall import similarity, world
 from clipsmall.batch import Embeddings
-from clipsmall.similarity import Layout
+from clipsmall.distributed import similarity, world
+from clipsmall.distributed.similarity import Layout
 
 
 def own_places(rows: Embeddings, columns: Embeddings) -> Tensor:

@@ -6,10 +6,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from clipsmall import world
 from clipsmall.batch import Embeddings
+from clipsmall.distributed import world
+from clipsmall.model.dual_encoder import unit
 from clipsmall.objectives.fifo import Fifo
-from clipsmall.towers import unit
 
 
 class Queued(nn.Module):

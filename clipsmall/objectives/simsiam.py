@@ -5,9 +5,9 @@ import math
 from torch import Tensor
 
 from clipsmall.batch import Embeddings
-from clipsmall.batch_norm import moments
+from clipsmall.distributed.batch_norm import moments
+from clipsmall.model.dual_encoder import unit
 from clipsmall.objectives.pairs import dots
-from clipsmall.towers import unit
 
 
 def simsiam(rows: Embeddings, columns: Embeddings) -> dict[str, Tensor]:

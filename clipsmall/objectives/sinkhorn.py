@@ -5,10 +5,10 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from clipsmall import similarity, world
 from clipsmall.batch import Embeddings
+from clipsmall.distributed import similarity, world
+from clipsmall.distributed.similarity import Layout
 from clipsmall.objectives.pairs import dots, layout, negatives, own_column, scaled, whole_batch
-from clipsmall.similarity import Layout
 
 
 def sinkhorn(

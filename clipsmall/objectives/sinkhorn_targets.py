@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipsmall import similarity, world
 from clipsmall.batch import Embeddings
+from clipsmall.distributed import similarity, world
+from clipsmall.distributed.similarity import Layout
+from clipsmall.model.dual_encoder import unit
 from clipsmall.objectives.pairs import directions, layout, negatives, scaled, whole_batch
 from clipsmall.objectives.sinkhorn import potentials
-from clipsmall.similarity import Layout
-from clipsmall.towers import unit
 
 
 def sinkhorn_targets(

@@ -5,11 +5,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from clipsmall import similarity
 from clipsmall.batch import Embeddings, Setting
+from clipsmall.distributed import similarity
+from clipsmall.distributed.similarity import Layout
+from clipsmall.model.dual_encoder import unit
 from clipsmall.objectives.pairs import directions, dots, layout, negatives, scaled
-from clipsmall.similarity import Layout
-from clipsmall.towers import unit
 
 
 class SoftTargets(nn.Module):

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from clipsmall import similarity
 from clipsmall.batch import Embeddings
+from clipsmall.distributed import similarity
 from clipsmall.objectives.pairs import dots, layout, negatives, ways
 
 

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from clipsmall import similarity, world
 from clipsmall.batch import Embeddings, Setting
+from clipsmall.distributed import similarity, world
 
 
 class Superclass(nn.Module):

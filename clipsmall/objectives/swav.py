@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from clipsmall import similarity, world
 from clipsmall.batch import Embeddings, Setting
+from clipsmall.distributed import similarity, world
 from clipsmall.objectives.fifo import finite
 from clipsmall.objectives.pairs import own_places
 

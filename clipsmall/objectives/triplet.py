@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clipsmall import similarity
 from clipsmall.batch import Embeddings, Setting
+from clipsmall.distributed import similarity
+from clipsmall.distributed.similarity import Layout
 from clipsmall.objectives.pairs import dots, layout, negatives, picked, ways
-from clipsmall.similarity import Layout
 
 
 def triplet(

@@ -4,9 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipsmall import similarity, world
 from clipsmall.batch import Embeddings
-from clipsmall.batch_norm import moments
+from clipsmall.distributed import similarity, world
+from clipsmall.distributed.batch_norm import moments
 
 
 def vicreg(

@@ -24,9 +24,9 @@ import torch
 import torch.nn.functional as F
 
 from clipsmall.batch import Pairs
+from clipsmall.model.dual_encoder import DualEncoder
+from clipsmall.model.towers import Loaded, from_open_clip
 from clipsmall.objectives.softmax import softmax
-from clipsmall.tower_sources import Loaded, from_open_clip
-from clipsmall.towers import DualEncoder
 from tests.bench.losses import GIB, level
 from tests.bench.sides import ROOT
 

@@ -43,8 +43,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from clipsmall.batch import Embeddings, Pairs
+from clipsmall.model.dual_encoder import DualEncoder, unit
 from clipsmall.objectives.softmax import softmax
-from clipsmall.towers import DualEncoder, unit
 from tests.bench.chunks import built, level_at_peak, level_now
 from tests.bench.losses import GIB
 from tests.bench.sides import ROOT, Side

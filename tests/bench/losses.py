@@ -31,8 +31,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipsmall import similarity
 from clipsmall.batch import Embeddings
+from clipsmall.distributed import similarity
 from clipsmall.objectives import OBJECTIVES
 from tests.bench.sides import ROOT, Side
 

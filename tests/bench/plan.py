@@ -17,9 +17,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from clipsmall.config import Config
-from clipsmall.config_reader import read
-from clipsmall.planning.meter import Meter
-from clipsmall.planning.step import Machine, Stage, measure, of_batch
+from clipsmall.config.reader import read
+from clipsmall.plan.meter import Meter
+from clipsmall.plan.step import Machine, Stage, measure, of_batch
 from tests.bench.sides import ROOT
 
 ALONE = Machine("cpu", 1)

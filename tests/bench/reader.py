@@ -39,8 +39,8 @@ def our_batches(shards: Path, size: int, batch: int, workers: int) -> Iterator[t
     import open_clip
     import torch
 
-    from clipsmall.preprocess import ImageSpec, ImageTransform
-    from clipsmall.shards import GlobalBatches, Order, batch_loader, open_catalog
+    from clipsmall.data import GlobalBatches, Order, batch_loader, open_catalog
+    from clipsmall.data.preprocess import ImageSpec, ImageTransform
 
     catalog, spec = open_catalog(str(shards)), ImageSpec(size)
     order = Order(catalog.sizes, seed=0)
@@ -55,7 +55,7 @@ def their_batches(shards: Path, size: int, batch: int, workers: int) -> Iterator
     import open_clip
     from open_clip_train.data import get_wds_dataset
 
-    from clipsmall.preprocess import ImageSpec
+    from clipsmall.data.preprocess import ImageSpec
 
     spec = ImageSpec(size)
     transform = open_clip.image_transform(size, is_train=False, mean=spec.mean, std=spec.std)

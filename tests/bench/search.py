@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipsmall.searching.index import Exact, Faiss
+from clipsmall.search.index import Exact, Faiss
 
 PART = 10_000  # rows of a shard's file
 Ask = Callable[[Tensor, int], tuple[Tensor, Tensor]]

@@ -2,10 +2,9 @@
 
 import json
 import subprocess
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests import ROOT
 
 
 class Side:

@@ -1,0 +1,84 @@
+"""Models of a comparison side by side: what each retrieves for the same queries, its logits of the same pairs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from clipsmall.config import Config
+from clipsmall.config.reader import read_yaml, validated
+from clipsmall.data import open_catalog
+from clipsmall.data.order import permutation
+from clipsmall.evaluation import Encoder
+from clipsmall.model.saved import load_model
+from clipsmall.report_page.gallery import gallery, logit_matrix, shown_sets
+from clipsmall.report_page.page import Query
+
+QUERIES, ANSWERS, PAIRS = 3, 3, 32
+
+
+@dataclass
+class Sample:
+    """One model. All models of a page have the same queries in the same order, and the same labels."""
+
+    title: str
+    gallery: list[Query] = field(default_factory=list)
+    matrix: NDArray[np.float32] = field(
+        default_factory=lambda: np.empty((0, 0), np.float32)
+    )  # images down, texts across
+    labels: list[str] = field(default_factory=list)  # their captions
+    scale: float = 1.0
+    error: str = ""  # why it cannot be shown
+
+    @property
+    def found(self) -> int:
+        """Images of the matrix whose highest logit is that of a text with their caption."""
+        best = self.matrix.argmax(axis=1) if len(self.matrix) else []
+        return sum(self.labels[text] == label for text, label in zip(best, self.labels, strict=True))
+
+
+def samples(models: Sequence[tuple[str, Path]]) -> list[Sample]:
+    """A sample a model, loaded one after the other; one that cannot be loaded says why.
+
+    Args:
+        models: (title, run folder). The data are those that the first one's run.yaml evaluates on.
+
+    Raises:
+        ValueError: that run.yaml or its data cannot be read.
+    """
+    if not models:
+        return []
+    config = validated(read_yaml(str(models[0][1] / "run.yaml")))
+    found = []
+    for title, folder in models:
+        try:
+            found.append(_sample(title, folder, config))
+        except ValueError as error:
+            found.append(Sample(title, error=str(error)))
+    asked = [[(query.image, query.text) for query in sample.gallery] for sample in found if not sample.error]
+    assert all(queries == asked[0] for queries in asked), "the same data give the same queries"
+    return found
+
+
+def _sample(title: str, folder: Path, config: Config) -> Sample:
+    if not (folder / "checkpoints").is_dir():  # `load_model` would ask the hub for such a name
+        raise ValueError(f"{folder}: holds no checkpoints")
+    model, loaded = load_model(str(folder))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    encoder = Encoder(model.to(device).eval(), loaded.tokenize, device, config.evaluate.batch_size)
+    shown = Sample(title, scale=model.logit_scale.exp().item())
+    for data, name, classes in shown_sets(config):
+        catalog = open_catalog(data)
+        queries = gallery(encoder, catalog, name, classes)
+        for direction in ("image_to_text", "text_to_image"):
+            shown.gallery += [query for query in queries if query.direction == direction][:QUERIES]
+        if not shown.labels:
+            rows = permutation(len(catalog), 1)[:PAIRS].tolist()
+            matrix, shown.labels = logit_matrix(encoder, catalog, rows, model.logit_scale.exp())
+            shown.matrix = matrix.numpy()
+    for query in shown.gallery:
+        query.texts, query.images = query.texts[:ANSWERS], query.images[:ANSWERS]
+    return shown

@@ -1,0 +1,5 @@
+"""What a run is: the config's schema, and how it is read from YAML and the command line."""
+
+from clipsmall.config.schema import Config
+
+__all__ = ["Config"]

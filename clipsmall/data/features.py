@@ -1,0 +1,109 @@
+"""Features that a frozen tower made once: sidecars `NNNNN.image-1a2b3c4d.safetensors` of shards."""
+
+import contextlib
+import hashlib
+import os
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from clipsmall.data.catalog import Catalog
+from clipsmall.data.index import ShardError, proof, read_index
+from clipsmall.data.order import Rows
+from clipsmall.data.preprocess import BadImage
+from clipsmall.data.scores import good_rows
+
+VERSION = "1"
+
+
+def feature_file(shard: Path, tower: str, digest: str, folder: Path | None = None) -> Path:
+    """Where the features of a shard are: beside it, or in a folder, where shards of several sets may have one name.
+
+    `digest`: of the tower, image or text.
+    """
+    stem = f"{shard.stem}-{hashlib.sha256(str(shard.resolve()).encode()).hexdigest()[:8]}" if folder else shard.stem
+    return (folder or shard.parent) / f"{stem}.{tower}-{digest[:8]}.safetensors"
+
+
+def _belongs(shard: Path, digest: str) -> dict[str, str]:
+    """What features are made of: the file that lies there now, the pairs in it that are good, and the tower."""
+    good = good_rows(read_index(shard, ["status"]))
+    rows = hashlib.sha256(good.tobytes()).hexdigest()[:16]
+    return {"version": VERSION, "tar_proof": proof(shard), "rows": rows, "digest": digest}
+
+
+def usable(path: Path, shard: Path, digest: str) -> bool:
+    """Whether a shard's features are there, whole, of this tower and of the file that lies there now."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = file.metadata() or {}
+    except (OSError, SafetensorError):
+        return False
+    return found == _belongs(shard, digest)
+
+
+def write_features(path: Path, shard: Path, digest: str, features: Tensor, first: Tensor) -> None:
+    """Write the features of a shard, whole or not at all.
+
+    Args:
+        features: (m, D); NaN where there are none. first: (n + 1,) those of row i of the shard's index are
+            `features[first[i] : first[i + 1]]`: one an image, one a caption.
+
+    Raises:
+        ValueError: no room, or no right to write.
+    """
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    metadata = _belongs(shard, digest)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"features": features.contiguous(), "first": first}, temporary, metadata)
+        temporary.chmod(0o644)  # safetensors leaves 0600; shards are shared
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"{path}: features of the frozen tower cannot be written ({error}); give another tune.cache_folder, or "
+            "--tune.cache=false"
+        ) from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+class Features:
+    """Features of all pairs of a catalog, mapped from their files: `features(row, 2)` is the third caption's, (D,).
+
+    Args:
+        files: of each shard of the catalog, checked by `usable`.
+
+    Raises:
+        ShardError: a file is not there.
+    """
+
+    def __init__(self, catalog: Catalog, files: list[Path]) -> None:
+        if missing := [file for file in files if not file.exists()]:
+            raise ShardError(
+                f"{missing[0]}: not there, though another rank made it: ranks on several machines need a "
+                "tune.cache_folder that all of them see"
+            )
+        self.shard, self.files = catalog.shard, files
+        # which row of its shard's index each row of the catalog is
+        self.place: Rows = np.concatenate([good_rows(read_index(shard, ["status"])) for shard in catalog.shards])
+        self._open: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, row: int, caption: int = 0) -> Tensor:
+        """Raises BadImage for an image that could not be read when features were made."""
+        shard = int(self.shard[row])
+        if shard not in self._open:
+            with safe_open(self.files[shard], framework="pt") as file:
+                self._open[shard] = (file.get_tensor("features"), file.get_tensor("first"))
+        features, first = self._open[shard]
+        found = features[int(first[self.place[row]]) + caption]
+        if not found.isfinite().all():
+            raise BadImage("could not be read when its features were made")
+        return found.clone()
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_open": {}}  # each process maps the files itself

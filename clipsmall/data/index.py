@@ -1,0 +1,222 @@
+"""The index of one tar shard: where each sample's members lie, their hashes, and what is wrong with them.
+
+It stands beside the shard as `NAME.index.parquet` and makes three things possible that a streamed tar cannot
+give: random access (hence exact resume), truncation noticed before training, and known bad samples left out.
+"""
+
+import hashlib
+import json
+import os
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from clipsmall.data.captions import caption_hash, captions_of, fields_of
+
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "avif", "gif", "bmp", "tif", "tiff")
+VERSION = 1
+PROOF_BYTES = 64 << 10
+MAX_TEXT_BYTES = 1 << 20  # a longer caption or json is a mistake, and reading it into memory a risk
+
+SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("index", pa.int64()),  # the pair's number as its json says; -1 when it says nothing
+        ("image_offset", pa.int64()),
+        ("image_size", pa.int64()),
+        ("image_suffix", pa.string()),
+        ("text_offset", pa.int64()),
+        ("text_size", pa.int64()),
+        ("json_offset", pa.int64()),
+        ("json_size", pa.int64()),
+        ("label_offset", pa.int64()),  # CLIP_benchmark's .cls
+        ("label_size", pa.int64()),
+        ("sha256", pa.string()),  # of the image's bytes
+        ("caption_hash", pa.int64()),  # of the first caption
+        ("caption_chars", pa.int64()),
+        ("status", pa.string()),  # "" = good; else the reason why the pair is left out
+    ]
+)
+
+
+class ShardError(ValueError):
+    """A shard, or its index, cannot be used; the message names the file and says what to do."""
+
+
+def image_hash(image: bytes) -> int:
+    """Signed 64-bit hash of an encoded image: the first 8 bytes of its sha256."""
+    return int.from_bytes(hashlib.sha256(image).digest()[:8], "little", signed=True)
+
+
+class Member(NamedTuple):
+    name: str
+    offset: int  # of the data, in the tar
+    size: int  # bytes
+
+
+def index_path(shard: Path) -> Path:
+    return shard.with_suffix(".index.parquet")
+
+
+def tar_members(shard: Path) -> list[Member]:
+    """Every regular file of an uncompressed tar, in order.
+
+    Links, devices and directories are passed over. Raises ShardError for anything but a whole tar: `tarfile`
+    and webdataset take a file that ends at a header, or inside one, for a shorter tar without a word.
+    """
+    size = shard.stat().st_size
+    if size == 0:
+        raise ShardError(f"{shard}: the file is empty; copy or make it again")
+    members, end = [], 0
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            for info in tar:
+                end = info.offset_data + -(-info.size // 512) * 512 if info.isreg() else info.offset_data
+                if info.offset_data + info.size > size:
+                    raise ShardError(f"{shard}: cut inside member {info.name!r}; copy or make it again")
+                if info.isreg():
+                    members.append(Member(info.name, info.offset_data, info.size))
+    except tarfile.TarError as error:
+        raise ShardError(f"{shard}: not an uncompressed tar, or cut ({error}); copy or make it again") from None
+    with shard.open("rb") as file:
+        file.seek(end)
+        if file.read(512) != b"\0" * 512:
+            raise ShardError(f"{shard}: cut after {len(members)} members (no end mark); copy or make it again")
+    return members
+
+
+def samples(members: list[Member]) -> Iterator[tuple[str, dict[str, Member]]]:
+    """Members grouped as webdataset does: neighbours with one name up to the first dot of the file name."""
+    key, group = None, dict[str, Member]()
+    for member in members:
+        folder, _, name = member.name.rpartition("/")
+        stem, _, suffix = name.partition(".")
+        if not stem or stem.startswith("__"):  # hidden files; webdataset's `__meta__` members
+            continue
+        here = f"{folder}/{stem}" if folder else stem
+        suffix = suffix.lower()
+        if key is not None and (here != key or suffix in group):
+            yield key, group
+            group = {}
+        key = here
+        group[suffix] = member
+    if key is not None:
+        yield key, group
+
+
+def _row(key: str, group: dict[str, Member], read: Any) -> dict[str, Any]:
+    """One row of the index; `read(member) -> bytes`."""
+    missing = Member("", -1, 0)
+    suffix = next((s for s in IMAGE_SUFFIXES if s in group), "")
+    image, text = group.get(suffix, missing), group.get("txt", missing)
+    record, label = group.get("json", missing), group.get("cls", missing)
+    status, fields, captions = "", dict[str, Any](), list[str]()
+    if record.size > MAX_TEXT_BYTES or text.size > MAX_TEXT_BYTES:
+        status = "caption or json over 1 MiB"
+    else:
+        try:
+            fields = fields_of(read(record) if record.size else b"")
+            captions = captions_of(read(text) if text.size > 0 else b"", fields)
+            if not captions:
+                status = "no caption" if text.offset < 0 else "empty caption"
+        except UnicodeDecodeError:
+            status = "caption is not UTF-8"
+        except (ValueError, RecursionError):
+            status = "broken json"
+    if image.size == 0:
+        status = "no image"
+    number = fields.get("index", -1)
+    return {
+        "key": key.encode("utf-8", "replace").decode(),  # a tar's names need not be UTF-8
+        "index": number if type(number) is int and 0 <= number < 2**63 else -1,
+        "image_offset": image.offset,
+        "image_size": image.size,
+        "image_suffix": suffix,
+        "text_offset": text.offset,
+        "text_size": text.size,
+        "json_offset": record.offset,
+        "json_size": record.size,
+        "label_offset": label.offset,
+        "label_size": label.size,
+        "sha256": hashlib.sha256(read(image)).hexdigest() if image.size else "",
+        "caption_hash": caption_hash(captions[0]) if captions else 0,
+        "caption_chars": len(captions[0]) if captions else 0,
+        "status": status,
+    }
+
+
+def proof(shard: Path) -> str:
+    """sha256 of a shard's first, middle and last 64 KiB: tars are padded, so another one may have the same size."""
+    size, digest = shard.stat().st_size, hashlib.sha256()
+    with shard.open("rb") as file:
+        for offset in (0, size // 2, max(size - PROOF_BYTES, 0)):
+            digest.update(os.pread(file.fileno(), PROOF_BYTES, offset))
+    return digest.hexdigest()
+
+
+def check_stats(shard: Path, samples: int) -> None:
+    """Raises ShardError when img2dataset's `_stats.json` promises another number of samples than the tar holds."""
+    stats = shard.with_name(f"{shard.stem}_stats.json")
+    promised = json.loads(stats.read_text()).get("successes") if stats.exists() else None
+    if promised not in (None, samples):
+        raise ShardError(f"{shard}: holds {samples} samples, {stats.name} says {promised}; copy or make it again")
+
+
+def build_index(shard: Path) -> pa.Table:
+    """Read a whole tar shard once and describe every sample in it.
+
+    Raises:
+        ShardError: not a tar, truncated, or holding fewer samples than img2dataset's `_stats.json` promises.
+    """
+    members = tar_members(shard)
+    with shard.open("rb") as file:
+        rows = [
+            _row(key, group, lambda m: os.pread(file.fileno(), m.size, m.offset)) for key, group in samples(members)
+        ]
+    check_stats(shard, len(rows))
+    metadata = {"clipsmall_index": str(VERSION), "tar_size": str(shard.stat().st_size), "tar_proof": proof(shard)}
+    return pa.Table.from_pylist(rows, schema=SCHEMA.with_metadata(metadata))
+
+
+def write_index(shard: Path, table: pa.Table) -> Path:
+    """Write `table` beside the shard, whole or not at all."""
+    path = index_path(shard)
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    pq.write_table(table, temporary)
+    os.replace(temporary, path)
+    return path
+
+
+def read_index(shard: Path, columns: list[str] | None = None) -> pa.Table:
+    """The index of a shard, after checking that it belongs to the file that lies there now.
+
+    Raises:
+        ShardError: no shard, no index, an index of another version, or a shard that has changed its size.
+    """
+    path = index_path(shard)
+    if not shard.exists():
+        raise ShardError(f"{shard}: no such shard")
+    if not path.exists():
+        raise ShardError(f"{shard}: has no index; make it with: python -m data_tools.check_shards {shard.parent}")
+    try:
+        table = pq.read_table(path, columns=columns)
+    except (pa.ArrowException, OSError) as error:
+        raise ShardError(f"{path}: unreadable ({error}); delete it and run data_tools.check_shards") from None
+    metadata = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
+    if metadata.get("clipsmall_index") != str(VERSION):
+        raise ShardError(f"{path}: not a clipsmall index of version {VERSION}; run data_tools.check_shards --rebuild")
+    if (size := shard.stat().st_size) != int(metadata["tar_size"]):
+        raise ShardError(
+            f"{shard}: has {size} bytes, its index was made for {metadata['tar_size']}: truncated or replaced; "
+            f"restore it, or run: python -m data_tools.check_shards {shard.parent} --rebuild"
+        )
+    if metadata.get("tar_proof") != proof(shard):
+        raise ShardError(
+            f"{shard}: is another file than the one its index was made for; restore it, or run: "
+            f"python -m data_tools.check_shards {shard.parent} --rebuild"
+        )
+    return table

@@ -1,0 +1,128 @@
+"""Scores of shards: what a model made of each of their pairs, in sidecars `NNNNN.scores.parquet`."""
+
+import json
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from clipsmall import __version__
+from clipsmall.data.catalog import Catalog
+from clipsmall.data.index import ShardError, proof, read_index
+from clipsmall.data.order import Rows
+
+VERSION = 1
+
+
+class Scorer(NamedTuple):
+    """The model that scored."""
+
+    model: str  # as the user named it
+    pretrained: str
+    digest: str  # of its weights, and of what is done to an image before they see it
+    image_size: int  # pixels
+    logit_scale: float
+    logit_bias: float
+
+
+class Scores(NamedTuple):
+    """All n scored pairs of a catalog; 4 D bytes each in memory."""
+
+    row: Rows  # (n,) of the catalog, ascending
+    image_hash: Rows  # (n,)
+    image: NDArray[np.float16]  # (n, D), unit length
+    text: NDArray[np.float16]  # (n, D), unit length
+    scorer: Scorer
+
+    def features(self, places: Rows) -> NDArray[np.float32]:
+        """(len(places), 2 D) image and text side by side: their products are the sum of both cosines."""
+        return np.concatenate([self.image[places], self.text[places]], axis=1).astype(np.float32)
+
+
+def sidecar(shard: Path, folder: Path | None = None) -> Path:
+    """Where the scores of a shard are: beside it, or in a folder of scores."""
+    return (folder or shard.parent) / f"{shard.stem}.scores.parquet"
+
+
+def write_scores(shard: Path, folder: Path | None, table: pa.Table, scorer: Scorer) -> None:
+    """Write the sidecar of a shard, whole or not at all."""
+    path = sidecar(shard, folder)
+    metadata = {
+        "clipsmall_scores": str(VERSION),
+        "clipsmall": __version__,
+        "tar_proof": proof(shard),
+        "scorer": json.dumps(scorer._asdict()),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    try:
+        pq.write_table(table.replace_schema_metadata(metadata), temporary, use_dictionary=False)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_scores(shard: Path, folder: Path | None, columns: list[str]) -> tuple[pa.Table, Scorer]:
+    """Some columns of a shard's sidecar, after checking that it belongs to the file that lies there now.
+
+    Raises:
+        ShardError: no sidecar, a cut one, one of another version, or of a shard that was replaced since.
+    """
+    path, again = sidecar(shard, folder), "run: python -m data_tools.mine_shards score"
+    if not path.exists():
+        raise ShardError(f"{path}: {shard} has no scores; {again}")
+    try:
+        table = pq.read_table(path, columns=columns)
+    except (pa.ArrowException, OSError) as error:
+        raise ShardError(f"{path}: cut or broken ({error}); {again}") from None
+    metadata = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
+    if metadata.get("clipsmall_scores") != str(VERSION):
+        raise ShardError(f"{path}: not scores of version {VERSION}; {again}")
+    if metadata["tar_proof"] != proof(shard):
+        raise ShardError(f"{path}: {shard} was replaced since it was scored; {again}")
+    return table, Scorer(**json.loads(metadata["scorer"]))
+
+
+def all_scores(catalog: Catalog, folder: Path | None = None) -> Scores:
+    """The scores of all shards of a catalog; good pairs without one (broken images) are not among them.
+
+    Raises:
+        ShardError: a shard without usable scores, or scores of different models.
+    """
+    parts = []
+    before = np.cumsum([0, *catalog.sizes])
+    first: Scorer | None = None
+    for place, shard in enumerate(catalog.shards):
+        if not catalog.sizes[place]:
+            continue
+        table, scorer = read_scores(shard, folder, ["row", "image_hash", "image", "text"])
+        first = first or scorer
+        if scorer.digest != first.digest:
+            raise ShardError(
+                f"{sidecar(shard, folder)}: scored by {scorer.model} (weights {scorer.digest[:8]}), others by "
+                f"{first.model} ({first.digest[:8]}); score them alike with: data_tools.mine_shards score --rescore"
+            )
+        good, rows = good_rows(read_index(shard, ["status"])), table["row"].to_numpy()
+        there = np.isin(rows, good)  # a pair may have been found bad since
+        halves = [_rows(table[name])[there] for name in ("image", "text")]
+        parts.append(
+            (before[place] + np.searchsorted(good, rows[there]), table["image_hash"].to_numpy()[there], *halves)
+        )
+    assert first is not None  # a catalog has pairs
+    row, image_hash, image, text = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return Scores(row, image_hash, image, text, first)
+
+
+def _rows(column: pa.ChunkedArray) -> NDArray[np.float16]:
+    lists = column.combine_chunks()
+    found: NDArray[np.float16] = lists.flatten().to_numpy().reshape(len(lists), lists.type.list_size)
+    return found
+
+
+def good_rows(index: pa.Table) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """The rows of a shard's index that a catalog keeps, in its order."""
+    return np.flatnonzero(index["status"].to_numpy() == "")

@@ -1,0 +1,1 @@
+"""Work over ranks and devices: the only room that speaks torch.distributed."""

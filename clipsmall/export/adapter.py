@@ -1,0 +1,64 @@
+"""LoRA alone, as peft loads it onto its base: the adapter, and beside it the scale that peft would leave behind."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from clipsmall.export.weights import Tensors
+
+
+def base_name(description: dict[str, Any], name: str, shared: bool) -> str:
+    """What the base's library calls it.
+
+    Args:
+        shared: others shall load it, so it must not be a folder of this machine.
+
+    Raises:
+        ValueError: no adapters, a base that others do not have, or trained weights that no adapter holds.
+    """
+    if "lora" not in description:
+        raise ValueError(f"{name}: was trained without LoRA, there is no adapter; leave --adapter out")
+    if others := description["lora"].get("others"):
+        raise ValueError(
+            f"{name}: {len(others)} tensors beside the adapters were trained ({others[0]} …) and would be lost; leave "
+            "--adapter out: the merged model has them"
+        )
+    if not description.get("base"):
+        raise ValueError(f"{name}: its base had fresh weights, which nobody else has; leave --adapter out")
+    if shared and Path(description["base"]).exists():
+        raise ValueError(
+            f"{name}: its base is a folder of this machine, which nobody else can load; leave --adapter out"
+        )
+    base: str = description["base"].removeprefix("hf:").removeprefix("open_clip:")
+    local = description["kind"] == "open_clip" and (Path(base) / "open_clip_config.json").exists()
+    return f"local-dir:{base}" if local else base
+
+
+def write(config: dict[str, Any], tensors: Tensors, base: str, revision: str, scalars: Tensors, folder: Path) -> None:
+    """adapter_config.json, adapter_model.safetensors and scale.json.
+
+    Args:
+        config: as peft writes it, base apart.
+        tensors: of the adapters, as peft names them.
+        scalars: logit_scale (its log) and perhaps logit_bias.
+    """
+    named = {**config, "base_model_name_or_path": base, "revision": revision or None}
+    (folder / "adapter_config.json").write_text(json.dumps(named, indent=2) + "\n")
+    path = folder / "adapter_model.safetensors"
+    save_file({key: value.contiguous() for key, value in tensors.items()}, path)
+    path.chmod(0o644)  # safetensors leaves 0600
+    log, bias = scalars["logit_scale"].item(), scalars.get("logit_bias")
+    # the log is what the libraries keep, the factor what people mean
+    scale = {"logit_scale": math.exp(log), "log_logit_scale": log, "logit_bias": None if bias is None else bias.item()}
+    (folder / "scale.json").write_text(json.dumps(scale, indent=2) + "\n")
+
+
+def note(scalars: Tensors, family: str) -> str:
+    """For the card: what is here, and what must be set by hand."""
+    told = "These are LoRA weights alone: they need their base, and the logit scale that stands in scale.json."
+    if family == "siglip" or "logit_bias" not in scalars:
+        return told
+    return f"{told} A CLIP has no logit_bias: add {scalars['logit_bias'].item():.6g} to its logits before a sigmoid."

@@ -1,0 +1,1 @@
+"""Dual encoders: towers from several libraries, heads, adapters, chunks."""

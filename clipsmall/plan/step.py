@@ -1,0 +1,226 @@
+"""One step of the real loop on abstract tensors, with a meter on it."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import torch
+from accelerate.utils import convert_outputs_to_fp32
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from clipsmall.batch import Embeddings, Pairs, Progress
+from clipsmall.build import chunks as build_chunks
+from clipsmall.build import objective as build_objective
+from clipsmall.build import run as build
+from clipsmall.config import Config
+from clipsmall.config.reader import validated
+from clipsmall.model.towers import Loaded
+from clipsmall.plan.cuda_ways import cuda_ways
+from clipsmall.plan.meter import HOST, Meter
+from clipsmall.plan.ranks import imagined
+from clipsmall.train import train
+from clipsmall.training.optim import Guard
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class Machine(NamedTuple):
+    """What is planned for."""
+
+    device: str  # cuda or cpu
+    ranks: int
+
+
+class Step(NamedTuple):
+    """What one rank's step needs, at the moment when it needs most."""
+
+    rows: int  # pairs of a rank
+    bytes: dict[str, int]  # by what they are (meter.LABELS, and DDP's buckets)
+    flops: int
+
+    @property
+    def total(self) -> int:
+        return sum(self.bytes.values())
+
+
+class Abstract(FakeTensorMode):  # type: ignore[no-untyped-call]
+    """One for all: a copied tensor (an averaged tower) would copy it, too, and two do not mix."""
+
+    def __deepcopy__(self, memo: Any) -> "Abstract":
+        return self
+
+
+def measure(config: Config, machine: Machine, rows: int, hollow: bool = False) -> Step:
+    """The second of two steps of `rows` pairs a rank: the optimizer has its state, queues are full.
+
+    Args:
+        hollow: towers that cost nothing in place of the config's, to see the loss alone.
+
+    Raises:
+        ValueError: what a run of this config would raise before its first step.
+    """
+    config, meter = of_batch(config, rows * machine.ranks), Meter()
+    ways = cuda_ways(meter) if machine.device == "cuda" else nullcontext()
+    with imagined(machine.ranks), Abstract(), meter, unmoved(), ways:
+        stage = Stage(config, machine, meter, hollow)
+        stage.first_step()
+        stage.second_step(rows)
+    found = dict(meter.peak)
+    if machine.ranks > 1:  # DDP's copy of the gradients, for their exchange: gradient_as_bucket_view is off by default
+        found["DDP's buckets"] = stage.trainable
+    return Step(rows, found, meter.flops)
+
+
+def of_batch(config: Config, batch: int) -> Config:
+    """The same with another batch, fresh weights, and no evaluations."""
+    tree = config.model_dump(mode="json")
+    tree["data"]["batch_size"], tree["model"]["pretrained"], tree["evaluate"] = batch, "none", {}
+    tree["optim"]["pairs"] = max(config.optim.pairs, batch)
+    return validated(tree)
+
+
+@contextmanager
+def unmoved() -> Iterator[None]:
+    """Modules stay where they are made: `Module.to` cannot move abstract parameters (torch 2.14: swap_tensors)."""
+    with patch.object(nn.Module, "to", lambda module, *_, **__: module), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # of a copied tower
+        yield
+
+
+class Hollow(nn.Module):
+    """Towers of the same width that compute next to nothing."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(width))
+        self.words = nn.Embedding(2, 1)
+
+    def image(self, pixels: Tensor) -> Tensor:
+        return pixels.flatten(1)[:, :1] * self.weight
+
+    def text(self, ids: Tensor) -> Tensor:
+        return ids[:, :1] * self.weight
+
+
+def hollowed(loaded: Loaded) -> Loaded:
+    return replace(loaded, towers=Hollow(build_objective.width(loaded)), spec=replace(loaded.spec, size=1))
+
+
+class Stage:
+    """Everything that a run builds, on abstract tensors."""
+
+    def __init__(self, config: Config, machine: Machine, meter: Meter, hollow: bool) -> None:
+        self.config, self.machine, self.meter = config, machine, meter
+        no_data: Any = SimpleNamespace(captions=lambda: ["a"])  # our towers' vocabulary is as large as they are
+        loaded = build.loaded_towers(config, no_data, None)
+        loaded = hollowed(loaded) if hollow else loaded
+        ids = torch.arange(config.optim.pairs)  # of an epoch at most: the data set may lie on another machine
+        self.loaded, self.setting = loaded, build_objective.setting(config, loaded, ids)
+        self.encoder = build.dual_encoder(config, loaded, self.setting).train()
+        on_cpu: Any = SimpleNamespace(device=torch.device("cpu"))
+        build_chunks.checkpoint_blocks(config, on_cpu, loaded, self.encoder)
+        self.encoder.chunk_size = build_chunks.chunk_size(config, on_cpu, loaded, self.encoder)
+        for head in self.encoder.heads.values():
+            if hasattr(head, "average"):
+                meter.label(tensors(head.average), "averaged towers")
+        meter.label([ids], HOST)
+        self.objective = build_objective.objective(config, self.setting)
+        if isinstance(self.objective, nn.Module):
+            meter.label(tensors(self.objective), "memory")
+        self.optimizer = build.optimizer(config, self.encoder)
+        self.trainable = 0
+        for parameter in self.encoder.parameters():
+            if parameter.requires_grad:
+                self.trainable += parameter.untyped_storage().nbytes()
+                parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                    lambda p: meter.label([p.grad], "gradients")
+                )
+
+    def first_step(self) -> None:
+        """The optimizer makes its state."""
+        for parameter in self.encoder.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
+        for group in self.optimizer.param_groups:
+            group["fused"] = self.machine.device == "cuda"  # as optim.adamw has it there
+        with self.meter.labelled("optimizer"):
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def second_step(self, rows: int) -> None:
+        """The real loop, for one batch."""
+        meter, encoder = self.meter, self.encoder
+        self.optimizer.register_step_pre_hook(lambda *_: setattr(meter, "making", "optimizer"))
+        encoder.forward = self.told(encoder.forward)  # type: ignore[method-assign]
+        accelerator: Any = SimpleNamespace(  # without fp16's GradScaler, which holds two numbers
+            backward=self.backward, unscale_gradients=lambda: None, scaler=None
+        )
+        columns = build_objective.columns(self.config)
+        batch = self.pairs(rows)
+        schedule = build.scheduler(self.config, self.optimizer)
+        guard = Guard(None, self.config.run.max_bad_steps, encoder)
+        meter.restart()
+        train(
+            accelerator, encoder, self.as_loss(columns), self.as_loss(self.objective), [batch], guard,
+            self.optimizer, schedule, self.config.optim.clip, Progress(), [],
+        )  # fmt: skip
+
+    def pairs(self, rows: int) -> Pairs:
+        side = self.loaded.spec.size
+        ids: Tensor = self.loaded.tokenize(["a"])
+        made = Pairs(
+            torch.zeros(rows, 3, side, side, dtype=torch.uint8),
+            torch.ones(rows, ids.shape[1], dtype=ids.dtype),
+            torch.arange(rows),
+            torch.arange(rows),
+        )
+        self.meter.label(made, "pixels")
+        if self.machine == ("cuda", 1) and self.encoder.chunk_size:  # they travel; DDP takes all to the device
+            self.meter.label([made.image], HOST)
+        return made
+
+    def told(self, forward: Any) -> Any:
+        """`forward` in the config's precision, as Accelerate wraps it; it tells the meter what is being made."""
+        precision = self.config.run.precision
+        if precision == "auto":
+            precision = "fp16" if self.machine.device == "cuda" else "fp32"  # or bf16: as many bytes
+        if precision in DTYPES:
+            forward = torch.autocast("cpu", dtype=DTYPES[precision])(forward)
+            forward = convert_outputs_to_fp32(forward)
+
+        def wrapped(pairs: Pairs) -> Embeddings:
+            with self.meter.labelled("activations"):
+                rows: Embeddings = forward(pairs)
+            waiting = [rows.image, rows.text]
+
+            def arrived(_: Tensor) -> None:
+                waiting.pop()
+                if not waiting:  # from here on the backward pass is the towers'
+                    self.meter.making = "activations"
+
+            for tensor in (rows.image, rows.text):
+                tensor.register_hook(arrived)  # type: ignore[no-untyped-call]
+            return rows
+
+        return wrapped
+
+    def backward(self, loss: Tensor) -> None:
+        self.meter.making = "loss"
+        torch.autograd.backward(loss)
+        self.meter.making = "activations"
+
+    def as_loss(self, made: Any) -> Any:
+        def wrapped(*arguments: Any) -> Any:
+            with self.meter.labelled("loss"):
+                return made(*arguments)
+
+        return wrapped
+
+
+def tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]

@@ -1,0 +1,7 @@
+"""Search in a data set by text or picture: embeddings made once, exact search over them, a local page."""
+
+from clipsmall.search.embeddings import Embeddings, embed
+from clipsmall.search.index import INDEXES, Exact
+from clipsmall.search.searcher import Answer, Hit, Searcher
+
+__all__ = ["INDEXES", "Answer", "Embeddings", "Exact", "Hit", "Searcher", "embed"]

@@ -1,7 +1,0 @@
-"""Search in a data set by text or picture: embeddings made once, exact search over them, a local page."""
-
-from clipsmall.searching.embeddings import Embeddings, embed
-from clipsmall.searching.index import INDEXES, Exact
-from clipsmall.searching.searcher import Answer, Hit, Searcher
-
-__all__ = ["INDEXES", "Answer", "Embeddings", "Exact", "Hit", "Searcher", "embed"]

@@ -1,0 +1,1 @@
+"""Check on this machine that a config trains with the exact global gradient."""

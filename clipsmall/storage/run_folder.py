@@ -1,0 +1,109 @@
+"""The folder of a run: claimed by one process, described by files that lie beside every result."""
+
+import json
+import math
+import platform
+import shlex
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clipsmall.storage import locks
+
+PACKAGES = (
+    "clipsmall",
+    "torch",
+    "torchvision",
+    "accelerate",
+    "transformers",
+    "open_clip_torch",
+    "numpy",
+    "pillow",
+)
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    found["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return found
+
+
+def _step(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (json.JSONDecodeError, KeyError):  # a line cut by a kill
+        return math.inf
+
+
+class RunFolder:
+    """Paths of a run's results.
+
+    `claim` is for the main rank only. Its lock is held until the process ends.
+    """
+
+    def __init__(self, out: str) -> None:
+        self.path = Path(out)
+        self.checkpoints = self.path / "checkpoints"
+        self.metrics = self.path / "metrics.jsonl"
+        self.evaluations = self.path / "eval"
+
+    def holds(self, checkpoint: Path) -> bool:
+        return checkpoint.resolve().parent == self.checkpoints.resolve()
+
+    def refuse_if_used(self, resume: bool, checkpoint: Path | None) -> None:
+        """Raises ValueError when a run already lies here and it is not the one to continue."""
+        continued = resume or (checkpoint is not None and self.holds(checkpoint))
+        if not continued and (self.path / "run.yaml").exists():
+            raise ValueError(f"{self.path}: holds a run already; continue it with --resume=auto, or give another --out")
+
+    def last_evaluation(self) -> int:
+        """The last step with a line of results (which has no `loss`) in metrics.jsonl, -1 if there is none."""
+        lines = self.metrics.read_text(errors="replace").splitlines() if self.metrics.exists() else []
+        steps = [_step(line) for line in lines if '"loss"' not in line]
+        return max((int(step) for step in steps if step < math.inf), default=-1)
+
+    def claim(self, config: str, step: int, launch: dict[str, Any]) -> None:
+        """Make the folder, lock it, write run.yaml, command.txt and env.json, and take back what came after `step`.
+
+        A resumed run's log is then that of an uninterrupted one, and its checkpoints are the newest: later ones
+        (broken, or left behind on purpose by naming an earlier one) are renamed, not deleted.
+
+        Raises:
+            ValueError: the folder cannot be written, or another run is using it.
+        """
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / ".lock").open("w")
+        except OSError as error:
+            raise ValueError(f"{self.path}: cannot be written ({error.strerror}); give another --out") from None
+        if not locks.take(self._lock):
+            raise ValueError(f"{self.path}: another run is writing here; wait for it, or give another --out")
+        if self.metrics.exists():
+            kept = [line for line in self.metrics.read_text(errors="replace").splitlines() if _step(line) <= step]
+            self._write(self.metrics.name, "".join(f"{line}\n" for line in kept))
+        for folder in self.checkpoints.glob("step_*"):
+            if int(folder.name.removeprefix("step_")) > step:
+                aside = folder.with_name(f"aside_{folder.name}_{time.time_ns()}")
+                folder.rename(aside)
+                print(f"note: {folder.name} is later than step {step}; kept as {aside.name}", file=sys.stderr)
+        self._write("run.yaml", config)
+        self._write("command.txt", shlex.join(sys.argv) + "\n")
+        self._write("env.json", json.dumps(versions() | launch, indent=2) + "\n")
+
+    def _write(self, name: str, text: str) -> None:
+        """Whole or not at all: a resumed run's files outlive a full disk."""
+        partial = self.path / f".tmp-{name}"
+        try:
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(self.path / name)
+        finally:
+            partial.unlink(missing_ok=True)
