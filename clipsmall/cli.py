@@ -13,7 +13,8 @@ MODEL_HELP = (
 def refuse(error: Exception) -> NoReturn:
     """How every command ends on bad input: the message, one `error:` a line, and exit code 2."""
     said = str(error)
-    if said.startswith("Caught "):  # torch hands on a loader worker's error as its traceback: "\nmodule.Class: message"
+    # torch hands on a loader worker's error as its traceback: "\nmodule.Class: message"
+    if said.startswith("Caught "):
         said = re.split(r"\n(?:\w+\.)*[A-Z]\w*: ", said)[-1]
     for line in said.splitlines():
         print(f"error: {line}", file=sys.stderr)

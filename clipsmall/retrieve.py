@@ -3,8 +3,8 @@
     python -m clipsmall.retrieve runs/demo --data data/glyphs/test_unseen
     python -m clipsmall.retrieve openai/clip-vit-base-patch32 --data data/coco/test
 
-recall@1, 5 and 10 over all pairs, several captions an image and several images a caption; ties count as a random
-order of the tied. The JSON cell is CLIP_benchmark's.
+recall@1, 5 and 10 over all pairs, several captions an image and several images a caption; ties
+count as a random order of the tied. The JSON cell is CLIP_benchmark's.
 """
 
 import sys

@@ -4,7 +4,8 @@
     python -m clipsmall.zero_shot ViT-B-32 --pretrained laion2b_s34b_b79k --data imagenet/test \\
         --classes imagenet --templates openai
 
-Accuracy is top-1, top-5 and the mean over classes, beside chance; the JSON cell is CLIP_benchmark's.
+Accuracy is top-1, top-5 and the mean over classes, beside chance; the JSON cell is
+CLIP_benchmark's.
 """
 
 import sys
@@ -22,9 +23,15 @@ def main(words: list[str] | None = None) -> int:
         help="imagenet, captions, labels (distinct ones of the data), or a file of lines",
     )
     parser.add_argument(
-        "--templates", default="plain", help="plain, simple (7), openai (80), or a file of lines with {c}"
+        "--templates",
+        default="plain",
+        help="plain, simple (7), openai (80), or a file of lines with {c}",
     )
-    parser.add_argument("--label", default="", help="json field of an image's class; default: .cls, else its caption")
+    parser.add_argument(
+        "--label",
+        default="",
+        help="json field of an image's class; default: .cls, else its caption",
+    )
     options = parser.parse_args(words)
 
     def measure(encoder: Encoder, name: str) -> Cell:

@@ -4,9 +4,9 @@
     python -m data_tools.check_shards data/train --decode     # find broken images too: training skips them
     python -m data_tools.check_shards 'laion/{00000..00099}.tar' --rebuild --workers 8
 
-Reads any WebDataset: make_shards', img2dataset's, DataComp's, CLIP_benchmark's. The report goes to the
-terminal and to check.json, a sheet of evenly picked pairs to check.png. Exit code: 0 all shards usable, 1 not
-all, 2 wrong use.
+Reads any WebDataset: make_shards', img2dataset's, DataComp's, CLIP_benchmark's. The report goes to
+the terminal and to check.json, a sheet of evenly picked pairs to check.png. Exit code: 0 all shards
+usable, 1 not all, 2 wrong use.
 """
 
 import argparse
@@ -28,7 +28,8 @@ from data_tools.pool import in_processes
 from data_tools.shard_check import Problem, check_shard, find_shards, pair_captions, pair_image
 from data_tools.shard_report import Report, as_text, report_of
 
-CELLS = 48  # pairs on the contact sheet
+# pairs on the contact sheet
+CELLS = 48
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -38,7 +39,11 @@ def main(argv: list[str] | None = None) -> int:
         shards, missing = find_shards(args.paths)
         report, frame = check(shards, missing, args.rebuild, args.decode, args.workers)
         first = Path(args.paths[0])
-        folder = first if first.is_dir() else (shards or [problem.shard for problem in missing])[0].parent
+        folder = (
+            first
+            if first.is_dir()
+            else (shards or [problem.shard for problem in missing])[0].parent
+        )
         sheet = args.sheet or folder / "check.png"
         path = args.json or folder / "check.json"
         path.write_text(report.as_json())
@@ -47,7 +52,10 @@ def main(argv: list[str] | None = None) -> int:
         if (cells := cells_of(frame)) and report.image_bytes:
             pictures = frame[frame["image_size"] > 0]
             title = f"{folder.resolve().name}: {report.title}"
-            spread = {"characters in a caption": pictures["caption_chars"], "bytes in an image": pictures["image_size"]}
+            spread = {
+                "characters in a caption": pictures["caption_chars"],
+                "bytes in an image": pictures["image_size"],
+            }
             draw_sheet(sheet, cells, spread, "pairs", title)
             print(f"{'sheet':<14}{sheet}")
     except (ValueError, OSError, RuntimeError) as error:
@@ -65,14 +73,28 @@ def parser() -> argparse.ArgumentParser:
     )
     add = made.add_argument
     add("paths", nargs="+", metavar="PATH", help="folders, .tar files, globs, {000..123} lists")
-    add("--rebuild", action="store_true", help="make every index anew, e.g. when shards were replaced")
+    add(
+        "--rebuild",
+        action="store_true",
+        help="make every index anew, e.g. when shards were replaced",
+    )
     add(
         "--decode",
         action="store_true",
         help="decode every image, compare its sha256; the index notes the bad ones",
     )
-    add("--json", type=Path, metavar="OUT.json", help="report (default: check.json beside the shards)")
-    add("--sheet", type=Path, metavar="OUT.png", help="contact sheet (default: check.png beside the shards)")
+    add(
+        "--json",
+        type=Path,
+        metavar="OUT.json",
+        help="report (default: check.json beside the shards)",
+    )
+    add(
+        "--sheet",
+        type=Path,
+        metavar="OUT.png",
+        help="contact sheet (default: check.png beside the shards)",
+    )
     add(
         "--workers",
         type=int,
@@ -84,7 +106,11 @@ def parser() -> argparse.ArgumentParser:
 
 
 def check(
-    shards: list[Path], missing: list[Problem], rebuild: bool = False, decode: bool = False, workers: int = 1
+    shards: list[Path],
+    missing: list[Problem],
+    rebuild: bool = False,
+    decode: bool = False,
+    workers: int = 1,
 ) -> tuple[Report, pd.DataFrame]:
     """Check all shards; one that cannot be used stops nothing.
 

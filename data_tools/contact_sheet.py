@@ -14,10 +14,15 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 COLUMNS = 8
-THUMBNAIL = 200  # pixels
-CAPTION_WIDTH = 24  # characters a line
+# pixels
+THUMBNAIL = 200
+# characters a line
+CAPTION_WIDTH = 24
 CAPTION_LINES = 3
-INK, QUIET, HAIRLINE, BAR = "#1f2328", "#6e7781", "#d8dee4", "#4f7cac"
+INK = "#1f2328"
+QUIET = "#6e7781"
+HAIRLINE = "#d8dee4"
+BAR = "#4f7cac"
 
 
 class Cell(NamedTuple):
@@ -27,7 +32,9 @@ class Cell(NamedTuple):
     caption: str
 
 
-def draw_sheet(path: Path, cells: Sequence[Cell], histograms: Mapping[str, ArrayLike], what: str, title: str) -> None:
+def draw_sheet(
+    path: Path, cells: Sequence[Cell], histograms: Mapping[str, ArrayLike], what: str, title: str
+) -> None:
     """Write the sheet as a PNG.
 
     Args:
@@ -40,12 +47,30 @@ def draw_sheet(path: Path, cells: Sequence[Cell], histograms: Mapping[str, Array
     from matplotlib.patches import Rectangle
 
     rows = max(-(-len(cells) // COLUMNS), 1)
-    height = rows * 1.75 + 2.9  # inches
+    # inches
+    height = rows * 1.75 + 2.9
     figure = Figure(figsize=(COLUMNS * 1.45, height), dpi=120, facecolor="white")
-    figure.text(0.03, 1 - 0.18 / height, title, va="top", fontsize=12, color=INK, weight="bold", parse_math=False)
-    top, bottom = 1 - 0.55 / height, 2.3 / height
+    figure.text(
+        0.03,
+        1 - 0.18 / height,
+        title,
+        va="top",
+        fontsize=12,
+        color=INK,
+        weight="bold",
+        parse_math=False,
+    )
+    top = 1 - 0.55 / height
+    bottom = 2.3 / height
     grid = figure.add_gridspec(
-        rows, COLUMNS, left=0.03, right=0.97, top=top, bottom=bottom + 0.55 / height, hspace=0.52, wspace=0.14
+        rows,
+        COLUMNS,
+        left=0.03,
+        right=0.97,
+        top=top,
+        bottom=bottom + 0.55 / height,
+        hspace=0.52,
+        wspace=0.14,
     )
     for number, cell in enumerate(cells):
         axes = figure.add_subplot(grid[divmod(number, COLUMNS)])
@@ -63,27 +88,53 @@ def draw_sheet(path: Path, cells: Sequence[Cell], histograms: Mapping[str, Array
             )
         else:
             small = ImageOps.contain(cell.picture, (THUMBNAIL, THUMBNAIL))
-            wide, high = small.width / max(small.size), small.height / max(small.size)
-            box = (0.5 - wide / 2, 0.5 + wide / 2, 0.0, high)  # on the caption
+            wide = small.width / max(small.size)
+            high = small.height / max(small.size)
+            # on the caption
+            box = (0.5 - wide / 2, 0.5 + wide / 2, 0.0, high)
             axes.imshow(np.asarray(small), extent=box, interpolation="lanczos")
             axes.set(xlim=(0, 1), ylim=(0, 1))
-            frame = Rectangle((box[0], 0), wide, high, fill=False, edgecolor=HAIRLINE, linewidth=0.8, clip_on=False)
-            axes.add_patch(frame)  # white pictures are seen too
-        lines = textwrap.wrap(cell.caption, CAPTION_WIDTH, max_lines=CAPTION_LINES, placeholder=" …")
+            frame = Rectangle(
+                (box[0], 0),
+                wide,
+                high,
+                fill=False,
+                edgecolor=HAIRLINE,
+                linewidth=0.8,
+                clip_on=False,
+            )
+            # white pictures are seen too
+            axes.add_patch(frame)
+        lines = textwrap.wrap(
+            cell.caption, CAPTION_WIDTH, max_lines=CAPTION_LINES, placeholder=" …"
+        )
         # captions are foreign text: "$" must not start mathematics
-        axes.text(0.5, -0.05, "\n".join(lines), ha="center", va="top", fontsize=7, color=INK, parse_math=False)
-    plots = figure.add_gridspec(1, 2, left=0.06, right=0.97, top=1.95 / height, bottom=0.5 / height, wspace=0.16)
+        axes.text(
+            0.5,
+            -0.05,
+            "\n".join(lines),
+            ha="center",
+            va="top",
+            fontsize=7,
+            color=INK,
+            parse_math=False,
+        )
+    plots = figure.add_gridspec(
+        1, 2, left=0.06, right=0.97, top=1.95 / height, bottom=0.5 / height, wspace=0.16
+    )
     for place, (name, values) in enumerate(histograms.items()):
         _histogram(figure.add_subplot(plots[0, place]), np.asarray(values), name, what)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")  # scripts that the font lacks are drawn as boxes
+        # scripts that the font lacks are drawn as boxes
+        warnings.filterwarnings("ignore", message="Glyph")
         figure.savefig(path, format="png")
 
 
 def _histogram(axes: "Axes", values: NDArray[np.number], name: str, what: str) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    low, high = float(values.min()), float(values.max())
+    low = float(values.min())
+    high = float(values.max())
     wide = low > 0 and high > 50 * low
     if wide:
         bins = np.geomspace(low, high, 41)
@@ -98,5 +149,7 @@ def _histogram(axes: "Axes", values: NDArray[np.number], name: str, what: str) -
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=7, colors=QUIET)
     axes.set_ylabel(what, fontsize=8, color=QUIET)
-    middle = f"{np.median(values):,.2f}" if values.dtype.kind == "f" else f"{np.median(values):,.0f}"
+    middle = (
+        f"{np.median(values):,.2f}" if values.dtype.kind == "f" else f"{np.median(values):,.0f}"
+    )
     axes.set_xlabel(f"{name} (median {middle})", fontsize=8, color=INK)

@@ -1,9 +1,10 @@
-"""The embedded data set: every named character of the fonts inside matplotlib, drawn, with its Unicode name.
+"""The embedded data set: every named character of the fonts inside matplotlib, drawn, with its
+Unicode name.
 
     python -m data_tools.glyphs data/glyphs
 
-writes three folders of shards. Whole faces are held out (a style never trained on), and a tenth of the captions
-(names never trained on, made of words that were):
+writes three folders of shards. Whole faces are held out (a style never trained on), and a tenth of
+the captions (names never trained on, made of words that were):
 
     train/         captions of the nine tenths, in the training faces
     test_seen/     the same captions, in the held-out faces
@@ -31,15 +32,18 @@ from clipsmall.data.order import permutation
 from data_tools.shard_writer import Sample, write_shard
 
 HELD_OUT_FACES = ("DejaVuSans-BoldOblique", "DejaVuSerif-Italic", "STIXGeneralItalic")
-SIZE = 32  # pixels
-SHARD = 5_000  # pairs
+# pixels
+SIZE = 32
+# pairs
+SHARD = 5_000
 
 
 @dataclass(frozen=True)
 class Glyph:
     face: str
     codepoint: int
-    name: str  # lower case
+    # lower case
+    name: str
 
 
 def fonts_folder() -> Path:
@@ -53,18 +57,29 @@ def glyphs_of(face: str) -> list[Glyph]:
     from matplotlib.ft2font import FT2Font
 
     named = (
-        (code, unicodedata.name(chr(code), "")) for code in FT2Font(str(fonts_folder() / f"{face}.ttf")).get_charmap()
+        (code, unicodedata.name(chr(code), ""))
+        for code in FT2Font(str(fonts_folder() / f"{face}.ttf")).get_charmap()
     )
-    return sorted((Glyph(face, code, name.lower()) for code, name in named if name), key=lambda g: g.codepoint)
+    return sorted(
+        (Glyph(face, code, name.lower()) for code, name in named if name), key=lambda g: g.codepoint
+    )
 
 
 def faces() -> list[str]:
-    """DejaVu and STIX, both under free licences; cm* has no Unicode names, LastResort draws placeholders."""
-    return sorted(path.stem for path in fonts_folder().glob("*.ttf") if path.stem.startswith(("DejaVu", "STIX")))
+    """DejaVu and STIX, both under free licences; cm* has no Unicode names, LastResort draws
+    placeholders.
+    """
+    return sorted(
+        path.stem
+        for path in fonts_folder().glob("*.ttf")
+        if path.stem.startswith(("DejaVu", "STIX"))
+    )
 
 
 def held_out_captions(names: set[str], trainable: set[str]) -> set[str]:
-    """About a tenth of `names`, by hash, each made only of words that the rest of `trainable` holds too."""
+    """About a tenth of `names`, by hash, each made only of words that the rest of `trainable` holds
+    too.
+    """
     wanted = {name for name in names if hashlib.sha256(name.encode()).digest()[0] < 256 * 0.11}
     words = {word for name in trainable - wanted for word in name.split()}
     return {name for name in wanted if words.issuperset(name.split())}
@@ -73,14 +88,19 @@ def held_out_captions(names: set[str], trainable: set[str]) -> set[str]:
 @lru_cache(maxsize=8)
 def _font(face: str, points: int) -> ImageFont.FreeTypeFont:
     # the basic layout engine is the same in every Pillow build; Raqm is optional
-    return ImageFont.truetype(fonts_folder() / f"{face}.ttf", points, layout_engine=ImageFont.Layout.BASIC)
+    return ImageFont.truetype(
+        fonts_folder() / f"{face}.ttf", points, layout_engine=ImageFont.Layout.BASIC
+    )
 
 
 def draw(glyph: Glyph, size: int = SIZE) -> bytes | None:
-    """A PNG of the glyph, black on white, centred, as large as fits; None for one without ink (spaces, controls)."""
+    """A PNG of the glyph, black on white, centred, as large as fits; None for one without ink
+    (spaces, controls).
+    """
     character = chr(glyph.codepoint)
     left, top, right, bottom = _font(glyph.face, size).getbbox(character)
-    width, height = right - left, bottom - top
+    width = right - left
+    height = bottom - top
     if width <= 0 or height <= 0:
         return None
     font = _font(glyph.face, max(int(size * min(1.0, (size - 4) / max(width, height))), 6))
@@ -97,7 +117,10 @@ def draw(glyph: Glyph, size: int = SIZE) -> bytes | None:
 
 def case(name: str) -> str:
     words = name.split()
-    return next((f"{word} letter" for word in ("small", "capital") if word in words and "letter" in words), "no case")
+    return next(
+        (f"{word} letter" for word in ("small", "capital") if word in words and "letter" in words),
+        "no case",
+    )
 
 
 def _samples(glyphs: list[Glyph], first: int) -> Iterator[Sample]:
@@ -123,7 +146,9 @@ def _write(job: tuple[Path, int, list[Glyph], int]) -> int:
 
 
 def splits(glyphs: list[Glyph]) -> dict[str, list[Glyph]]:
-    """Train, and held-out faces with seen and never-seen captions. A caption no training face draws is unseen."""
+    """Train, and held-out faces with seen and never-seen captions. A caption no training face draws
+    is unseen.
+    """
     train = [g for g in glyphs if g.face not in HELD_OUT_FACES]
     hidden = held_out_captions({g.name for g in glyphs}, {g.name for g in train})
     train = [g for g in train if g.name not in hidden]
@@ -140,7 +165,9 @@ def make(out: Path, workers: int) -> dict[str, int]:
     """Write all splits; returns the number of pairs of each."""
     with ProcessPoolExecutor(workers) as pool:
         glyphs = [glyph for face in pool.map(_inked, faces()) for glyph in face]
-        jobs, counts, first = [], {}, 0
+        jobs = []
+        counts = {}
+        first = 0
         for split, members in splits(glyphs).items():
             mixed = [members[i] for i in permutation(len(members), 0)]
             counts[split] = len(mixed)
@@ -154,8 +181,14 @@ def make(out: Path, workers: int) -> dict[str, int]:
 
 
 def main(words: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m data_tools.glyphs", description=__doc__.splitlines()[0])
-    parser.add_argument("out", type=Path, help="folder to write train/, test_seen/, test_unseen/ and classnames.txt to")
+    parser = argparse.ArgumentParser(
+        prog="python -m data_tools.glyphs", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument(
+        "out",
+        type=Path,
+        help="folder to write train/, test_seen/, test_unseen/ and classnames.txt to",
+    )
     parser.add_argument("--workers", type=int, default=2, help="processes")
     options = parser.parse_args(words)
     if (options.out / "classnames.txt").exists():

@@ -1,4 +1,6 @@
-"""A picture of what a plan puts together: its hardest groups, and how close negatives come to positives."""
+"""A picture of what a plan puts together: its hardest groups, and how close negatives come to
+positives.
+"""
 
 from pathlib import Path
 
@@ -10,12 +12,17 @@ from clipsmall.data.scores import Scores
 from clipsmall.mining.scored import Floats, Ints, scored
 from data_tools.contact_sheet import COLUMNS, Cell, draw_sheet
 
-SHOWN = 48  # pairs
-MEASURED = 65_536  # pairs whose groups are looked at
+# pairs
+SHOWN = 48
+# pairs whose groups are looked at
+MEASURED = 65_536
 
 
-def draw_hardest(path: Path, catalog: Catalog, table: Scores, pairs: Ints, size: int, title: str) -> None:
-    """Write a PNG: the groups whose hardest negative comes closest to its positives, row by row, and histograms.
+def draw_hardest(
+    path: Path, catalog: Catalog, table: Scores, pairs: Ints, size: int, title: str
+) -> None:
+    """Write a PNG: the groups whose hardest negative comes closest to its positives, row by row,
+    and histograms.
 
     Args:
         pairs: (m, B) numbers of pairs, groups of `size` side by side.
@@ -28,13 +35,19 @@ def draw_hardest(path: Path, catalog: Catalog, table: Scores, pairs: Ints, size:
     shown = min(size, COLUMNS)
     hardest = np.argsort(-(negative - own).max(axis=1), kind="stable")[: max(SHOWN // shown, 1)]
     rows = table.row[places[hardest][:, :shown]].reshape(-1)
-    spread = {"cosine of a pair": own.ravel(), "cosine of its hardest negative in the group": negative.ravel()}
+    spread = {
+        "cosine of a pair": own.ravel(),
+        "cosine of its hardest negative in the group": negative.ravel(),
+    }
     draw_sheet(path, [cell(catalog, row) for row in rows.tolist()], spread, "pairs", title)
 
 
 def closeness(table: Scores, places: Ints) -> tuple[Floats, Floats]:
-    """(groups, size) each pair's own cosine, and the larger one of its image and its text with another of its group."""
-    own, negative = np.empty(places.shape), np.empty(places.shape)
+    """(groups, size) each pair's own cosine, and the larger one of its image and its text with
+    another of its group.
+    """
+    own = np.empty(places.shape)
+    negative = np.empty(places.shape)
     for number, members in enumerate(places):
         each = scored(table, members)
         cosines = each.image @ each.text.T

@@ -35,7 +35,11 @@ def parser() -> argparse.ArgumentParser:
         ".txt beside each image, one caption a line); hf:NAME or hf:FOLDER",
     )
     made.add_argument("out", type=Path, help="folder for the shards")
-    _add_columns(made.add_argument_group("where things are (found by their usual names when not said)").add_argument)
+    _add_columns(
+        made.add_argument_group(
+            "where things are (found by their usual names when not said)"
+        ).add_argument
+    )
     _add_output(made.add_argument_group("what is written, and how").add_argument)
     return made
 
@@ -60,7 +64,11 @@ def _add_columns(add: Callable[..., object]) -> None:
         metavar="COLUMN",
         help="rows with one value here are one image with several captions (default: rows naming one file)",
     )
-    add("--where", metavar="QUERY", help="""pandas query that selects rows, e.g. 'vendor != "twemoji"'""")
+    add(
+        "--where",
+        metavar="QUERY",
+        help="""pandas query that selects rows, e.g. 'vendor != "twemoji"'""",
+    )
 
 
 def _add_output(add: Callable[..., object]) -> None:
@@ -83,7 +91,13 @@ def _add_output(add: Callable[..., object]) -> None:
         metavar="N",
         help="at most and by default 10000",
     )
-    add("--shuffle", type=_seed, default=0, metavar="SEED|none", help="mix rows over shards (default: seed 0)")
+    add(
+        "--shuffle",
+        type=_seed,
+        default=0,
+        metavar="SEED|none",
+        help="mix rows over shards (default: seed 0)",
+    )
     workers = min(os.cpu_count() or 1, 8)
     add("--workers", type=_positive, default=workers, metavar="N", help="processes, one shard each")
     add(
@@ -101,7 +115,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     start = time.time()
     try:
-        request, recipe = _request(args), _recipe(args)
+        request = _request(args)
+        recipe = _recipe(args)
         if not 0 <= args.max_error_rate <= 1:
             raise ValueError(f"--max_error_rate {args.max_error_rate}: must lie between 0 and 1")
         source = open_source(request)
@@ -149,13 +164,17 @@ def summary(out: Path, tally: Tally, captions: int, seconds: float) -> str:
 def _request(args: argparse.Namespace) -> Request:
     values: dict[str, Any] = {each.name: getattr(args, each.name) for each in fields(Request)}
     for name in ("caption", "keep"):
-        values[name] = tuple(part.strip() for value in values[name] for part in value.split(",") if part.strip())
+        values[name] = tuple(
+            part.strip() for value in values[name] for part in value.split(",") if part.strip()
+        )
     return Request(**values)
 
 
 def _recipe(args: argparse.Namespace) -> Recipe:
     if args.pairs_per_shard > PAIRS_PER_SHARD:
-        raise ValueError(f"--pairs_per_shard {args.pairs_per_shard}: at most {PAIRS_PER_SHARD} (keys have four digits)")
+        raise ValueError(
+            f"--pairs_per_shard {args.pairs_per_shard}: at most {PAIRS_PER_SHARD} (keys have four digits)"
+        )
     return Recipe(**{each.name: getattr(args, each.name) for each in fields(Recipe)})
 
 

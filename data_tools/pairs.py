@@ -32,17 +32,21 @@ RESERVED = (
 class Pair:
     """One image and its captions, before any image is read."""
 
-    index: int  # the stable number
+    # the stable number
+    index: int
     image: Place
-    captions: list[str]  # clean; [] = the pair cannot be used
-    fields: dict[str, Any]  # for the json
+    # clean; [] = the pair cannot be used
+    captions: list[str]
+    # for the json
+    fields: dict[str, Any]
 
 
 def pairs_of(source: Source, request: Request) -> list[Pair]:
-    """The rows that `--where` selects, those of one image merged, numbered in the order of the table.
+    """The rows that `--where` selects, those of one image merged, numbered in the order of the
+    table.
 
-    Rows are merged by `--group`, else by the image's path: captions are put together, everything else is the
-    first row's. Images inside the table (bytes) are merged by `--group` only.
+    Rows are merged by `--group`, else by the image's path: captions are put together, everything
+    else is the first row's. Images inside the table (bytes) are merged by `--group` only.
 
     Raises:
         ValueError: a column that is not there, a bad query, nothing selected.
@@ -61,29 +65,46 @@ def pairs_of(source: Source, request: Request) -> list[Pair]:
         for name in names:
             if name is not None:
                 pick(columns, (), name, option)
-    places: list[Place] = frame.index.tolist() if source.image is None else [
-        name if isinstance(name, str) else "" if pd.isna(name) else str(name) for name in frame[source.image]
-    ]  # fmt: skip
-    named = pd.Series([None if place == "" else place for place in places], dtype=object)  # no name: no common image
+    places: list[Place] = (
+        frame.index.tolist()
+        if source.image is None
+        else [
+            name if isinstance(name, str) else "" if pd.isna(name) else str(name)
+            for name in frame[source.image]
+        ]
+    )
+    # no name: no common image
+    named = pd.Series([None if place == "" else place for place in places], dtype=object)
     keys = _group_keys(frame[request.group] if request.group else named)
     found: dict[Any, Pair] = {}
-    kept = {(f"input_{name}" if name in RESERVED else name): _values(frame[name]) for name in request.keep}
+    kept = {
+        (f"input_{name}" if name in RESERVED else name): _values(frame[name])
+        for name in request.keep
+    }
     if label is not None:
         kept["label"] = _values(frame[label])
     texts = [frame[name].tolist() for name in captions]
     for row, (key, place) in enumerate(zip(keys, places, strict=True)):
         if key not in found:
-            found[key] = Pair(len(found), place, [], {name: _plain(values[row]) for name, values in kept.items()})
+            found[key] = Pair(
+                len(found), place, [], {name: _plain(values[row]) for name, values in kept.items()}
+            )
         mine = found[key].captions
         for column in texts:
-            mine += [text for text in clean_captions(column[row], request.caption_split) if text not in mine]
+            mine += [
+                text
+                for text in clean_captions(column[row], request.caption_split)
+                if text not in mine
+            ]
     return list(found.values())
 
 
 def clean_captions(value: Any, split: str | None = None) -> list[str]:
-    """The captions in one cell: a string (cut at `split`), or a list of them; anything else is none.
+    """The captions in one cell: a string (cut at `split`), or a list of them; anything else is
+    none.
 
-    White space is made single; NUL and lone surrogates, which no tokenizer or UTF-8 file takes, are replaced.
+    White space is made single; NUL and lone surrogates, which no tokenizer or UTF-8 file takes, are
+    replaced.
     """
     if isinstance(value, str):
         parts = value.split(split) if split else [value]
@@ -107,8 +128,11 @@ def _selected(frame: pd.DataFrame, where: str | None) -> pd.DataFrame:
         return frame
     try:
         chosen = frame.query(where, engine="python")
-    except Exception as error:  # a user's expression can raise anything
-        raise ValueError(f"--where {where!r}: {error}; columns: {', '.join(map(str, frame))}") from None
+    except Exception as error:
+        # a user's expression can raise anything
+        raise ValueError(
+            f"--where {where!r}: {error}; columns: {', '.join(map(str, frame))}"
+        ) from None
     if chosen.empty:
         raise ValueError(f"--where {where!r}: selects none of {len(frame)} rows")
     return chosen
@@ -116,7 +140,9 @@ def _selected(frame: pd.DataFrame, where: str | None) -> pd.DataFrame:
 
 def _group_keys(column: pd.Series) -> list[Any]:
     """Rows without a value stay alone."""
-    return [("alone", row) if pd.isna(value) else value for row, value in enumerate(column.tolist())]
+    return [
+        ("alone", row) if pd.isna(value) else value for row, value in enumerate(column.tolist())
+    ]
 
 
 def _values(column: pd.Series) -> list[Any]:
@@ -125,7 +151,11 @@ def _values(column: pd.Series) -> list[Any]:
     Raises:
         ValueError: numbers that a float cannot tell from the next.
     """
-    if not pd.api.types.is_float_dtype(column) or not column.isna().any() or (column.dropna() % 1).any():
+    if (
+        not pd.api.types.is_float_dtype(column)
+        or not column.isna().any()
+        or (column.dropna() % 1).any()
+    ):
         return column.tolist()
     if (column.abs() >= 2**53).any():
         raise ValueError(
@@ -144,6 +174,11 @@ def _plain(value: Any) -> Any:
         return [_plain(each) for each in value]
     if isinstance(value, str):
         return value.encode("utf-8", "replace").decode()
-    if value is None or value is pd.NA or value is pd.NaT or (isinstance(value, float) and not math.isfinite(value)):
+    if (
+        value is None
+        or value is pd.NA
+        or value is pd.NaT
+        or (isinstance(value, float) and not math.isfinite(value))
+    ):
         return None
     return value if isinstance(value, bool | int | float) else str(value)

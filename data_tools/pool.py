@@ -10,7 +10,12 @@ from typing import TypeVar
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
-HEAVY = ["clipsmall.data.preprocess", "data_tools.shard_writer", "pandas"]  # imported once, in the fork server
+# imported once, in the fork server
+HEAVY = [
+    "clipsmall.data.preprocess",
+    "data_tools.shard_writer",
+    "pandas",
+]
 
 
 def _end_with_parent() -> None:
@@ -25,7 +30,9 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def in_processes(function: Callable[[Task], Result], tasks: Sequence[Task], workers: int) -> Iterator[Result]:
+def in_processes(
+    function: Callable[[Task], Result], tasks: Sequence[Task], workers: int
+) -> Iterator[Result]:
     """`function(task)` for every task, as they finish; in this process when one worker is enough.
 
     Raises:
@@ -36,7 +43,8 @@ def in_processes(function: Callable[[Task], Result], tasks: Sequence[Task], work
     if workers <= 1:
         yield from map(function, tasks)
         return
-    # a plain fork would copy the locks of this process's threads (pyarrow, tqdm, torch), held or not
+    # a plain fork would copy the locks of this process's threads (pyarrow, tqdm, torch), held or
+    # not
     methods = multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
     if "forkserver" in methods:
@@ -46,6 +54,8 @@ def in_processes(function: Callable[[Task], Result], tasks: Sequence[Task], work
         for future in as_completed([executor.submit(function, task) for task in tasks]):
             yield future.result()
     except BrokenProcessPool:
-        raise RuntimeError("a worker process was killed (out of memory?); try fewer --workers") from None
+        raise RuntimeError(
+            "a worker process was killed (out of memory?); try fewer --workers"
+        ) from None
     finally:
         executor.shutdown(cancel_futures=True)

@@ -1,4 +1,6 @@
-"""Shards whose pairs lie in the order of a plan: for loaders that read along, whole batches in each shard."""
+"""Shards whose pairs lie in the order of a plan: for loaders that read along, whole batches in each
+shard.
+"""
 
 import json
 import os
@@ -20,9 +22,11 @@ RECORD = "repacked.json"
 
 
 def repack(catalog: Catalog, plan: Plan, out: Path, pairs_per_shard: int) -> int:
-    """Write the plan's batches into new shards, but for those that a run with the same plan has finished.
+    """Write the plan's batches into new shards, but for those that a run with the same plan has
+    finished.
 
-    Images, captions, json fields and numbers of the pairs stay as they are; keys are new, and a `.cls` is left behind.
+    Images, captions, json fields and numbers of the pairs stay as they are; keys are new, and a
+    `.cls` is left behind.
 
     Args:
         pairs_per_shard: rounded down to whole batches, one at least.
@@ -49,7 +53,9 @@ def _claim(out: Path, record: dict[str, object]) -> None:
     path = out / RECORD
     if path.exists():
         if path.read_text() != json.dumps(record):
-            raise ValueError(f"{out}: holds shards of another plan, data set or size; choose another folder")
+            raise ValueError(
+                f"{out}: holds shards of another plan, data set or size; choose another folder"
+            )
     elif any(out.glob("*.tar")):
         raise ValueError(f"{out}: holds shards that were not made by repack; choose another folder")
     out.mkdir(parents=True, exist_ok=True)
@@ -61,7 +67,9 @@ def _claim(out: Path, record: dict[str, object]) -> None:
 def _finished(out: Path, number: int, pairs: int) -> bool:
     """`_stats.json` is written last."""
     try:
-        return (out / f"{number:05d}_stats.json").exists() and len(read_index(out / f"{number:05d}.tar")) == pairs
+        return (out / f"{number:05d}_stats.json").exists() and len(
+            read_index(out / f"{number:05d}.tar")
+        ) == pairs
     except ShardError:
         return False
 
@@ -75,13 +83,18 @@ def _suffixes(catalog: Catalog) -> np.ndarray[tuple[int], np.dtype[np.str_]]:
     return np.concatenate(found)
 
 
-def _samples(catalog: Catalog, rows: Rows, suffixes: np.ndarray[tuple[int], np.dtype[np.str_]]) -> Iterator[Sample]:
+def _samples(
+    catalog: Catalog, rows: Rows, suffixes: np.ndarray[tuple[int], np.dtype[np.str_]]
+) -> Iterator[Sample]:
     for row, suffix in zip(rows.tolist(), suffixes.tolist(), strict=True):
         members = catalog.read(row)
         fields = fields_of(members.json)
-        width, height = fields.get("width"), fields.get("height")
+        width = fields.get("width")
+        height = fields.get("height")
         if not (isinstance(width, int) and isinstance(height, int)):
             with Image.open(BytesIO(members.image)) as header:
                 width, height = header.size
         captions = captions_of(members.text, fields)
-        yield Sample(int(catalog.index[row]), members.image, suffix, captions, width, height, fields)
+        yield Sample(
+            int(catalog.index[row]), members.image, suffix, captions, width, height, fields
+        )

@@ -17,18 +17,21 @@ from clipsmall.storage import checkpoint
 
 def scorer_of(model: DualEncoder, name: str, pretrained: str) -> Scorer:
     digest = checkpoint.model_digest(model.named_modules(), model.state_dict(), model.spec)
-    scale, bias = model.logit_scale.exp().item(), model.logit_bias.item()
+    scale = model.logit_scale.exp().item()
+    bias = model.logit_bias.item()
     return Scorer(name, pretrained, digest, model.spec.size, scale, bias)
 
 
 def score_shard(encoder: Encoder, catalog: Catalog, place: int) -> tuple[pa.Table, int]:
     """Score one shard of a catalog; on this rank alone.
 
-    Returns the n pairs whose images can be read, and how many cannot: `row` (ordinal within the shard's index), `key`
-    and `index` (as in that index), `caption_hash`, `image_hash`, `image` and `text` (unit rows, float16),
-    `similarity` (their cosine). A pair's caption is its first one, its image is not augmented.
+    Returns the n pairs whose images can be read, and how many cannot: `row` (ordinal within the
+    shard's index), `key` and `index` (as in that index), `caption_hash`, `image_hash`, `image` and
+    `text` (unit rows, float16), `similarity` (their cosine). A pair's caption is its first one, its
+    image is not augmented.
     """
-    shard, alone = catalog.shards[place], catalog.only(place)
+    shard = catalog.shards[place]
+    alone = catalog.only(place)
     try:
         image, found = _images(encoder, alone)
         members = [alone.read_text(row) for row in found.tolist()]
@@ -58,18 +61,23 @@ def _images(encoder: Encoder, catalog: Catalog) -> tuple[Tensor, Tensor]:
         return encoder.images(catalog)
     except ShardError:
         raise
-    except ValueError:  # not one can
+    except ValueError:
+        # not one can
         width = encoder.texts(["none"]).shape[1]
         return torch.empty(0, width), torch.empty(0, dtype=torch.int64)
 
 
 def image_hashes(sha256: list[str]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
     """(n,) the first 8 bytes of each checksum: `shards.index.image_hash`."""
-    return np.frombuffer(bytes.fromhex("".join(each[:16] for each in sha256)), "<i8").astype(np.int64)
+    return np.frombuffer(bytes.fromhex("".join(each[:16] for each in sha256)), "<i8").astype(
+        np.int64
+    )
 
 
 def _halves(rows: Tensor) -> pa.Array:
-    return pa.FixedSizeListArray.from_arrays(pa.array(rows.half().numpy().reshape(-1)), rows.shape[1])
+    return pa.FixedSizeListArray.from_arrays(
+        pa.array(rows.half().numpy().reshape(-1)), rows.shape[1]
+    )
 
 
 def to_do(shard: Path, folder: Path | None, scorer: Scorer, rescore: bool = False) -> bool:

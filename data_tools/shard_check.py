@@ -1,4 +1,6 @@
-"""The check of one shard: whole, indexed and, on request, every image decoded and its checksum compared."""
+"""The check of one shard: whole, indexed and, on request, every image decoded and its checksum
+compared.
+"""
 
 import json
 import os
@@ -34,14 +36,17 @@ class Problem(NamedTuple):
 
 
 def find_shards(paths: list[str]) -> tuple[list[Path], list[Problem]]:
-    """Folders (of shards, or of split folders of shards), files, globs, brace lists -> shards, missing ones.
+    """Folders (of shards, or of split folders of shards), files, globs, brace lists -> shards,
+    missing ones.
 
-    Missing are shards named here, or that a `_stats.json`, an index or CLIP_benchmark's nshards.txt promises.
+    Missing are shards named here, or that a `_stats.json`, an index or CLIP_benchmark's nshards.txt
+    promises.
 
     Raises:
         ValueError: a path that names nothing, or something else than tars.
     """
-    found, missing = dict[Path, None](), dict[Path, str]()
+    found = dict[Path, None]()
+    missing = dict[Path, str]()
     for path in paths:
         names = list(braceexpand.braceexpand(path))
         for name in names:
@@ -49,9 +54,13 @@ def find_shards(paths: list[str]) -> tuple[list[Path], list[Problem]]:
                 shards, absent = _in_folder(Path(name))
                 missing |= absent
             else:
-                shards = [Path(p) for p in sorted(glob(name))] or ([Path(name)] if Path(name).is_file() else [])
+                shards = [Path(p) for p in sorted(glob(name))] or (
+                    [Path(name)] if Path(name).is_file() else []
+                )
             if odd := [shard for shard in shards if shard.suffix != ".tar"]:
-                raise ValueError(f"{odd[0]}: not a .tar; compressed shards cannot be read at random, unpack them first")
+                raise ValueError(
+                    f"{odd[0]}: not a .tar; compressed shards cannot be read at random, unpack them first"
+                )
             if not shards and len(names) == 1 and not missing:
                 raise ValueError(f"{name}: no shards there (*.tar)")
             if not shards and name.endswith(".tar"):
@@ -67,7 +76,10 @@ def _in_folder(folder: Path) -> tuple[list[Path], dict[Path, str]]:
     missing = {}
     for suffix in ("_stats.json", ".index.parquet"):
         for side in sorted(folder.glob(f"*{suffix}")):
-            if not (shard := folder / f"{side.name.removesuffix(suffix)}.tar").exists() and side.name[0] != ".":
+            if (
+                not (shard := folder / f"{side.name.removesuffix(suffix)}.tar").exists()
+                and side.name[0] != "."
+            ):
                 missing[shard] = f"missing, but {side.name} is there"
     if lacking := unfinished(folder):
         missing[folder / RECORD] = lacking
@@ -77,7 +89,9 @@ def _in_folder(folder: Path) -> tuple[list[Path], dict[Path, str]]:
             if not (shard := folder / f"{number}.tar").exists():
                 missing[shard] = f"missing, but nshards.txt says {promised}"
     if not shards and not missing:
-        for inner in sorted(inner for inner in folder.iterdir() if inner.is_dir() and any(inner.glob("*.tar"))):
+        for inner in sorted(
+            inner for inner in folder.iterdir() if inner.is_dir() and any(inner.glob("*.tar"))
+        ):
             more, absent = _in_folder(inner)
             shards += more
             missing |= absent
@@ -85,12 +99,16 @@ def _in_folder(folder: Path) -> tuple[list[Path], dict[Path, str]]:
 
 
 def check_shard(shard: Path, rebuild: bool, decode_images: bool) -> tuple[Path, Problem | None]:
-    """Make the index that is missing (or every one), decode if asked; say why a shard cannot be used."""
+    """Make the index that is missing (or every one), decode if asked; say why a shard cannot be
+    used.
+    """
     try:
         if rebuild or decode_images or not index_path(shard).exists():
             table = build_index(shard)
             if decode_images:
-                table = table.set_column(table.column_names.index("status"), "status", pa.array(_decoded(shard, table)))
+                table = table.set_column(
+                    table.column_names.index("status"), "status", pa.array(_decoded(shard, table))
+                )
             write_index(shard, table)
         else:
             check_stats(shard, len(read_index(shard, ["key"])))
@@ -103,12 +121,15 @@ def check_shard(shard: Path, rebuild: bool, decode_images: bool) -> tuple[Path, 
 def _decoded(shard: Path, table: pa.Table) -> list[str]:
     """The status of every pair, after its image was decoded and compared with the json's `sha256`.
 
-    img2dataset's `sha256` is of the picture as downloaded, before it was resized. So a checksum counts
-    only in a shard where most of them are right.
+    img2dataset's `sha256` is of the picture as downloaded, before it was resized. So a checksum
+    counts only in a shard where most of them are right.
     """
-    status, differs, agree = [], [], 0
+    status = []
+    differs = []
+    agree = 0
     with shard.open("rb") as file, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="PIL")  # odd EXIF; the picture decodes or it does not
+        # odd EXIF; the picture decodes or it does not
+        warnings.filterwarnings("ignore", module="PIL")
         for number, row in enumerate(table.to_pylist()):
             status.append(row["status"])
             if row["image_size"] <= 0:

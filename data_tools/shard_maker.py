@@ -1,4 +1,6 @@
-"""One shard from its pairs: each image read, verified, perhaps re-encoded, and what failed counted."""
+"""One shard from its pairs: each image read, verified, perhaps re-encoded, and what failed
+counted.
+"""
 
 import json
 import warnings
@@ -19,18 +21,22 @@ from data_tools.shard_writer import PAIRS_PER_SHARD, Sample, write_shard
 from data_tools.stores import MISSING, UNREADABLE, Store
 
 NO_CAPTION = "empty caption"
-SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # Pillow's name -> ours
-QUALITY = 95  # of jpg and webp made here
+# Pillow's name -> ours
+SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
+# of jpg and webp made here
+QUALITY = 95
 
 
 @dataclass(frozen=True)
 class Recipe:
     """How pairs become shards: with the pairs, all that the tars' bytes depend on."""
 
-    resize: int | None = None  # pixels of the short side
+    # pixels of the short side
+    resize: int | None = None
     format: str = "keep"
     pairs_per_shard: int = PAIRS_PER_SHARD
-    shuffle: int | None = 0  # seed; None = the order of the table
+    # seed; None = the order of the table
+    shuffle: int | None = 0
 
 
 class Job(NamedTuple):
@@ -46,7 +52,8 @@ class Tally:
 
     pairs: int = 0
     written: int = 0
-    made: int = 0  # pairs read by this run, not by a former one
+    # pairs read by this run, not by a former one
+    made: int = 0
     failures: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
 
@@ -58,12 +65,14 @@ class Tally:
     def lines(self) -> list[str]:
         """A line for each reason, commonest first."""
         return [
-            f"{count:,} {reason}" + (f", e.g. {', '.join(names)}" if (names := self.examples.get(reason)) else "")
+            f"{count:,} {reason}"
+            + (f", e.g. {', '.join(names)}" if (names := self.examples.get(reason)) else "")
             for reason, count in self.failures.most_common()
         ]
 
     def add(self, other: "Tally") -> None:
-        self.pairs, self.written = self.pairs + other.pairs, self.written + other.written
+        self.pairs = self.pairs + other.pairs
+        self.written = self.written + other.written
         self.made += other.made
         self.failures.update(other.failures)
         for reason, names in other.examples.items():
@@ -71,7 +80,8 @@ class Tally:
 
 
 def stored(data: bytes, recipe: Recipe) -> tuple[bytes, str, int, int]:
-    """The bytes that the shard shall hold, their suffix, and the upright picture's width and height (pixels).
+    """The bytes that the shard shall hold, their suffix, and the upright picture's width and height
+    (pixels).
 
     Raises:
         BadImage: the picture cannot be decoded, or not be written in the format asked for.
@@ -82,17 +92,25 @@ def stored(data: bytes, recipe: Recipe) -> tuple[bytes, str, int, int]:
     size = picture.size
     if recipe.resize is not None and min(size) > recipe.resize:
         scale = recipe.resize / min(size)
-        size = (max(round(size[0] * scale), recipe.resize), max(round(size[1] * scale), recipe.resize))
+        size = (
+            max(round(size[0] * scale), recipe.resize),
+            max(round(size[1] * scale), recipe.resize),
+        )
     wanted = recipe.format if recipe.format != "keep" else suffix or "png"
     if size == picture.size and wanted == suffix:
         return data, suffix, *size
     if size != picture.size:
         picture = picture.resize(size, Image.Resampling.BICUBIC)
     out = BytesIO()
-    picture.info = {}  # a CMYK picture's colour profile does not fit its RGB copy
+    # a CMYK picture's colour profile does not fit its RGB copy
+    picture.info = {}
+    # longer than the format can say: 16,383 pixels of webp, 65,535 of jpg
     try:
         picture.save(out, "JPEG" if wanted == "jpg" else wanted, quality=QUALITY)
-    except (OSError, ValueError):  # longer than the format can say: 16,383 pixels of webp, 65,535 of jpg
+    except (
+        OSError,
+        ValueError,
+    ):
         raise BadImage(f"cannot be written as {wanted}") from None
     return out.getvalue(), wanted, *size
 
@@ -106,7 +124,8 @@ def make_shard(job: Job, store: Store, recipe: Recipe, out: Path) -> Tally:
             try:
                 if not pair.captions:
                     raise BadImage(NO_CAPTION)
-                if sum(map(len, pair.captions)) > MAX_TEXT_BYTES // 8:  # in bytes, twice: in .txt and .json
+                # in bytes, twice: in .txt and .json
+                if sum(map(len, pair.captions)) > MAX_TEXT_BYTES // 8:
                     raise BadImage("captions too long")
                 image, suffix, width, height = stored(store.read(pair.image), recipe)
             except BadImage as reason:
@@ -115,14 +134,15 @@ def make_shard(job: Job, store: Store, recipe: Recipe, out: Path) -> Tally:
             yield Sample(pair.index, image, suffix, pair.captions, width, height, pair.fields)
 
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="PIL")  # odd EXIF and the like; the picture decodes or it does not
+        # odd EXIF and the like; the picture decodes or it does not
+        warnings.filterwarnings("ignore", module="PIL")
         tally.written = write_shard(out, job.number, samples(), tally.failures)
     return tally
 
 
 def finished(out: Path, job: Job, store: Store) -> Tally | None:
-    """What a former run counted for a shard that is whole; None when it has to be made, or files that could not be
-    read then can be read now."""
+    """What a former run counted for a shard that is whole; None when it has to be made, or files
+    that could not be read then can be read now."""
     try:
         stats = json.loads((out / f"{job.number:05d}_stats.json").read_text())
         written = set(read_index(out / f"{job.number:05d}.tar", ["index"])["index"].to_pylist())

@@ -11,7 +11,8 @@ import pandas as pd
 from data_tools.shard_check import Problem
 
 EXAMPLES = 3
-LARGEST = 10  # groups of duplicates shown
+# groups of duplicates shown
+LARGEST = 10
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ class Duplicates:
     """Groups of two and more equal ones among the good pairs."""
 
     groups: int
-    pairs: int  # in all groups
+    # in all groups
+    pairs: int
     largest: list[Group]
 
 
@@ -55,19 +57,27 @@ class Reason:
 class Report:
     """All that check_shards says."""
 
-    shards: int  # usable
-    unusable: dict[str, str]  # shard -> reason
-    bytes: int  # of usable shards
+    # usable
+    shards: int
+    # shard -> reason
+    unusable: dict[str, str]
+    # of usable shards
+    bytes: int
     pairs: int
     good: int
-    decoded: bool  # whether all images were decoded in this check
+    # whether all images were decoded in this check
+    decoded: bool
     left_out: dict[str, Reason]
-    labelled: int  # pairs with a .cls
+    # pairs with a .cls
+    labelled: int
     image_bytes: Spread | None
     caption_chars: Spread | None
     same_caption: Duplicates
     same_image: Duplicates
-    same_key: int  # samples whose key another sample of the shard has: members that do not lie together
+    same_key: (
+        # samples whose key another sample of the shard has: members that do not lie together
+        int
+    )
 
     @property
     def title(self) -> str:
@@ -129,10 +139,15 @@ def _spread(values: "pd.Series[int]") -> Spread:
 
 
 def _names(rows: pd.DataFrame) -> list[str]:
-    return [f"{shard}:{key}" for shard, key in rows[["shard", "key"]].head(EXAMPLES).itertuples(index=False)]
+    return [
+        f"{shard}:{key}"
+        for shard, key in rows[["shard", "key"]].head(EXAMPLES).itertuples(index=False)
+    ]
 
 
-def _duplicates(rows: pd.DataFrame, column: str, captions: Callable[["pd.Series[Any]"], list[str]]) -> Duplicates:
+def _duplicates(
+    rows: pd.DataFrame, column: str, captions: Callable[["pd.Series[Any]"], list[str]]
+) -> Duplicates:
     if rows.empty:
         return Duplicates(0, 0, [])
     counts = rows[column].value_counts()
@@ -151,25 +166,36 @@ def as_text(report: Report) -> str:
         ("shards", f"{report.shards:,} usable, {report.bytes / 1e6:,.1f} MB"),
         (
             "pairs",
-            f"{report.pairs:,}, {report.good:,} good" + ("" if report.decoded else " (images not decoded)"),
+            f"{report.pairs:,}, {report.good:,} good"
+            + ("" if report.decoded else " (images not decoded)"),
         ),
     ]
     lines += [("UNUSABLE", reason) for reason in report.unusable.values()]
     for name, why in report.left_out.items():
-        lines.append(("left out", f"{why.pairs:,} {name}, e.g. {', '.join(_short(e) for e in why.examples)}"))
+        lines.append(
+            ("left out", f"{why.pairs:,} {name}, e.g. {', '.join(_short(e) for e in why.examples)}")
+        )
     if report.labelled:
         lines.append(("labels", f"{report.labelled:,} pairs have a class (.cls)"))
     for name, spread in (("image bytes", report.image_bytes), ("caption", report.caption_chars)):
         if spread:
             unit = " characters" if name == "caption" else ""
-            middle = f"{spread.least:,} least, {spread.median:,.0f} median, {spread.mean:,.0f} mean, "
+            middle = (
+                f"{spread.least:,} least, {spread.median:,.0f} median, {spread.mean:,.0f} mean, "
+            )
             lines.append((name, f"{middle}{spread.p95:,.0f} at 95 %, {spread.most:,} most{unit}"))
     for name, same in (("captions", report.same_caption), ("images", report.same_image)):
         if same.groups:
-            lines.append((f"same {name}", f"{same.pairs:,} pairs in {same.groups:,} groups; the largest:"))
-            lines += [("", f"{group.pairs:>7,} times {group.caption[:70]}") for group in same.largest[:5]]
+            lines.append(
+                (f"same {name}", f"{same.pairs:,} pairs in {same.groups:,} groups; the largest:")
+            )
+            lines += [
+                ("", f"{group.pairs:>7,} times {group.caption[:70]}") for group in same.largest[:5]
+            ]
     if report.same_key:
-        lines.append(("same key", f"{report.same_key:,} samples; their members may not lie side by side"))
+        lines.append(
+            ("same key", f"{report.same_key:,} samples; their members may not lie side by side")
+        )
     return "\n".join(f"{name:<14}{text}" for name, text in lines)
 
 

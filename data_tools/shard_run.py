@@ -1,4 +1,6 @@
-"""A run that makes all shards of a data set: over processes, and going on where a former one stopped."""
+"""A run that makes all shards of a data set: over processes, and going on where a former one
+stopped.
+"""
 
 import hashlib
 import json
@@ -35,7 +37,8 @@ def make_shards(
     overwrite: bool = False,
     max_error_rate: float = 0.05,
 ) -> Tally:
-    """Write all pairs into `out`, but for shards that a run with the same input and recipe has finished.
+    """Write all pairs into `out`, but for shards that a run with the same input and recipe has
+    finished.
 
     Args:
         arguments: written into make_shards.json, and compared to say what has changed.
@@ -45,8 +48,14 @@ def make_shards(
         ValueError: `out` holds other shards, or another command makes shards there.
         TooManyErrors: finished shards stay.
     """
-    content = hashlib.sha256(json.dumps([asdict(recipe), pairs_hash(pairs), store.fingerprint()]).encode()).hexdigest()
-    order = list(range(len(pairs))) if recipe.shuffle is None else permutation(len(pairs), recipe.shuffle).tolist()
+    content = hashlib.sha256(
+        json.dumps([asdict(recipe), pairs_hash(pairs), store.fingerprint()]).encode()
+    ).hexdigest()
+    order = (
+        list(range(len(pairs)))
+        if recipe.shuffle is None
+        else permutation(len(pairs), recipe.shuffle).tolist()
+    )
     size = recipe.pairs_per_shard
     jobs = [
         Job(number, [pairs[row] for row in order[number * size : (number + 1) * size]])
@@ -56,16 +65,23 @@ def make_shards(
         raise ValueError(f"{out}: is a file, not a folder")
     out.mkdir(parents=True, exist_ok=True)
     with locks.alone(out, "another command makes shards there; wait, or choose another folder"):
-        _prepare(out, {"arguments": arguments, "pairs": len(pairs), "fingerprint": content}, overwrite)
-        total, left = Tally(), list[Job]()
+        _prepare(
+            out, {"arguments": arguments, "pairs": len(pairs), "fingerprint": content}, overwrite
+        )
+        total = Tally()
+        left = list[Job]()
         for job in jobs:
             if tally := finished(out, job, store):
                 total.add(tally)
             else:
                 left.append(job)
         _check(total, len(pairs), max_error_rate)
-        with tqdm(total=len(pairs), initial=total.pairs, unit="pair", desc="shards", disable=None) as bar:
-            for tally in in_processes(partial(make_shard, store=store, recipe=recipe, out=out), left, workers):
+        with tqdm(
+            total=len(pairs), initial=total.pairs, unit="pair", desc="shards", disable=None
+        ) as bar:
+            for tally in in_processes(
+                partial(make_shard, store=store, recipe=recipe, out=out), left, workers
+            ):
                 total.add(tally)
                 bar.update(tally.pairs)
                 _check(total, len(pairs), max_error_rate)
@@ -81,8 +97,11 @@ def _check(total: Tally, pairs: int, max_error_rate: float) -> None:
 
 
 def _prepare(out: Path, record: dict[str, Any], overwrite: bool) -> None:
-    """Make `out` ready: refuse other shards, sweep what a killed run left, note what is made here."""
-    record = json.loads(json.dumps(record))  # tuples become lists, as in the file
+    """Make `out` ready: refuse other shards, sweep what a killed run left, note what is made
+    here.
+    """
+    # tuples become lists, as in the file
+    record = json.loads(json.dumps(record))
     path = out / RECORD
     if overwrite:
         # stats first: without them no shard counts as finished, wherever this is interrupted
@@ -94,7 +113,9 @@ def _prepare(out: Path, record: dict[str, Any], overwrite: bool) -> None:
     elif path.exists():
         _compare(path, record)
     elif any(out.glob("*.tar")):
-        raise ValueError(f"{out}: holds shards that make_shards did not make; choose another folder, or --overwrite")
+        raise ValueError(
+            f"{out}: holds shards that make_shards did not make; choose another folder, or --overwrite"
+        )
     for stale in out.glob(".tmp-*"):
         stale.unlink(missing_ok=True)
     temporary = out / f".tmp-{os.getpid()}-{RECORD}"
@@ -105,13 +126,22 @@ def _prepare(out: Path, record: dict[str, Any], overwrite: bool) -> None:
 def _compare(path: Path, record: dict[str, Any]) -> None:
     try:
         old = json.loads(path.read_text())
-        same, before = old["fingerprint"] == record["fingerprint"], dict(old["arguments"])
+        same = old["fingerprint"] == record["fingerprint"]
+        before = dict(old["arguments"])
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{path}: unreadable; choose another folder, or --overwrite") from None
     if not same:
         now = record["arguments"]
         changed = [
-            f"{name} {before.get(name)!r} -> {value!r}" for name, value in now.items() if before.get(name) != value
+            f"{name} {before.get(name)!r} -> {value!r}"
+            for name, value in now.items()
+            if before.get(name) != value
         ]
-        reason = f"made with other arguments: {', '.join(changed)}" if changed else "its input has changed since"
-        raise ValueError(f"{path.parent}: {reason}; choose another folder, or --overwrite to make it anew")
+        reason = (
+            f"made with other arguments: {', '.join(changed)}"
+            if changed
+            else "its input has changed since"
+        )
+        raise ValueError(
+            f"{path.parent}: {reason}; choose another folder, or --overwrite to make it anew"
+        )

@@ -1,4 +1,6 @@
-"""One tar shard, written whole or not at all, in img2dataset's layout with an index and a `_stats.json` beside it."""
+"""One tar shard, written whole or not at all, in img2dataset's layout with an index and a
+`_stats.json` beside it.
+"""
 
 import hashlib
 import json
@@ -14,20 +16,25 @@ import webdataset
 
 from clipsmall.data import build_index, write_index
 
-PAIRS_PER_SHARD = 10_000  # img2dataset's keys have four digits for a pair within its shard
+# img2dataset's keys have four digits for a pair within its shard
+PAIRS_PER_SHARD = 10_000
 
 
 @dataclass
 class Sample:
     """An encoded image with its captions, on its way into a shard."""
 
-    index: int  # the pair's stable number in the data set
+    # the pair's stable number in the data set
+    index: int
     image: bytes
-    suffix: str  # jpg, png or webp, without a dot
+    # jpg, png or webp, without a dot
+    suffix: str
     captions: list[str]
-    width: int  # pixels
+    # pixels
+    width: int
     height: int
-    fields: dict[str, Any] = field(default_factory=dict)  # further json fields: label, vendor, ...
+    # further json fields: label, vendor, ...
+    fields: dict[str, Any] = field(default_factory=dict)
 
 
 def members(key: str, sample: Sample) -> dict[str, Any]:
@@ -52,14 +59,19 @@ def members(key: str, sample: Sample) -> dict[str, Any]:
     }
 
 
-def write_shard(folder: Path, number: int, samples: Iterable[Sample], failures: Counter[str] | None = None) -> int:
-    """Write `NNNNN.tar`, its index and, last, `NNNNN_stats.json` (the mark that the shard is complete).
+def write_shard(
+    folder: Path, number: int, samples: Iterable[Sample], failures: Counter[str] | None = None
+) -> int:
+    """Write `NNNNN.tar`, its index and, last, `NNNNN_stats.json` (the mark that the shard is
+    complete).
 
-    `samples` may be a generator that counts what it could not use into `failures` while it runs. The bytes of the
-    tar depend on the samples only, not on when or where it was written. Returns the number of pairs.
+    `samples` may be a generator that counts what it could not use into `failures` while it runs.
+    The bytes of the tar depend on the samples only, not on when or where it was written. Returns
+    the number of pairs.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    start, shard = time.time(), folder / f"{number:05d}.tar"
+    start = time.time()
+    shard = folder / f"{number:05d}.tar"
     temporary = folder / f".tmp-{os.getpid()}-{shard.name}"
     written = 0
     try:

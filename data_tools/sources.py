@@ -44,12 +44,15 @@ class Request:
 
 
 class Source(NamedTuple):
-    """A table whose rows name images in a store: by the column `image`, or by row number if that is None."""
+    """A table whose rows name images in a store: by the column `image`, or by row number if that is
+    None.
+    """
 
     frame: pd.DataFrame
     store: Store
     image: str | None
-    label: str | None = None  # the column to take for the class when the user names none
+    # the column to take for the class when the user names none
+    label: str | None = None
 
 
 def open_source(request: Request) -> Source:
@@ -62,13 +65,17 @@ def open_source(request: Request) -> Source:
         return _dataset_source(_load_dataset(request), request)
     path = Path(request.input)
     if path.suffix == ".tar" or (path.is_dir() and any(path.glob("*.tar"))):
-        raise ValueError(f"{path}: holds shards already; look at them with: python -m data_tools.check_shards {path}")
+        raise ValueError(
+            f"{path}: holds shards already; look at them with: python -m data_tools.check_shards {path}"
+        )
     if path.is_file() and path.suffix.lower() in TABLES:
         return _table_source(path, Path(request.images) if request.images else path.parent, request)
     if path.is_file() and path.suffix.lower() != ".zip":
         raise ValueError(f"{path}: not a folder, a .zip or a table ({', '.join(TABLES)})")
     if request.images:
-        raise ValueError(f"{path} holds the images already: give the table by --table, and leave --images out")
+        raise ValueError(
+            f"{path} holds the images already: give the table by --table, and leave --images out"
+        )
     if request.table:
         return _table_source(Path(request.table), path, request)
     store = open_store(path)
@@ -80,10 +87,14 @@ def open_source(request: Request) -> Source:
 
 
 def _metadata_source(origin: str, store: Store, tables: list[str], request: Request) -> Source:
-    """Of a table among the images, whose paths are relative to it: at the top, or the only one there is."""
+    """Of a table among the images, whose paths are relative to it: at the top, or the only one
+    there is.
+    """
     top = [name for name in METADATA if name in tables]
     if not top and len(tables) > 1:
-        raise ValueError(f"{origin}: several tables ({', '.join(tables[:3])}); open one of their folders at a time")
+        raise ValueError(
+            f"{origin}: several tables ({', '.join(tables[:3])}); open one of their folders at a time"
+        )
     name = (top or tables)[0]
     try:
         data = store.read(name)
@@ -105,24 +116,35 @@ def _table_source(table: Path, images: Path, request: Request) -> Source:
         schema = parquet_schema(table)
         kind = schema.field(pick(schema.names, IMAGE_NAMES, request.image, "--image")).type
         if pa.types.is_struct(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
-            # images inside: `datasets` maps them into memory; Parquet itself is read by whole row groups
+            # images inside: `datasets` maps them into memory; Parquet itself is read by whole row
+            # groups
             return _dataset_source(_load_dataset(request, parquet=table), request)
     with table.open("rb") as file:
         frame = read_table(str(table), file, request.texts)
     image = pick(columns_of(frame), IMAGE_NAMES, request.image, "--image")
     if frame[image].head(100).astype(str).str.match(r"https?://").any():
-        raise ValueError(f"{table}: column {image} holds web addresses; download them with img2dataset first")
+        raise ValueError(
+            f"{table}: column {image} holds web addresses; download them with img2dataset first"
+        )
     return Source(frame, open_store(images), image)
 
 
 def _files_source(origin: str, store: Store, names: list[str]) -> Source:
-    """A table of image files: `image`, `class` (its folder), `caption` (the .txt beside it, else class)."""
-    images = [PurePosixPath(name) for name in names if PurePosixPath(name).suffix[1:].lower() in IMAGE_SUFFIXES]
+    """A table of image files: `image`, `class` (its folder), `caption` (the .txt beside it, else
+    class).
+    """
+    images = [
+        PurePosixPath(name)
+        for name in names
+        if PurePosixPath(name).suffix[1:].lower() in IMAGE_SUFFIXES
+    ]
     if not images:
         raise ValueError(f"{origin}: no image files there (*.{', *.'.join(IMAGE_SUFFIXES)})")
     texts = {name for name in names if name.endswith(".txt")}
     beside = [str(path.with_suffix(".txt")) for path in images]
-    frame = pd.DataFrame({"image": [str(path) for path in images], "class": [path.parent.name for path in images]})
+    frame = pd.DataFrame(
+        {"image": [str(path) for path in images], "class": [path.parent.name for path in images]}
+    )
     if texts & set(beside):
         lines = _lines(origin, store, [text if text in texts else "" for text in beside])
         return Source(frame.assign(caption=pd.Series(lines, dtype=object)), store, "image")
@@ -142,12 +164,15 @@ def _files_source(origin: str, store: Store, names: list[str]) -> Source:
 
 def _lines(origin: str, store: Store, texts: list[str]) -> list[list[str]]:
     """The lines of each file; none of "". Raises ValueError if some cannot be read as UTF-8."""
-    found, broken = list[list[str]](), list[str]()
+    found = list[list[str]]()
+    broken = list[str]()
     for text in texts:
         try:
             found.append(store.read(text).decode("utf-8-sig").splitlines() if text else [])
         except (UnicodeDecodeError, BadImage) as error:
-            broken.append(f"{text}: {'not UTF-8' if isinstance(error, UnicodeDecodeError) else error}")
+            broken.append(
+                f"{text}: {'not UTF-8' if isinstance(error, UnicodeDecodeError) else error}"
+            )
     if broken:
         raise ValueError(
             f"{origin}: {len(broken)} captions cannot be read, as {broken[0]}; convert (iconv -t utf-8) or remove them"
@@ -166,15 +191,20 @@ def _load_dataset(request: Request, parquet: Path | None = None) -> "Dataset":
             found = datasets.load_from_disk(name)
         else:
             found = datasets.load_dataset(name, request.subset)
-    except Exception as error:  # the hub, fsspec, pyarrow: anything
+    except Exception as error:
+        # the hub, fsspec, pyarrow: anything
         reason = (str(error).splitlines() or [""])[0]
-        raise ValueError(f"{parquet or request.input}: cannot be loaded: {type(error).__name__}: {reason}") from None
+        raise ValueError(
+            f"{parquet or request.input}: cannot be loaded: {type(error).__name__}: {reason}"
+        ) from None
     if isinstance(found, datasets.Dataset):
         return found
     if request.split is None and len(found) > 1:
         raise ValueError(f"{request.input}: has several splits; say --split {' or '.join(found)}")
     if request.split is not None and request.split not in found:
-        raise ValueError(f"{request.input}: no split {request.split}; there are: {', '.join(found)}")
+        raise ValueError(
+            f"{request.input}: no split {request.split}; there are: {', '.join(found)}"
+        )
     return found[request.split or next(iter(found))]
 
 
@@ -184,7 +214,10 @@ def _dataset_source(dataset: "Dataset", request: Request) -> Source:
     def binary(kind: Any) -> bool:
         if isinstance(kind, dict):
             return "bytes" in kind
-        return isinstance(kind, datasets.Image) or getattr(kind, "dtype", "") in ("binary", "large_binary")
+        return isinstance(kind, datasets.Image) or getattr(kind, "dtype", "") in (
+            "binary",
+            "large_binary",
+        )
 
     inside = [name for name, kind in dataset.features.items() if binary(kind)]
     others = [name for name in dataset.column_names if name not in inside]
@@ -193,11 +226,17 @@ def _dataset_source(dataset: "Dataset", request: Request) -> Source:
     frame: pd.DataFrame = dataset.select_columns(others).with_format(None).to_pandas()
     for name in others:
         if isinstance(classes := dataset.features[name], datasets.ClassLabel):
-            frame[name] = [classes.int2str(i) if i is not None and i >= 0 else None for i in dataset[name]]
+            frame[name] = [
+                classes.int2str(i) if i is not None and i >= 0 else None for i in dataset[name]
+            ]
     if request.image in others or (request.image is None and not inside):
         image = pick(others, IMAGE_NAMES, request.image, "--image")
-        return Source(frame, open_store(Path(request.images or request.input.removeprefix("hf:"))), image)
-    column = pick(inside, [*IMAGE_NAMES, *(name.lower() for name in inside)], request.image, "--image")
+        return Source(
+            frame, open_store(Path(request.images or request.input.removeprefix("hf:"))), image
+        )
+    column = pick(
+        inside, [*IMAGE_NAMES, *(name.lower() for name in inside)], request.image, "--image"
+    )
     pictures = dataset.select_columns([column])
     if isinstance(dataset.features[column], datasets.Image):
         pictures = pictures.cast_column(column, datasets.Image(decode=False))

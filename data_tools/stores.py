@@ -1,4 +1,6 @@
-"""Where image bytes come from: a folder, a zip that is never unpacked, or the rows of a `datasets` table."""
+"""Where image bytes come from: a folder, a zip that is never unpacked, or the rows of a `datasets`
+table.
+"""
 
 import hashlib
 import os
@@ -14,11 +16,13 @@ from clipsmall.data.preprocess import BadImage
 if TYPE_CHECKING:
     from datasets import Dataset
 
-MAX_FILE_BYTES = 256 << 20  # larger "images" are mistakes or zip bombs
+# larger "images" are mistakes or zip bombs
+MAX_FILE_BYTES = 256 << 20
 TOO_LARGE = "file over 256 MiB"
 MISSING = "no such image file"
 UNREADABLE = "file cannot be read"
-Place = str | int  # a path within the store, or a row's number
+# a path within the store, or a row's number
+Place = str | int
 
 
 class Store(Protocol):
@@ -48,9 +52,11 @@ class Folder:
     root: Path
 
     def names(self) -> list[str]:
-        found, seen = list[str](), set[str]()
+        found = list[str]()
+        seen = set[str]()
         for at, folders, files in os.walk(self.root, followlinks=True):
-            if (real := os.path.realpath(at)) in seen:  # a link that leads back, or twice to one place
+            # a link that leads back, or twice to one place
+            if (real := os.path.realpath(at)) in seen:
                 folders.clear()
                 continue
             seen.add(real)
@@ -64,14 +70,16 @@ class Folder:
                 data = file.read(MAX_FILE_BYTES + 1)
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             raise BadImage(MISSING) from None
-        except (OSError, ValueError):  # ValueError: a NUL in the name
+        except (OSError, ValueError):
+            # ValueError: a NUL in the name
             raise BadImage(UNREADABLE) from None
         if len(data) > MAX_FILE_BYTES:
             raise BadImage(TOO_LARGE)
         return data
 
     def fingerprint(self) -> str:
-        return "folder"  # a stat of every file would cost minutes on millions
+        # a stat of every file would cost minutes on millions
+        return "folder"
 
 
 @lru_cache(maxsize=2)
@@ -94,28 +102,43 @@ class Zip:
             raise ValueError(f"{self.path}: not a whole zip ({error}); copy it again") from None
 
     def names(self) -> list[str]:
-        return sorted(i.filename for i in self._zip().infolist() if not i.is_dir() and _shown(i.filename))
+        return sorted(
+            i.filename for i in self._zip().infolist() if not i.is_dir() and _shown(i.filename)
+        )
 
     def read(self, place: Place) -> bytes:
         archive = self._zip()
         try:
             member = archive.getinfo(str(place).removeprefix("./"))
-            if member.file_size > MAX_FILE_BYTES:  # zipfile itself stops at the size that the directory claims
+            # zipfile itself stops at the size that the directory claims
+            if member.file_size > MAX_FILE_BYTES:
                 raise BadImage(TOO_LARGE)
             return archive.read(member)
         except KeyError:
             raise BadImage(MISSING) from None
-        except (OSError, EOFError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error):
-            raise BadImage(UNREADABLE) from None  # wrong checksum, encrypted, unknown compression
+        except (
+            OSError,
+            EOFError,
+            RuntimeError,
+            NotImplementedError,
+            zipfile.BadZipFile,
+            zlib.error,
+        ):
+            # wrong checksum, encrypted, unknown compression
+            raise BadImage(UNREADABLE) from None
 
     def fingerprint(self) -> str:
-        listing = [(member.filename, member.file_size, member.CRC) for member in self._zip().infolist()]
+        listing = [
+            (member.filename, member.file_size, member.CRC) for member in self._zip().infolist()
+        ]
         return f"zip {hashlib.sha256(repr(listing).encode()).hexdigest()}"
 
 
 @dataclass(frozen=True)
 class Rows:
-    """One column of a `datasets.Dataset` holding bytes, or `{bytes, path}`; places are row numbers."""
+    """One column of a `datasets.Dataset` holding bytes, or `{bytes, path}`; places are row
+    numbers.
+    """
 
     dataset: "Dataset"
     column: str
@@ -126,7 +149,8 @@ class Rows:
     def read(self, place: Place) -> bytes:
         value: Any = self.dataset[int(place)][self.column]
         if isinstance(value, dict):
-            data, path = value.get("bytes"), value.get("path")
+            data = value.get("bytes")
+            path = value.get("path")
             value = data if data is not None or not path else Folder(Path()).read(path)
         if not isinstance(value, bytes):
             raise BadImage(MISSING)
@@ -148,4 +172,6 @@ def open_store(path: Path) -> Folder | Zip:
         return Folder(path)
     if path.is_file() and zipfile.is_zipfile(path):
         return Zip(path)
-    raise ValueError(f"{path}: " + ("neither a folder nor a zip" if path.exists() else "no such file or folder"))
+    raise ValueError(
+        f"{path}: " + ("neither a folder nor a zip" if path.exists() else "no such file or folder")
+    )

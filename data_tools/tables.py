@@ -1,4 +1,6 @@
-"""Tables of images and captions (CSV, TSV, JSON lines, Parquet) and the usual names of their columns."""
+"""Tables of images and captions (CSV, TSV, JSON lines, Parquet) and the usual names of their
+columns.
+"""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -11,9 +13,19 @@ import pyarrow.parquet as pq
 
 TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 IMAGE_NAMES = (
-    "image", "img", "picture", "file_name", "filename", "image_path", "filepath", "path", "file",
-    "jpg", "png", "webp",
-)  # fmt: skip
+    "image",
+    "img",
+    "picture",
+    "file_name",
+    "filename",
+    "image_path",
+    "filepath",
+    "path",
+    "file",
+    "jpg",
+    "png",
+    "webp",
+)
 CAPTION_NAMES = (
     "caption",
     "captions",
@@ -41,7 +53,9 @@ def pick(columns: Sequence[str], names: Sequence[str], asked: str | None, option
     for name in names:
         if name in lower:
             return lower[name]
-    raise ValueError(f"which column? say {option} NAME; there are: {', '.join(map(str, columns)) or 'none'}")
+    raise ValueError(
+        f"which column? say {option} NAME; there are: {', '.join(map(str, columns)) or 'none'}"
+    )
 
 
 def columns_of(frame: pd.DataFrame) -> list[str]:
@@ -51,8 +65,8 @@ def columns_of(frame: pd.DataFrame) -> list[str]:
 def read_table(name: str, data: Any, texts: Iterable[str] = ()) -> pd.DataFrame:
     """A table from an open file, by the ending of its name.
 
-    Image and caption columns, and those named in `texts`, stay text ("007" and "null" are captions too); only
-    an empty cell is missing.
+    Image and caption columns, and those named in `texts`, stay text ("007" and "null" are captions
+    too); only an empty cell is missing.
 
     Raises:
         ValueError: not UTF-8, broken, or empty.
@@ -62,23 +76,35 @@ def read_table(name: str, data: Any, texts: Iterable[str] = ()) -> pd.DataFrame:
         if suffix == ".parquet":
             frame = pd.read_parquet(data)
         elif suffix in (".jsonl", ".ndjson"):
-            frame = pd.DataFrame([json.loads(line) for line in data if line.strip()])  # pandas guesses dates
+            # pandas guesses dates
+            frame = pd.DataFrame([json.loads(line) for line in data if line.strip()])
         else:
             sep = "\t" if suffix == ".tsv" else ","
             header = columns_of(pd.read_csv(data, sep=sep, nrows=0, encoding="utf-8-sig"))
             data.seek(0)
             texts = {*IMAGE_NAMES, *CAPTION_NAMES, *texts}
             frame = pd.read_csv(
-                data, sep=sep, encoding="utf-8-sig", keep_default_na=False, na_values=[""], low_memory=False,
-                dtype={column: str for column in header if column in texts or column.lower() in texts},
-            )  # fmt: skip
+                data,
+                sep=sep,
+                encoding="utf-8-sig",
+                keep_default_na=False,
+                na_values=[""],
+                low_memory=False,
+                dtype={
+                    column: str for column in header if column in texts or column.lower() in texts
+                },
+            )
     except UnicodeDecodeError as error:
-        raise ValueError(f"{name}: not UTF-8 at byte {error.start}; convert it first (iconv -t utf-8)") from None
-    except (ValueError, pa.ArrowException) as error:  # pandas' own parser errors are ValueErrors
+        raise ValueError(
+            f"{name}: not UTF-8 at byte {error.start}; convert it first (iconv -t utf-8)"
+        ) from None
+    except (ValueError, pa.ArrowException) as error:
+        # pandas' own parser errors are ValueErrors
         raise ValueError(f"{name}: cannot be read: {str(error).splitlines()[0]}") from None
     if frame.empty:
         raise ValueError(f"{name}: has no rows")
-    frame.columns = columns_of(frame)  # rows that are lists have numbers
+    # rows that are lists have numbers
+    frame.columns = columns_of(frame)
     return frame.reset_index(drop=True)
 
 

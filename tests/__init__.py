@@ -1,4 +1,6 @@
-"""Tests of clipsmall: a folder for each wing of the code, a file for each of its modules or habits."""
+"""Tests of clipsmall: a folder for each wing of the code, a file for each of its modules or
+habits.
+"""
 
 from pathlib import Path
 

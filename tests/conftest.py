@@ -1,7 +1,7 @@
 """`ranks(W, fn, *args)` runs fn(*args) on W gloo ranks and returns their results, rank 0 first.
 
-One pool of eight workers for the whole session, forked before torch starts a thread: a second, where spawning
-eight Pythons takes forty.
+One pool of eight workers for the whole session, forked before torch starts a thread: a second,
+where spawning eight Pythons takes forty.
 """
 
 import multiprocessing
@@ -19,25 +19,38 @@ import pytest
 POOL = 8
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch: sums are cut alike in every process, and two cores are few
+os.environ["OMP_NUM_THREADS"] = (
+    # before torch: sums are cut alike in every process, and two cores are few
+    "1"
+)
 
 
 def _serve(rank: int, tasks: Any, results: Any) -> None:
     import torch
     import torch.distributed as dist
 
-    warnings.resetwarnings()  # forked within a test, which may have its own filters
+    # forked within a test, which may have its own filters
+    warnings.resetwarnings()
     torch.set_num_threads(1)
-    os.environ.update(ACCELERATE_USE_CPU="1", GLOO_SOCKET_IFNAME="lo", MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
-    os.environ["TORCH_DIST_INIT_BARRIER"] = "1"  # else a rank with little to do is gone before another has met it
+    os.environ.update(
+        ACCELERATE_USE_CPU="1", GLOO_SOCKET_IFNAME="lo", MASTER_ADDR="127.0.0.1", MASTER_PORT="1"
+    )
+    os.environ["TORCH_DIST_INIT_BARRIER"] = (
+        # else a rank with little to do is gone before another has met it
+        "1"
+    )
     while (task := tasks.get()) is not None:
         world, store, fn, args = task
         try:
             for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
                 os.environ.pop(name, None)
-            if world > 1:  # as torchrun says it, for Accelerate
+            # as torchrun says it, for Accelerate
+            if world > 1:
                 os.environ.update(
-                    RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world)
+                    RANK=str(rank),
+                    LOCAL_RANK=str(rank),
+                    WORLD_SIZE=str(world),
+                    LOCAL_WORLD_SIZE=str(world),
                 )
                 dist.init_process_group(
                     "gloo",
@@ -60,8 +73,12 @@ Ranks = Callable[..., list[Any]]
 @pytest.fixture(scope="session", autouse=True)
 def ranks() -> Iterator[Ranks]:
     context = multiprocessing.get_context("fork")
-    tasks, results = [context.Queue() for _ in range(POOL)], context.Queue()
-    workers = [context.Process(target=_serve, args=(r, tasks[r], results), daemon=True) for r in range(POOL)]
+    tasks = [context.Queue() for _ in range(POOL)]
+    results = context.Queue()
+    workers = [
+        context.Process(target=_serve, args=(r, tasks[r], results), daemon=True)
+        for r in range(POOL)
+    ]
     for worker in workers:
         worker.start()
     folder = tempfile.TemporaryDirectory()
@@ -71,7 +88,9 @@ def ranks() -> Iterator[Ranks]:
         store = os.path.join(folder.name, f"store{next(number)}")
         for queue in tasks[:world]:
             queue.put((world, store, fn, args))
-        answers = sorted((results.get(timeout=300) for _ in range(world)), key=lambda answer: answer[0])
+        answers = sorted(
+            (results.get(timeout=300) for _ in range(world)), key=lambda answer: answer[0]
+        )
         errors = [error for _, _, error in answers if error]
         assert not errors, errors[0]
         return [value for _, value, _ in answers]
@@ -81,7 +100,8 @@ def ranks() -> Iterator[Ranks]:
         queue.put(None)
     for worker in workers:
         worker.join(10)
-        worker.kill()  # one that hangs, and heeds no SIGTERM since it has trained, would hold our exit for ever
+        # one that hangs, and heeds no SIGTERM since it has trained, would hold our exit for ever
+        worker.kill()
     folder.cleanup()
 
 

@@ -1,7 +1,9 @@
-"""Counts the memory of tensors made inside a `with`: what is alive at the peak, kept for backward, and the largest.
+"""Counts the memory of tensors made inside a `with`: what is alive at the peak, kept for backward,
+and the largest.
 
-Every operation that PyTorch dispatches is seen, those of a backward too, and each storage is counted once, from its
-first appearance to its end, however many tensors look into it. What existed before is left out. A kernel's own
+Every operation that PyTorch dispatches is seen, those of a backward too, and each storage is
+counted once, from its first appearance to its end, however many tensors look into it. What existed
+before is left out. A kernel's own
 scratch space is not seen: for that there is the process's peak (tests/bench/losses.py).
 """
 
@@ -17,17 +19,27 @@ from torch.utils._pytree import tree_leaves
 
 
 class Meter(TorchDispatchMode):
-    """`with Meter() as meter: objective(e, e)["loss"].backward()`, then look at the numbers below."""
+    """`with Meter() as meter: objective(e, e)["loss"].backward()`, then look at the numbers
+    below.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.peak_bytes = 0  # of tensors alive together, the gradients of leaves among them
-        self.saved_bytes = 0  # kept by graphs for their backward: all that was ever packed, each storage once
-        self.largest = 0  # elements of the largest storage made, in the dtype it was made with
-        self.alive_bytes = 0  # now: after the `with` what has outlived it
-        self._known: dict[int, weakref.ref[Any]] = {}  # storages by id, those of before included
+        # of tensors alive together, the gradients of leaves among them
+        self.peak_bytes = 0
+        self.saved_bytes = (
+            # kept by graphs for their backward: all that was ever packed, each storage once
+            0
+        )
+        # elements of the largest storage made, in the dtype it was made with
+        self.largest = 0
+        # now: after the `with` what has outlived it
+        self.alive_bytes = 0
+        # storages by id, those of before included
+        self._known: dict[int, weakref.ref[Any]] = {}
         self._saved = set[int]()
-        self._own = set[int]()  # ids of storages made inside and alive
+        # ids of storages made inside and alive
+        self._own = set[int]()
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
 
     def __enter__(self) -> "Meter":
@@ -36,13 +48,20 @@ class Meter(TorchDispatchMode):
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         super().__exit__(kind, error, trace)
         self._hooks.__exit__(kind, error, trace)
 
     def __torch_dispatch__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: Any = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         for old in tree_leaves((args, kwargs)):
             if isinstance(old, Tensor):

@@ -13,7 +13,20 @@ from PIL import Image
 from clipsmall.data import open_catalog
 from data_tools.make_shards import main
 
-COLOURS = ["red", "green", "blue", "navy", "teal", "olive", "gold", "pink", "grey", "black", "white", "cyan"]
+COLOURS = [
+    "red",
+    "green",
+    "blue",
+    "navy",
+    "teal",
+    "olive",
+    "gold",
+    "pink",
+    "grey",
+    "black",
+    "white",
+    "cyan",
+]
 
 
 def picture(colour: str, kind: str = "PNG", size: tuple[int, int] = (12, 8)) -> bytes:
@@ -23,7 +36,11 @@ def picture(colour: str, kind: str = "PNG", size: tuple[int, int] = (12, 8)) -> 
 
 
 def run(*args: object) -> int:
-    return main([str(arg) for arg in [*args, "--workers", 1]] if "--workers" not in args else [str(a) for a in args])
+    return main(
+        [str(arg) for arg in [*args, "--workers", 1]]
+        if "--workers" not in args
+        else [str(a) for a in args]
+    )
 
 
 def samples(out: Path) -> dict[str, dict[str, Any]]:
@@ -54,8 +71,12 @@ def make_photos(tmp_path: Path) -> Path:
     (folder / "images").mkdir(parents=True)
     for colour in COLOURS:
         (folder / "images" / f"{colour}.png").write_bytes(picture(colour))
-    table = pd.DataFrame({"path": [f"images/{c}.png" for c in COLOURS], "caption": [f"a {c} box" for c in COLOURS]})
-    table.assign(size=range(len(COLOURS)), kind=["a", "b"] * 6).to_csv(folder / "photos.csv", index=False)
+    table = pd.DataFrame(
+        {"path": [f"images/{c}.png" for c in COLOURS], "caption": [f"a {c} box" for c in COLOURS]}
+    )
+    table.assign(size=range(len(COLOURS)), kind=["a", "b"] * 6).to_csv(
+        folder / "photos.csv", index=False
+    )
     return folder
 
 
@@ -81,7 +102,9 @@ def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
     return path
 
 
-def pair_members(key: str, image: bytes, caption: str | None, **fields: Any) -> list[tuple[str, bytes]]:
+def pair_members(
+    key: str, image: bytes, caption: str | None, **fields: Any
+) -> list[tuple[str, bytes]]:
     """A sample as img2dataset lays it out."""
     record = {
         "key": key,

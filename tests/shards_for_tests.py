@@ -15,14 +15,22 @@ TOWERS = {
 
 
 def write_glyphs(folder: Path, pairs: int = 300, shards: int = 3) -> None:
-    """`train` (`pairs` of one face over `shards`), `test` (60 of another face), classnames.txt, towers.json."""
+    """`train` (`pairs` of one face over `shards`), `test` (60 of another face), classnames.txt,
+    towers.json.
+    """
     glyphs = [g for g in glyphs_of("DejaVuSans") if draw(g)][:pairs]
     size = pairs // shards
     for number in range(shards):
-        write_shard(folder / "train", number, _samples(glyphs[number * size : (number + 1) * size], number * size))
+        write_shard(
+            folder / "train",
+            number,
+            _samples(glyphs[number * size : (number + 1) * size], number * size),
+        )
     test = [g for g in glyphs_of("DejaVuSerif") if draw(g)][:60]
     write_shard(folder / "test", 0, _samples(test, 0))
-    (folder / "classnames.txt").write_text("".join(f"{name}\n" for name in sorted({g.name for g in glyphs + test})))
+    (folder / "classnames.txt").write_text(
+        "".join(f"{name}\n" for name in sorted({g.name for g in glyphs + test}))
+    )
     (folder / "towers.json").write_text(json.dumps(TOWERS))
 
 

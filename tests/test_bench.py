@@ -1,8 +1,8 @@
 """The sides of the big-batch bench do what it says of them, on a tiny open_clip ViT in float64.
 
-Seen to fail when: two_pass leaves out the cached gradients, or the scale's; a chunk is detached; accumulate sums;
-open_clip's loop gets pixels as bytes, another accum_freq, or an optimizer that forgets; `against` swaps the towers or
-its arguments; --image_size is ignored.
+Seen to fail when: two_pass leaves out the cached gradients, or the scale's; a chunk is detached;
+accumulate sums; open_clip's loop gets pixels as bytes, another accum_freq, or an optimizer that
+forgets; `against` swaps the towers or its arguments; --image_size is ignored.
 """
 
 import json
@@ -21,7 +21,8 @@ from tests.bench.gradcache import against, gradients, step
 from tests.model.test_chunks import noisy
 from tests.model.test_towers import write_open_clip_json
 
-SIZE, CHUNK = 8, 2
+SIZE = 8
+CHUNK = 2
 K = SIZE // CHUNK
 
 
@@ -49,7 +50,9 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("side", ["chunked", "two-pass"])
-def test_chunks_and_two_passes_are_the_whole_step(side: str, tiny: tuple[DualEncoder, Pairs]) -> None:
+def test_chunks_and_two_passes_are_the_whole_step(
+    side: str, tiny: tuple[DualEncoder, Pairs]
+) -> None:
     losses, expected = taken("whole", *tiny)
     found_losses, found = taken(side, *tiny)
     assert len(losses) == len(found_losses) == 1
@@ -58,7 +61,9 @@ def test_chunks_and_two_passes_are_the_whole_step(side: str, tiny: tuple[DualEnc
 
 
 def test_accum_freq_counts_the_scale_once_a_micro_batch(tiny: tuple[DualEncoder, Pairs]) -> None:
-    """open_clip's own code and loss; ours leaves out equal captions, of which there are none here."""
+    """open_clip's own code and loss; ours leaves out equal captions, of which there are none
+    here.
+    """
     (loss,), expected = taken("whole", *tiny)
     losses, found = taken("accum-freq", *tiny)
     assert losses == pytest.approx([loss] * K, rel=1e-12)
@@ -75,7 +80,10 @@ def test_accum_freq_mixes_random_layers() -> None:
 def test_naive_accumulation_is_another_gradient(tiny: tuple[DualEncoder, Pairs]) -> None:
     model, pairs = tiny
     (loss,), expected = taken("whole", model, pairs)
-    small = [taken("whole", model, Pairs(*part)) for part in zip(*(x.split(CHUNK) for x in pairs), strict=True)]
+    small = [
+        taken("whole", model, Pairs(*part))
+        for part in zip(*(x.split(CHUNK) for x in pairs), strict=True)
+    ]
     losses, found = taken("accumulate", model, pairs)
     assert losses == pytest.approx([each[0] for each, _ in small], rel=1e-12)
     assert sum(losses) / K < loss - 0.5
@@ -84,15 +92,22 @@ def test_naive_accumulation_is_another_gradient(tiny: tuple[DualEncoder, Pairs])
     assert max(parts["image"]["cosine"], parts["text"]["cosine"]) < 0.999
 
 
-def test_gradients_are_held_against_one_another_tower_by_tower(tiny: tuple[DualEncoder, Pairs]) -> None:
+def test_gradients_are_held_against_one_another_tower_by_tower(
+    tiny: tuple[DualEncoder, Pairs],
+) -> None:
     _, expected = taken("whole", *tiny)
     images = {name for name in expected if ".visual." in name}
     texts = expected.keys() - images - {"logit_scale"}
     assert len(images) > 20
     assert len(texts) > 20
-    found = {name: value * (-3 if name in images else 1 if name in texts else 4) for name, value in expected.items()}
+    found = {
+        name: value * (-3 if name in images else 1 if name in texts else 4)
+        for name, value in expected.items()
+    }
     parts = against(found, expected)
-    said = {part: [round(value, 12) for value in numbers.values()] for part, numbers in parts.items()}
+    said = {
+        part: [round(value, 12) for value in numbers.values()] for part, numbers in parts.items()
+    }
     assert said == {"image": [-1, 3, 4], "text": [1, 1, 0], "logit_scale": [1, 4, 3]}
 
 

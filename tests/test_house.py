@@ -46,6 +46,8 @@ def test_no_module_hides_a_library() -> None:
 
 def test_nothing_pickles() -> None:
     for path in FILES:
-        assert not {name for name in _imports(path) if name.split(".")[0] in ("pickle", "dill", "joblib")}, path
+        assert not {
+            name for name in _imports(path) if name.split(".")[0] in ("pickle", "dill", "joblib")
+        }, path
         assert "torch.load(" not in path.read_text(), path
         assert not re.search(r"trust_remote_code\W{1,4}True", path.read_text()), path

@@ -1,7 +1,8 @@
-"""Tests of launch/: files that Accelerate reads, and a SLURM job that is stopped, put back into the queue, and resumes.
+"""Tests of launch/: files that Accelerate reads, and a SLURM job that is stopped, put back into the
+queue, and resumes.
 
-Seen to fail when: a YAML has a key Accelerate does not know; the SLURM script leaves out the trap, `--resume=auto`, or
-waits for the step only once.
+Seen to fail when: a YAML has a key Accelerate does not know; the SLURM script leaves out the trap,
+`--resume=auto`, or waits for the step only once.
 """
 
 import json
@@ -29,16 +30,20 @@ def test_accelerate_reads_each_file_and_its_own_command(path: Path) -> None:
     from accelerate.commands.config.config_args import load_config_from_file
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
-    loaded = load_config_from_file(str(path))  # refuses unknown keys
+    # refuses unknown keys
+    loaded = load_config_from_file(str(path))
     given = yaml.safe_load(path.read_text())
     assert loaded.num_processes == given["num_processes"]
-    comment = "".join(line.removeprefix("#") for line in path.read_text().splitlines(True) if line.startswith("#"))
+    comment = "".join(
+        line.removeprefix("#") for line in path.read_text().splitlines(True) if line.startswith("#")
+    )
     command = comment[comment.index("accelerate launch") :].replace("\\\n", " ").splitlines()[0]
     words = shlex.split(command.replace("--machine_rank K", "--machine_rank 1"))
     args = launch_command_parser().parse_args(words[2:])
     assert args.config_file == f"launch/{path.name}"
     assert args.training_script == "clipsmall/train.py"
-    read([*args.training_script_args, "--data.train=[x]"])  # a config of ours that is whole
+    # a config of ours that is whole
+    read([*args.training_script_args, "--data.train=[x]"])
     # what the launcher makes of it; it looks for cards, which are not here
     args = _validate_launch_command(args)[0]
     assert args.num_processes == given["num_processes"]
@@ -75,18 +80,32 @@ def job(folder: Path, words: list[str]) -> subprocess.Popen[str]:
         **os.environ,
         "PATH": f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}",
         "REQUEUED": str(folder / "requeued"),
-        "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "RANKS": "1", "PORT": port,
-        "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "here[1-2]", "SLURM_NNODES": "2", "SLURM_SUBMIT_DIR": str(ROOT),
-    }  # fmt: skip
+        "ACCELERATE_USE_CPU": "1",
+        "OMP_NUM_THREADS": "1",
+        "RANKS": "1",
+        "PORT": port,
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "here[1-2]",
+        "SLURM_NNODES": "2",
+        "SLURM_SUBMIT_DIR": str(ROOT),
+    }
     command = ["bash", str(ROOT / "launch/slurm.sh"), *words]
-    return subprocess.Popen(command, env=environment, text=True, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    return subprocess.Popen(
+        command, env=environment, text=True, stderr=subprocess.PIPE, stdout=subprocess.PIPE
+    )
 
 
 def losses(out: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines() if "loss" in line]
+    return [
+        json.loads(line)["loss"]
+        for line in (out / "metrics.jsonl").read_text().splitlines()
+        if "loss" in line
+    ]
 
 
-def test_a_slurm_job_of_two_machines_is_stopped_requeued_and_resumed(glyphs: Path, tmp_path: Path) -> None:
+def test_a_slurm_job_of_two_machines_is_stopped_requeued_and_resumed(
+    glyphs: Path, tmp_path: Path
+) -> None:
     """Two launchers of one rank each, which find one another as on two machines."""
     changes = {"optim.pairs": 32 * 3000, "run.checkpoint_every": 3000}
     out = tmp_path / "run"

@@ -27,16 +27,22 @@ from clipsmall.data.preprocess import ImageTransform
 from clipsmall.distributed import world
 from clipsmall.model.towers import Loaded
 
-Read = Callable[[range], Iterable[LoadedBatch]]  # numbers of global batches -> my slices of them
+# numbers of global batches -> my slices of them
+Read = Callable[[range], Iterable[LoadedBatch]]
 
 
 class TrainingData(Protocol):
-    fingerprint: str  # what a resumed run must find again
-    words: str  # for the opening line
+    # what a resumed run must find again
+    fingerprint: str
+    # for the opening line
+    words: str
     pairs: int
-    per_epoch: int  # batches until a pair may come again
-    ids: Tensor | None  # ascending `index` of all pairs; None where they are not known beforehand
-    made: dict[str, Features]  # by frozen towers, in place of the image or the text
+    # batches until a pair may come again
+    per_epoch: int
+    # ascending `index` of all pairs; None where they are not known beforehand
+    ids: Tensor | None
+    # by frozen towers, in place of the image or the text
+    made: dict[str, Features]
 
     @property
     def catalog(self) -> Catalog | None:
@@ -55,9 +61,12 @@ def transform(config: Config, loaded: Loaded) -> ImageTransform:
 
 class IndexedData:
     def __init__(self, config: Config) -> None:
-        self.config, self.catalog = config, open_catalog(config.data.train)
+        self.config = config
+        self.catalog = open_catalog(config.data.train)
         self.fingerprint, self.pairs = self.catalog.fingerprint, len(self.catalog)
-        self.order: Order | PlannedOrder = Order(self.catalog.sizes, config.seed, config.data.shuffle_window)
+        self.order: Order | PlannedOrder = Order(
+            self.catalog.sizes, config.seed, config.data.shuffle_window
+        )
         planned = ""
         if config.data.plan:
             plan = read_plan(Path(config.data.plan), self.catalog, config.data.batch_size)
@@ -65,8 +74,10 @@ class IndexedData:
             self.fingerprint += f" {plan.digest}"
             planned = f"; {self.order.length:,} of them in the plan {config.data.plan}"
         self.ids: Tensor | None = torch.from_numpy(self.catalog.index).sort().values
-        self.made: dict[str, Features] = {}  # by frozen towers, in place of images or captions
-        left, size = self.catalog.left_out, config.data.batch_size
+        # by frozen towers, in place of images or captions
+        self.made: dict[str, Features] = {}
+        left = self.catalog.left_out
+        size = config.data.batch_size
         self.per_epoch, rest = divmod(self.order.length, size)
         self.words = (
             f"{self.pairs:,} pairs in {len(self.catalog.shards)} shards"
@@ -100,7 +111,8 @@ class IndexedData:
 class StreamedData:
     catalog = None
     fingerprint = "streaming"
-    pairs = per_epoch = 10**9  # endless
+    # endless
+    pairs = per_epoch = 10**9
     ids: Tensor | None = None
 
     def __init__(self, config: Config) -> None:

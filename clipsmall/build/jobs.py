@@ -1,4 +1,6 @@
-"""Config -> jobs: the side work of a run, each a callable that every rank calls at the same step."""
+"""Config -> jobs: the side work of a run, each a callable that every rank calls at the same
+step.
+"""
 
 import time
 from collections.abc import Callable
@@ -54,11 +56,19 @@ def save_job(
 
 
 def evaluate_job(
-    config: Config, state: RunState, report: Report, folder: RunFolder, jobs: list[Callable[[Encoder], Cell]]
+    config: Config,
+    state: RunState,
+    report: Report,
+    folder: RunFolder,
+    jobs: list[Callable[[Encoder], Cell]],
 ) -> Callable[[Progress, Any], None]:
-    """A job that fills all cells, once a step: files, a line in metrics.jsonl, a table on the terminal."""
+    """A job that fills all cells, once a step: files, a line in metrics.jsonl, a table on the
+    terminal.
+    """
     device = state.accelerator.device
-    encoder = Encoder(state.model, state.loaded.tokenize, device, config.evaluate.batch_size, config.data.workers)
+    encoder = Encoder(
+        state.model, state.loaded.tokenize, device, config.evaluate.batch_size, config.data.workers
+    )
     # agreed on by all ranks: a job that some of them skip would leave the others waiting
     done = {int(world.maximum(torch.tensor(folder.last_evaluation(), device=device)))}
 

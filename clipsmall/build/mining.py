@@ -22,14 +22,17 @@ from clipsmall.mining.scored import scored
 from clipsmall.model.dual_encoder import DualEncoder
 from clipsmall.model.towers import Loaded
 
-GROUP = 4  # hard pairs in a batch of the default method: see README, Mining
+# hard pairs in a batch of the default method: see README, Mining
+GROUP = 4
 
 
 class Remaining:
     """The batches after `progress`, which is read when iteration starts, to the last one."""
 
     def __init__(self, read: Read, progress: Progress, steps: int) -> None:
-        self.read, self.progress, self.steps = read, progress, steps
+        self.read = read
+        self.progress = progress
+        self.steps = steps
 
     def __iter__(self) -> Iterator[LoadedBatch]:
         return iter(self.read(range(self.progress.step, self.steps)))
@@ -62,11 +65,15 @@ def batches(
     known = reference(config, data.catalog) if made.method == "learnability" else None
     # a pool stays in ordinary memory, its batches are pinned as they leave
     read = data.reader(loaded, pin=False, hash_images=True)
-    return MinedBatches(read, stretches, seen, made, config.seed, progress, not config.data.streaming, known, pin)
+    return MinedBatches(
+        read, stretches, seen, made, config.seed, progress, not config.data.streaming, known, pin
+    )
 
 
 def fixed(config: Config) -> tuple[str, ...]:
-    """What a mined run cannot change on its way, beside the settings of any run: pools lie at shares of its length."""
+    """What a mined run cannot change on its way, beside the settings of any run: pools lie at
+    shares of its length.
+    """
     return ("mining", "optim.pairs") if config.mining.method != "none" else ("mining.method",)
 
 
@@ -77,7 +84,9 @@ def reference(config: Config, catalog: Catalog | None) -> Callable[[Identity], S
         ValueError: streamed pairs have no numbers; a shard or a pair has no scores.
     """
     if catalog is None:
-        raise ValueError("mining.method=learnability looks scores up by a pair's number, which streamed pairs lack")
+        raise ValueError(
+            "mining.method=learnability looks scores up by a pair's number, which streamed pairs lack"
+        )
     scores = all_scores(catalog, Path(config.mining.reference) if config.mining.reference else None)
     if missing := len(catalog) - len(scores.row):
         raise ValueError(
@@ -97,18 +106,23 @@ def reference(config: Config, catalog: Catalog | None) -> Callable[[Identity], S
 
 def recipe(config: Config) -> Recipe:
     """Raises ValueError for groups that do not fit the method or the batch."""
-    mining, batch = config.mining, config.data.batch_size
+    mining = config.mining
+    batch = config.data.batch_size
     # auto: GROUP, or fewer where a batch is no multiple of it
     auto = next((k for k in (GROUP, 3, 2) if batch % k == 0), 0) if mining.method == "groups" else 0
     group = auto if mining.group == "auto" else mining.group
     if group and mining.method in SELECTIONS:
-        raise ValueError(f"mining.group={group}: {mining.method} selects whole batches; leave it at auto")
+        raise ValueError(
+            f"mining.group={group}: {mining.method} selects whole batches; leave it at auto"
+        )
     by_pairs = next(iter(config.objective.mix)) in ("sigmoid", "bce")
     return Recipe(
         method=mining.method,
         batch_size=config.data.batch_size,
         group=group,
-        weights=("sigmoid" if by_pairs else "softmax") if mining.weights == "auto" else mining.weights,
+        weights=("sigmoid" if by_pairs else "softmax")
+        if mining.weights == "auto"
+        else mining.weights,
         swaps=mining.swaps,
         keep=mining.keep,
         near=mining.near,
@@ -122,12 +136,17 @@ def schedule(config: Config, made: Recipe, per_epoch: int) -> Schedule:
     mining = config.mining
     least = math.ceil(1 / mining.keep) if made.method in SELECTIONS else 2
     pool = max(mining.pool // config.data.batch_size, least)
-    return Schedule(config.steps, pool, made.kept(pool), mining.fraction, mining.start, mining.end, per_epoch)
+    return Schedule(
+        config.steps, pool, made.kept(pool), mining.fraction, mining.start, mining.end, per_epoch
+    )
 
 
 @torch.no_grad()
-def score(encoder: DualEncoder, accelerator: Accelerator, rows: int, relative: bool, pairs: Pairs) -> View:
-    """Pairs as the model sees them now: eval mode, in the run's precision, `rows` at a time; nothing is left behind.
+def score(
+    encoder: DualEncoder, accelerator: Accelerator, rows: int, relative: bool, pairs: Pairs
+) -> View:
+    """Pairs as the model sees them now: eval mode, in the run's precision, `rows` at a time;
+    nothing is left behind.
 
     `relative`: the model's bias is in units of its scale.
     """
@@ -135,8 +154,16 @@ def score(encoder: DualEncoder, accelerator: Accelerator, rows: int, relative: b
     encoder.eval()
     device = accelerator.device
     with accelerator.autocast():
-        image = torch.cat([encoder.encode_image(part.to(device)).float() for part in torch.split(pairs.image, rows)])
-        text = torch.cat([encoder.encode_text(part.to(device)).float() for part in torch.split(pairs.text, rows)])
+        image = torch.cat(
+            [
+                encoder.encode_image(part.to(device)).float()
+                for part in torch.split(pairs.image, rows)
+            ]
+        )
+        text = torch.cat(
+            [encoder.encode_text(part.to(device)).float() for part in torch.split(pairs.text, rows)]
+        )
     encoder.train(training)
-    scale, bias = encoder.logit_scale.exp(), encoder.logit_bias.detach()
+    scale = encoder.logit_scale.exp()
+    bias = encoder.logit_bias.detach()
     return View(image, text, scale, bias * scale if relative else bias)

@@ -1,4 +1,6 @@
-"""Config -> what is compared and how: the objective, and what it asks of the model (heads, scale, bias)."""
+"""Config -> what is compared and how: the objective, and what it asks of the model (heads, scale,
+bias).
+"""
 
 import inspect
 from collections.abc import Callable
@@ -20,14 +22,17 @@ from clipsmall.objectives.accumulated import Accumulated
 
 def setting(config: Config, loaded: Loaded, ids: Tensor | None) -> Setting:
     """Facts of the run for heads and objectives with a memory."""
-    embeddings = [part.num_embeddings for part in loaded.towers.modules() if isinstance(part, nn.Embedding)]
+    embeddings = [
+        part.num_embeddings for part in loaded.towers.modules() if isinstance(part, nn.Embedding)
+    ]
     return Setting(
         width=width(loaded),
         batch_size=config.compared,
         steps=config.steps * config.optim.accumulate,
         seed=config.seed,
         towers=loaded.towers,
-        vocabulary=max(embeddings, default=0),  # of tokens; positions are fewer
+        # of tokens; positions are fewer
+        vocabulary=max(embeddings, default=0),
         ids=ids,
     )
 
@@ -82,7 +87,8 @@ def heads(config: Config, setting: Setting) -> dict[str, nn.Module]:
 
 
 def through(config: Config) -> str:
-    """The head that retrieval goes through: only if no objective of the mix aligns the towers' own features.
+    """The head that retrieval goes through: only if no objective of the mix aligns the towers' own
+    features.
 
     Raises:
         ValueError: the objectives align different heads, and nothing in common.
@@ -101,9 +107,13 @@ def learns_scale(config: Config, kind: Kind) -> bool:
 
 
 def starts(config: Config, loaded: Loaded, setting: Setting) -> tuple[float, float]:
-    """logit_scale and logit_bias at the start: as the user says, else as the weights were trained, else as the
-    first objective that learns them starts."""
-    scales = [kind.scale for kind in kinds(config) if kind.scale is not None and learns_scale(config, kind)]
+    """logit_scale and logit_bias at the start: as the user says, else as the weights were trained,
+    else as the first objective that learns them starts."""
+    scales = [
+        kind.scale
+        for kind in kinds(config)
+        if kind.scale is not None and learns_scale(config, kind)
+    ]
     biases = [kind.bias for kind in kinds(config) if kind.bias is not None]
     scale: float = scales[0] if scales else 1.0
     if config.model.logit_scale != "auto":
@@ -129,7 +139,9 @@ def objective(config: Config, setting: Setting) -> Callable[..., dict[str, Tenso
     if config.objective.exchange == "ring":
         for name in config.objective.mix:
             if not OBJECTIVES[name].ring:
-                raise ValueError(f"objective.exchange=ring: {name} needs all columns at once; use gather")
+                raise ValueError(
+                    f"objective.exchange=ring: {name} needs all columns at once; use gather"
+                )
     if not any(kind.alone(options(config, kind)) for kind in kinds(config)):
         raise ValueError(
             f"objective.name: {config.objective.title} does not train the text tower; make it a second term, as in "
@@ -143,7 +155,9 @@ def objective(config: Config, setting: Setting) -> Callable[..., dict[str, Tenso
         mine = {option: value for option, value in given.items() if option in known}
         as_class = isinstance(kind.make, type)
         made[name] = kind.make(setting, **mine) if as_class else partial(kind.make, **mine)
-    whole = build_queue.queued(config, made, setting) or build_queue.joined(config.objective.mix, made)
+    whole = build_queue.queued(config, made, setting) or build_queue.joined(
+        config.objective.mix, made
+    )
     return Accumulated(whole, parts(config)) if config.optim.accumulate > 1 else whole
 
 
@@ -151,9 +165,11 @@ def parts(config: Config) -> int:
     """How many parts of a batch naive accumulation compares within themselves.
 
     Raises:
-        ValueError: a rank's pairs cannot be cut so; or something would see the whole batch all the same.
+        ValueError: a rank's pairs cannot be cut so; or something would see the whole batch all the
+            same.
     """
-    count, local = config.optim.accumulate, config.data.batch_size // world.size()
+    count = config.optim.accumulate
+    local = config.data.batch_size // world.size()
     if local % count:
         raise ValueError(f"optim.accumulate={count} does not divide the {local} pairs of a rank")
     if config.objective.queue != "none" or head_options(config):
@@ -180,7 +196,8 @@ def columns(config: Config) -> Callable[[Embeddings], Embeddings]:
     """How everybody's embeddings come to my rows."""
     known = {"gather": world.columns, "ring": world.ring_columns, "host": world.host_columns}
     if config.objective.exchange == "host":
-        # a backward pass over two devices runs in two threads, and ranks would start their collectives in different
+        # a backward pass over two devices runs in two threads, and ranks would start their
+        # collectives in different
         # orders: one thread goes by the order of the forward pass
         torch.autograd.set_multithreading_enabled(False)
     return known[config.objective.exchange]

@@ -1,1 +1,3 @@
-"""Objectives, batch sizes and tricks side by side: a grid of runs, their statistics, pictures and a verdict."""
+"""Objectives, batch sizes and tricks side by side: a grid of runs, their statistics, pictures and a
+verdict.
+"""

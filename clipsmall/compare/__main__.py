@@ -1,11 +1,13 @@
-"""Which objective serves which budget? A grid of runs from YAML: trained, measured, told in one page.
+"""Which objective serves which budget? A grid of runs from YAML: trained, measured, told in one
+page.
 
     python -m clipsmall.compare configs/compare/glyphs.yaml --jobs 2        # runs what is missing, then tells
     python -m clipsmall.compare configs/compare/*.yaml --tell               # tells of what is there
 
-Interrupt it at will: the same command goes on. Several of these commands may work on one grid at a time, on a shared
-disk from several machines, too. Written to the comparison's folder: compare.html, the tables as CSV and Parquet, the
-plots as PNG. Exit codes: 0 all is done; 1 some runs failed or are not there yet; 2 bad input; 130, 143 stopped.
+Interrupt it at will: the same command goes on. Several of these commands may work on one grid at a
+time, on a shared disk from several machines, too. Written to the comparison's folder: compare.html,
+the tables as CSV and Parquet, the plots as PNG. Exit codes: 0 all is done; 1 some runs failed or
+are not there yet; 2 bad input; 130, 143 stopped.
 """
 
 import argparse
@@ -33,16 +35,30 @@ STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
-        prog="python -m clipsmall.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m clipsmall.compare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     made.add_argument("grids", nargs="+", help="YAML files, a comparison each")
-    made.add_argument("--jobs", type=int, default=1, help="runs at a time; several GPUs are shared out among them")
+    made.add_argument(
+        "--jobs", type=int, default=1, help="runs at a time; several GPUs are shared out among them"
+    )
     made.add_argument("--seeds", type=int, nargs="+", help="run these only")
-    made.add_argument("--only", nargs="+", default=[], metavar="AXIS=LEVEL[,LEVEL]", help="run these levels only")
-    made.add_argument("--again", action="store_true", help="also runs that failed, or were submitted without a result")
+    made.add_argument(
+        "--only", nargs="+", default=[], metavar="AXIS=LEVEL[,LEVEL]", help="run these levels only"
+    )
+    made.add_argument(
+        "--again",
+        action="store_true",
+        help="also runs that failed, or were submitted without a result",
+    )
     made.add_argument("--tell", action="store_true", help="run nothing")
-    made.add_argument("--list", action="store_true", help="train nothing, list the runs and their states")
-    made.add_argument("--interval", choices=("sd", "bootstrap"), default="sd", help="in the table, over seeds")
+    made.add_argument(
+        "--list", action="store_true", help="train nothing, list the runs and their states"
+    )
+    made.add_argument(
+        "--interval", choices=("sd", "bootstrap"), default="sd", help="in the table, over seeds"
+    )
     return made
 
 
@@ -54,8 +70,12 @@ def picked(found: Sequence[Setting], comparison: Comparison, words: Sequence[str
         wanted[axis] = names.split(",")
         if unknown := [name for name in wanted[axis] if name not in comparison.axes.get(axis, {})]:
             known = ", ".join(comparison.axes.get(axis, comparison.axes))
-            raise ValueError(f"--only {word}: there is no {axis}={unknown[0]} in this grid; there is {known}")
-    return [each for each in found if all(each.levels[axis] in names for axis, names in wanted.items())]
+            raise ValueError(
+                f"--only {word}: there is no {axis}={unknown[0]} in this grid; there is {known}"
+            )
+    return [
+        each for each in found if all(each.levels[axis] in names for axis, names in wanted.items())
+    ]
 
 
 def environment(jobs: int, launch: str) -> dict[str, str]:
@@ -84,7 +104,9 @@ def work(runs: list[Run], trainer: Trainer, jobs: int, words: str) -> None:
         bar.update()
         if not trainer.stopped:
             said = run.state + (f" in {took:.0f} s" if took is not None else "")
-            bar.write(f"{run.title}: {said}" + (f": {run.error}" if run.error else ""), file=sys.stderr)
+            bar.write(
+                f"{run.title}: {said}" + (f": {run.error}" if run.error else ""), file=sys.stderr
+            )
 
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(one, todo))
@@ -98,19 +120,25 @@ def trials(runs: list[Run], trainer: Trainer, jobs: int, words: str) -> None:
         print(f"{words}: waiting for those that another command is at", file=sys.stderr)
         while not trainer.stopped and any(run.state == "running" for run in runs):
             time.sleep(1)
-        work(runs, trainer, jobs, words)  # what it has left, should it have been stopped
+        # what it has left, should it have been stopped
+        work(runs, trainer, jobs, words)
 
 
-def run(comparison: Comparison, budgets: Budgets, trainer: Trainer, options: argparse.Namespace) -> None:
+def run(
+    comparison: Comparison, budgets: Budgets, trainer: Trainer, options: argparse.Namespace
+) -> None:
     """Rates are tried before speeds, speeds before the grid: each follows from what came before."""
     seeds = options.seeds or comparison.seeds
     if strange := set(seeds) - set(comparison.seeds):
-        raise ValueError(f"--seeds {min(strange)}: none of this grid's; there is {comparison.seeds}")
+        raise ValueError(
+            f"--seeds {min(strange)}: none of this grid's; there is {comparison.seeds}"
+        )
     chosen = picked(budgets.fitting, comparison, options.only)
     trials(budgets.tuning(chosen), trainer, options.jobs, "learning rates")
     trials(budgets.speeds(chosen), trainer, options.jobs, "speeds")
     runs = [run for cell in budgets.cells() if cell.setting in chosen for run in cell.runs]
-    by_seed = [run for seed in seeds for run in runs if run.seed == seed]  # a whole grid of one seed before the next
+    # a whole grid of one seed before the next
+    by_seed = [run for seed in seeds for run in runs if run.seed == seed]
     work(by_seed, trainer, options.jobs, "runs")
 
 
@@ -133,7 +161,9 @@ def compare(comparison: Comparison, options: argparse.Namespace) -> int:
         listing(comparison, budgets)
         return 0
     if not options.tell:
-        trainer = Trainer(comparison.launch, environment(options.jobs, comparison.launch), options.again)
+        trainer = Trainer(
+            comparison.launch, environment(options.jobs, comparison.launch), options.again
+        )
         before = {number: signal.signal(number, trainer.stop) for number in STOPS}
         run(comparison, budgets, trainer, options)
         for number, handler in before.items():
@@ -150,7 +180,8 @@ def main(words: list[str] | None = None) -> int:
     try:
         if options.jobs < 1:
             raise ValueError(f"--jobs={options.jobs}: at least one")
-        codes, found = [], [load(path) for path in options.grids]
+        codes = []
+        found = [load(path) for path in options.grids]
         folders = [comparison.out for comparison in found]
         if twice := [out for out in folders if folders.count(out) > 1]:
             raise ValueError(f"out: two of the grids write to {twice[0]}; give each its own")

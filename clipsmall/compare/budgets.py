@@ -1,4 +1,6 @@
-"""What each setting of a grid may spend: its learning rate and its pairs; and the runs that follow."""
+"""What each setting of a grid may spend: its learning rate and its pairs; and the runs that
+follow.
+"""
 
 import math
 from typing import NamedTuple
@@ -10,18 +12,25 @@ from clipsmall.config.reader import validated
 
 
 class Cell(NamedTuple):
-    """A setting with what it costs and its runs; none where that is not known yet, or where it does not fit."""
+    """A setting with what it costs and its runs; none where that is not known yet, or where it does
+    not fit.
+    """
 
     setting: Setting
-    memory: float  # GiB of a rank at the peak of a step; NaN = the planner cannot tell
+    # GiB of a rank at the peak of a step; NaN = the planner cannot tell
+    memory: float
     fits: bool
     runs: list[Run]
-    waits: str  # what they wait for
-    error: str  # why there will be none
+    # what they wait for
+    waits: str
+    # why there will be none
+    error: str
 
 
 class Budgets:
-    """Everything is read off the folders of finished runs, so that a comparison goes on where it stopped."""
+    """Everything is read off the folders of finished runs, so that a comparison goes on where it
+    stopped.
+    """
 
     def __init__(self, comparison: Comparison) -> None:
         self.comparison = comparison
@@ -29,7 +38,11 @@ class Budgets:
         self._memory = planned(comparison, self.settings)
         self.fitting = fitting(comparison, self.settings, self._memory)
         alike = groups(comparison, self.settings)
-        least = [min(group, key=batch) for group in alike if not any(each in self.fitting for each in group)]
+        least = [
+            min(group, key=batch)
+            for group in alike
+            if not any(each in self.fitting for each in group)
+        ]
         self.shown = [each for each in self.settings if each in self.fitting or each in least]
 
     def tuning(self, chosen: list[Setting]) -> list[Run]:
@@ -41,12 +54,17 @@ class Budgets:
         rates = self.comparison.lr
         if rates is None:
             return {}
-        own = self.comparison.batch_axes if self.comparison.budget.memory else []  # another batch may not fit
-        wanted = setting.levels | {axis: level for axis, level in rates.at.items() if axis not in own}
+        # another batch may not fit
+        own = self.comparison.batch_axes if self.comparison.budget.memory else []
+        wanted = setting.levels | {
+            axis: level for axis, level in rates.at.items() if axis not in own
+        }
         there = next(each for each in self.settings if each.levels == wanted)
         changes: list[Tree] = [self._spent(there, rates.pairs), {"run": {"evaluate_every": 0}}]
         return {
-            lr: make_run(self.comparison.out, there, rates.seed, [*changes, {"optim": {"lr": lr}}], "tuning")
+            lr: make_run(
+                self.comparison.out, there, rates.seed, [*changes, {"optim": {"lr": lr}}], "tuning"
+            )
             for lr in rates.values
         }
 
@@ -64,7 +82,9 @@ class Budgets:
     def score(self, trial: Run) -> float | None:
         """What a trial of a learning rate came to; None if it has not ended, or with no number."""
         rates = self.comparison.lr
-        key = self.comparison.metrics[rates.metric if rates and rates.metric else self.comparison.metric]
+        key = self.comparison.metrics[
+            rates.metric if rates and rates.metric else self.comparison.metric
+        ]
         values = [line[key] for line in trial.lines() if line.get(key) is not None]
         return float(values[-1]) if values and trial.finished else None
 
@@ -75,13 +95,17 @@ class Budgets:
         for setting in self.fitting if rates else ():
             lr = self.rate(setting)
             if rates and lr in (min(rates.values), max(rates.values)):
-                name = ", ".join(level for axis, level in setting.levels.items() if axis not in rates.at)
+                name = ", ".join(
+                    level for axis, level in setting.levels.items() if axis not in rates.at
+                )
                 found[name] = f"{name}: {lr:g}"
         return list(found.values())
 
     def speeds(self, chosen: list[Setting]) -> list[Run]:
         """Where time is the budget: a short run a setting."""
-        return [self._trial(setting) for setting in chosen] if self.comparison.budget.seconds else []
+        return (
+            [self._trial(setting) for setting in chosen] if self.comparison.budget.seconds else []
+        )
 
     def _trial(self, setting: Setting) -> Run:
         pairs = max(self.comparison.budget.trial, 20 * batch(setting))
@@ -90,7 +114,9 @@ class Budgets:
             "run": {"log_every": max(1, steps // 10), "evaluate_every": 0},
             "evaluate": {"zero_shot": [], "retrieval": []},
         }
-        return make_run(self.comparison.out, setting, TRIED, [self._spent(setting, pairs), silent], "speed")
+        return make_run(
+            self.comparison.out, setting, TRIED, [self._spent(setting, pairs), silent], "speed"
+        )
 
     def pairs(self, setting: Setting) -> int | None:
         """Of a run, the grid's own word first; None before its speed is known."""
@@ -105,7 +131,8 @@ class Budgets:
         first, *lines = [line for line in trial.lines() if "pairs_per_second" in line]
         places = [first["pairs"], *(line["pairs"] for line in lines)]
         took = sum(
-            (line["pairs"] - before) / line["pairs_per_second"] for before, line in zip(places, lines, strict=False)
+            (line["pairs"] - before) / line["pairs_per_second"]
+            for before, line in zip(places, lines, strict=False)
         )
         steps = int((places[-1] - places[0]) / took * (budget.seconds or 0)) // batch(setting)
         return max(1, steps) * batch(setting)
@@ -113,7 +140,9 @@ class Budgets:
     def _own(self, setting: Setting, field: str) -> int | None:
         """What a level of the setting says of `optim.field`, which then holds."""
         levels = [self.comparison.axes[axis][level] for axis, level in setting.levels.items()]
-        return next((int(tree["optim"][field]) for tree in levels if field in tree.get("optim", {})), None)
+        return next(
+            (int(tree["optim"][field]) for tree in levels if field in tree.get("optim", {})), None
+        )
 
     def _every(self, steps: int) -> int:
         """Steps between evaluations on the way; the last comes at the end."""
@@ -121,15 +150,20 @@ class Budgets:
         return max(1, -(-steps // points)) if points > 1 else 0
 
     def _spent(self, setting: Setting, pairs: int) -> Tree:
-        own, share = self._own(setting, "warmup_pairs"), int(self.comparison.budget.warmup * pairs)
+        own = self._own(setting, "warmup_pairs")
+        share = int(self.comparison.budget.warmup * pairs)
         return {"optim": {"pairs": pairs, "warmup_pairs": share if own is None else own}}
 
     def cells(self) -> list[Cell]:
-        """One for each setting; within a budget of memory, one for each group: its largest batch, or that none fits."""
+        """One for each setting; within a budget of memory, one for each group: its largest batch,
+        or that none fits.
+        """
         found = []
         for setting in self.shown:
             fits = setting in self.fitting
-            runs, lr, pairs = list[Run](), self.rate(setting), self.pairs(setting)
+            runs = list[Run]()
+            lr = self.rate(setting)
+            pairs = self.pairs(setting)
             if fits and lr is not None and pairs is not None:
                 every = self._every(pairs // batch(setting))
                 changes: list[Tree] = [
@@ -137,7 +171,10 @@ class Budgets:
                     {"optim": {"lr": lr}},
                     {"run": {"evaluate_every": every}},
                 ]
-                runs = [make_run(self.comparison.out, setting, seed, changes) for seed in self.comparison.seeds]
+                runs = [
+                    make_run(self.comparison.out, setting, seed, changes)
+                    for seed in self.comparison.seeds
+                ]
             waits, error = ("", "") if runs else self._why(setting, fits)
             found.append(Cell(setting, self._memory[setting.title], fits, runs, waits, error))
         return found
@@ -151,6 +188,9 @@ class Budgets:
         states = [run.state for run in trials]
         if all(state in ("done", "failed") for state in states):
             errors = [run.error for run in trials if run.error]
-            return "", f"its learning rate or speed could not be tried: {errors[0] if errors else 'no number came out'}"
+            return (
+                "",
+                f"its learning rate or speed could not be tried: {errors[0] if errors else 'no number came out'}",
+            )
         told = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
         return f"waits for trials of its learning rate or speed: {told}", ""

@@ -1,4 +1,6 @@
-"""What the pictures of a comparison share: which runs, which colours, and sheets of panels with one legend."""
+"""What the pictures of a comparison share: which runs, which colours, and sheets of panels with one
+legend.
+"""
 
 import itertools
 import math
@@ -15,7 +17,8 @@ from matplotlib.ticker import MaxNLocator, ScalarFormatter
 from clipsmall.compare.grid import Comparison
 from clipsmall.compare.study import number, spoken
 
-# Okabe and Ito's colours, which the colour-blind tell apart, without their yellow; 8 x 9 pairs before one repeats.
+# Okabe and Ito's colours, which the colour-blind tell apart, without their yellow; 8 x 9 pairs
+# before one repeats.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#333333", "#8C8C8C"]
 MARKERS = ["o", "s", "^", "D", "v", "P", "X", "<", "*"]
 
@@ -39,7 +42,11 @@ class Frames(NamedTuple):
     @property
     def numeric(self) -> list[str]:
         """The axes that can lie across: two numbers at least."""
-        return [axis for axis, levels in self.axes.items() if len(levels) > 1 and all(map(_finite, levels))]
+        return [
+            axis
+            for axis, levels in self.axes.items()
+            if len(levels) > 1 and all(map(_finite, levels))
+        ]
 
     @property
     def done(self) -> pd.DataFrame:
@@ -48,7 +55,9 @@ class Frames(NamedTuple):
     def others(self, *axes: str) -> list[str]:
         return [axis for axis in self.axes if axis not in axes]
 
-    def parts(self, frame: pd.DataFrame, axes: Collection[str]) -> Iterator[tuple[dict[str, str], pd.DataFrame]]:
+    def parts(
+        self, frame: pd.DataFrame, axes: Collection[str]
+    ) -> Iterator[tuple[dict[str, str], pd.DataFrame]]:
         """The rows of each combination of levels, in the grid's order, where there are any."""
         for chosen in itertools.product(*(self.axes[axis] for axis in axes)):
             levels = dict(zip(axes, chosen, strict=True))
@@ -69,11 +78,17 @@ def _finite(level: str) -> bool:
 def positions(levels: Collection[str]) -> dict[str, float]:
     """Where numeric levels lie across: by their logarithm if all are positive."""
     values = {level: float(level) for level in levels}
-    return {level: math.log2(value) for level, value in values.items()} if min(values.values()) > 0 else values
+    return (
+        {level: math.log2(value) for level, value in values.items()}
+        if min(values.values()) > 0
+        else values
+    )
 
 
 def clean(text: str) -> str:
-    """A label: a control character would break the SVG, and a legend leaves out what begins with an underscore."""
+    """A label: a control character would break the SVG, and a legend leaves out what begins with an
+    underscore.
+    """
     short = "".join(filter(str.isprintable, text))
     short = short if len(short) <= 36 else f"{short[:35]}…"
     return f" {short}" if short.startswith("_") else short
@@ -106,7 +121,9 @@ def tidy(panel: Axes, measured: str, share: bool) -> None:
     panel.grid(axis="both" if measured == "x" else "y", color="#e8e8e8")
     panel.set_axisbelow(True)
     axis = panel.xaxis if measured == "x" else panel.yaxis
-    axis.set_major_formatter((lambda value, _: f"{100 * value:.4g} %") if share else ScalarFormatter(useOffset=False))
+    axis.set_major_formatter(
+        (lambda value, _: f"{100 * value:.4g} %") if share else ScalarFormatter(useOffset=False)
+    )
     axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
 
 
@@ -116,12 +133,22 @@ def legend(frames: Frames, figure: Figure, shown: "pd.Series[str]") -> None:
     handles = [Line2D([], [], **frames.look({frames.coloured: level})) for level in levels]  # type: ignore[arg-type]
     names = [clean(level) for level in levels]
     columns = max(1, int(figure.get_figwidth() / (0.55 + 0.085 * max(map(len, names)))))
-    figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), columns), frameon=False, fontsize=9)
+    figure.legend(
+        handles,
+        names,
+        loc="outside lower center",
+        ncols=min(len(names), columns),
+        frameon=False,
+        fontsize=9,
+    )
 
 
 def spread(panel: Axes, x: "pd.Series[float]", y: "pd.Series[float]", look: dict[str, str]) -> None:
-    """Means over the seeds at each x, joined, with a bar of ± 1 standard deviation, and the seeds as dots."""
+    """Means over the seeds at each x, joined, with a bar of ± 1 standard deviation, and the seeds
+    as dots.
+    """
     panel.plot(x, y, linestyle="", marker=".", markersize=4, alpha=0.4, color=look["color"])
-    mean, sd = y.groupby(x).mean(), y.groupby(x).std().fillna(0)
+    mean = y.groupby(x).mean()
+    sd = y.groupby(x).std().fillna(0)
     looks = {"linewidth": 1.4, "markersize": 5, "capsize": 2, "elinewidth": 1, **look}
     panel.errorbar(mean.index.to_numpy(), mean.to_numpy(), yerr=np.asarray(sd), **looks)  # type: ignore[arg-type]

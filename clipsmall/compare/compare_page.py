@@ -1,4 +1,6 @@
-"""A comparison as one self-contained HTML page: verdict, tables, failures, plots, and models side by side."""
+"""A comparison as one self-contained HTML page: verdict, tables, failures, plots, and models side
+by side.
+"""
 
 from dataclasses import dataclass, field
 from math import isnan, nan
@@ -14,7 +16,11 @@ from clipsmall.compare.study import TOLD, number, percent, records, spoken
 from clipsmall.report_page import page
 
 DASH = "\N{EN DASH}"
-STATES = {"unfit": "does not fit the memory", "missing": "not run yet", "begun": "begun, not finished"}
+STATES = {
+    "unfit": "does not fit the memory",
+    "missing": "not run yet",
+    "begun": "begun, not finished",
+}
 
 
 @dataclass
@@ -26,8 +32,10 @@ class Page:
     facts: list[tuple[str, str]] = field(default_factory=list)
     verdict: list[str] = field(default_factory=list)
     tables: list[page.Table] = field(default_factory=list)
-    failures: list[tuple[str, str, str]] = field(default_factory=list)  # run, state, error
-    figures: dict[str, Named] = field(default_factory=dict)  # of `plots.figures`
+    # run, state, error
+    failures: list[tuple[str, str, str]] = field(default_factory=list)
+    # of `plots.figures`
+    figures: dict[str, Named] = field(default_factory=dict)
     samples: list[Sample] = field(default_factory=list)
     config: str = ""
     command: str = ""
@@ -37,9 +45,12 @@ def render(shown: Page) -> str:
     """The whole page; titles, captions, levels, errors and configs are untrusted and escaped."""
     with page.drawing():
         drawings = [
-            (*_halves(text), page.svg(figure), figure.get_figwidth() > 6) for text, figure in shown.figures.values()
+            (*_halves(text), page.svg(figure), figure.get_figwidth() > 6)
+            for text, figure in shown.figures.values()
         ]
-        matrices = [page.heat_map(each.matrix, [], (4.6, 3.8)) for each in shown.samples if each.labels]
+        matrices = [
+            page.heat_map(each.matrix, [], (4.6, 3.8)) for each in shown.samples if each.labels
+        ]
     models = [each for each in shown.samples if not each.error]
     return page.filled(
         "compare/compare.html.jinja",
@@ -63,33 +74,51 @@ def _halves(text: str) -> tuple[str, str]:
 
 def facts(comparison: Comparison, runs: pd.DataFrame) -> list[tuple[str, str]]:
     """What stands in the boxes on top."""
-    done, seconds = (runs["state"] == "done").sum(), runs["seconds"].sum()
+    done = (runs["state"] == "done").sum()
+    seconds = runs["seconds"].sum()
     return [
-        *((spoken(axis), f"{len(levels)}: {', '.join(levels)}") for axis, levels in comparison.axes.items()),
+        *(
+            (spoken(axis), f"{len(levels)}: {', '.join(levels)}")
+            for axis, levels in comparison.axes.items()
+        ),
         ("seeds", str(len(comparison.seeds))),
         ("runs done", f"{done} of {len(runs)}"),
         ("each run", comparison.spent),
-        ("time in all", f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"),
+        (
+            "time in all",
+            f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min",
+        ),
     ]
 
 
 def failures(comparison: Comparison, runs: pd.DataFrame) -> list[tuple[str, str, str]]:
-    """(run, state, error) of all that is not done, what failed first; seeds that came to the same share a line."""
+    """(run, state, error) of all that is not done, what failed first; seeds that came to the same
+    share a line.
+    """
     found: dict[tuple[str, str, str], list[str]] = {}
-    for row in sorted(records(runs[runs["state"] != "done"]), key=lambda row: row["state"] != "failed"):
+    for row in sorted(
+        records(runs[runs["state"] != "done"]), key=lambda row: row["state"] != "failed"
+    ):
         setting = ", ".join(f"{spoken(axis)} {row[axis]}" for axis in comparison.axes)
         found.setdefault((setting, row["state"], row["error"]), []).append(str(row["seed"]))
     return [
-        (f"{setting}, seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}", STATES.get(state, state), error)
+        (
+            f"{setting}, seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}",
+            STATES.get(state, state),
+            error,
+        )
         for (setting, state, error), seeds in found.items()
     ]
 
 
-def tables(comparison: Comparison, summary: pd.DataFrame, contrasts: pd.DataFrame) -> list[page.Table]:
+def tables(
+    comparison: Comparison, summary: pd.DataFrame, contrasts: pd.DataFrame
+) -> list[page.Table]:
     """The main metric at a glance (first axis down, second across), and every setting in full.
 
     Args:
-        summary: of `summarise`; contrasts: of `contrasts`, for the first metric against `comparison.against`.
+        summary: of `summarise`; contrasts: of `contrasts`, for the first metric against
+            `comparison.against`.
     """
     return [*_glance(comparison, summary), _full(comparison, summary, contrasts)]
 
@@ -98,7 +127,8 @@ def _spread(row: dict[str, Any], metric: str, best: float) -> page.Cell:
     """43.1 ± 0.5, in percent; or with a bootstrap interval 43.1 (42.6 to 43.5)."""
     if isnan(mean := row[metric]):
         return page.Cell(DASH, "number")
-    sd, low = row[f"{metric} sd"], row.get(f"{metric} low", nan)
+    sd = row[f"{metric} sd"]
+    low = row.get(f"{metric} low", nan)
     wide = f" ± {percent(sd)}" if isnan(low) and not isnan(sd) else ""
     wide = wide if isnan(low) else f" ({percent(low)} to {percent(row[f'{metric} high'])})"
     return page.Cell(percent(mean) + wide, "number best" if mean == best else "number")
@@ -121,14 +151,22 @@ def _glance(comparison: Comparison, summary: pd.DataFrame) -> list[page.Table]:
 
 
 def _full(comparison: Comparison, summary: pd.DataFrame, contrasts: pd.DataFrame) -> page.Table:
-    axes, seeds = list(comparison.axes), len(comparison.seeds)
+    axes = list(comparison.axes)
+    seeds = len(comparison.seeds)
     against = {tuple(row[axis] for axis in axes): row for row in records(contrasts)}
     rival = f"{comparison.metric} against {', '.join(comparison.against.values())}"
-    costs = {"memory": "memory, MiB", "seconds": "time, s", "pairs_per_second": "pairs/s", "logit_scale": "logit scale"}
+    costs = {
+        "memory": "memory, MiB",
+        "seconds": "time, s",
+        "pairs_per_second": "pairs/s",
+        "logit_scale": "logit scale",
+    }
     rows = []
     for row in records(summary):
         levels = tuple(row[axis] for axis in axes)
-        cells: list[Any] = [page.Cell(level, "" if isnan(number(level)) else "number") for level in levels]
+        cells: list[Any] = [
+            page.Cell(level, "" if isnan(number(level)) else "number") for level in levels
+        ]
         cells.append(page.Cell(f"{row['n']} of {seeds}", "number"))
         cells += [_spread(row, metric, summary[metric].max()) for metric in comparison.metrics]
         cells += _difference(against.get(levels))

@@ -1,4 +1,6 @@
-"""A comparison, described: a grid of settings in YAML, the budget that they share, and what is measured."""
+"""A comparison, described: a grid of settings in YAML, the budget that they share, and what is
+measured.
+"""
 
 import itertools
 import json
@@ -19,25 +21,43 @@ from clipsmall.config.reader import (
 )
 
 Tree = dict[str, Any]
-TRIED = 1000  # seed of trials: more seeds for the runs leave it alone
+# seed of trials: more seeds for the runs leave it alone
+TRIED = 1000
 SHORT = {"batch_size": "data.batch_size"}
 COUNTS = ("n", "unfit", "failed", "missing", "seed", "seeds", "state", "error", "folder")
 TESTS = ("difference", "low", "high", "t", "df", "p", "p Holm")
-NUMBERS = ("pairs", "steps", "lr", "logit_scale", "logit_bias", "seconds", "pairs_per_second", "memory", "skipped")
-COLUMNS = (*COUNTS, *TESTS, *NUMBERS, "loss", "accuracy")  # of the tables, beside levels and metrics
+NUMBERS = (
+    "pairs",
+    "steps",
+    "lr",
+    "logit_scale",
+    "logit_bias",
+    "seconds",
+    "pairs_per_second",
+    "memory",
+    "skipped",
+)
+# of the tables, beside levels and metrics
+COLUMNS = (*COUNTS, *TESTS, *NUMBERS, "loss", "accuracy")
 CLASSIFIED = ("acc1", "acc5", "mean_per_class_recall")
 RETRIEVED = tuple(f"{way}_retrieval_recall@{k}" for way in ("image", "text") for k in (1, 5, 10))
 
 
 def nested(tree: Any) -> Tree:
-    """`{"optim.lr": 1e-3}` -> `{"optim": {"lr": 1e-3}}`; null is an empty section. Raises ValueError."""
+    """`{"optim.lr": 1e-3}` -> `{"optim": {"lr": 1e-3}}`; null is an empty section. Raises
+    ValueError.
+    """
     if tree is None:
         return {}
     if not isinstance(tree, dict):
         raise ValueError(f"must hold `section.field: value`, not {tree!r}")
     found: Tree = {}
     for name, value in tree.items():
-        value = nested(value) if isinstance(value, dict) and name not in ("name", "objective.name") else value
+        value = (
+            nested(value)
+            if isinstance(value, dict) and name not in ("name", "objective.name")
+            else value
+        )
         for part in reversed(str(name).split(".")):
             value = {part: value}
         found = lay_over(found, spelled_out(value))
@@ -52,7 +72,9 @@ def _levels(axes: Any) -> Any:
     for axis, levels in axes.items():
         if isinstance(levels, list):
             if strange := [level for level in levels if isinstance(level, list | dict)]:
-                raise ValueError(f"{axis}: {strange[0]} needs a name, as in {axis}: {{NAME: {{section.field: value}}}}")
+                raise ValueError(
+                    f"{axis}: {strange[0]} needs a name, as in {axis}: {{NAME: {{section.field: value}}}}"
+                )
             levels = {level: {SHORT.get(axis, axis): level} for level in levels}
         if isinstance(levels, dict):
             levels = {str(name): nested(tree) for name, tree in levels.items()}
@@ -61,18 +83,30 @@ def _levels(axes: Any) -> Any:
 
 
 Changes = Annotated[Tree, BeforeValidator(nested)]
-Axes = Annotated[dict[str, Annotated[dict[str, Tree], Field(min_length=1)]], BeforeValidator(_levels)]
+Axes = Annotated[
+    dict[str, Annotated[dict[str, Tree], Field(min_length=1)]], BeforeValidator(_levels)
+]
 
 
 class Budget(Section):
-    """What all runs have alike: pairs, or seconds of training; and memory, if given: then the batch follows from it."""
+    """What all runs have alike: pairs, or seconds of training; and memory, if given: then the batch
+    follows from it.
+    """
 
     pairs: int | None = Field(None, ge=1, description="pairs of each run")
-    seconds: float | None = Field(None, gt=0, description="of training; each setting's speed is tried beforehand")
+    seconds: float | None = Field(
+        None, gt=0, description="of training; each setting's speed is tried beforehand"
+    )
     trial: int = Field(4_000, ge=1, description="pairs of the run that tries the speed")
-    memory: float | None = Field(None, gt=0, description="GiB of a rank: each takes its largest batch that fits")
-    ranks: int = Field(1, ge=1, description="ranks of a run, as `launch` starts them: for the memory of one")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="that runs train on, for its memory; auto: mine")
+    memory: float | None = Field(
+        None, gt=0, description="GiB of a rank: each takes its largest batch that fits"
+    )
+    ranks: int = Field(
+        1, ge=1, description="ranks of a run, as `launch` starts them: for the memory of one"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="that runs train on, for its memory; auto: mine"
+    )
     warmup: float = Field(0.05, ge=0, lt=1, description="share of a run's pairs")
 
     @model_validator(mode="after")
@@ -83,7 +117,11 @@ class Budget(Section):
 
     @property
     def words(self) -> str:
-        same = f"{self.pairs:,} pairs a run" if self.pairs else f"as many pairs as {self.seconds:g} s of training take"
+        same = (
+            f"{self.pairs:,} pairs a run"
+            if self.pairs
+            else f"as many pairs as {self.seconds:g} s of training take"
+        )
         return same + (f", the largest batch within {self.memory:g} GiB" if self.memory else "")
 
 
@@ -92,13 +130,19 @@ class Rates(Section):
 
     values: list[Annotated[float, Field(gt=0)]] = Field(min_length=2)
     pairs: int = Field(ge=1, description="of each trial")
-    at: dict[str, str] = Field({}, description="axis: level where it is tried; the others have their own rate each")
-    metric: str = Field("", description="that decides; default: the first. A steady one: short runs are noisy")
+    at: dict[str, str] = Field(
+        {}, description="axis: level where it is tried; the others have their own rate each"
+    )
+    metric: str = Field(
+        "", description="that decides; default: the first. A steady one: short runs are noisy"
+    )
     seed: int = Field(TRIED, ge=0, description="of the trials, which no run has")
 
 
 class Gallery(Section):
-    at: dict[str, str] = Field({}, description="axis: level of the models shown; others: each level's own best")
+    at: dict[str, str] = Field(
+        {}, description="axis: level of the models shown; others: each level's own best"
+    )
     models: int = Field(6, ge=0, description="at most")
 
 
@@ -108,7 +152,9 @@ class Comparison(Section):
     title: str
     out: str
     config: Annotated[
-        list[str], BeforeValidator(lambda given: [given] if isinstance(given, str) else given), Field(min_length=1)
+        list[str],
+        BeforeValidator(lambda given: [given] if isinstance(given, str) else given),
+        Field(min_length=1),
     ]
     common: Changes = Field({}, description="laid over these configs")
     axes: Axes = Field(min_length=1)
@@ -123,18 +169,28 @@ class Comparison(Section):
 
     @model_validator(mode="after")
     def _levels_exist(self) -> "Comparison":
-        named = [("baseline", self.baseline), ("gallery.at", self.gallery.at), ("lr.at", self.lr.at if self.lr else {})]
+        named = [
+            ("baseline", self.baseline),
+            ("gallery.at", self.gallery.at),
+            ("lr.at", self.lr.at if self.lr else {}),
+        ]
         for field, levels in named:
             for axis, level in levels.items():
                 if level not in self.axes.get(axis, {}):
                     known = ", ".join(self.axes.get(axis, self.axes))
-                    raise ValueError(f"{field}: {axis}={level} is none of the grid's; there is {known}")
+                    raise ValueError(
+                        f"{field}: {axis}={level} is none of the grid's; there is {known}"
+                    )
         if self.lr and self.lr.metric and self.lr.metric not in self.metrics:
-            raise ValueError(f"lr.metric={self.lr.metric} is none of the metrics; there is {', '.join(self.metrics)}")
+            raise ValueError(
+                f"lr.metric={self.lr.metric} is none of the metrics; there is {', '.join(self.metrics)}"
+            )
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds: {self.seeds} names one twice")
         if self.lr and self.lr.seed in self.seeds:
-            raise ValueError(f"lr.seed={self.lr.seed} is one of seeds; learning rates are tried on another")
+            raise ValueError(
+                f"lr.seed={self.lr.seed} is one of seeds; learning rates are tried on another"
+            )
         shlex.split(self.launch)
         return self
 
@@ -142,24 +198,38 @@ class Comparison(Section):
     def _columns_are_free(self) -> "Comparison":
         names = [*self.axes, *self.metrics, *COLUMNS]
         if twice := [name for name in names if names.count(name) > 1]:
-            raise ValueError(f"axes, metrics: {twice[0]!r} is a column of the table already; take another name")
+            raise ValueError(
+                f"axes, metrics: {twice[0]!r} is a column of the table already; take another name"
+            )
         for axis, levels in self.axes.items():
             for level, tree in levels.items():
                 if taken := {"seed", "out", "resume"} & set(tree):
-                    raise ValueError(f"axes: {axis}={level} sets {min(taken)}, which the comparison sets")
+                    raise ValueError(
+                        f"axes: {axis}={level} sets {min(taken)}, which the comparison sets"
+                    )
                 if self.lr and "lr" in tree.get("optim", {}):
-                    raise ValueError(f"axes: {axis}={level} sets optim.lr, and `lr` would try others in its place")
+                    raise ValueError(
+                        f"axes: {axis}={level} sets optim.lr, and `lr` would try others in its place"
+                    )
         return self
 
     @property
     def batch_axes(self) -> list[str]:
         """Axes of which each level is a batch size and nothing else."""
-        return [axis for axis, levels in self.axes.items() if all(_sized(tree) for tree in levels.values())]
+        return [
+            axis
+            for axis, levels in self.axes.items()
+            if all(_sized(tree) for tree in levels.values())
+        ]
 
     @property
     def spent(self) -> str:
         """The budget in words."""
-        own = any("pairs" in tree.get("optim", {}) for levels in self.axes.values() for tree in levels.values())
+        own = any(
+            "pairs" in tree.get("optim", {})
+            for levels in self.axes.values()
+            for tree in levels.values()
+        )
         return self.budget.words + (", where the grid does not say otherwise" if own else "")
 
     @property
@@ -180,8 +250,10 @@ def _sized(tree: Tree) -> bool:
 class Setting(NamedTuple):
     """A cell of the grid, which each seed runs once."""
 
-    levels: dict[str, str]  # axis -> level
-    tree: Tree  # its config, without budget and seed
+    # axis -> level
+    levels: dict[str, str]
+    # its config, without budget and seed
+    tree: Tree
 
     @property
     def title(self) -> str:
@@ -189,19 +261,24 @@ class Setting(NamedTuple):
 
 
 def load(path: str) -> Comparison:
-    """Raises ConfigError with all that is wrong with the file and with the runs that it describes."""
+    """Raises ConfigError with all that is wrong with the file and with the runs that it
+    describes.
+    """
     comparison = of_kind(Comparison, read_yaml(path), path)
     try:
         grid = settings(comparison)
     except ConfigError as error:
         raise ConfigError(f"{path}: config: {error}") from None
-    wrong, same = dict[str, str](), dict[str, str]()
+    wrong = dict[str, str]()
+    same = dict[str, str]()
     for setting in grid:
         try:
             check(comparison, validated(setting.tree))
         except ConfigError as error:
             wrong.setdefault(str(error), setting.title)
-        first = same.setdefault(json.dumps(setting.tree, sort_keys=True, default=str), setting.title)
+        first = same.setdefault(
+            json.dumps(setting.tree, sort_keys=True, default=str), setting.title
+        )
         if first != setting.title:
             wrong.setdefault(f"trains the same as {first}: a level changes nothing", setting.title)
     if wrong:
@@ -210,15 +287,24 @@ def load(path: str) -> Comparison:
 
 
 def check(comparison: Comparison, config: Config) -> None:
-    """Raises ConfigError for a metric that the run's evaluations do not give, and a budget below one batch."""
-    least = min([each for each in (comparison.budget.pairs, comparison.lr and comparison.lr.pairs) if each], default=0)
+    """Raises ConfigError for a metric that the run's evaluations do not give, and a budget below
+    one batch.
+    """
+    least = min(
+        [each for each in (comparison.budget.pairs, comparison.lr and comparison.lr.pairs) if each],
+        default=0,
+    )
     if least and least < config.data.batch_size:
-        raise ConfigError(f"{least} pairs (budget.pairs, lr.pairs) are less than one batch of {config.data.batch_size}")
+        raise ConfigError(
+            f"{least} pairs (budget.pairs, lr.pairs) are less than one batch of {config.data.batch_size}"
+        )
     known = [f"{each.name}/{metric}" for each in config.evaluate.zero_shot for metric in CLASSIFIED]
     known += [f"{each.name}/{metric}" for each in config.evaluate.retrieval for metric in RETRIEVED]
     for column, key in comparison.metrics.items():
         if key not in known:
-            raise ConfigError(f"metrics.{column}: {key!r} is not measured; there is {', '.join(known) or 'nothing'}")
+            raise ConfigError(
+                f"metrics.{column}: {key!r} is not measured; there is {', '.join(known) or 'nothing'}"
+            )
 
 
 def settings(comparison: Comparison) -> list[Setting]:
@@ -232,5 +318,7 @@ def settings(comparison: Comparison) -> list[Setting]:
         tree = base
         for _, changes in chosen:
             tree = lay_over(tree, changes)
-        found.append(Setting(dict(zip(comparison.axes, (name for name, _ in chosen), strict=True)), tree))
+        found.append(
+            Setting(dict(zip(comparison.axes, (name for name, _ in chosen), strict=True)), tree)
+        )
     return found

@@ -1,4 +1,6 @@
-"""The pictures of a comparison: metrics against batch size, memory and time; learning curves; logit scales."""
+"""The pictures of a comparison: metrics against batch size, memory and time; learning curves; logit
+scales.
+"""
 
 import math
 import re
@@ -17,7 +19,8 @@ from clipsmall.compare.study import spoken
 from clipsmall.compare.summary import pareto
 from clipsmall.report_page import page
 
-Named = tuple[str, Figure]  # caption, drawing
+# caption, drawing
+Named = tuple[str, Figure]
 
 
 def figures(comparison: Comparison, runs: pd.DataFrame, curves: pd.DataFrame) -> dict[str, Named]:
@@ -26,7 +29,8 @@ def figures(comparison: Comparison, runs: pd.DataFrame, curves: pd.DataFrame) ->
     Args:
         runs, curves: of `outcomes.outcomes`; any of their runs may be missing, failed or NaN.
     """
-    bias = {"logit_bias": lambda frame: frame["logit_bias"].replace(0, math.nan)}  # most objectives have none
+    # most objectives have none
+    bias = {"logit_bias": lambda frame: frame["logit_bias"].replace(0, math.nan)}
     frames = Frames(comparison, runs.assign(**bias), curves.assign(**bias))
     main = comparison.metric
     found: list[tuple[str, Figure | None]] = []
@@ -40,7 +44,9 @@ def figures(comparison: Comparison, runs: pd.DataFrame, curves: pd.DataFrame) ->
         columns = ("logit_scale", "logit_bias")
         for column in columns:
             found += by_setting(frames, column, f"{spoken(column)} at the end")
-        found += [(f"{spoken(column)} while training", learning(frames, column)) for column in columns]
+        found += [
+            (f"{spoken(column)} while training", learning(frames, column)) for column in columns
+        ]
     named: dict[str, Named] = {}
     for text, figure in found:
         stem = re.sub(r"\W+", "-", text.partition(":")[0].lower()).strip("-")
@@ -53,10 +59,17 @@ def by_setting(frames: Frames, column: str, name: str) -> list[tuple[str, Figure
     """A column against each numeric axis, or setting by setting if there is none."""
     if frames.done[column].dropna().empty:
         return []
-    note = "means over the seeds (dots) ± 1 standard deviation" if frames.runs["seed"].nunique() > 1 else "one run each"
+    note = (
+        "means over the seeds (dots) ± 1 standard deviation"
+        if frames.runs["seed"].nunique() > 1
+        else "one run each"
+    )
     if not frames.numeric:
         return [(f"{name}: {note}", dots(frames, column, name))]
-    return [(f"{name} against {spoken(axis)}: {note}", against(frames, column, name, axis)) for axis in frames.numeric]
+    return [
+        (f"{name} against {spoken(axis)}: {note}", against(frames, column, name, axis))
+        for axis in frames.numeric
+    ]
 
 
 def save(named: dict[str, Named], folder: Path) -> None:
@@ -67,17 +80,24 @@ def save(named: dict[str, Named], folder: Path) -> None:
 
 
 def against(frames: Frames, column: str, name: str, axis: str) -> Figure:
-    """A column over a numeric axis, a line a level of the first; a panel for each combination of further axes."""
-    parts = list(frames.parts(frames.done.dropna(subset=column), frames.others(axis, frames.coloured)))
+    """A column over a numeric axis, a line a level of the first; a panel for each combination of
+    further axes.
+    """
+    parts = list(
+        frames.parts(frames.done.dropna(subset=column), frames.others(axis, frames.coloured))
+    )
     share = column in frames.comparison.metrics
     figure, panels = sheet([title(levels) for levels, _ in parts], spoken(axis), name, share)
     at = positions(frames.axes[axis])
     gap = float(np.diff(sorted(at.values())).min())
     lines = len(frames.axes[frames.coloured]) if axis != frames.coloured else 1
     for panel, (_, part) in zip(panels, parts, strict=True):
-        for levels, line in frames.parts(part, [frames.coloured] if axis != frames.coloured else []):
+        for levels, line in frames.parts(
+            part, [frames.coloured] if axis != frames.coloured else []
+        ):
             place = frames.axes[frames.coloured].index(levels[frames.coloured]) if levels else 0
-            aside = gap * min(0.06, 0.5 / lines) * (place - (lines - 1) / 2)  # bars stand side by side
+            # bars stand side by side
+            aside = gap * min(0.06, 0.5 / lines) * (place - (lines - 1) / 2)
             spread(panel, line[axis].map(at) + aside, line[column], frames.look(levels))
         panel.set_xticks(list(at.values()), [clean(level) for level in at])
         panel.set_xlim(min(at.values()) - gap / 2, max(at.values()) + gap / 2)
@@ -92,8 +112,11 @@ def dots(frames: Frames, column: str, name: str) -> Figure:
     figure = Figure(figsize=(5.4, 1 + 0.34 * len(rows)), layout="constrained")
     panel = figure.add_subplot(xlabel=name)
     for at, (levels, part) in enumerate(rows):
-        values, look = part[part["state"] == "done"][column].dropna(), frames.look(levels)
-        panel.plot(values, [at] * len(values), linestyle="", marker=".", alpha=0.4, color=look["color"])
+        values = part[part["state"] == "done"][column].dropna()
+        look = frames.look(levels)
+        panel.plot(
+            values, [at] * len(values), linestyle="", marker=".", alpha=0.4, color=look["color"]
+        )
         if len(values):
             sd = values.std() if len(values) > 1 else 0.0
             panel.errorbar(values.mean(), at, xerr=sd, capsize=2, markersize=6, **look)  # type: ignore[arg-type]
@@ -104,7 +127,9 @@ def dots(frames: Frames, column: str, name: str) -> Figure:
 
 
 def front(frames: Frames, metric: str, cost: str) -> Figure | None:
-    """A point a setting, its cost across; the Pareto front as steps, its points named by their further levels."""
+    """A point a setting, its cost across; the Pareto front as steps, its points named by their
+    further levels.
+    """
     axes = list(frames.axes)
     means = frames.done.groupby(axes)[[metric, cost]].mean().dropna().reset_index()
     if means.empty:
@@ -119,13 +144,22 @@ def front(frames: Frames, metric: str, cost: str) -> Figure | None:
         panel.xaxis.set_minor_formatter(NullFormatter())
     for levels, part in frames.parts(means, axes):
         panel.plot(part[cost], part[metric], linestyle="", markersize=5, **frames.look(levels))  # type: ignore[arg-type]
-    joined = frames.numeric[-1:]  # a thin line follows the batch size
+    # a thin line follows the batch size
+    joined = frames.numeric[-1:]
     for levels, part in frames.parts(means, frames.others(*joined)) if joined else ():
         line = part.sort_values(joined, key=pd.to_numeric)
         colour = frames.look(levels)["color"] if frames.coloured in levels else "#777777"
         panel.plot(line[cost], line[metric], linewidth=0.6, color=colour, zorder=1)
     best = means[pareto(means[cost], means[metric])].sort_values([cost, metric])
-    panel.plot(best[cost], best[metric], drawstyle="steps-post", color="#777777", linewidth=4, alpha=0.3, zorder=0)
+    panel.plot(
+        best[cost],
+        best[metric],
+        drawstyle="steps-post",
+        color="#777777",
+        linewidth=4,
+        alpha=0.3,
+        zorder=0,
+    )
     further = [axis for axis in frames.others(frames.coloured) if means[axis].nunique() > 1]
     names = [clean(", ".join(levels)) for levels in best[further].to_numpy()]
     label(panel, best[[cost, metric]].to_numpy(), names)
@@ -138,24 +172,32 @@ def unit(cost: str, most: float) -> tuple[str, float]:
     if cost == "memory":
         return ("memory of a step, GiB", 1) if most >= 1 else ("memory of a step, MiB", 1 / 1024)
     units = [("hours", 3600), ("minutes", 60), ("seconds", 1)]
-    return next((f"training time, {name}", size) for name, size in units if most >= 3 * size or size == 1)
+    return next(
+        (f"training time, {name}", size) for name, size in units if most >= 3 * size or size == 1
+    )
 
 
 def label(panel: Axes, points: NDArray[np.float64], names: list[str]) -> None:
-    """Names stand left above a point of the front, where nobody is; one too near to another name has none."""
-    panel.margins(0.05 + 0.015 * max(map(len, names)), 0.12)  # room for the leftmost name
+    """Names stand left above a point of the front, where nobody is; one too near to another name
+    has none.
+    """
+    # room for the leftmost name
+    panel.margins(0.05 + 0.015 * max(map(len, names)), 0.12)
     panel.autoscale_view()
     taken: list[NDArray[np.float64]] = []
     for point, name in zip(points, names, strict=True):
         place = panel.transData.transform(point)
         if all(np.hypot(*(place - other)) > 18 for other in taken):
             taken.append(place)
-            panel.annotate(name, tuple(point), (-4, 4), textcoords="offset points", ha="right", fontsize=8)
+            panel.annotate(
+                name, tuple(point), (-4, 4), textcoords="offset points", ha="right", fontsize=8
+            )
 
 
 def learning(frames: Frames, column: str) -> Figure | None:
-    """A column over the pairs seen: a bold line a level of the first axis, the mean where all its seeds are, and thin
-    ones for the seeds; a panel for each combination of the other axes. None if no run has two points."""
+    """A column over the pairs seen: a bold line a level of the first axis, the mean where all its
+    seeds are, and thin ones for the seeds; a panel for each combination of the other axes. None if
+    no run has two points."""
     known = frames.curves.dropna(subset=["pairs", column])
     points = known.groupby([*frames.axes, "seed"])["pairs"].nunique()
     if points.max() < 2 or points.empty:
@@ -163,13 +205,17 @@ def learning(frames: Frames, column: str) -> Figure | None:
     parts = list(frames.parts(known, frames.others(frames.coloured)))
     share = column in frames.comparison.metrics
     figure, panels = sheet(
-        [title(levels) for levels, _ in parts], "pairs seen", column if share else spoken(column), share
+        [title(levels) for levels, _ in parts],
+        "pairs seen",
+        column if share else spoken(column),
+        share,
     )
     for panel, (_, part) in zip(panels, parts, strict=True):
         for levels, lines in frames.parts(part, [frames.coloured]):
             colour = frames.look(levels)["color"]
             seeds = lines.pivot_table(index="pairs", columns="seed", values=column, aggfunc="last")
-            seeds = seeds.iloc[:: -1 - len(seeds) // 300][::-1]  # thinned from the end, which must stay
+            # thinned from the end, which must stay
+            seeds = seeds.iloc[:: -1 - len(seeds) // 300][::-1]
             for seed in seeds.columns:
                 panel.plot(seeds[seed].dropna(), linewidth=0.7, alpha=0.5, color=colour)
             mean = seeds.mean(axis=1)[seeds.notna().all(axis=1)]

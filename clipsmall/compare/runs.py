@@ -25,7 +25,8 @@ from clipsmall.storage import locks
 from clipsmall.storage.run_folder import RunFolder
 
 State = Literal["done", "failed", "submitted", "running", "begun", "missing"]
-APART = {  # what changes nothing of what is learned
+# what changes nothing of what is learned
+APART = {
     "": {"out", "resume"},
     "data": {"workers"},
     "run": {"log_every", "checkpoint_every", "keep_checkpoints", "evaluate_every", "trackers"},
@@ -33,23 +34,32 @@ APART = {  # what changes nothing of what is learned
 
 
 def digest(tree: Tree) -> str:
-    """Of what was written, not of defaults: an option that is new to clipsmall makes no run over again."""
+    """Of what was written, not of defaults: an option that is new to clipsmall makes no run over
+    again.
+    """
     told = {name: value for name, value in tree.items() if name not in APART[""]}
     for section in ("data", "run"):
-        left = {name: value for name, value in told.pop(section, {}).items() if name not in APART[section]}
+        left = {
+            name: value
+            for name, value in told.pop(section, {}).items()
+            if name not in APART[section]
+        }
         told |= {section: left} if left else {}
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:8]
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run. Its folder's name has a digest of its config: with other settings it is another run."""
+    """One run. Its folder's name has a digest of its config: with other settings it is another
+    run.
+    """
 
     setting: Setting
     seed: int
     tree: Tree
     folder: Path
-    kind: str  # runs, tuning, speed
+    # runs, tuning, speed
+    kind: str
 
     @property
     def title(self) -> str:
@@ -66,7 +76,9 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Its last step is evaluated or, with nothing to evaluate, saved: checkpoints may go to make room."""
+        """Its last step is evaluated or, with nothing to evaluate, saved: checkpoints may go to
+        make room.
+        """
         steps = self.config.steps
         if self.config.evaluate.zero_shot or self.config.evaluate.retrieval:
             return self.files.last_evaluation() >= steps
@@ -76,7 +88,8 @@ class Run:
     def state(self) -> State:
         if self.finished:
             return "done"
-        if any(locks.held(self.folder / name) for name in ("lock", ".lock")):  # a comparison's, the trainer's own
+        # a comparison's, the trainer's own
+        if any(locks.held(self.folder / name) for name in ("lock", ".lock")):
             return "running"
         return self.mark or ("begun" if (self.folder / "run.yaml").exists() else "missing")
 
@@ -101,7 +114,11 @@ class Run:
     def lines(self) -> list[dict[str, Any]]:
         """metrics.jsonl; a line cut by a kill is left out."""
         found = []
-        for line in self.files.metrics.read_text(errors="replace").splitlines() if self.files.metrics.exists() else []:
+        for line in (
+            self.files.metrics.read_text(errors="replace").splitlines()
+            if self.files.metrics.exists()
+            else []
+        ):
             try:
                 found.append(json.loads(line))
             except json.JSONDecodeError:
@@ -109,7 +126,9 @@ class Run:
         return found
 
 
-def make_run(out: str, setting: Setting, seed: int, changes: Sequence[Tree], kind: str = "runs") -> Run:
+def make_run(
+    out: str, setting: Setting, seed: int, changes: Sequence[Tree], kind: str = "runs"
+) -> Run:
     """The run of a setting, with its budget and rate as further changes."""
     tree = setting.tree
     for change in (*changes, {"seed": seed}):
@@ -120,7 +139,9 @@ def make_run(out: str, setting: Setting, seed: int, changes: Sequence[Tree], kin
 
 @contextmanager
 def _lock(path: Path) -> Iterator[TextIO | None]:
-    """None if another process has it. A child that is handed the file holds the lock, too: one that outlives us."""
+    """None if another process has it. A child that is handed the file holds the lock, too: one that
+    outlives us.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         yield file if locks.take(file) else None
@@ -136,29 +157,43 @@ class Trainer:
 
     def __init__(self, launch: str, environment: dict[str, str], again: bool) -> None:
         self.words = shlex.split(launch) or [sys.executable, "-m", "clipsmall.train"]
-        self.environment, self.again = environment, again
-        self.stopped = 0  # the signal
+        self.environment = environment
+        self.again = again
+        # the signal
+        self.stopped = 0
         self._children = set[subprocess.Popen[bytes]]()
 
     def stop(self, number: int, frame: Any = None) -> None:
         self.stopped = number
         for child in list(self._children):
             with suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGTERM)  # a launcher's ranks, too
+                # a launcher's ranks, too
+                os.killpg(child.pid, signal.SIGTERM)
 
     def train(self, run: Run, device: str | None = None) -> float | None:
-        """Seconds that it took; None if there was nothing to do. Raises OSError if the command cannot be started."""
+        """Seconds that it took; None if there was nothing to do. Raises OSError if the command
+        cannot be started.
+        """
         if self.stopped:
             return None
         with _lock(run.folder / "lock") as lock:
-            if lock is None or locks.held(run.folder / ".lock") or run.finished or (run.mark and not self.again):
+            if (
+                lock is None
+                or locks.held(run.folder / ".lock")
+                or run.finished
+                or (run.mark and not self.again)
+            ):
                 return None
             for name in ("failed", "submitted"):
                 (run.folder / f"{name}.json").unlink(missing_ok=True)
             given = run.folder / "given.yaml"
-            given.write_text(yaml.safe_dump(run.tree, sort_keys=False, allow_unicode=True), encoding="utf-8")
+            given.write_text(
+                yaml.safe_dump(run.tree, sort_keys=False, allow_unicode=True), encoding="utf-8"
+            )
             start = time.time()
-            code = self._call([f"--config={given}", f"--out={run.folder}", "--resume=auto"], run, lock, device)
+            code = self._call(
+                [f"--config={given}", f"--out={run.folder}", "--resume=auto"], run, lock, device
+            )
             if not run.finished and not self.stopped:
                 self._mark(run, code)
             return time.time() - start
@@ -167,14 +202,20 @@ class Trainer:
         environment = self.environment | ({"CUDA_VISIBLE_DEVICES": device} if device else {})
         with (run.folder / "log.txt").open("w") as log:
             child = subprocess.Popen(
-                [*self.words, *options], stdout=log, stderr=log, env=environment, pass_fds=[lock.fileno()],
+                [*self.words, *options],
+                stdout=log,
+                stderr=log,
+                env=environment,
+                pass_fds=[lock.fileno()],
                 start_new_session=True,
-            )  # fmt: skip
+            )
             self._children.add(child)
             if self.stopped:
-                self.stop(self.stopped)  # it came between the question and the start
+                # it came between the question and the start
+                self.stop(self.stopped)
             code = child.wait()
-            for _ in range(600):  # a launcher may be gone before its ranks, which are still saving
+            # a launcher may be gone before its ranks, which are still saving
+            for _ in range(600):
                 with suppress(ProcessLookupError, PermissionError):
                     os.killpg(child.pid, 0)
                     time.sleep(0.1)
@@ -184,11 +225,18 @@ class Trainer:
         return code
 
     def _mark(self, run: Run, code: int) -> None:
-        """What is neither finished nor stopped has failed, or was handed to a queue by a command that went well."""
-        log = [line for line in (run.folder / "log.txt").read_text(errors="replace").splitlines() if line.strip()]
+        """What is neither finished nor stopped has failed, or was handed to a queue by a command
+        that went well.
+        """
+        log = [
+            line
+            for line in (run.folder / "log.txt").read_text(errors="replace").splitlines()
+            if line.strip()
+        ]
         ends = (128 + signal.SIGTERM, 128 + signal.SIGINT, -signal.SIGTERM, -signal.SIGINT)
         if code in ends or any("continue with --resume=auto" in line for line in log[-20:]):
-            return  # stopped from outside, which launchers call 1: it goes on the next time
+            # stopped from outside, which launchers call 1: it goes on the next time
+            return
         said = [line for line in log if line.startswith("error: ")] or log[-3:]
         told = {
             "exit_code": code,

@@ -1,4 +1,6 @@
-"""Models of a comparison side by side: what each retrieves for the same queries, its logits of the same pairs."""
+"""Models of a comparison side by side: what each retrieves for the same queries, its logits of the
+same pairs.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,27 +19,34 @@ from clipsmall.model.saved import load_model
 from clipsmall.report_page.gallery import gallery, logit_matrix, shown_sets
 from clipsmall.report_page.page import Query
 
-QUERIES, ANSWERS, PAIRS = 3, 3, 32
+QUERIES = 3
+ANSWERS = 3
+PAIRS = 32
 
 
 @dataclass
 class Sample:
-    """One model. All models of a page have the same queries in the same order, and the same labels."""
+    """One model. All models of a page have the same queries in the same order, and the same
+    labels.
+    """
 
     title: str
     gallery: list[Query] = field(default_factory=list)
-    matrix: NDArray[np.float32] = field(
-        default_factory=lambda: np.empty((0, 0), np.float32)
-    )  # images down, texts across
-    labels: list[str] = field(default_factory=list)  # their captions
+    # images down, texts across
+    matrix: NDArray[np.float32] = field(default_factory=lambda: np.empty((0, 0), np.float32))
+    # their captions
+    labels: list[str] = field(default_factory=list)
     scale: float = 1.0
-    error: str = ""  # why it cannot be shown
+    # why it cannot be shown
+    error: str = ""
 
     @property
     def found(self) -> int:
         """Images of the matrix whose highest logit is that of a text with their caption."""
         best = self.matrix.argmax(axis=1) if len(self.matrix) else []
-        return sum(self.labels[text] == label for text, label in zip(best, self.labels, strict=True))
+        return sum(
+            self.labels[text] == label for text, label in zip(best, self.labels, strict=True)
+        )
 
 
 def samples(models: Sequence[tuple[str, Path]]) -> list[Sample]:
@@ -58,13 +67,18 @@ def samples(models: Sequence[tuple[str, Path]]) -> list[Sample]:
             found.append(_sample(title, folder, config))
         except ValueError as error:
             found.append(Sample(title, error=str(error)))
-    asked = [[(query.image, query.text) for query in sample.gallery] for sample in found if not sample.error]
+    asked = [
+        [(query.image, query.text) for query in sample.gallery]
+        for sample in found
+        if not sample.error
+    ]
     assert all(queries == asked[0] for queries in asked), "the same data give the same queries"
     return found
 
 
 def _sample(title: str, folder: Path, config: Config) -> Sample:
-    if not (folder / "checkpoints").is_dir():  # `load_model` would ask the hub for such a name
+    # `load_model` would ask the hub for such a name
+    if not (folder / "checkpoints").is_dir():
         raise ValueError(f"{folder}: holds no checkpoints")
     model, loaded = load_model(str(folder))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -80,5 +94,6 @@ def _sample(title: str, folder: Path, config: Config) -> Sample:
             matrix, shown.labels = logit_matrix(encoder, catalog, rows, model.logit_scale.exp())
             shown.matrix = matrix.numpy()
     for query in shown.gallery:
-        query.texts, query.images = query.texts[:ANSWERS], query.images[:ANSWERS]
+        query.texts = query.texts[:ANSWERS]
+        query.images = query.images[:ANSWERS]
     return shown

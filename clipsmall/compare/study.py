@@ -11,7 +11,8 @@ from clipsmall.compare.grid import Comparison
 from clipsmall.compare.summary import Levels, contrasts, elsewhere
 
 Row = dict[str, Any]
-TOLD = 0.05  # p below which two settings are told apart
+# p below which two settings are told apart
+TOLD = 0.05
 
 
 @dataclass(frozen=True)
@@ -36,22 +37,34 @@ class Study:
         return elsewhere(levels, self.comparison.axes, self.comparison.against)
 
     def duel(self, metric: str, one: Levels, other: Levels) -> Row:
-        """`one` minus `other` as in `contrasts`, its noise that of the settings at the places of the two.
+        """`one` minus `other` as in `contrasts`, its noise that of the settings at the places of
+        the two.
 
-        The plain p serves for the best and the runner-up: having picked them favours no difference, as the runner-up
-        is the nearest to the best (Gutmann & Maymin 1987, Is the selected population the best?, Annals of Statistics).
+        The plain p serves for the best and the runner-up: having picked them favours no difference,
+        as the runner-up is the nearest to the best (Gutmann & Maymin 1987, Is the selected
+        population the best?, Annals of Statistics).
         """
-        axes, around = self.comparison.axes, {self.place(one), self.place(other)}
-        near = [self.place(levels) in around for levels in self.runs[list(axes)].itertuples(index=False, name=None)]
+        axes = self.comparison.axes
+        around = {self.place(one), self.place(other)}
+        near = [
+            self.place(levels) in around
+            for levels in self.runs[list(axes)].itertuples(index=False, name=None)
+        ]
         found = contrasts(self.runs[near], axes, metric, dict(zip(axes, other, strict=True)))
         return next(row for row in records(found) if self.levels(row) == one)
 
     def name(self, levels: Levels | Mapping[str, str]) -> str:
         """("dcl", "32") -> "dcl at batch size 32"."""
-        at = levels if isinstance(levels, Mapping) else dict(zip(self.comparison.axes, levels, strict=True))
+        at = (
+            levels
+            if isinstance(levels, Mapping)
+            else dict(zip(self.comparison.axes, levels, strict=True))
+        )
         first = next(iter(self.comparison.axes))
         bare = {axis for axis, level in at.items() if axis == first and isnan(number(level))}
-        head, *rest = [level if axis in bare else f"{spoken(axis)} {level}" for axis, level in at.items()]
+        head, *rest = [
+            level if axis in bare else f"{spoken(axis)} {level}" for axis, level in at.items()
+        ]
         return f"{head} at {', '.join(rest)}" if rest else head
 
     def rival(self, levels: Levels) -> str:
@@ -64,9 +77,14 @@ class Study:
         return self.name(self.comparison.against)
 
     def at(self, places: Iterable[Levels]) -> str:
-        """[("16",), ("32",)] -> " at batch sizes 16 and 32"; all of the grid's -> " at every batch size"."""
-        chosen, every = list(dict.fromkeys(places)), {self.place(levels) for levels in self.table}
-        axes = [spoken(axis) for axis in self.comparison.axes if axis not in self.comparison.against]
+        """[("16",), ("32",)] -> " at batch sizes 16 and 32"; all of the grid's -> " at every batch
+        size".
+        """
+        chosen = list(dict.fromkeys(places))
+        every = {self.place(levels) for levels in self.table}
+        axes = [
+            spoken(axis) for axis in self.comparison.axes if axis not in self.comparison.against
+        ]
         if not axes:
             return ""
         if len(chosen) == len(every) > 1:
@@ -76,7 +94,10 @@ class Study:
             return f" at {axes[0]}{several} {listed([place[0] for place in chosen])}"
         if len(chosen) > 3:
             return f" in {len(chosen)} of {len(every)} combinations of {listed(axes)}"
-        each = [", ".join(f"{axis} {level}" for axis, level in zip(axes, place, strict=True)) for place in chosen]
+        each = [
+            ", ".join(f"{axis} {level}" for axis, level in zip(axes, place, strict=True))
+            for place in chosen
+        ]
         return f" at {listed(each)}"
 
     def grouped(self, chosen: Iterable[Levels]) -> str:
@@ -87,15 +108,23 @@ class Study:
         return "; ".join(who + self.at(places) for who, places in groups.items())
 
     def value(self, levels: Levels, metric: str) -> str:
-        """Mean and what is known of it: "43.1 ± 0.5 %", or "43.1 % (42.6 to 43.5)" with bootstrap intervals."""
-        row, seeds = self.table[levels], len(self.comparison.seeds)
+        """Mean and what is known of it: "43.1 ± 0.5 %", or "43.1 % (42.6 to 43.5)" with bootstrap
+        intervals.
+        """
+        row = self.table[levels]
+        seeds = len(self.comparison.seeds)
         if isnan(row[metric]):
             return "no result"
-        sd, low = row[f"{metric} sd"], row.get(f"{metric} low", nan)
+        sd = row[f"{metric} sd"]
+        low = row.get(f"{metric} low", nan)
         if not isnan(low):
             text = f"{percent(row[metric])} % ({percent(low)} to {percent(row[f'{metric} high'])})"
         else:
-            text = f"{percent(row[metric])} %" if isnan(sd) else f"{percent(row[metric])} ± {percent(sd)} %"
+            text = (
+                f"{percent(row[metric])} %"
+                if isnan(sd)
+                else f"{percent(row[metric])} ± {percent(sd)} %"
+            )
         return text if row["n"] == seeds else f"{text} ({row['n']} of {seeds} seeds)"
 
 
@@ -131,12 +160,20 @@ def chance(p: float, most: bool = False) -> str:
 
 def noise(test: Row, p: str = "p") -> str:
     """Whether a difference is more than the seeds make."""
-    return "not tested" if isnan(test[p]) else f"{chance(test[p])}, {'more than' if test[p] < TOLD else 'within'} noise"
+    return (
+        "not tested"
+        if isnan(test[p])
+        else f"{chance(test[p])}, {'more than' if test[p] < TOLD else 'within'} noise"
+    )
 
 
 def gap(test: Row) -> str:
     """A difference, seed for seed, with its interval."""
     if isnan(test["difference"]):
         return "no seed in common to compare them by"
-    interval = "" if isnan(test["low"]) else f"95 % interval {percent(test['low'])} to {percent(test['high'])}, "
+    interval = (
+        ""
+        if isnan(test["low"])
+        else f"95 % interval {percent(test['low'])} to {percent(test['high'])}, "
+    )
     return f"a difference of {percent(test['difference'])} points ({interval}{noise(test)})"

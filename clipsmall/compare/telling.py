@@ -21,14 +21,25 @@ from clipsmall.report_page import page
 
 
 def tell(comparison: Comparison, budgets: Budgets, interval: str) -> pd.DataFrame:
-    """Writes everything to the comparison's folder, prints table and verdict; returns the frame `runs`."""
+    """Writes everything to the comparison's folder, prints table and verdict; returns the frame
+    `runs`.
+    """
     out = Path(comparison.out)
     runs, curves = outcomes(comparison, budgets.cells())
     comparison = _rivals(comparison, runs)
-    summary = _there(summarise(runs, comparison.axes, comparison.metrics, interval), runs, comparison)
-    tests = _there(contrasts(runs, comparison.axes, comparison.metric, comparison.against), runs, comparison)
+    summary = _there(
+        summarise(runs, comparison.axes, comparison.metrics, interval), runs, comparison
+    )
+    tests = _there(
+        contrasts(runs, comparison.axes, comparison.metric, comparison.against), runs, comparison
+    )
     words = [*verdict(comparison, runs, summary, tests), *_rates(budgets)]
-    for name, frame in {"runs": runs, "curves": curves, "summary": summary, "contrasts": tests}.items():
+    for name, frame in {
+        "runs": runs,
+        "curves": curves,
+        "summary": summary,
+        "contrasts": tests,
+    }.items():
         frame.to_csv(out / f"{name}.csv", index=False)
         frame.to_parquet(out / f"{name}.parquet", index=False)
     drawings = figures(comparison, runs, curves)
@@ -42,7 +53,9 @@ def tell(comparison: Comparison, budgets: Budgets, interval: str) -> pd.DataFram
         failures=compare_page.failures(comparison, runs),
         figures=drawings,
         samples=_samples(comparison, runs),
-        config=yaml.safe_dump(comparison.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
+        config=yaml.safe_dump(
+            comparison.model_dump(mode="json"), sort_keys=False, allow_unicode=True
+        ),
         command=shlex.join(["python", "-m", "clipsmall.compare", *sys.argv[1:]]),
     )
     compare_page.write(shown, path := out / "compare.html")
@@ -64,7 +77,9 @@ def printed(comparison: Comparison, summary: pd.DataFrame) -> str:
 
 
 def _rivals(comparison: Comparison, runs: pd.DataFrame) -> Comparison:
-    """Within a budget of memory the baseline meets rivals of other batches: its own batch is part of what it is."""
+    """Within a budget of memory the baseline meets rivals of other batches: its own batch is part
+    of what it is.
+    """
     against = dict(comparison.against)
     for axis in comparison.batch_axes if comparison.budget.memory else ():
         mine = runs[(runs[list(against)] == list(against.values())).all(axis=1)]
@@ -74,35 +89,54 @@ def _rivals(comparison: Comparison, runs: pd.DataFrame) -> Comparison:
 
 
 def _there(frame: pd.DataFrame, runs: pd.DataFrame, comparison: Comparison) -> pd.DataFrame:
-    """The rows of settings that are part of the comparison: a budget of memory leaves batches out."""
+    """The rows of settings that are part of the comparison: a budget of memory leaves batches
+    out.
+    """
     axes = list(comparison.axes)
     shown = set(runs[axes].itertuples(index=False, name=None))
-    return frame[[levels in shown for levels in frame[axes].itertuples(index=False, name=None)]].reset_index(drop=True)
+    return frame[
+        [levels in shown for levels in frame[axes].itertuples(index=False, name=None)]
+    ].reset_index(drop=True)
 
 
 def _tried(budgets: Budgets) -> list[page.Table]:
     """The learning rates that were tried, one of which each setting took."""
-    rates, trials = budgets.comparison.lr, budgets.tuning(budgets.fitting)
+    rates = budgets.comparison.lr
+    trials = budgets.tuning(budgets.fitting)
     if not rates or not trials:
         return []
     metric = rates.metric or budgets.comparison.metric
     rows = []
     for run in trials:
-        score, lr = budgets.score(run), page.Cell(f"{run.config.optim.lr:g}", "number")
+        score = budgets.score(run)
+        lr = page.Cell(f"{run.config.optim.lr:g}", "number")
         shown = DASH if score is None else percent(score)
-        rows.append([run.title.rpartition(", lr ")[0], lr, page.Cell(shown, "number"), run.error or run.state])
+        rows.append(
+            [
+                run.title.rpartition(", lr ")[0],
+                lr,
+                page.Cell(shown, "number"),
+                run.error or run.state,
+            ]
+        )
     note = f"{rates.pairs:,} pairs each, on a seed of their own; the best by {metric} is taken."
-    return [page.Table("Learning rates tried", note, ["setting", "lr", f"{metric}, %", "state"], rows)]
+    return [
+        page.Table("Learning rates tried", note, ["setting", "lr", f"{metric}, %", "state"], rows)
+    ]
 
 
 def _rates(budgets: Budgets) -> list[str]:
     if not (edges := budgets.edges()):
         return []
-    return [f"The best learning rate is the least or greatest of those tried: {'; '.join(edges)}. Try more."]
+    return [
+        f"The best learning rate is the least or greatest of those tried: {'; '.join(edges)}. Try more."
+    ]
 
 
 def _samples(comparison: Comparison, runs: pd.DataFrame) -> list[Sample]:
-    """Of each level of the first axis its best setting among those that `gallery.at` names, its first seed."""
+    """Of each level of the first axis its best setting among those that `gallery.at` names, its
+    first seed.
+    """
     done = runs[runs["state"] == "done"].dropna(subset=comparison.metric)
     for axis, level in comparison.gallery.at.items():
         done = done[done[axis] == level]
@@ -119,5 +153,6 @@ def _samples(comparison: Comparison, runs: pd.DataFrame) -> list[Sample]:
     models = models[: comparison.gallery.models]
     try:
         return samples(models)
-    except (ValueError, OSError, RuntimeError) as error:  # data on another machine, a full GPU: the page says so
+    except (ValueError, OSError, RuntimeError) as error:
+        # data on another machine, a full GPU: the page says so
         return [Sample(title, error=str(error)) for title, _ in models]

@@ -1,4 +1,6 @@
-"""The part of a config that names and tunes objectives: a mix by weight, and a section of options for each kind."""
+"""The part of a config that names and tunes objectives: a mix by weight, and a section of options
+for each kind.
+"""
 
 from difflib import get_close_matches
 from typing import Annotated, Literal, get_args
@@ -6,23 +8,46 @@ from typing import Annotated, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Name = Literal[
-    "softmax", "dcl", "dclw", "sigmoid", "bce", "triplet", "vse++", "spectral", "align_uniform", "sinkhorn",
-    "sinkhorn_targets", "gcl", "nn", "simsiam", "byol", "swav", "barlow", "vicreg", "hsic", "superclass",
-]  # fmt: skip
+    "softmax",
+    "dcl",
+    "dclw",
+    "sigmoid",
+    "bce",
+    "triplet",
+    "vse++",
+    "spectral",
+    "align_uniform",
+    "sinkhorn",
+    "sinkhorn_targets",
+    "gcl",
+    "nn",
+    "simsiam",
+    "byol",
+    "swav",
+    "barlow",
+    "vicreg",
+    "hsic",
+    "superclass",
+]
 
 
 Schedule = Literal["cosine", "constant"]
 TO_ONE = "of the momentum; cosine goes to 1 at the end of the run"
-LONGEST = 10_000_000  # pairs in a queue
+# pairs in a queue
+LONGEST = 10_000_000
 PROJECTOR = "layers of a projector, the last its output; [] = the towers' own outputs"
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, coerce_numbers_to_str=True, allow_inf_nan=False
+    )
 
 
 class Softmax(Section):
-    intra_modal: bool = Field(False, description="images are negatives of images, too: SimCLR's NT-Xent")
+    intra_modal: bool = Field(
+        False, description="images are negatives of images, too: SimCLR's NT-Xent"
+    )
 
 
 class Dcl(Section):
@@ -36,7 +61,9 @@ class Sigmoid(Section):
 
 class Triplet(Section):
     margin: float = Field(0.2, gt=0, lt=2)
-    warmup: float = Field(0.5, ge=0, le=1, description="vse++: share of the run that trains triplet")
+    warmup: float = Field(
+        0.5, ge=0, le=1, description="vse++: share of the run that trains triplet"
+    )
 
 
 class Spectral(Section):
@@ -48,7 +75,9 @@ class AlignUniform(Section):
     uniform: float = Field(1.0, ge=0)
     alpha: float = Field(2.0, gt=0)
     t: float = Field(2.0, gt=0)
-    cross: bool = Field(False, description="uniformity of images against texts; needs align >= t * uniform")
+    cross: bool = Field(
+        False, description="uniformity of images against texts; needs align >= t * uniform"
+    )
 
     @model_validator(mode="after")
     def _together(self) -> "AlignUniform":
@@ -75,13 +104,19 @@ class SinkhornTargets(Section):
 
 
 class Bce(Section):
-    mode: Literal["balanced", "warmup", "one"] = Field("balanced", description="which negatives: all, k growing, one")
+    mode: Literal["balanced", "warmup", "one"] = Field(
+        "balanced", description="which negatives: all, k growing, one"
+    )
     weight: float = Field(1.0, ge=0, description="of the negatives")
 
 
 class Gcl(Section):
-    variant: Literal["sogclr", "isogclr", "fastclip_v0", "fastclip_v1", "fastclip_v2", "fastclip_v3"] = "fastclip_v3"
-    gamma: float | None = Field(None, gt=0, le=1, description="of the running mean; null = the variant's, as below")
+    variant: Literal[
+        "sogclr", "isogclr", "fastclip_v0", "fastclip_v1", "fastclip_v2", "fastclip_v3"
+    ] = "fastclip_v3"
+    gamma: float | None = Field(
+        None, gt=0, le=1, description="of the running mean; null = the variant's, as below"
+    )
     tau: float | None = Field(None, gt=0, description="temperature where it is not the model's")
     rho: float | None = Field(None, ge=0)
     lr_tau: float | None = Field(None, gt=0, description="of each pair's temperature")
@@ -106,7 +141,9 @@ class Byol(Section):
 
 class Swav(Section):
     prototypes: int = Field(512, ge=2)
-    queue: int = Field(1024, ge=0, description="past pairs that share the prototypes with the batch")
+    queue: int = Field(
+        1024, ge=0, description="past pairs that share the prototypes with the batch"
+    )
     temperature: float = Field(0.1, gt=0)
     epsilon: float = Field(0.05, gt=0, description="temperature of the codes")
     iterations: int = Field(3, ge=1)
@@ -126,7 +163,9 @@ class Vicreg(Section):
 
 
 class Hsic(Section):
-    gamma: float = Field(1.0, ge=0, description="weight of the spread; the paper's 3 is for a batch of 4,096")
+    gamma: float = Field(
+        1.0, ge=0, description="weight of the spread; the paper's 3 is for a batch of 4,096"
+    )
     width: float = Field(1.0, gt=0, description="of the kernel")
 
 
@@ -138,10 +177,16 @@ class Moco(Section):
     size: Annotated[int, Field(ge=1, le=LONGEST)] | Literal["auto"] = Field(
         "auto", description="pairs in the queue; auto: 0.5 · batch_size / (1 - momentum)"
     )
-    momentum: float = Field(0.995, ge=0, lt=1, description="of the averaged towers that make the columns")
+    momentum: float = Field(
+        0.995, ge=0, lt=1, description="of the averaged towers that make the columns"
+    )
     schedule: Schedule = Field("constant", description=TO_ONE)
-    in_batch: bool = Field(True, description="other pairs of the batch are negatives, too; false: the queue's only")
-    alpha: float = Field(0.0, ge=0, le=1, description="softmax: weight of the averaged towers' soft targets")
+    in_batch: bool = Field(
+        True, description="other pairs of the batch are negatives, too; false: the queue's only"
+    )
+    alpha: float = Field(
+        0.0, ge=0, le=1, description="softmax: weight of the averaged towers' soft targets"
+    )
     ramp: float = Field(0.1, ge=0, le=1, description="share of the run over which alpha grows")
 
 
@@ -156,10 +201,15 @@ class Objective(Section):
     name: Name | dict[Name, float] = Field(
         "softmax", description=f"{', '.join(get_args(Name))}; or a mix {{softmax: 1, vicreg: 0.1}}"
     )
-    mask_duplicates: bool = Field(True, description="equal captions are no negatives; false = the papers' losses")
-    queue: Literal["none", "moco", "xbm"] = Field("none", description="pairs of former steps are columns, too")
+    mask_duplicates: bool = Field(
+        True, description="equal captions are no negatives; false = the papers' losses"
+    )
+    queue: Literal["none", "moco", "xbm"] = Field(
+        "none", description="pairs of former steps are columns, too"
+    )
     exchange: Literal["gather", "ring", "host"] = Field(
-        "gather", description="ring: no rank ever holds all embeddings; host: they lie in host memory"
+        "gather",
+        description="ring: no rank ever holds all embeddings; host: they lie in host memory",
     )
     softmax: Softmax = Softmax()
     dcl: Dcl = Dcl()
@@ -185,13 +235,19 @@ class Objective(Section):
     @field_validator("name", mode="before")
     @classmethod
     def _known(cls, given: object) -> object:
-        """One clear line for a misspelt name, where pydantic would tell of every branch of the union."""
+        """One clear line for a misspelt name, where pydantic would tell of every branch of the
+        union.
+        """
         for each in given if isinstance(given, dict) else [given] if isinstance(given, str) else []:
             if each not in get_args(Name):
                 if each in ("moco", "xbm"):
-                    raise ValueError(f"{each} is a queue around an objective: objective.queue={each}")
+                    raise ValueError(
+                        f"{each} is a queue around an objective: objective.queue={each}"
+                    )
                 near = get_close_matches(str(each), get_args(Name), 1)
-                guess = f"did you mean {near[0]}?" if near else f"there are {', '.join(get_args(Name))}"
+                guess = (
+                    f"did you mean {near[0]}?" if near else f"there are {', '.join(get_args(Name))}"
+                )
                 raise ValueError(f"there is no objective {each!r}; {guess}")
         return given
 
@@ -201,7 +257,11 @@ class Objective(Section):
         """Weights beside other options, and a list of names: say where they belong."""
         named = given if isinstance(given, list) else []
         if isinstance(given, dict):
-            named = [key for key in given if key in get_args(Name) and not isinstance(given[key], dict | Section)]
+            named = [
+                key
+                for key in given
+                if key in get_args(Name) and not isinstance(given[key], dict | Section)
+            ]
         if named:
             raise ValueError(f"a mix stands under name, as in name: {{{named[0]}: 1, vicreg: 0.1}}")
         return given
@@ -209,7 +269,9 @@ class Objective(Section):
     @model_validator(mode="after")
     def _weighs(self) -> "Objective":
         if not self.mix or any(weight <= 0 for weight in self.mix.values()):
-            raise ValueError(f"name: a mix names at least one objective, with weights above 0, not {self.name}")
+            raise ValueError(
+                f"name: a mix names at least one objective, with weights above 0, not {self.name}"
+            )
         return self
 
     @property

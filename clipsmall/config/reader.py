@@ -1,4 +1,6 @@
-"""A config from YAML files and `--section.field=value` words; everything that is wrong is said at once."""
+"""A config from YAML files and `--section.field=value` words; everything that is wrong is said at
+once.
+"""
 
 import argparse
 import re
@@ -25,7 +27,8 @@ class _StrictLoader(yaml.SafeLoader):
     """YAML says the last of two equal keys wins, silently; we say no."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        named = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]  # `<<: *other` is laid under
+        # `<<: *other` is laid under
+        named = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
         keys = [self.construct_object(key, deep=deep) for key in named]
         for key in keys:
             if keys.count(key) > 1:
@@ -43,9 +46,12 @@ _StrictLoader.add_implicit_resolver(
 )
 
 
-# It also reads 1e-3 as a word: to it a number with an exponent has a point, and a sign in the exponent.
+# It also reads 1e-3 as a word: to it a number with an exponent has a point, and a sign in the
+# exponent.
 _StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("+-.0123456789")
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("+-.0123456789"),
 )
 
 
@@ -84,18 +90,26 @@ def lay_over(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def spelled_out(tree: dict[str, Any]) -> dict[str, Any]:
-    """`objective: softmax` and `objective: {softmax: 1, vicreg: 0.1}` are short for `objective: {name: ...}`."""
+    """`objective: softmax` and `objective: {softmax: 1, vicreg: 0.1}` are short for `objective:
+    {name: ...}`.
+    """
     given = tree.get("objective")
     weights = list(given.values()) if isinstance(given, dict) else []
-    mix = weights and all(isinstance(weight, int | float) and not isinstance(weight, bool) for weight in weights)
+    mix = weights and all(
+        isinstance(weight, int | float) and not isinstance(weight, bool) for weight in weights
+    )
     return {**tree, "objective": {"name": given}} if mix or isinstance(given, str) else tree
 
 
 def refuse_one_weight(name: str, value: Any) -> None:
     """`--objective.name.vicreg=0.2` would have to guess whether the other weights stay."""
     _, _, last = name.rpartition(".")
-    if name.startswith("objective.name.") or (last in get_args(Name) and not isinstance(value, dict)):
-        raise ConfigError(f"--{name}: give the whole mix, as in --objective='{{softmax: 1, {last}: 0.1}}'")
+    if name.startswith("objective.name.") or (
+        last in get_args(Name) and not isinstance(value, dict)
+    ):
+        raise ConfigError(
+            f"--{name}: give the whole mix, as in --objective='{{softmax: 1, {last}: 0.1}}'"
+        )
 
 
 def fields(model: type[BaseModel] = Config, prefix: str = "") -> dict[str, Any]:
@@ -111,12 +125,18 @@ def fields(model: type[BaseModel] = Config, prefix: str = "") -> dict[str, Any]:
 
 
 def _line(error: ErrorDetails, known: list[str]) -> str:
-    if not error["loc"]:  # of several fields together, which the message names
+    # of several fields together, which the message names
+    if not error["loc"]:
         return error["msg"].removeprefix("Value error, ")
-    path = ".".join(str(part) for part in error["loc"] if part not in ("float", "literal['auto']")) or "config"
+    path = (
+        ".".join(str(part) for part in error["loc"] if part not in ("float", "literal['auto']"))
+        or "config"
+    )
     if error["type"] == "extra_forbidden":
         leaf = path.rpartition(".")[2]
-        near = [name for name in known if name.rpartition(".")[2] == leaf] or get_close_matches(path, known, 1, 0.5)
+        near = [name for name in known if name.rpartition(".")[2] == leaf] or get_close_matches(
+            path, known, 1, 0.5
+        )
         return f"{path}: no such key" + (f"; did you mean {near[0]}?" if near else "")
     if error["type"] == "missing":
         return f"{path}: must be given"
@@ -129,13 +149,17 @@ def validated(tree: dict[str, Any]) -> Config:
 
 
 def of_kind(kind: type[M], tree: dict[str, Any], where: str = "") -> M:
-    """A tree as one of our models. Raises ConfigError with one line for each thing wrong; where: its file."""
+    """A tree as one of our models. Raises ConfigError with one line for each thing wrong; where:
+    its file.
+    """
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
         known = list(fields(kind))
         lines = dict.fromkeys(_line(each, known) for each in error.errors())
-        raise ConfigError("\n".join(f"{where}: {line}" if where else line for line in lines)) from None
+        raise ConfigError(
+            "\n".join(f"{where}: {line}" if where else line for line in lines)
+        ) from None
 
 
 def help_text() -> str:
@@ -144,7 +168,9 @@ def help_text() -> str:
         default = (
             "required"
             if info.is_required()
-            else yaml.safe_dump(info.get_default(call_default_factory=True), default_flow_style=True).split("\n")[0]
+            else yaml.safe_dump(
+                info.get_default(call_default_factory=True), default_flow_style=True
+            ).split("\n")[0]
             if not isinstance(info.default, BaseModel)
             else ""
         )
@@ -161,11 +187,18 @@ def read(words: list[str]) -> Config:
         ConfigError: unknown or ill-valued keys, all of them at once.
     """
     parser = argparse.ArgumentParser(
-        prog="clipsmall/train.py", epilog=help_text(), formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False, description="Train a dual encoder.",
-    )  # fmt: skip
-    parser.add_argument("--config", action="append", default=[], metavar="FILE", help="YAML; may be given again")
-    parser.add_argument("--print_config", action="store_true", help="print the resolved config and leave")
+        prog="clipsmall/train.py",
+        epilog=help_text(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        description="Train a dual encoder.",
+    )
+    parser.add_argument(
+        "--config", action="append", default=[], metavar="FILE", help="YAML; may be given again"
+    )
+    parser.add_argument(
+        "--print_config", action="store_true", help="print the resolved config and leave"
+    )
     known, rest = parser.parse_known_args(words)
     tree: dict[str, Any] = {}
     for path in known.config:

@@ -1,4 +1,6 @@
-"""The plan file: batches put together beforehand, for the pairs of one catalog, and the order that plays them."""
+"""The plan file: batches put together beforehand, for the pairs of one catalog, and the order that
+plays them.
+"""
 
 import hashlib
 import json
@@ -15,22 +17,32 @@ from clipsmall.data.index import ShardError
 from clipsmall.data.order import Rows, permutation
 
 VERSION = 1
-AHEAD = 16  # batches that are read ahead together: with 256 pairs of 30 kB each 120 MB
+# batches that are read ahead together: with 256 pairs of 30 kB each 120 MB
+AHEAD = 16
 MAKE = "make it with: python -m data_tools.mine_shards plan"
 
 
 class Plan(NamedTuple):
     """m batches of B pairs."""
 
-    rows: Rows  # (m, B) of the catalog
-    digest: str  # sha256 of the file
-    about: dict[str, Any]  # how it was made
+    # (m, B) of the catalog
+    rows: Rows
+    # sha256 of the file
+    digest: str
+    # how it was made
+    about: dict[str, Any]
 
 
 def write_plan(path: Path, pairs: Rows, fingerprint: str, about: dict[str, Any]) -> None:
-    """Write `pairs`, (m, B) numbers of pairs, for the catalog of that fingerprint; whole or not at all."""
+    """Write `pairs`, (m, B) numbers of pairs, for the catalog of that fingerprint; whole or not at
+    all.
+    """
     column = pa.FixedSizeListArray.from_arrays(pa.array(pairs.reshape(-1)), pairs.shape[1])
-    metadata = {"clipsmall_plan": str(VERSION), "fingerprint": fingerprint, "about": json.dumps(about)}
+    metadata = {
+        "clipsmall_plan": str(VERSION),
+        "fingerprint": fingerprint,
+        "about": json.dumps(about),
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     try:
@@ -47,22 +59,29 @@ def read_plan(path: Path, catalog: Catalog, batch_size: int = 0) -> Plan:
         batch_size: B that it must have; 0 = any.
 
     Raises:
-        ShardError: no plan, another data set's, another batch size, a pair that is not there, or there twice.
+        ShardError: no plan, another data set's, another batch size, a pair that is not there, or
+            there twice.
     """
     try:
         data = path.read_bytes()
         table = pq.read_table(pa.BufferReader(data))
     except (pa.ArrowException, OSError) as error:
         raise ShardError(f"{path}: no plan can be read there ({error}); {MAKE}") from None
-    metadata = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
+    metadata = {
+        key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()
+    }
     if metadata.get("clipsmall_plan") != str(VERSION):
         raise ShardError(f"{path}: not a plan of version {VERSION}; {MAKE}")
     if metadata["fingerprint"] != catalog.fingerprint:
-        raise ShardError(f"{path}: a plan for other shards than {catalog.shards[0].parent} holds now; {MAKE}")
+        raise ShardError(
+            f"{path}: a plan for other shards than {catalog.shards[0].parent} holds now; {MAKE}"
+        )
     column = table["pairs"].combine_chunks()
     size = column.type.list_size
     if batch_size not in (0, size):
-        raise ShardError(f"{path}: has batches of {size}, not data.batch_size={batch_size}; set that to {size}")
+        raise ShardError(
+            f"{path}: has batches of {size}, not data.batch_size={batch_size}; set that to {size}"
+        )
     rows = _rows(path, column.flatten().to_numpy().reshape(-1, size), catalog)
     return Plan(rows, hashlib.sha256(data).hexdigest(), json.loads(metadata["about"]))
 
@@ -72,7 +91,9 @@ def _rows(path: Path, pairs: Rows, catalog: Catalog) -> Rows:
     order = np.argsort(catalog.index)
     rows: Rows = order[np.searchsorted(catalog.index, pairs, sorter=order).clip(max=len(order) - 1)]
     if (odd := catalog.index[rows] != pairs).any():
-        raise ShardError(f"{path}: names pair {pairs[odd][0]}, which the shards do not have; {MAKE}")
+        raise ShardError(
+            f"{path}: names pair {pairs[odd][0]}, which the shards do not have; {MAKE}"
+        )
     known, counts = np.unique(pairs, return_counts=True)
     if (counts > 1).any():
         raise ShardError(f"{path}: has pair {known[counts > 1][0]} twice; {MAKE}")
@@ -82,8 +103,8 @@ def _rows(path: Path, pairs: Rows, catalog: Catalog) -> Rows:
 class PlannedOrder:
     """The batches of a plan, in another order each epoch; who is in them does not change.
 
-    To be used in place of `Order`: a pure function of (plan, seed, epoch, position). What a window is for, reading
-    ahead, is done for AHEAD batches at a time.
+    To be used in place of `Order`: a pure function of (plan, seed, epoch, position). What a window
+    is for, reading ahead, is done for AHEAD batches at a time.
 
     Args:
         plan: (m, B) rows of the catalog.
@@ -91,7 +112,8 @@ class PlannedOrder:
     """
 
     def __init__(self, plan: Rows, seed: int) -> None:
-        self._plan, self.seed = plan, seed
+        self._plan = plan
+        self.seed = seed
         self.length = plan.size
         self.window = AHEAD * plan.shape[1]
 
@@ -102,6 +124,11 @@ class PlannedOrder:
         return found
 
     def window_blocks(self, epoch: int, window: int) -> list[tuple[int, int]]:
-        """The (first row, number of rows) pieces that a window reads, in the order of the disk: single pairs."""
-        low, high = window * self.window, min((window + 1) * self.window, self.length)
-        return [(row, 1) for row in np.sort(self.rows(epoch, np.arange(low, max(low, high)))).tolist()]
+        """The (first row, number of rows) pieces that a window reads, in the order of the disk:
+        single pairs.
+        """
+        low = window * self.window
+        high = min((window + 1) * self.window, self.length)
+        return [
+            (row, 1) for row in np.sort(self.rows(epoch, np.arange(low, max(low, high)))).tolist()
+        ]

@@ -9,7 +9,9 @@ from typing import Any
 def caption_hash(caption: str) -> int:
     """Signed 64-bit hash of a caption, blind to letter case, white space and Unicode form."""
     plain = " ".join(unicodedata.normalize("NFKC", caption).casefold().split())
-    return int.from_bytes(hashlib.blake2b(plain.encode(), digest_size=8).digest(), "little", signed=True)
+    return int.from_bytes(
+        hashlib.blake2b(plain.encode(), digest_size=8).digest(), "little", signed=True
+    )
 
 
 def fields_of(record: bytes) -> dict[str, Any]:
@@ -25,8 +27,9 @@ def fields_of(record: bytes) -> dict[str, Any]:
 def captions_of(text: bytes, fields: dict[str, Any]) -> list[str]:
     """The captions of a sample, from its `.txt` and its parsed `.json`; blank ones are dropped.
 
-    `captions` in the json wins; a json with `caption` marks img2dataset's layout, whose `.txt` (or, without one,
-    that field) is one caption; any other `.txt` holds one caption a line, as in CLIP_benchmark's retrieval sets.
+    `captions` in the json wins; a json with `caption` marks img2dataset's layout, whose `.txt` (or,
+    without one, that field) is one caption; any other `.txt` holds one caption a line, as in
+    CLIP_benchmark's retrieval sets.
 
     Raises:
         UnicodeDecodeError: the `.txt` is not UTF-8.
@@ -35,7 +38,9 @@ def captions_of(text: bytes, fields: dict[str, Any]) -> list[str]:
         found = [str(caption) for caption in listed]
     else:
         whole = text.decode("utf-8")
-        found = [whole or str(fields["caption"] or "")] if "caption" in fields else whole.splitlines()
+        found = (
+            [whole or str(fields["caption"] or "")] if "caption" in fields else whole.splitlines()
+        )
     # half a surrogate pair, which json can spell, cannot be encoded again
     plain = (caption.encode("utf-8", "ignore").decode().replace("\0", " ") for caption in found)
     return [cleaned for caption in plain if (cleaned := " ".join(caption.split()))]

@@ -20,23 +20,32 @@ VERSION = "1"
 
 
 def feature_file(shard: Path, tower: str, digest: str, folder: Path | None = None) -> Path:
-    """Where the features of a shard are: beside it, or in a folder, where shards of several sets may have one name.
+    """Where the features of a shard are: beside it, or in a folder, where shards of several sets
+    may have one name.
 
     `digest`: of the tower, image or text.
     """
-    stem = f"{shard.stem}-{hashlib.sha256(str(shard.resolve()).encode()).hexdigest()[:8]}" if folder else shard.stem
+    stem = (
+        f"{shard.stem}-{hashlib.sha256(str(shard.resolve()).encode()).hexdigest()[:8]}"
+        if folder
+        else shard.stem
+    )
     return (folder or shard.parent) / f"{stem}.{tower}-{digest[:8]}.safetensors"
 
 
 def _belongs(shard: Path, digest: str) -> dict[str, str]:
-    """What features are made of: the file that lies there now, the pairs in it that are good, and the tower."""
+    """What features are made of: the file that lies there now, the pairs in it that are good, and
+    the tower.
+    """
     good = good_rows(read_index(shard, ["status"]))
     rows = hashlib.sha256(good.tobytes()).hexdigest()[:16]
     return {"version": VERSION, "tar_proof": proof(shard), "rows": rows, "digest": digest}
 
 
 def usable(path: Path, shard: Path, digest: str) -> bool:
-    """Whether a shard's features are there, whole, of this tower and of the file that lies there now."""
+    """Whether a shard's features are there, whole, of this tower and of the file that lies there
+    now.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             found = file.metadata() or {}
@@ -49,8 +58,8 @@ def write_features(path: Path, shard: Path, digest: str, features: Tensor, first
     """Write the features of a shard, whole or not at all.
 
     Args:
-        features: (m, D); NaN where there are none. first: (n + 1,) those of row i of the shard's index are
-            `features[first[i] : first[i + 1]]`: one an image, one a caption.
+        features: (m, D); NaN where there are none. first: (n + 1,) those of row i of the shard's
+            index are `features[first[i] : first[i + 1]]`: one an image, one a caption.
 
     Raises:
         ValueError: no room, or no right to write.
@@ -60,7 +69,8 @@ def write_features(path: Path, shard: Path, digest: str, features: Tensor, first
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file({"features": features.contiguous(), "first": first}, temporary, metadata)
-        temporary.chmod(0o644)  # safetensors leaves 0600; shards are shared
+        # safetensors leaves 0600; shards are shared
+        temporary.chmod(0o644)
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         raise ValueError(
@@ -73,7 +83,8 @@ def write_features(path: Path, shard: Path, digest: str, features: Tensor, first
 
 
 class Features:
-    """Features of all pairs of a catalog, mapped from their files: `features(row, 2)` is the third caption's, (D,).
+    """Features of all pairs of a catalog, mapped from their files: `features(row, 2)` is the third
+    caption's, (D,).
 
     Args:
         files: of each shard of the catalog, checked by `usable`.
@@ -88,9 +99,12 @@ class Features:
                 f"{missing[0]}: not there, though another rank made it: ranks on several machines need a "
                 "tune.cache_folder that all of them see"
             )
-        self.shard, self.files = catalog.shard, files
+        self.shard = catalog.shard
+        self.files = files
         # which row of its shard's index each row of the catalog is
-        self.place: Rows = np.concatenate([good_rows(read_index(shard, ["status"])) for shard in catalog.shards])
+        self.place: Rows = np.concatenate(
+            [good_rows(read_index(shard, ["status"])) for shard in catalog.shards]
+        )
         self._open: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, row: int, caption: int = 0) -> Tensor:
@@ -106,4 +120,5 @@ class Features:
         return found.clone()
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_open": {}}  # each process maps the files itself
+        # each process maps the files itself
+        return {**self.__dict__, "_open": {}}

@@ -1,7 +1,10 @@
-"""The index of one tar shard: where each sample's members lie, their hashes, and what is wrong with them.
+"""The index of one tar shard: where each sample's members lie, their hashes, and what is wrong with
+them.
 
-It stands beside the shard as `NAME.index.parquet` and makes three things possible that a streamed tar cannot
-give: random access (hence exact resume), truncation noticed before training, and known bad samples left out.
+It stands beside the shard as `NAME.index.parquet` and makes three things possible that a streamed
+tar cannot
+give: random access (hence exact resume), truncation noticed before training, and known bad samples
+left out.
 """
 
 import hashlib
@@ -20,12 +23,14 @@ from clipsmall.data.captions import caption_hash, captions_of, fields_of
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "avif", "gif", "bmp", "tif", "tiff")
 VERSION = 1
 PROOF_BYTES = 64 << 10
-MAX_TEXT_BYTES = 1 << 20  # a longer caption or json is a mistake, and reading it into memory a risk
+# a longer caption or json is a mistake, and reading it into memory a risk
+MAX_TEXT_BYTES = 1 << 20
 
 SCHEMA = pa.schema(
     [
         ("key", pa.string()),
-        ("index", pa.int64()),  # the pair's number as its json says; -1 when it says nothing
+        # the pair's number as its json says; -1 when it says nothing
+        ("index", pa.int64()),
         ("image_offset", pa.int64()),
         ("image_size", pa.int64()),
         ("image_suffix", pa.string()),
@@ -33,12 +38,16 @@ SCHEMA = pa.schema(
         ("text_size", pa.int64()),
         ("json_offset", pa.int64()),
         ("json_size", pa.int64()),
-        ("label_offset", pa.int64()),  # CLIP_benchmark's .cls
+        # CLIP_benchmark's .cls
+        ("label_offset", pa.int64()),
         ("label_size", pa.int64()),
-        ("sha256", pa.string()),  # of the image's bytes
-        ("caption_hash", pa.int64()),  # of the first caption
+        # of the image's bytes
+        ("sha256", pa.string()),
+        # of the first caption
+        ("caption_hash", pa.int64()),
         ("caption_chars", pa.int64()),
-        ("status", pa.string()),  # "" = good; else the reason why the pair is left out
+        # "" = good; else the reason why the pair is left out
+        ("status", pa.string()),
     ]
 )
 
@@ -54,8 +63,10 @@ def image_hash(image: bytes) -> int:
 
 class Member(NamedTuple):
     name: str
-    offset: int  # of the data, in the tar
-    size: int  # bytes
+    # of the data, in the tar
+    offset: int
+    # bytes
+    size: int
 
 
 def index_path(shard: Path) -> Path:
@@ -65,37 +76,53 @@ def index_path(shard: Path) -> Path:
 def tar_members(shard: Path) -> list[Member]:
     """Every regular file of an uncompressed tar, in order.
 
-    Links, devices and directories are passed over. Raises ShardError for anything but a whole tar: `tarfile`
-    and webdataset take a file that ends at a header, or inside one, for a shorter tar without a word.
+    Links, devices and directories are passed over. Raises ShardError for anything but a whole tar:
+    `tarfile` and webdataset take a file that ends at a header, or inside one, for a shorter tar
+    without a word.
     """
     size = shard.stat().st_size
     if size == 0:
         raise ShardError(f"{shard}: the file is empty; copy or make it again")
-    members, end = [], 0
+    members = []
+    end = 0
     try:
         with tarfile.open(shard, "r:") as tar:
             for info in tar:
-                end = info.offset_data + -(-info.size // 512) * 512 if info.isreg() else info.offset_data
+                end = (
+                    info.offset_data + -(-info.size // 512) * 512
+                    if info.isreg()
+                    else info.offset_data
+                )
                 if info.offset_data + info.size > size:
-                    raise ShardError(f"{shard}: cut inside member {info.name!r}; copy or make it again")
+                    raise ShardError(
+                        f"{shard}: cut inside member {info.name!r}; copy or make it again"
+                    )
                 if info.isreg():
                     members.append(Member(info.name, info.offset_data, info.size))
     except tarfile.TarError as error:
-        raise ShardError(f"{shard}: not an uncompressed tar, or cut ({error}); copy or make it again") from None
+        raise ShardError(
+            f"{shard}: not an uncompressed tar, or cut ({error}); copy or make it again"
+        ) from None
     with shard.open("rb") as file:
         file.seek(end)
         if file.read(512) != b"\0" * 512:
-            raise ShardError(f"{shard}: cut after {len(members)} members (no end mark); copy or make it again")
+            raise ShardError(
+                f"{shard}: cut after {len(members)} members (no end mark); copy or make it again"
+            )
     return members
 
 
 def samples(members: list[Member]) -> Iterator[tuple[str, dict[str, Member]]]:
-    """Members grouped as webdataset does: neighbours with one name up to the first dot of the file name."""
-    key, group = None, dict[str, Member]()
+    """Members grouped as webdataset does: neighbours with one name up to the first dot of the file
+    name.
+    """
+    key = None
+    group = dict[str, Member]()
     for member in members:
         folder, _, name = member.name.rpartition("/")
         stem, _, suffix = name.partition(".")
-        if not stem or stem.startswith("__"):  # hidden files; webdataset's `__meta__` members
+        # hidden files; webdataset's `__meta__` members
+        if not stem or stem.startswith("__"):
             continue
         here = f"{folder}/{stem}" if folder else stem
         suffix = suffix.lower()
@@ -112,9 +139,13 @@ def _row(key: str, group: dict[str, Member], read: Any) -> dict[str, Any]:
     """One row of the index; `read(member) -> bytes`."""
     missing = Member("", -1, 0)
     suffix = next((s for s in IMAGE_SUFFIXES if s in group), "")
-    image, text = group.get(suffix, missing), group.get("txt", missing)
-    record, label = group.get("json", missing), group.get("cls", missing)
-    status, fields, captions = "", dict[str, Any](), list[str]()
+    image = group.get(suffix, missing)
+    text = group.get("txt", missing)
+    record = group.get("json", missing)
+    label = group.get("cls", missing)
+    status = ""
+    fields = dict[str, Any]()
+    captions = list[str]()
     if record.size > MAX_TEXT_BYTES or text.size > MAX_TEXT_BYTES:
         status = "caption or json over 1 MiB"
     else:
@@ -131,7 +162,8 @@ def _row(key: str, group: dict[str, Member], read: Any) -> dict[str, Any]:
         status = "no image"
     number = fields.get("index", -1)
     return {
-        "key": key.encode("utf-8", "replace").decode(),  # a tar's names need not be UTF-8
+        # a tar's names need not be UTF-8
+        "key": key.encode("utf-8", "replace").decode(),
         "index": number if type(number) is int and 0 <= number < 2**63 else -1,
         "image_offset": image.offset,
         "image_size": image.size,
@@ -150,8 +182,11 @@ def _row(key: str, group: dict[str, Member], read: Any) -> dict[str, Any]:
 
 
 def proof(shard: Path) -> str:
-    """sha256 of a shard's first, middle and last 64 KiB: tars are padded, so another one may have the same size."""
-    size, digest = shard.stat().st_size, hashlib.sha256()
+    """sha256 of a shard's first, middle and last 64 KiB: tars are padded, so another one may have
+    the same size.
+    """
+    size = shard.stat().st_size
+    digest = hashlib.sha256()
     with shard.open("rb") as file:
         for offset in (0, size // 2, max(size - PROOF_BYTES, 0)):
             digest.update(os.pread(file.fileno(), PROOF_BYTES, offset))
@@ -159,26 +194,36 @@ def proof(shard: Path) -> str:
 
 
 def check_stats(shard: Path, samples: int) -> None:
-    """Raises ShardError when img2dataset's `_stats.json` promises another number of samples than the tar holds."""
+    """Raises ShardError when img2dataset's `_stats.json` promises another number of samples than
+    the tar holds.
+    """
     stats = shard.with_name(f"{shard.stem}_stats.json")
     promised = json.loads(stats.read_text()).get("successes") if stats.exists() else None
     if promised not in (None, samples):
-        raise ShardError(f"{shard}: holds {samples} samples, {stats.name} says {promised}; copy or make it again")
+        raise ShardError(
+            f"{shard}: holds {samples} samples, {stats.name} says {promised}; copy or make it again"
+        )
 
 
 def build_index(shard: Path) -> pa.Table:
     """Read a whole tar shard once and describe every sample in it.
 
     Raises:
-        ShardError: not a tar, truncated, or holding fewer samples than img2dataset's `_stats.json` promises.
+        ShardError: not a tar, truncated, or holding fewer samples than img2dataset's `_stats.json`
+            promises.
     """
     members = tar_members(shard)
     with shard.open("rb") as file:
         rows = [
-            _row(key, group, lambda m: os.pread(file.fileno(), m.size, m.offset)) for key, group in samples(members)
+            _row(key, group, lambda m: os.pread(file.fileno(), m.size, m.offset))
+            for key, group in samples(members)
         ]
     check_stats(shard, len(rows))
-    metadata = {"clipsmall_index": str(VERSION), "tar_size": str(shard.stat().st_size), "tar_proof": proof(shard)}
+    metadata = {
+        "clipsmall_index": str(VERSION),
+        "tar_size": str(shard.stat().st_size),
+        "tar_proof": proof(shard),
+    }
     return pa.Table.from_pylist(rows, schema=SCHEMA.with_metadata(metadata))
 
 
@@ -195,20 +240,29 @@ def read_index(shard: Path, columns: list[str] | None = None) -> pa.Table:
     """The index of a shard, after checking that it belongs to the file that lies there now.
 
     Raises:
-        ShardError: no shard, no index, an index of another version, or a shard that has changed its size.
+        ShardError: no shard, no index, an index of another version, or a shard that has changed its
+            size.
     """
     path = index_path(shard)
     if not shard.exists():
         raise ShardError(f"{shard}: no such shard")
     if not path.exists():
-        raise ShardError(f"{shard}: has no index; make it with: python -m data_tools.check_shards {shard.parent}")
+        raise ShardError(
+            f"{shard}: has no index; make it with: python -m data_tools.check_shards {shard.parent}"
+        )
     try:
         table = pq.read_table(path, columns=columns)
     except (pa.ArrowException, OSError) as error:
-        raise ShardError(f"{path}: unreadable ({error}); delete it and run data_tools.check_shards") from None
-    metadata = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
+        raise ShardError(
+            f"{path}: unreadable ({error}); delete it and run data_tools.check_shards"
+        ) from None
+    metadata = {
+        key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()
+    }
     if metadata.get("clipsmall_index") != str(VERSION):
-        raise ShardError(f"{path}: not a clipsmall index of version {VERSION}; run data_tools.check_shards --rebuild")
+        raise ShardError(
+            f"{path}: not a clipsmall index of version {VERSION}; run data_tools.check_shards --rebuild"
+        )
     if (size := shard.stat().st_size) != int(metadata["tar_size"]):
         raise ShardError(
             f"{shard}: has {size} bytes, its index was made for {metadata['tar_size']}: truncated or replaced; "

@@ -1,4 +1,6 @@
-"""Loader processes: whole batches, in order, that outlive a SIGTERM long enough for the trainer to save."""
+"""Loader processes: whole batches, in order, that outlive a SIGTERM long enough for the trainer to
+save.
+"""
 
 import os
 import signal
@@ -10,7 +12,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from clipsmall.data.reader import LoadedBatch
 
-LAST_SERVICE = 30  # seconds that a worker serves on after SIGTERM, where nobody can tell who sent it (macOS)
+# seconds that a worker serves on after SIGTERM, where nobody can tell who sent it (macOS)
+LAST_SERVICE = 30
 
 
 def _leave_with_the_trainer() -> None:
@@ -22,10 +25,11 @@ def _leave_with_the_trainer() -> None:
 
 
 def outlive_the_signal(worker: int) -> None:
-    """SIGTERM and Ctrl-C reach the whole process group; the trainer finishes its step and saves, then ends its workers.
+    """SIGTERM and Ctrl-C reach the whole process group; the trainer finishes its step and saves,
+    then ends its workers.
 
-    Workers must not die of it (torch would end the trainer, perhaps in the middle of a save), nor be deaf to it: at
-    interpreter exit they are sent SIGTERM and waited for.
+    Workers must not die of it (torch would end the trainer, perhaps in the middle of a save), nor
+    be deaf to it: at interpreter exit they are sent SIGTERM and waited for.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):
@@ -47,9 +51,10 @@ def batch_loader(
 
     Args:
         batches: GlobalBatches, or a stream.
-        numbers: the global batches to load, in this order for any number of workers; None for a stream, which is
-            endless and comes in another order for another number of workers.
-        timeout: seconds without an answer of a worker that end the run with an error, instead of a hang.
+        numbers: the global batches to load, in this order for any number of workers; None for a
+            stream, which is endless and comes in another order for another number of workers.
+        timeout: seconds without an answer of a worker that end the run with an error, instead of a
+            hang.
     """
     return DataLoader(
         batches,
@@ -60,5 +65,6 @@ def batch_loader(
         pin_memory=pin,
         worker_init_fn=outlive_the_signal,
         prefetch_factor=4 if workers else None,
-        generator=torch.Generator(),  # its own: a loader must not draw from the global one
+        # its own: a loader must not draw from the global one
+        generator=torch.Generator(),
     )

@@ -12,12 +12,15 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms import v2
 
-MAX_PIXELS = 89_478_485  # Pillow's own limit: a quarter GiB of RGB
-MAX_ASPECT = 50  # 1×20,000 pixels scaled to a short side of 224 would take 5 GB
+# Pillow's own limit: a quarter GiB of RGB
+MAX_PIXELS = 89_478_485
+# 1×20,000 pixels scaled to a short side of 224 would take 5 GB
+MAX_ASPECT = 50
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
-# Pillow remarks on broken EXIF blocks and odd MPO headers whose pixels are good: noise, once a worker and file
+# Pillow remarks on broken EXIF blocks and odd MPO headers whose pixels are good: noise, once a
+# worker and file
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
@@ -27,9 +30,11 @@ class BadImage(Exception):
 
 @dataclass(frozen=True)
 class ImageSpec:
-    """What a tower expects: `size` (pixels, square), how to get there, and the mean and std of its pixels.
+    """What a tower expects: `size` (pixels, square), how to get there, and the mean and std of its
+    pixels.
 
-    resize: `shortest` scales the short side and crops the middle (CLIP); `squash` scales both sides (SigLIP).
+    resize: `shortest` scales the short side and crops the middle (CLIP); `squash` scales both sides
+    (SigLIP).
     """
 
     size: int
@@ -42,8 +47,8 @@ class ImageSpec:
 def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Any still or animated picture -> its first frame, upright, in 8-bit RGB.
 
-    Sizes are checked in the header, before pixels are made. EXIF rotation is applied, 16-bit greys are scaled
-    (Pillow's own conversion clips them to white), transparency is laid on white.
+    Sizes are checked in the header, before pixels are made. EXIF rotation is applied, 16-bit greys
+    are scaled (Pillow's own conversion clips them to white), transparency is laid on white.
 
     Raises:
         BadImage: with one of a handful of reasons.
@@ -52,7 +57,8 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
         image: Image.Image = Image.open(BytesIO(data))
     except Image.DecompressionBombError:
         raise BadImage("too many pixels") from None
-    except Exception:  # Pillow's plugins raise nearly anything on hostile bytes
+    except Exception:
+        # Pillow's plugins raise nearly anything on hostile bytes
         raise BadImage("not an image") from None
     if image.width * image.height > max_pixels:
         raise BadImage("too many pixels")
@@ -64,7 +70,8 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise BadImage("truncated or broken image") from None
     try:
         image = ImageOps.exif_transpose(image)
-    except Exception:  # a broken EXIF block says nothing of the rotation; the pixels are good
+    except Exception:
+        # a broken EXIF block says nothing of the rotation; the pixels are good
         image = image.copy()
     return _rgb(image)
 
@@ -74,8 +81,11 @@ def _rgb(image: Image.Image) -> Image.Image:
         values = np.asarray(image).astype(np.float64)
         scale = 257.0 if values.max(initial=0) > 255 or image.mode.startswith("I;16") else 1.0
         if image.mode == "F" and 0 < values.max(initial=0) <= 1:
-            scale = 1 / 255  # shares, not 0 to 255
-        return Image.fromarray((values / scale).round().clip(0, 255).astype(np.uint8)).convert("RGB")
+            # shares, not 0 to 255
+            scale = 1 / 255
+        return Image.fromarray((values / scale).round().clip(0, 255).astype(np.uint8)).convert(
+            "RGB"
+        )
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
@@ -88,21 +98,28 @@ class ImageTransform:
 
     Args:
         spec: what the tower expects.
-        crop_scale: share of the area that a random crop keeps at least; 1.0 = the fixed evaluation crop.
+        crop_scale: share of the area that a random crop keeps at least; 1.0 = the fixed evaluation
+            crop.
         max_pixels: larger pictures are refused from their header.
     """
 
-    def __init__(self, spec: ImageSpec, crop_scale: float = 1.0, max_pixels: int = MAX_PIXELS) -> None:
+    def __init__(
+        self, spec: ImageSpec, crop_scale: float = 1.0, max_pixels: int = MAX_PIXELS
+    ) -> None:
         self.random = crop_scale < 1.0
         self.max_pixels = max_pixels
         mode = v2.InterpolationMode(spec.interpolation)
         self.steps: Callable[[Image.Image], Image.Image]
         if self.random:
-            self.steps = v2.RandomResizedCrop(spec.size, scale=(crop_scale, 1.0), interpolation=mode)
+            self.steps = v2.RandomResizedCrop(
+                spec.size, scale=(crop_scale, 1.0), interpolation=mode
+            )
         elif spec.resize == "squash":
             self.steps = v2.Resize((spec.size, spec.size), interpolation=mode)
         else:
-            self.steps = v2.Compose([v2.Resize(spec.size, interpolation=mode), v2.CenterCrop(spec.size)])
+            self.steps = v2.Compose(
+                [v2.Resize(spec.size, interpolation=mode), v2.CenterCrop(spec.size)]
+            )
 
     def __call__(self, data: bytes) -> Tensor:
         """Raises BadImage as `decode` does."""

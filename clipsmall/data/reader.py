@@ -1,4 +1,6 @@
-"""Global batches from shards: the same ones for any number of ranks and workers, resumed at any batch."""
+"""Global batches from shards: the same ones for any number of ranks and workers, resumed at any
+batch.
+"""
 
 import os
 from collections import Counter
@@ -22,9 +24,12 @@ from clipsmall.data.index import ShardError, image_hash
 from clipsmall.data.order import Order, permutation
 from clipsmall.data.preprocess import BadImage, ImageTransform
 
-READAHEAD = 128 * 1024  # bytes: what Linux reads at most for one WILLNEED advice
-MAX_SUBSTITUTES = 16  # tries to replace one bad pair before the run stops
-Tokenize = Callable[[list[str]], Tensor]  # n captions -> (n, L) int64
+# bytes: what Linux reads at most for one WILLNEED advice
+READAHEAD = 128 * 1024
+# tries to replace one bad pair before the run stops
+MAX_SUBSTITUTES = 16
+# n captions -> (n, L) int64
+Tokenize = Callable[[list[str]], Tensor]
 
 
 @dataclass
@@ -58,29 +63,34 @@ class Skips:
         return self.total / max(self.seen, 1)
 
     def __str__(self) -> str:
-        return "; ".join(f"{n} x {why} (e.g. {', '.join(self.examples[why][:2])})" for why, n in self.reasons.items())
+        return "; ".join(
+            f"{n} x {why} (e.g. {', '.join(self.examples[why][:2])})"
+            for why, n in self.reasons.items()
+        )
 
 
 class LoadedBatch(NamedTuple):
     pairs: Pairs
     skips: Skips
-    image_hash: Tensor  # (B,) int64, of the encoded images, by which mining keeps copies apart; 0 where nobody asked
+    # (B,) int64, of the encoded images, by which mining keeps copies apart; 0 where nobody asked
+    image_hash: Tensor
 
 
 class GlobalBatches(Dataset[LoadedBatch]):
     """`batches[k]` is this rank's slice of global batch k, a pure function of (catalog, seed, k).
 
-    Global batch k of an epoch is places k·B … (k+1)·B of its order, and rank r of W takes the r-th W-th of it, so
-    every world size sees the same batches. The `length mod B` pairs that fill no batch are left for other epochs,
-    whose order differs. A bad pair is replaced by the pair at the same slot of a following batch: that depends on
-    no rank, and no pair comes twice in one batch.
+    Global batch k of an epoch is places k·B … (k+1)·B of its order, and rank r of W takes the r-th
+    W-th of it, so every world size sees the same batches. The `length mod B` pairs that fill no
+    batch are left for other epochs, whose order differs. A bad pair is replaced by the pair at the
+    same slot of a following batch: that depends on no rank, and no pair comes twice in one batch.
 
     Args:
         order: of the pairs, or of the batches of a plan.
         batch_size: B, pairs of one step over all ranks.
         rank, world_size: which slice is mine.
         hash_images: 90 µs for 150 KB, which only mining needs.
-        made: features of the `image` or the `text`, which stand in the batch in place of pixels or token ids.
+        made: features of the `image` or the `text`, which stand in the batch in place of pixels or
+            token ids.
 
     Raises:
         ValueError: B does not divide by the ranks, or the data set is smaller than one batch.
@@ -101,10 +111,19 @@ class GlobalBatches(Dataset[LoadedBatch]):
         if batch_size % world_size:
             raise ValueError(f"data.batch_size={batch_size} is not divisible by {world_size} ranks")
         if batch_size > order.length:
-            raise ValueError(f"data.batch_size={batch_size} is more than the {order.length} pairs of the data set")
-        self.catalog, self.order, self.image, self.tokenize = catalog, order, image, tokenize
-        self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
-        self.hash_images, self.made = hash_images, dict(made)  # no proxy could travel to a spawned worker
+            raise ValueError(
+                f"data.batch_size={batch_size} is more than the {order.length} pairs of the data set"
+            )
+        self.catalog = catalog
+        self.order = order
+        self.image = image
+        self.tokenize = tokenize
+        self.batch_size = batch_size
+        self.rank = rank
+        self.world_size = world_size
+        # no proxy could travel to a spawned worker
+        self.hash_images = hash_images
+        self.made = dict(made)
         self.per_epoch = order.length // batch_size
         self._advised: tuple[int, int] | None = None
 
@@ -113,7 +132,9 @@ class GlobalBatches(Dataset[LoadedBatch]):
         return divmod(number, self.per_epoch)
 
     def rows(self, number: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-        """(B/W,) rows of the catalog: my slice of global batch `number`, before bad pairs are replaced."""
+        """(B/W,) rows of the catalog: my slice of global batch `number`, before bad pairs are
+        replaced.
+        """
         epoch, batch = self.place(number)
         local = self.batch_size // self.world_size
         first = batch * self.batch_size + self.rank * local
@@ -137,14 +158,20 @@ class GlobalBatches(Dataset[LoadedBatch]):
         )
         return LoadedBatch(pairs, skips, torch.tensor(hashes))
 
-    def _pair(self, epoch: int, position: int, row: int, skips: Skips) -> tuple[Tensor, str, Tensor | None, int, int]:
-        """The pair at `position` of the epoch, or its deterministic substitute: image, caption and its features if they
-        were made, row, image hash."""
+    def _pair(
+        self, epoch: int, position: int, row: int, skips: Skips
+    ) -> tuple[Tensor, str, Tensor | None, int, int]:
+        """The pair at `position` of the epoch, or its deterministic substitute: image, caption and
+        its features if they were made, row, image hash."""
         for step in range(1, MAX_SUBSTITUTES + 1):
             try:
                 looked_at = "image" not in self.made or self.hash_images
                 members = self.catalog.read(row) if looked_at else self.catalog.read_text(row)
-                image = self.made["image"](row) if "image" in self.made else self._augmented(members.image, epoch, row)
+                image = (
+                    self.made["image"](row)
+                    if "image" in self.made
+                    else self._augmented(members.image, epoch, row)
+                )
                 captions = captions_of(members.text, fields_of(members.json))
                 chosen = self._choice(len(captions), epoch, row)
                 hashed = image_hash(members.image) if self.hash_images else 0
@@ -162,19 +189,29 @@ class GlobalBatches(Dataset[LoadedBatch]):
 
     def _choice(self, captions: int, epoch: int, row: int) -> int:
         """Which of a pair's captions this epoch shows: each once before any comes again."""
-        return int(permutation(captions, self.order.seed, row)[epoch % captions]) if captions > 1 else 0
+        return (
+            int(permutation(captions, self.order.seed, row)[epoch % captions])
+            if captions > 1
+            else 0
+        )
 
     def _augmented(self, data: bytes, epoch: int, row: int) -> Tensor:
-        """Random crops seeded by (seed, epoch, row): the same in any worker, and the global RNG untouched."""
+        """Random crops seeded by (seed, epoch, row): the same in any worker, and the global RNG
+        untouched.
+        """
         if not self.image.random:
             return self.image(data)
         with torch.random.fork_rng(devices=[]):
-            seed = np.random.SeedSequence((self.order.seed, epoch, row)).generate_state(1, np.uint64)[0]
+            seed = np.random.SeedSequence((self.order.seed, epoch, row)).generate_state(
+                1, np.uint64
+            )[0]
             torch.default_generator.manual_seed(int(seed) >> 1)
             return self.image(data)
 
     def _read_ahead(self, epoch: int, batch: int) -> None:
-        """On entering a window, ask the system to read the next one into memory, in the order of the disk."""
+        """On entering a window, ask the system to read the next one into memory, in the order of
+        the disk.
+        """
         if self.order.window == 0 or not hasattr(os, "posix_fadvise"):
             return
         window = batch * self.batch_size // self.order.window

@@ -14,23 +14,29 @@ from webdataset.tariterators import base_plus_ext
 from clipsmall.data.catalog import shard_paths
 from clipsmall.data.index import IMAGE_SUFFIXES, MAX_TEXT_BYTES, ShardError
 
-MAX_IMAGE_BYTES = 256 << 20  # a larger member is a mistake, and reading it into memory a risk
-SILENCE = 60.0  # seconds without a byte after which an http server counts as gone
+# a larger member is a mistake, and reading it into memory a risk
+MAX_IMAGE_BYTES = 256 << 20
+# seconds without a byte after which an http server counts as gone
+SILENCE = 60.0
 COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".lz4")
-Sample = dict[str, Any]  # a member or, grouped, a pair, as webdataset passes them on
+# a member or, grouped, a pair, as webdataset passes them on
+Sample = dict[str, Any]
 
 
 def shown(url: str) -> str:
-    """A URL as it may be printed: without its query and user, where signatures and passwords stand."""
+    """A URL as it may be printed: without its query and user, where signatures and passwords
+    stand.
+    """
     return re.sub(r"//[^/@]*@", "//", url.partition("?")[0]) if "://" in url else url
 
 
 def shard_urls(patterns: str | list[str]) -> list[str]:
-    """Brace lists of URLs, globs of listable stores (`hf://`, `s3://`), local folders, globs and brace lists.
+    """Brace lists of URLs, globs of listable stores (`hf://`, `s3://`), local folders, globs and
+    brace lists.
 
     Raises:
-        ShardError: nothing there, a compressed tar, a store whose package is not installed, or a `pipe:`, which
-            would run a shell.
+        ShardError: nothing there, a compressed tar, a store whose package is not installed, or a
+            `pipe:`, which would run a shell.
     """
     found: list[str] = []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
@@ -48,12 +54,18 @@ def _stored(url: str) -> list[str]:
     if urlsplit(url).path.endswith(COMPRESSED):
         raise ShardError(f"{shown(url)}: compressed shards are not read; store them as plain .tar")
     if web and "*" in url:
-        raise ShardError(f"{shown(url)}: a web server lists no files; name them as a brace list, {{00000..00123}}.tar")
+        raise ShardError(
+            f"{shown(url)}: a web server lists no files; name them as a brace list, {{00000..00123}}.tar"
+        )
     if web:
         return [url]
     try:
         store, path = fsspec.core.url_to_fs(url)
-        names = [store.unstrip_protocol(name) for name in sorted(store.glob(path))] if "*" in url else [url]
+        names = (
+            [store.unstrip_protocol(name) for name in sorted(store.glob(path))]
+            if "*" in url
+            else [url]
+        )
     except (ImportError, ValueError, OSError) as error:
         raise ShardError(f"{shown(url)}: cannot be opened: {error}") from None
     if not names:
@@ -62,17 +74,23 @@ def _stored(url: str) -> list[str]:
 
 
 def open_shard(url: str) -> Any:
-    """A binary file. http(s) by the standard library: fsspec's needs aiohttp, and seeks where we only read on."""
+    """A binary file. http(s) by the standard library: fsspec's needs aiohttp, and seeks where we
+    only read on.
+    """
     if url.startswith(("http://", "https://")):
         return urllib.request.urlopen(url, timeout=SILENCE)
     return fsspec.open(url, "rb", expand=False).open() if "://" in url else open(url, "rb")
 
 
 class _Tape:
-    """A file read forward in whole pieces, whose last piece stays known: `tarfile` hides how an archive ended."""
+    """A file read forward in whole pieces, whose last piece stays known: `tarfile` hides how an
+    archive ended.
+    """
 
     def __init__(self, file: Any) -> None:
-        self.file, self.piece, self.start = file, b"", 0
+        self.file = file
+        self.piece = b""
+        self.start = 0
 
     def read(self, size: int) -> bytes:
         parts = [self.file.read(size)]
@@ -87,9 +105,11 @@ class _Tape:
 
 
 def members(file: Any, url: str) -> Iterator[Sample]:
-    """The image, txt and json members of a tar stream: name, bytes (None = over the size limit), URL of the tar.
+    """The image, txt and json members of a tar stream: name, bytes (None = over the size limit),
+    URL of the tar.
 
-    Others are not read: webdataset's own reader takes members of any size and calls a cut tar a whole one.
+    Others are not read: webdataset's own reader takes members of any size and calls a cut tar a
+    whole one.
 
     Raises:
         tarfile.ReadError: it does not end with an end mark; whatever the file raises.

@@ -1,4 +1,6 @@
-"""Scores of shards: what a model made of each of their pairs, in sidecars `NNNNN.scores.parquet`."""
+"""Scores of shards: what a model made of each of their pairs, in sidecars
+`NNNNN.scores.parquet`.
+"""
 
 import json
 import os
@@ -21,10 +23,13 @@ VERSION = 1
 class Scorer(NamedTuple):
     """The model that scored."""
 
-    model: str  # as the user named it
+    # as the user named it
+    model: str
     pretrained: str
-    digest: str  # of its weights, and of what is done to an image before they see it
-    image_size: int  # pixels
+    # of its weights, and of what is done to an image before they see it
+    digest: str
+    # pixels
+    image_size: int
     logit_scale: float
     logit_bias: float
 
@@ -32,14 +37,20 @@ class Scorer(NamedTuple):
 class Scores(NamedTuple):
     """All n scored pairs of a catalog; 4 D bytes each in memory."""
 
-    row: Rows  # (n,) of the catalog, ascending
-    image_hash: Rows  # (n,)
-    image: NDArray[np.float16]  # (n, D), unit length
-    text: NDArray[np.float16]  # (n, D), unit length
+    # (n,) of the catalog, ascending
+    row: Rows
+    # (n,)
+    image_hash: Rows
+    # (n, D), unit length
+    image: NDArray[np.float16]
+    # (n, D), unit length
+    text: NDArray[np.float16]
     scorer: Scorer
 
     def features(self, places: Rows) -> NDArray[np.float32]:
-        """(len(places), 2 D) image and text side by side: their products are the sum of both cosines."""
+        """(len(places), 2 D) image and text side by side: their products are the sum of both
+        cosines.
+        """
         return np.concatenate([self.image[places], self.text[places]], axis=1).astype(np.float32)
 
 
@@ -67,19 +78,24 @@ def write_scores(shard: Path, folder: Path | None, table: pa.Table, scorer: Scor
 
 
 def read_scores(shard: Path, folder: Path | None, columns: list[str]) -> tuple[pa.Table, Scorer]:
-    """Some columns of a shard's sidecar, after checking that it belongs to the file that lies there now.
+    """Some columns of a shard's sidecar, after checking that it belongs to the file that lies there
+    now.
 
     Raises:
-        ShardError: no sidecar, a cut one, one of another version, or of a shard that was replaced since.
+        ShardError: no sidecar, a cut one, one of another version, or of a shard that was replaced
+            since.
     """
-    path, again = sidecar(shard, folder), "run: python -m data_tools.mine_shards score"
+    path = sidecar(shard, folder)
+    again = "run: python -m data_tools.mine_shards score"
     if not path.exists():
         raise ShardError(f"{path}: {shard} has no scores; {again}")
     try:
         table = pq.read_table(path, columns=columns)
     except (pa.ArrowException, OSError) as error:
         raise ShardError(f"{path}: cut or broken ({error}); {again}") from None
-    metadata = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
+    metadata = {
+        key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()
+    }
     if metadata.get("clipsmall_scores") != str(VERSION):
         raise ShardError(f"{path}: not scores of version {VERSION}; {again}")
     if metadata["tar_proof"] != proof(shard):
@@ -88,7 +104,8 @@ def read_scores(shard: Path, folder: Path | None, columns: list[str]) -> tuple[p
 
 
 def all_scores(catalog: Catalog, folder: Path | None = None) -> Scores:
-    """The scores of all shards of a catalog; good pairs without one (broken images) are not among them.
+    """The scores of all shards of a catalog; good pairs without one (broken images) are not among
+    them.
 
     Raises:
         ShardError: a shard without usable scores, or scores of different models.
@@ -106,20 +123,29 @@ def all_scores(catalog: Catalog, folder: Path | None = None) -> Scores:
                 f"{sidecar(shard, folder)}: scored by {scorer.model} (weights {scorer.digest[:8]}), others by "
                 f"{first.model} ({first.digest[:8]}); score them alike with: data_tools.mine_shards score --rescore"
             )
-        good, rows = good_rows(read_index(shard, ["status"])), table["row"].to_numpy()
-        there = np.isin(rows, good)  # a pair may have been found bad since
+        good = good_rows(read_index(shard, ["status"]))
+        rows = table["row"].to_numpy()
+        # a pair may have been found bad since
+        there = np.isin(rows, good)
         halves = [_rows(table[name])[there] for name in ("image", "text")]
         parts.append(
-            (before[place] + np.searchsorted(good, rows[there]), table["image_hash"].to_numpy()[there], *halves)
+            (
+                before[place] + np.searchsorted(good, rows[there]),
+                table["image_hash"].to_numpy()[there],
+                *halves,
+            )
         )
-    assert first is not None  # a catalog has pairs
+    # a catalog has pairs
+    assert first is not None
     row, image_hash, image, text = (np.concatenate(column) for column in zip(*parts, strict=True))
     return Scores(row, image_hash, image, text, first)
 
 
 def _rows(column: pa.ChunkedArray) -> NDArray[np.float16]:
     lists = column.combine_chunks()
-    found: NDArray[np.float16] = lists.flatten().to_numpy().reshape(len(lists), lists.type.list_size)
+    found: NDArray[np.float16] = (
+        lists.flatten().to_numpy().reshape(len(lists), lists.type.list_size)
+    )
     return found
 
 

@@ -1,4 +1,6 @@
-"""Endless batches streamed from remote or un-indexed shards, drawn with replacement: no index, no exact resume."""
+"""Endless batches streamed from remote or un-indexed shards, drawn with replacement: no index, no
+exact resume.
+"""
 
 import random
 import time
@@ -23,12 +25,16 @@ from clipsmall.data.preprocess import BadImage, ImageTransform
 from clipsmall.data.reader import LoadedBatch, Skips, Tokenize
 from clipsmall.data.remote import Sample, members, open_shard, shard_urls, shown
 
-MAX_FAILED_SHARDS = 100  # different ones, one after the other, with not a pair in them: the data set is not there
-MAX_BAD_PAIRS = 10_000  # one after the other, before the stream gives up
+# different ones, one after the other, with not a pair in them: the data set is not there
+MAX_FAILED_SHARDS = 100
+# one after the other, before the stream gives up
+MAX_BAD_PAIRS = 10_000
 
 
 class Pair(NamedTuple):
-    """One decoded pair: (3, H, W) uint8, its caption, the caption's hash and the encoded image's."""
+    """One decoded pair: (3, H, W) uint8, its caption, the caption's hash and the encoded
+    image's.
+    """
 
     image: Tensor
     caption: str
@@ -37,24 +43,30 @@ class Pair(NamedTuple):
 
 
 class StreamedBatches(IterableDataset[LoadedBatch]):
-    """Endless local batches of B/W pairs from shards anywhere: resampled order, **no exact resume**.
+    """Endless local batches of B/W pairs from shards anywhere: resampled order, **no exact
+    resume**.
 
-    Every rank and worker draws whole shards with replacement and mixes their pairs in a buffer; the draws differ
-    between ranks and workers and are a function of (seed, `start`, rank, worker, number of workers) as long as
-    every shard can be read. So no epoch shows each pair exactly once, the order depends on the number of ranks
-    and workers, and a run that continues gets new draws, not the place where it stopped: set `start` to its step
-    before iterating. For the exact order, copy the shards to a disk, index them, and use `GlobalBatches`.
+    Every rank and worker draws whole shards with replacement and mixes their pairs in a buffer; the
+    draws differ between ranks and workers and are a function of (seed, `start`, rank, worker,
+    number of workers) as long as every shard can be read. So no epoch shows each pair exactly once,
+    the order depends on the number of ranks
+    and workers, and a run that continues gets new draws, not the place where it stopped: set
+    `start` to its step before iterating. For the exact order, copy the shards to a disk, index
+    them, and use `GlobalBatches`.
 
-    `pairs.index` is no number of the data set but the pair's place in this run's stream, unique over ranks and
-    workers: shards drawn with replacement may bring one pair twice into a batch, and objectives find the positive
-    by its index. `caption_hash` is that of the shown caption, so such repeats are masked like equal captions
-    (not those of a pair with several captions, whose repeats show different ones).
+    `pairs.index` is no number of the data set but the pair's place in this run's stream, unique
+    over ranks and
+    workers: shards drawn with replacement may bring one pair twice into a batch, and objectives
+    find the positive by its index. `caption_hash` is that of the shown caption, so such repeats are
+    masked like equal captions (not those of a pair with several captions, whose repeats show
+    different ones).
 
-    Bad pairs, cut shards (no end mark, or an error inside; pairs that ended before it are used) and unreachable
-    ones are left out and counted in the next batch's `Skips`.
+    Bad pairs, cut shards (no end mark, or an error inside; pairs that ended before it are used) and
+    unreachable ones are left out and counted in the next batch's `Skips`.
 
     Args:
-        urls: brace lists of URLs (http(s)://, s3://, hf:// ..., through fsspec), local folders or globs.
+        urls: brace lists of URLs (http(s)://, s3://, hf:// ..., through fsspec), local folders or
+            globs.
         batch_size: B, pairs of one step over all ranks.
         rank, world_size: whose batches these are; every rank must have the same number of workers.
         shuffle: pairs in the buffer of every worker, encoded: 2,000 of 50 KB take 100 MB.
@@ -62,8 +74,8 @@ class StreamedBatches(IterableDataset[LoadedBatch]):
 
     Raises:
         ValueError: B does not divide by the ranks.
-        ShardError: `shard_urls`' reasons; while iterating: every shard failed (or 100 different ones) without a
-            pair between them, or 10,000 bad pairs came in a row.
+        ShardError: `shard_urls`' reasons; while iterating: every shard failed (or 100 different
+            ones) without a pair between them, or 10,000 bad pairs came in a row.
     """
 
     def __init__(
@@ -80,10 +92,17 @@ class StreamedBatches(IterableDataset[LoadedBatch]):
     ) -> None:
         if batch_size % world_size:
             raise ValueError(f"data.batch_size={batch_size} is not divisible by {world_size} ranks")
-        self.urls, self.image, self.tokenize = shard_urls(urls), image, tokenize
-        self.local, self.rank, self.world_size = batch_size // world_size, rank, world_size
-        self.seed, self.shuffle, self.hash_images = seed, shuffle, hash_images
-        self.start = 0  # steps the run has made before
+        self.urls = shard_urls(urls)
+        self.image = image
+        self.tokenize = tokenize
+        self.local = batch_size // world_size
+        self.rank = rank
+        self.world_size = world_size
+        self.seed = seed
+        self.shuffle = shuffle
+        self.hash_images = hash_images
+        # steps the run has made before
+        self.start = 0
         if rank == 0:
             warnings.warn(
                 "streaming: shards are drawn with replacement; a resumed run continues with new draws, not exactly "
@@ -94,12 +113,18 @@ class StreamedBatches(IterableDataset[LoadedBatch]):
     def __iter__(self) -> Iterator[LoadedBatch]:
         worker = get_worker_info()
         workers, mine = (worker.num_workers, worker.id) if worker else (1, 0)
-        streams, stream = workers * self.world_size, mine * self.world_size + self.rank
-        words = np.random.SeedSequence((self.seed, self.start, streams, stream)).generate_state(4, np.uint32)
-        rng, skips = random.Random(words.tobytes()), Skips()
+        streams = workers * self.world_size
+        stream = mine * self.world_size + self.rank
+        words = np.random.SeedSequence((self.seed, self.start, streams, stream)).generate_state(
+            4, np.uint32
+        )
+        rng = random.Random(words.tobytes())
+        skips = Skips()
         samples = self._samples(rng, skips)
         if self.shuffle > 1:
-            samples = webdataset.shuffle(self.shuffle, initial=min(self.shuffle, 1_000), rng=rng)(samples)
+            samples = webdataset.shuffle(self.shuffle, initial=min(self.shuffle, 1_000), rng=rng)(
+                samples
+            )
         place = self.start * self.local * streams
         while True:
             good = [self._good(samples, rng, skips) for _ in range(self.local)]
@@ -112,7 +137,8 @@ class StreamedBatches(IterableDataset[LoadedBatch]):
             )
             place += self.local * streams
             yield LoadedBatch(pairs, replace(skips, seen=self.local), torch.tensor(of_images))
-            skips.reasons, skips.examples = Counter(), {}
+            skips.reasons = Counter()
+            skips.examples = {}
 
     def _samples(self, rng: random.Random, skips: Skips) -> Iterator[Sample]:
         """Raw samples of randomly drawn shards, for ever."""
@@ -120,11 +146,14 @@ class StreamedBatches(IterableDataset[LoadedBatch]):
 
         def double(error: Exception) -> bool:
             skips.add("member comes twice", partial(str, error.args[0]))
-            return True  # go on without it
+            # go on without it
+            return True
 
         while True:
-            url, useful = rng.choice(self.urls), False
-            reason, cause = "unreachable shard", ""
+            url = rng.choice(self.urls)
+            useful = False
+            reason = "unreachable shard"
+            cause = ""
             try:
                 with open_shard(url) as file:
                     reason = "cut shard"
@@ -135,7 +164,8 @@ class StreamedBatches(IterableDataset[LoadedBatch]):
                 if useful:
                     continue
                 reason = "empty shard"
-            except Exception as error:  # sockets, servers and fsspec's stores raise nearly anything
+            except Exception as error:
+                # sockets, servers and fsspec's stores raise nearly anything
                 cause = f" ({error})"
             skips.add(reason, partial(shown, url))
             if useful:
@@ -147,7 +177,8 @@ class StreamedBatches(IterableDataset[LoadedBatch]):
                     "check data.train"
                 )
             if "://" in url:
-                time.sleep(min(0.1 * 2 ** len(failed), 10.0))  # a server that is down may come back
+                # a server that is down may come back
+                time.sleep(min(0.1 * 2 ** len(failed), 10.0))
 
     def _good(self, samples: Iterator[Sample], rng: random.Random, skips: Skips) -> Pair:
         """The next pair that can be used."""
@@ -156,7 +187,10 @@ class StreamedBatches(IterableDataset[LoadedBatch]):
             try:
                 return self._pair(sample, rng)
             except BadImage as reason:
-                skips.add(str(reason), partial("{}:{}".format, shown(sample["__url__"]), sample["__key__"]))
+                skips.add(
+                    str(reason),
+                    partial("{}:{}".format, shown(sample["__url__"]), sample["__key__"]),
+                )
         raise ShardError(f"{MAX_BAD_PAIRS} bad pairs in a row: {skips}; check data.train")
 
     def _pair(self, sample: Sample, rng: random.Random) -> Pair:
@@ -172,9 +206,11 @@ class StreamedBatches(IterableDataset[LoadedBatch]):
             captions = captions_of(sample.get("txt", b""), fields_of(sample.get("json") or b""))
             caption = rng.choice(captions) if captions else ""
             number = caption_hash(caption)
-        except UnicodeError:  # also lone surrogates, which json can spell
+        except UnicodeError:
+            # also lone surrogates, which json can spell
             raise BadImage("caption is not UTF-8") from None
-        except (ValueError, RecursionError):  # ValueError: also an integer of over 4,300 digits
+        except (ValueError, RecursionError):
+            # ValueError: also an integer of over 4,300 digits
             raise BadImage("broken json") from None
         if not caption:
             raise BadImage("empty caption" if "txt" in sample else "no caption")
@@ -182,6 +218,7 @@ class StreamedBatches(IterableDataset[LoadedBatch]):
         of_image = image_hash(data) if self.hash_images else 0
         if not self.image.random:
             return Pair(self.image(data), caption, number, of_image)
-        with torch.random.fork_rng(devices=[]):  # the global generator is the training's
+        # the global generator is the training's
+        with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(rng.getrandbits(63))
             return Pair(self.image(data), caption, number, of_image)

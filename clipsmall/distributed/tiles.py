@@ -8,27 +8,34 @@ from torch import Tensor
 
 from clipsmall.distributed import world
 
-# Rows and columns of a tile, in its accumulation dtype 4 MiB on a CPU: larger ones leave the cache, smaller ones cost
-# the matrix product (2 cores, d = 512, B = 8,192: 256² 3.0 s, 512² 1.9 s, 1,024² 1.7 s, 2,048² 1.75 s).
+# Rows and columns of a tile, in its accumulation dtype 4 MiB on a CPU: larger ones leave the cache,
+# smaller ones cost the matrix product (2 cores, d = 512, B = 8,192: 256² 3.0 s, 512² 1.9 s, 1,024²
+# 1.7 s, 2,048² 1.75 s).
 TILE = {"cpu": (1024, 1024), "cuda": (4096, 8192)}
-WIDEST = 16  # times the width: half features are widened a tile at a time, too
+# times the width: half features are widened a tile at a time, too
+WIDEST = 16
 
 
 @dataclass(frozen=True)
 class Layout:
     """Which entries of the pair matrix count, and where its columns live.
 
-    Entries of a row and a column of one group are left out (same caption, another copy of the pair), and so is a row's
-    own column, unless `keep_own`. `chosen` keeps of the rest only the columns that lie k places after the row's own for
-    a True at k.
+    Entries of a row and a column of one group are left out (same caption, another copy of the
+    pair), and so is a row's own column, unless `keep_own`. `chosen` keeps of the rest only the
+    columns that lie k places after the row's own for a True at k.
     """
 
-    own: Tensor  # (b,) each row's own place among the columns
-    columns: int  # N, over all ranks
-    groups: tuple[tuple[Tensor, Tensor], ...] = ()  # of rows (b,) and of columns (N,)
+    # (b,) each row's own place among the columns
+    own: Tensor
+    # N, over all ranks
+    columns: int
+    # of rows (b,) and of columns (N,)
+    groups: tuple[tuple[Tensor, Tensor], ...] = ()
     keep_own: bool = False
-    chosen: Tensor | None = None  # (N,) bool
-    ring: bool = False  # y holds my rank's columns only; the others' come by
+    # (N,) bool
+    chosen: Tensor | None = None
+    # y holds my rank's columns only; the others' come by
+    ring: bool = False
 
     def left_out(self, i: slice, j: slice) -> Tensor:
         """(tile rows, tile columns) True where an entry does not count."""
@@ -44,19 +51,29 @@ class Layout:
 
 
 def wide(x: Tensor) -> torch.dtype:
-    """What sums are made in: at least float32. bf16 logits at scale 100 cost 2 % of the gradient."""
+    """What sums are made in: at least float32. bf16 logits at scale 100 cost 2 % of the
+    gradient.
+    """
     return torch.promote_types(x.dtype, torch.float32)
 
 
 def tiles(
-    x: Tensor, y: Tensor, layout: Layout, u: Tensor | None = None, v: Tensor | None = None, dy: Tensor | None = None
+    x: Tensor,
+    y: Tensor,
+    layout: Layout,
+    u: Tensor | None = None,
+    v: Tensor | None = None,
+    dy: Tensor | None = None,
 ) -> Iterator[tuple[slice, slice, Tensor, Tensor, Tensor | None, Tensor]]:
-    """Row slice, column slice, x and y there, the place of y's gradient in `dy`, and that tile of x yᵀ + u + v.
+    """Row slice, column slice, x and y there, the place of y's gradient in `dy`, and that tile of x
+    yᵀ + u + v.
 
-    The tile is overwritten by the next one. Column tiles are the outer loop: a ring and host memory bring each once.
+    The tile is overwritten by the next one. Column tiles are the outer loop: a ring and host memory
+    bring each once.
     """
     height, width = TILE.get(x.device.type, TILE["cuda"])
-    # few rows against a queue: as many entries in fewer tiles; those that travel from host memory stay narrow
+    # few rows against a queue: as many entries in fewer tiles; those that travel from host memory
+    # stay narrow
     if 0 < len(x) < height and y.device == x.device:
         width = min(height * width // len(x), WIDEST * width)
     memory = x.new_empty(min(height, len(x)) * min(width, len(y)))

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from clipsmall.batch import Embeddings
 
-PATIENCE = timedelta(hours=6)  # with a rank that caches, saves or plans alone; NCCL's own is ten minutes
-_alone = False  # of the process, not of a thread: on a GPU backward passes run in threads of their own
+# with a rank that caches, saves or plans alone; NCCL's own is ten minutes
+PATIENCE = timedelta(hours=6)
+# of the process, not of a thread: on a GPU backward passes run in threads of their own
+_alone = False
 
 
 def rank() -> int:
@@ -26,9 +28,12 @@ def size() -> int:
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Inside, this process is the only rank there is; what is computed inside must also run backward inside."""
+    """Inside, this process is the only rank there is; what is computed inside must also run
+    backward inside.
+    """
     global _alone
-    before, _alone = _alone, True
+    before = _alone
+    _alone = True
     try:
         yield
     finally:
@@ -36,10 +41,11 @@ def alone() -> Iterator[None]:
 
 
 def check(accelerate_processes: int) -> None:
-    """Let all ranks meet; refuse to train when the launcher, torch.distributed and Accelerate count different ones.
+    """Let all ranks meet; refuse to train when the launcher, torch.distributed and Accelerate count
+    different ones.
 
-    `torchrun` on CPU without ACCELERATE_USE_CPU=1 starts processes that Accelerate does not join: each would
-    train alone and call itself the main one. Raises ValueError then.
+    `torchrun` on CPU without ACCELERATE_USE_CPU=1 starts processes that Accelerate does not join:
+    each would train alone and call itself the main one. Raises ValueError then.
     """
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if not launched == size() == accelerate_processes:
@@ -48,7 +54,9 @@ def check(accelerate_processes: int) -> None:
             f"{accelerate_processes}: they would train apart; on CPU start them with: "
             "ACCELERATE_USE_CPU=1 torchrun --nproc_per_node N ..."
         )
-    barrier()  # or a rank that ends at once, as all is done, breaks one that is still connecting (seen with gloo)
+    # or a rank that ends at once, as all is done, breaks one that is still connecting (seen with
+    # gloo)
+    barrier()
 
 
 # its name since torch 2.14, where the older one warns at every call
@@ -56,7 +64,9 @@ _gather_single: Any = getattr(dist, "all_gather_single", None) or dist.all_gathe
 
 
 class _AllGather(torch.autograd.Function):
-    """Forward: every rank's rows, stacked in rank order. Backward: the *sum* of all ranks' gradients for my rows."""
+    """Forward: every rank's rows, stacked in rank order. Backward: the *sum* of all ranks'
+    gradients for my rows.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -72,10 +82,11 @@ class _AllGather(torch.autograd.Function):
 
 
 def gather(x: Tensor) -> Tensor:
-    """(b, ...) on every rank -> (W·b, ...) in rank order, differentiable; every rank must bring the same b.
+    """(b, ...) on every rank -> (W·b, ...) in rank order, differentiable; every rank must bring the
+    same b.
 
-    The backward sums over ranks. With losses that are means over a rank's own rows, and DDP's mean over ranks,
-    the gradient is then that of one process with the whole batch; no factor W anywhere.
+    The backward sums over ranks. With losses that are means over a rank's own rows, and DDP's mean
+    over ranks, the gradient is then that of one process with the whole batch; no factor W anywhere.
     """
     if size() == 1:
         return x
@@ -100,14 +111,18 @@ def columns(rows: Embeddings) -> Embeddings:
 
 
 def ring_columns(rows: Embeddings) -> Embeddings:
-    """The same for comparison in a ring: everybody's numbers, but only my own features; the others' come by."""
+    """The same for comparison in a ring: everybody's numbers, but only my own features; the others'
+    come by.
+    """
     return rows._replace(index=gather(rows.index), caption_hash=gather(rows.caption_hash), extra={})
 
 
 def host_columns(rows: Embeddings) -> Embeddings:
-    """The same with the features kept in host memory from one pass to the next; tiles of them travel.
+    """The same with the features kept in host memory from one pass to the next; tiles of them
+    travel.
 
-    They are gathered on the device, whole, and so are their gradients: between these moments it holds my rows only.
+    They are gathered on the device, whole, and so are their gradients: between these moments it
+    holds my rows only.
     """
     all_of_them = columns(rows)
     return all_of_them._replace(image=all_of_them.image.cpu(), text=all_of_them.text.cpu())
@@ -126,7 +141,9 @@ class _Add(torch.autograd.Function):
 
 
 def add(x: Tensor) -> Tensor:
-    """The sum over ranks, the same on every rank, differentiable: backward sums what all ranks ask for."""
+    """The sum over ranks, the same on every rank, differentiable: backward sums what all ranks ask
+    for.
+    """
     summed: Tensor = _Add.apply(x) if size() > 1 else x
     return summed
 
@@ -134,10 +151,12 @@ def add(x: Tensor) -> Tensor:
 def ring(x: Tensor, carried: Tensor | None = None) -> Iterator[tuple[int, Tensor, Tensor | None]]:
     """Every rank's rows by turns, mine first, without ever holding all of them.
 
-    Yields the place of the first row in rank order, the rows, and what is `carried` along with them: add to it, and
-    when the ring has closed, my `carried` holds what all ranks added. Every rank must bring equally many rows.
+    Yields the place of the first row in rank order, the rows, and what is `carried` along with
+    them: add to it, and when the ring has closed, my `carried` holds what all ranks added. Every
+    rank must bring equally many rows.
     """
-    rows, baggage = x.detach(), carried
+    rows = x.detach()
+    baggage = carried
     for hop in range(size()):
         yield (rank() - hop) % size() * len(x), rows, baggage
         if hop + 1 < size():
@@ -152,7 +171,8 @@ def _pass_on(x: Tensor) -> Tensor:
     """To the next rank; returns what the one before me passed on."""
     sent = x.contiguous()
     received = torch.empty_like(sent)
-    after, before = (rank() + 1) % size(), (rank() - 1) % size()
+    after = (rank() + 1) % size()
+    before = (rank() - 1) % size()
     exchange = [dist.P2POp(dist.isend, sent, after), dist.P2POp(dist.irecv, received, before)]
     for request in dist.batch_isend_irecv(exchange):
         request.wait()
@@ -163,7 +183,8 @@ def logsumexp(x: Tensor) -> Tensor:
     """Log of the sum over ranks of exp(x), elementwise, the same on every rank; no gradient."""
     if size() == 1:
         return x.detach()
-    peak = maximum(x).clamp(min=torch.finfo(x.dtype).min)  # −inf on every rank stays −inf
+    # −inf on every rank stays −inf
+    peak = maximum(x).clamp(min=torch.finfo(x.dtype).min)
     return peak + total((x - peak).exp()).log()
 
 
@@ -189,16 +210,19 @@ def maximum(x: Tensor) -> Tensor:
 
 
 def shard(parts: list[Any], passes: tuple[str, ...], device: torch.device) -> None:
-    """Each rank keeps its share of every parameter (FSDP2), and gathers a part's for the time of its passes only.
+    """Each rank keeps its share of every parameter (FSDP2), and gathers a part's for the time of
+    its passes only.
 
-    Backward averages over ranks, as DDP. `parts`: modules, those inside first; `passes`: methods of the last.
+    Backward averages over ranks, as DDP. `parts`: modules, those inside first; `passes`: methods of
+    the last.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     mesh = init_device_mesh(device.type, (size(),))
     for part in parts:
-        fully_shard(part, mesh=mesh, reshard_after_forward=True)  # the last part, too: else it stays whole
+        # the last part, too: else it stays whole
+        fully_shard(part, mesh=mesh, reshard_after_forward=True)
     for name in passes:
         register_fsdp_forward_method(parts[-1], name)
 

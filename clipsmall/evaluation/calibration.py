@@ -1,4 +1,6 @@
-"""Calibration: is a model right as often as it says? ECE of its softmax and sigmoid probabilities, and a diagram."""
+"""Calibration: is a model right as often as it says? ECE of its softmax and sigmoid probabilities,
+and a diagram.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,10 @@ from clipsmall.evaluation.hits import chunk_rows, scores
 from clipsmall.evaluation.view import View
 
 BINS = 15
-PAIRS_OF = 2000  # images: all pairs of more of them would be another 100 MiB for every thousand
-Bins = list[dict[str, float]]  # of those that are not empty: confidence, accuracy, count
+# images: all pairs of more of them would be another 100 MiB for every thousand
+PAIRS_OF = 2000
+# of those that are not empty: confidence, accuracy, count
+Bins = list[dict[str, float]]
 
 
 def equal_width(confidence: NDArray[Any], right: NDArray[Any], bins: int = BINS) -> Bins:
@@ -23,17 +27,26 @@ def equal_width(confidence: NDArray[Any], right: NDArray[Any], bins: int = BINS)
 
 
 def equal_mass(confidence: NDArray[Any], right: NDArray[Any], bins: int = BINS) -> Bins:
-    """The same in bins of equally many, from the least sure to the surest (Nixon et al. 2019, arXiv 1904.01685)."""
+    """The same in bins of equally many, from the least sure to the surest (Nixon et al. 2019, arXiv
+    1904.01685).
+    """
     place = np.empty(len(confidence), dtype=np.int64)
-    place[np.argsort(confidence, kind="stable")] = np.arange(len(confidence)) * bins // len(confidence)
+    place[np.argsort(confidence, kind="stable")] = (
+        np.arange(len(confidence)) * bins // len(confidence)
+    )
     return _binned(confidence, right, place)
 
 
 def _binned(confidence: NDArray[Any], right: NDArray[Any], place: NDArray[Any]) -> Bins:
     counts = np.bincount(place)
-    told, true = np.bincount(place, confidence), np.bincount(place, right)
+    told = np.bincount(place, confidence)
+    true = np.bincount(place, right)
     return [
-        {"confidence": told[b] / counts[b], "accuracy": true[b] / counts[b], "count": int(counts[b])}
+        {
+            "confidence": told[b] / counts[b],
+            "accuracy": true[b] / counts[b],
+            "count": int(counts[b]),
+        }
         for b in np.flatnonzero(counts)
     ]
 
@@ -45,27 +58,34 @@ def ece(bins: Bins) -> float:
 
 
 def surest(images: Tensor, answers: Tensor, scale: float) -> tuple[NDArray[Any], NDArray[Any]]:
-    """(n, D), (C, D) -> each image's highest softmax probability of scale · cosine, and whose it is."""
+    """(n, D), (C, D) -> each image's highest softmax probability of scale · cosine, and whose it
+    is.
+    """
     parts = []
     for part in torch.split(images, chunk_rows(len(answers))):
         parts.append((scores(part, answers).double() * scale).softmax(dim=1).max(dim=1))
-    return torch.cat([p.values for p in parts]).numpy(), torch.cat([p.indices for p in parts]).numpy()
+    return torch.cat([p.values for p in parts]).numpy(), torch.cat(
+        [p.indices for p in parts]
+    ).numpy()
 
 
 def calibration(view: View) -> Cell:
-    """Of the softmax over classes (over captions where there are no classes), and of the sigmoid of all pairs.
+    """Of the softmax over classes (over captions where there are no classes), and of the sigmoid of
+    all pairs.
 
-    Sigmoid probabilities σ(scale · cosine + bias) are reported of models that have a bias, over all pairs of up to
-    2,000 images (evenly chosen) with their captions: most of them do not belong together, so a model trained on
-    batches of other sizes meets other odds here.
+    Sigmoid probabilities σ(scale · cosine + bias) are reported of models that have a bias, over all
+    pairs of up to 2,000 images (evenly chosen) with their captions: most of them do not belong
+    together, so a model trained on batches of other sizes meets other odds here.
     """
     model = view.encoder.model
-    scale, bias = model.logit_scale.exp().item(), model.logit_bias.item()
+    scale = model.logit_scale.exp().item()
+    bias = model.logit_bias.item()
     if "zero_shot" in view.data.tasks:
         confidence, best = surest(view.images, view.class_features, scale)
         right = best == view.labels.numpy()
     else:
-        images, belongs = view.images[view.captioned], view.captions[1]
+        images = view.images[view.captioned]
+        belongs = view.captions[1]
         confidence, best = surest(images, view.texts, scale)
         own = set(zip(belongs.image.tolist(), belongs.text.tolist(), strict=True))
         right = np.array([pair in own for pair in enumerate(best.tolist())])
@@ -77,7 +97,8 @@ def calibration(view: View) -> Cell:
 
 
 def _all_pairs(view: View, scale: float, bias: float) -> tuple[NDArray[Any], NDArray[Any]]:
-    images, belongs = view.images[view.captioned], view.captions[1]
+    images = view.images[view.captioned]
+    belongs = view.captions[1]
     chosen = torch.arange(len(images))[:: -(-len(images) // PAIRS_OF)]
     texts = torch.unique(belongs.text[torch.isin(belongs.image, chosen)])
     told = (scores(images[chosen], view.texts[texts]).double() * scale + bias).sigmoid()
@@ -95,7 +116,9 @@ def _report(cell: Cell, name: str, confidence: NDArray[Any], right: NDArray[Any]
 
 
 def draw(cell: Cell, path: Path) -> None:
-    """The reliability diagram of a calibration cell as a PNG: a dot a bin, on the diagonal where it is honest."""
+    """The reliability diagram of a calibration cell as a PNG: a dot a bin, on the diagonal where it
+    is honest.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.2, 4), layout="constrained")
@@ -103,8 +126,15 @@ def draw(cell: Cell, path: Path) -> None:
     axes.plot([0, 1], [0, 1], color="0.7", linewidth=1)
     for name in ("softmax", "sigmoid"):
         if bins := cell.details.get(f"{name}_reliability"):
-            told, true = [b["confidence"] for b in bins], [b["accuracy"] for b in bins]
+            told = [b["confidence"] for b in bins]
+            true = [b["accuracy"] for b in bins]
             axes.plot(told, true, "o-", label=f"{name}, ECE {cell.metrics[f'{name}_ece']:.3f}")
-    axes.set(xlabel="told probability", ylabel="share that came true", xlim=(0, 1), ylim=(0, 1), title=cell.dataset)
+    axes.set(
+        xlabel="told probability",
+        ylabel="share that came true",
+        xlim=(0, 1),
+        ylim=(0, 1),
+        title=cell.dataset,
+    )
     axes.legend()
     figure.savefig(path, dpi=150)

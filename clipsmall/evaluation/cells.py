@@ -1,4 +1,6 @@
-"""One result, as a file and a table: CLIP_benchmark's JSON cell, and a few lines for the terminal."""
+"""One result, as a file and a table: CLIP_benchmark's JSON cell, and a few lines for the
+terminal.
+"""
 
 import json
 import os
@@ -12,21 +14,28 @@ from typing import Any
 class Cell:
     """One model on one data set for one task.
 
-    `metrics` are CLIP_benchmark's names (acc1, acc5, mean_per_class_recall, image_retrieval_recall@5, ...), shares
-    between 0 and 1, or a task's own; `chance` has the value of a guess for some of them; `counts` says over how much.
+    `metrics` are CLIP_benchmark's names (acc1, acc5, mean_per_class_recall,
+    image_retrieval_recall@5, ...), shares between 0 and 1, or a task's own; `chance` has the value
+    of a guess for some of them; `counts` says over how much.
     """
 
     dataset: str
-    task: str  # zeroshot_classification, zeroshot_retrieval, linear_probe; or one of ours
+    # zeroshot_classification, zeroshot_retrieval, linear_probe; or one of ours
+    task: str
     metrics: dict[str, float]
     chance: dict[str, float] = field(default_factory=dict)
-    counts: dict[str, int] = field(default_factory=dict)  # pairs, classes, skipped, ...
-    details: dict[str, Any] = field(default_factory=dict)  # JSON behind the metrics: bins, a table of corruptions
-    key: str = ""  # digest of all the numbers depend on, by which a cell is known to be done
+    # pairs, classes, skipped, ...
+    counts: dict[str, int] = field(default_factory=dict)
+    # JSON behind the metrics: bins, a table of corruptions
+    details: dict[str, Any] = field(default_factory=dict)
+    # digest of all the numbers depend on, by which a cell is known to be done
+    key: str = ""
 
 
 def check_folder(folder: Path) -> None:
-    """Before results are made: raises ValueError if they could not be written there. Makes nothing."""
+    """Before results are made: raises ValueError if they could not be written there. Makes
+    nothing.
+    """
     there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise ValueError(f"--out={folder}: nothing can be written to {there}; give another folder")

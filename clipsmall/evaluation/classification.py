@@ -1,4 +1,6 @@
-"""Zero-shot classification: a class is the mean of its prompts' features, an image goes to the nearest."""
+"""Zero-shot classification: a class is the mean of its prompts' features, an image goes to the
+nearest.
+"""
 
 from collections.abc import Sequence
 
@@ -15,14 +17,20 @@ from clipsmall.evaluation.hits import chunk_rows, hits, refuse_non_finite, score
 KS = (1, 5)
 
 
-def class_features(encoder: Encoder, classes: Sequence[str], templates: Sequence[prompts.Template]) -> Tensor:
-    """(C, D) unit rows: the normalised mean over templates of unit text features (Radford et al. 2021, §3.1.4)."""
+def class_features(
+    encoder: Encoder, classes: Sequence[str], templates: Sequence[prompts.Template]
+) -> Tensor:
+    """(C, D) unit rows: the normalised mean over templates of unit text features (Radford et al.
+    2021, §3.1.4).
+    """
     texts = encoder.texts([template(name) for name in classes for template in templates])
     return F.normalize(texts.view(len(classes), len(templates), -1).mean(dim=1), dim=-1)
 
 
 def accuracies(images: Tensor, classes: Tensor, labels: Tensor) -> dict[str, float]:
-    """(n, D), (C, D), (n,) -> acc1, acc5 (where C > 5) and mean_per_class_recall over the classes with images."""
+    """(n, D), (C, D), (n,) -> acc1, acc5 (where C > 5) and mean_per_class_recall over the classes
+    with images.
+    """
     size = chunk_rows(len(classes))
     parts = zip(torch.split(images, size), torch.split(labels, size), strict=True)
     found = [class_hits(scores(features, classes), truth) for features, truth in parts]
@@ -30,9 +38,13 @@ def accuracies(images: Tensor, classes: Tensor, labels: Tensor) -> dict[str, flo
 
 
 def class_hits(values: Tensor, labels: Tensor) -> Tensor:
-    """(n, C) scores, (n,) labels -> (n, 1 or 2): is the right class the best, and (where C > 5) among the 5 best?"""
+    """(n, C) scores, (n,) labels -> (n, 1 or 2): is the right class the best, and (where C > 5)
+    among the 5 best?
+    """
     classes = values.shape[1]
-    return hits(values, F.one_hot(labels, classes).bool(), tuple(k for k in KS if k == 1 or k < classes))
+    return hits(
+        values, F.one_hot(labels, classes).bool(), tuple(k for k in KS if k == 1 or k < classes)
+    )
 
 
 def summary(hit: Tensor, labels: Tensor, classes: int) -> dict[str, float]:
@@ -67,7 +79,8 @@ def zero_shot(
     texts = read_texts(catalog, label)
     names = prompts.classes(classes, texts.captions, texts.labels)
     labels = class_indices(texts.labels, names)
-    weights = class_features(encoder, names, prompts.templates(templates))  # before images, which may take hours
+    # before images, which may take hours
+    weights = class_features(encoder, names, prompts.templates(templates))
     refuse_non_finite(weights, "class")
     images, rows = encoder.images(catalog)
     refuse_non_finite(images, "image")

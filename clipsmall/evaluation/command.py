@@ -1,4 +1,6 @@
-"""What the evaluation commands share: their common options, the device, the model, the way they end."""
+"""What the evaluation commands share: their common options, the device, the model, the way they
+end.
+"""
 
 import argparse
 import os
@@ -24,9 +26,16 @@ def parser(command: str, description: str) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     made.add_argument("model", help=MODEL_HELP)
-    made.add_argument("--data", nargs="+", required=True, help="folders, globs or brace lists of indexed tar shards")
+    made.add_argument(
+        "--data",
+        nargs="+",
+        required=True,
+        help="folders, globs or brace lists of indexed tar shards",
+    )
     made.add_argument("--pretrained", default="", help="weight tag of an open_clip model")
-    made.add_argument("--name", default="", help="of the data set in the result; default: its folder's")
+    made.add_argument(
+        "--name", default="", help="of the data set in the result; default: its folder's"
+    )
     made.add_argument("--out", type=Path, default=Path("eval"), help="folder for the JSON cell")
     made.add_argument("--batch_size", type=int, default=256)
     made.add_argument("--workers", type=int, default=0, help="processes that decode images, a rank")
@@ -50,12 +59,16 @@ def evaluate(options: argparse.Namespace, measure: Callable[[Encoder, str], Cell
             True,
         )
         cell = measure(encoder, options.name or set_name(options.data[0]))
-        pretrained = options.pretrained or encoder.digest()[:8]  # two runs' checkpoints may have one name
+        # two runs' checkpoints may have one name
+        pretrained = options.pretrained or encoder.digest()[:8]
         if state.is_main_process:
             print(print_cells([cell]))
             source = Path(options.model)
             model_name = source.resolve().name if source.exists() else options.model
-            print(f"written to {write_cell(cell, options.out, model_name, pretrained)}", file=sys.stderr)
+            print(
+                f"written to {write_cell(cell, options.out, model_name, pretrained)}",
+                file=sys.stderr,
+            )
         world.leave()
     except ValueError as error:
         refuse(error)

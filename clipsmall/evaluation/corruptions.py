@@ -1,10 +1,12 @@
-"""The corruption families of ImageNet-C at five severities, made on the fly, the same for a picture every time.
+"""The corruption families of ImageNet-C at five severities, made on the fly, the same for a picture
+every time.
 
-Hendrycks & Dietterich 2019, arXiv 1903.12261. Their pictures are 224 pixels wide (ImageNet-C) or 32 (CIFAR-C), and each
-family has a strength for each severity and width; `STRENGTHS` holds both, and in between (and for any other width)
-strengths lie on a line over the logarithm of the short side, held at both ends. One number a family: second ones of
-theirs follow from it. Everything is numpy, scipy and Pillow, so results resemble the published sets but are not
-their bits; frost has no photographs behind it but drawn crystals, fog is filtered noise.
+Hendrycks & Dietterich 2019, arXiv 1903.12261. Their pictures are 224 pixels wide (ImageNet-C) or 32
+(CIFAR-C), and each family has a strength for each severity and width; `STRENGTHS` holds both, and
+in between (and for any other width) strengths lie on a line over the logarithm of the short side,
+held at both ends. One number a family: second ones of theirs follow from it. Everything is numpy,
+scipy and Pillow, so results resemble the published sets but are not their bits; frost has no
+photographs behind it but drawn crystals, fog is filtered noise.
 """
 
 import zlib
@@ -20,11 +22,24 @@ from clipsmall.evaluation import distortions as d
 
 Five = tuple[float, float, float, float, float]
 
-# family -> its function, the strengths at 32 pixels, those at 224. Lengths are pixels, noise is of pixels from 0 to 1
+# family -> its function, the strengths at 32 pixels, those at 224. Lengths are pixels, noise is of
+# pixels from 0 to 1
 FAMILIES: dict[str, tuple[Callable[..., d.Picture], Five, Five]] = {
-    "gaussian_noise": (d.gaussian_noise, (0.04, 0.06, 0.08, 0.09, 0.10), (0.08, 0.12, 0.18, 0.26, 0.38)),
-    "shot_noise": (d.shot_noise, (0.002, 0.004, 0.01, 0.0133, 0.02), (0.0167, 0.04, 0.0833, 0.2, 0.333)),
-    "impulse_noise": (d.impulse_noise, (0.01, 0.02, 0.03, 0.05, 0.07), (0.03, 0.06, 0.09, 0.17, 0.27)),
+    "gaussian_noise": (
+        d.gaussian_noise,
+        (0.04, 0.06, 0.08, 0.09, 0.10),
+        (0.08, 0.12, 0.18, 0.26, 0.38),
+    ),
+    "shot_noise": (
+        d.shot_noise,
+        (0.002, 0.004, 0.01, 0.0133, 0.02),
+        (0.0167, 0.04, 0.0833, 0.2, 0.333),
+    ),
+    "impulse_noise": (
+        d.impulse_noise,
+        (0.01, 0.02, 0.03, 0.05, 0.07),
+        (0.03, 0.06, 0.09, 0.17, 0.27),
+    ),
     "defocus_blur": (d.defocus_blur, (0.75, 1.0, 1.25, 1.5, 1.75), (3, 4, 6, 8, 10)),
     "glass_blur": (d.glass_blur, (0.25, 0.35, 0.5, 0.7, 0.9), (0.7, 0.9, 1.2, 1.6, 2.0)),
     "motion_blur": (d.motion_blur, (1.0, 1.5, 2.0, 2.5, 3.0), (3, 5, 8, 12, 15)),
@@ -37,12 +52,17 @@ FAMILIES: dict[str, tuple[Callable[..., d.Picture], Five, Five]] = {
     "elastic_transform": (d.elastic_transform, (0.4, 0.6, 0.8, 1.0, 1.3), (2, 3, 4, 5.5, 7)),
     "pixelate": (d.pixelate, (0.05, 0.10, 0.15, 0.25, 0.35), (0.4, 0.5, 0.6, 0.7, 0.75)),
     "jpeg_compression": (d.jpeg_compression, (20, 35, 42, 50, 60), (75, 82, 85, 90, 93)),
-    "speckle_noise": (d.speckle_noise, (0.06, 0.10, 0.12, 0.16, 0.20), (0.15, 0.20, 0.35, 0.45, 0.60)),
+    "speckle_noise": (
+        d.speckle_noise,
+        (0.06, 0.10, 0.12, 0.16, 0.20),
+        (0.15, 0.20, 0.35, 0.45, 0.60),
+    ),
     "gaussian_blur": (d.gaussian_blur, (0.4, 0.6, 0.7, 0.8, 1.0), (1, 2, 3, 4, 6)),
     "spatter": (d.spatter, (0.03, 0.06, 0.10, 0.15, 0.20), (0.05, 0.10, 0.16, 0.24, 0.32)),
     "saturate": (d.saturate, (0.25, 0.5, 0.75, 1.0, 1.5), (0.5, 1.0, 2.0, 4.0, 8.0)),
 }
-COMMON = tuple(FAMILIES)[:15]  # the benchmark's; the last four are its extra ones, for tuning
+# the benchmark's; the last four are its extra ones, for tuning
+COMMON = tuple(FAMILIES)[:15]
 SEVERITIES = (1, 2, 3, 4, 5)
 
 
@@ -57,7 +77,8 @@ def strength(name: str, severity: int, side: int) -> float:
 class Corruption:
     """A picture and its number -> the corrupted picture, for `Encoder.images(change=)`.
 
-    Pictures larger than `side` (the model's own size) are first made so small that their short side has it, as the
+    Pictures larger than `side` (the model's own size) are first made so small that their short side
+    has it, as the
     published sets are: noise on larger ones would be averaged away by the model's own resizing.
 
     Raises:
@@ -70,17 +91,25 @@ class Corruption:
 
     def __post_init__(self) -> None:
         if self.name not in FAMILIES:
-            raise ValueError(f"corruption {self.name!r}: there is none of that name, but {', '.join(FAMILIES)}")
+            raise ValueError(
+                f"corruption {self.name!r}: there is none of that name, but {', '.join(FAMILIES)}"
+            )
         if self.severity not in SEVERITIES:
             raise ValueError(f"severity {self.severity}: must be 1, 2, 3, 4 or 5")
 
     def __call__(self, image: Image.Image, number: int) -> Image.Image:
         if (short := min(image.size)) > self.side:
             image = image.resize(
-                [max(1, round(length * self.side / short)) for length in image.size], Image.Resampling.BICUBIC
+                [max(1, round(length * self.side / short)) for length in image.size],
+                Image.Resampling.BICUBIC,
             )
-        # the same dice for all severities of a picture, so that a worse one is the same damage, only more of it
-        random = np.random.default_rng([number & 0xFFFFFFFFFFFFFFFF, zlib.crc32(self.name.encode())])
+        # the same dice for all severities of a picture, so that a worse one is the same damage,
+        # only more of it
+        random = np.random.default_rng(
+            [number & 0xFFFFFFFFFFFFFFFF, zlib.crc32(self.name.encode())]
+        )
         pixels: NDArray[Any] = np.asarray(image, dtype=np.float64) / 255
-        found = FAMILIES[self.name][0](pixels, strength(self.name, self.severity, min(image.size)), random)
+        found = FAMILIES[self.name][0](
+            pixels, strength(self.name, self.severity, min(image.size)), random
+        )
         return Image.fromarray((found.clip(0, 1) * 255).round().astype(np.uint8))

@@ -1,4 +1,6 @@
-"""The distortions behind the corruptions: (H, W, 3) pixels from 0 to 1, a strength, and dice -> pixels."""
+"""The distortions behind the corruptions: (H, W, 3) pixels from 0 to 1, a strength, and dice ->
+pixels.
+"""
 
 from io import BytesIO
 from typing import Any
@@ -8,9 +10,11 @@ from numpy.random import Generator
 from PIL import Image
 from scipy import ndimage, signal
 
-Picture = Any  # an NDArray[np.float64], which neither numpy nor scipy keep sight of
+# an NDArray[np.float64], which neither numpy nor scipy keep sight of
+Picture = Any
 
-# ---- noise -----------------------------------------------------------------------------------------------------
+# ---- noise
+# -----------------------------------------------------------------------------------------------------
 
 
 def gaussian_noise(x: Picture, sigma: float, random: Generator) -> Picture:
@@ -24,7 +28,8 @@ def shot_noise(x: Picture, one_photon: float, random: Generator) -> Picture:
 
 def impulse_noise(x: Picture, share: float, random: Generator) -> Picture:
     """A share of all values turns black or white."""
-    hit, white = random.random(x.shape) < share, random.random(x.shape) < 0.5
+    hit = random.random(x.shape) < share
+    white = random.random(x.shape) < 0.5
     return np.where(hit, white, x)
 
 
@@ -32,7 +37,8 @@ def speckle_noise(x: Picture, sigma: float, random: Generator) -> Picture:
     return x + x * sigma * random.standard_normal(x.shape)
 
 
-# ---- blur ------------------------------------------------------------------------------------------------------
+# ---- blur
+# ------------------------------------------------------------------------------------------------------
 
 
 def gaussian_blur(x: Picture, sigma: float, random: Generator) -> Picture:
@@ -41,9 +47,12 @@ def gaussian_blur(x: Picture, sigma: float, random: Generator) -> Picture:
 
 def _convolved(x: Picture, kernel: Picture) -> Picture:
     """With a kernel of odd sides, edges continued."""
-    up, left = kernel.shape[0] // 2, kernel.shape[1] // 2
+    up = kernel.shape[0] // 2
+    left = kernel.shape[1] // 2
     wide = np.pad(x, ((up, up), (left, left), (0, 0)), mode="edge")
-    found: Picture = signal.fftconvolve(wide, (kernel / kernel.sum())[:, :, None], mode="valid", axes=(0, 1))
+    found: Picture = signal.fftconvolve(
+        wide, (kernel / kernel.sum())[:, :, None], mode="valid", axes=(0, 1)
+    )
     return found
 
 
@@ -56,13 +65,18 @@ def defocus_blur(x: Picture, radius: float, random: Generator) -> Picture:
 
 def motion_blur(x: Picture, sigma: float, random: Generator) -> Picture:
     """A line at an angle within 45° of the horizontal, fading as a Gaussian to one side."""
-    angle, reach = random.uniform(-np.pi / 4, np.pi / 4), int(np.ceil(2 * sigma)) + 1
+    angle = random.uniform(-np.pi / 4, np.pi / 4)
+    reach = int(np.ceil(2 * sigma)) + 1
     kernel = np.zeros((2 * reach + 1, 2 * reach + 1))
     along = np.linspace(0, 2 * sigma, 8 * reach)
     for row, column, weight in zip(
-        along * np.sin(angle), along * np.cos(angle), np.exp(-((along / sigma) ** 2) / 2), strict=True
+        along * np.sin(angle),
+        along * np.cos(angle),
+        np.exp(-((along / sigma) ** 2) / 2),
+        strict=True,
     ):
-        r, c = int(np.floor(row)), int(np.floor(column))
+        r = int(np.floor(row))
+        c = int(np.floor(column))
         kernel[reach + r : reach + r + 2, reach + c : reach + c + 2] += weight * np.outer(
             [r + 1 - row, row - r], [c + 1 - column, column - c]
         )
@@ -74,7 +88,8 @@ def glass_blur(x: Picture, sigma: float, random: Generator) -> Picture:
     h, w = x.shape[:2]
     soft = gaussian_blur(x, sigma, random)
     rows, columns = np.rint(random.uniform(-1, 1, (2, h, w)) * 2.5 * sigma).astype(np.int64)
-    rows, columns = rows + np.arange(h)[:, None], columns + np.arange(w)
+    rows = rows + np.arange(h)[:, None]
+    columns = columns + np.arange(w)
     return gaussian_blur(soft[rows.clip(0, h - 1), columns.clip(0, w - 1)], sigma, random)
 
 
@@ -93,19 +108,28 @@ def zoom_blur(x: Picture, zoom: float, random: Generator) -> Picture:
 def _looked_up(x: Picture, rows: Picture, columns: Picture) -> Picture:
     """Bilinear, edges continued."""
     return np.stack(
-        [ndimage.map_coordinates(x[..., c], [rows, columns], order=1, mode="nearest") for c in range(3)], axis=-1
+        [
+            ndimage.map_coordinates(x[..., c], [rows, columns], order=1, mode="nearest")
+            for c in range(3)
+        ],
+        axis=-1,
     )
 
 
-# ---- weather ---------------------------------------------------------------------------------------------------
+# ---- weather
+# ---------------------------------------------------------------------------------------------------
 
 
 def _clouds(shape: tuple[int, ...], roughness: float, random: Generator) -> Picture:
-    """(H, W) from 0 to 1: noise whose amplitudes fall with the frequency to the power of `roughness`."""
+    """(H, W) from 0 to 1: noise whose amplitudes fall with the frequency to the power of
+    `roughness`.
+    """
     h, w = shape[:2]
     frequency = np.hypot(np.fft.fftfreq(h)[:, None], np.fft.rfftfreq(w))
     frequency[0, 0] = np.inf
-    found: Picture = np.fft.irfft2(np.fft.rfft2(random.standard_normal((h, w))) * frequency**-roughness, s=(h, w))
+    found: Picture = np.fft.irfft2(
+        np.fft.rfft2(random.standard_normal((h, w))) * frequency**-roughness, s=(h, w)
+    )
     return (found - found.min()) / max(np.ptp(found), 1e-12)
 
 
@@ -116,7 +140,9 @@ def fog(x: Picture, amount: float, random: Generator) -> Picture:
 
 
 def frost(x: Picture, amount: float, random: Generator) -> Picture:
-    """Bluish white crystals, thickest where ridges of two cloud fields meet the edges of a third."""
+    """Bluish white crystals, thickest where ridges of two cloud fields meet the edges of a
+    third.
+    """
     first, second, where = (_clouds(x.shape, power, random) for power in (1.0, 1.3, 1.8))
     needles = np.clip(1 - 6 * np.minimum(np.abs(first - 0.5), np.abs(second - 0.5)), 0, 1)
     ice = np.clip(0.35 + 0.65 * needles, 0, 1) * np.clip(0.4 + where, 0, 1)
@@ -139,17 +165,22 @@ def snow(x: Picture, amount: float, random: Generator) -> Picture:
 def spatter(x: Picture, share: float, random: Generator) -> Picture:
     """Drops of muddy water on the lens, which cover a share of it."""
     h, w = x.shape[:2]
-    field = ndimage.gaussian_filter(random.standard_normal((h, w)), max(0.7, min(h, w) / 224 * 4), mode="wrap")
+    field = ndimage.gaussian_filter(
+        random.standard_normal((h, w)), max(0.7, min(h, w) / 224 * 4), mode="wrap"
+    )
     ranks = field.ravel().argsort().argsort().reshape(h, w) / (h * w)
     cover = np.clip((ranks - 1 + share) / 0.05, 0, 1)[..., None]
     return x * (1 - cover) + cover * np.array([0.25, 0.17, 0.08])
 
 
-# ---- digital ---------------------------------------------------------------------------------------------------
+# ---- digital
+# ---------------------------------------------------------------------------------------------------
 
 
 def brightness(x: Picture, more: float, random: Generator) -> Picture:
-    """Value + `more`, hue and saturation kept: all channels by one factor, up to white in the brightest."""
+    """Value + `more`, hue and saturation kept: all channels by one factor, up to white in the
+    brightest.
+    """
     value = x.max(axis=2, keepdims=True)
     lighter = np.clip(value + more, 0, 1)
     return np.where(value > 0, x * lighter / np.maximum(value, 1e-9), lighter)
@@ -157,7 +188,8 @@ def brightness(x: Picture, more: float, random: Generator) -> Picture:
 
 def saturate(x: Picture, more: float, random: Generator) -> Picture:
     """Saturation × (1 + more)."""
-    value, low = x.max(axis=2, keepdims=True), x.min(axis=2, keepdims=True)
+    value = x.max(axis=2, keepdims=True)
+    low = x.min(axis=2, keepdims=True)
     saturation = (value - low) / np.maximum(value, 1e-9)
     factor = np.clip(saturation * (1 + more), 0, 1) / np.maximum(saturation, 1e-9)
     return value - (value - x) * np.where(saturation > 0, factor, 1)
@@ -174,7 +206,9 @@ def elastic_transform(x: Picture, pixels: float, random: Generator) -> Picture:
     h, w = x.shape[:2]
     moves: list[Any] = []
     for _ in range(2):
-        field = ndimage.gaussian_filter(random.uniform(-1, 1, (h, w)), 0.04 * min(h, w), mode="reflect")
+        field = ndimage.gaussian_filter(
+            random.uniform(-1, 1, (h, w)), 0.04 * min(h, w), mode="reflect"
+        )
         moves.append(field / max(np.sqrt((field**2).mean()), 1e-12) * pixels)
     return _looked_up(x, np.arange(h)[:, None] + moves[0], np.arange(w) + moves[1])
 
@@ -182,7 +216,9 @@ def elastic_transform(x: Picture, pixels: float, random: Generator) -> Picture:
 def pixelate(x: Picture, less: float, random: Generator) -> Picture:
     """Sides of 1 − `less` as many pixels, and large again."""
     image = Image.fromarray((x * 255).round().astype(np.uint8))
-    small = image.resize([max(1, round(length * (1 - less))) for length in image.size], Image.Resampling.BOX)
+    small = image.resize(
+        [max(1, round(length * (1 - less))) for length in image.size], Image.Resampling.BOX
+    )
     return np.asarray(small.resize(image.size, Image.Resampling.NEAREST), dtype=np.float64) / 255
 
 

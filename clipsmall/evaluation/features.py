@@ -1,4 +1,6 @@
-"""Features of a whole data set: each rank encodes its batches, every rank gets all rows, none twice."""
+"""Features of a whole data set: each rank encodes its batches, every rank gets all rows, none
+twice.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,12 +19,15 @@ from clipsmall.distributed import world
 from clipsmall.model.dual_encoder import DualEncoder
 from clipsmall.storage import checkpoint
 
-Change = Callable[[Image.Image, int], Image.Image]  # of a decoded picture and its pair's number
+# of a decoded picture and its pair's number
+Change = Callable[[Image.Image, int], Image.Image]
 
 
 class _Images(Dataset[tuple[int, Tensor | None]]):
     def __init__(self, catalog: Catalog, transform: ImageTransform, change: Change | None) -> None:
-        self.catalog, self.transform, self.change = catalog, transform, change
+        self.catalog = catalog
+        self.transform = transform
+        self.change = change
 
     def __getitem__(self, row: int) -> tuple[int, Tensor | None]:
         try:
@@ -42,13 +47,15 @@ def _collate(samples: list[tuple[int, Tensor | None]]) -> tuple[Tensor, Tensor]:
 
 
 def _lacking(batches: list[Any], encoded: int) -> int:
-    """Passes that this rank has yet to make until it has made as many as any other: where towers are sharded, a rank
-    that passes alone waits for ever."""
+    """Passes that this rank has yet to make until it has made as many as any other: where towers
+    are sharded, a rank that passes alone waits for ever."""
     return -(-len(batches) // world.size()) - encoded
 
 
 def _mine(batches: list[Any]) -> list[Any]:
-    """Whole batches are dealt to ranks, cut as one process would: the features are the same to the bit."""
+    """Whole batches are dealt to ranks, cut as one process would: the features are the same to the
+    bit.
+    """
     return batches[world.rank() :: world.size()]
 
 
@@ -62,7 +69,9 @@ class Texts:
 
 @dataclass
 class Encoder:
-    """A model with what it needs to see data sets; put into eval mode for the duration of each call."""
+    """A model with what it needs to see data sets; put into eval mode for the duration of each
+    call.
+    """
 
     model: DualEncoder
     tokenize: Callable[[list[str]], Tensor]
@@ -70,7 +79,8 @@ class Encoder:
     batch_size: int = 512
     workers: int = 0
     progress: bool = False
-    max_pixels: int = MAX_PIXELS  # of an image; larger ones count as broken
+    # of an image; larger ones count as broken
+    max_pixels: int = MAX_PIXELS
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -79,10 +89,12 @@ class Encoder:
     def images(
         self, catalog: Catalog, only: Sequence[int] | None = None, change: Change | None = None
     ) -> tuple[Tensor, Tensor]:
-        """(n, D) unit features and (n,) their rows in the catalog, ascending; broken images are not among them.
+        """(n, D) unit features and (n,) their rows in the catalog, ascending; broken images are not
+        among them.
 
         Args:
-            only: these rows; None = all. change: what happens to a picture before it is resized and cropped.
+            only: these rows; None = all. change: what happens to a picture before it is resized and
+                cropped.
 
         Raises:
             ValueError: every image is broken.
@@ -95,10 +107,12 @@ class Encoder:
             num_workers=self.workers,
             collate_fn=_collate,
             worker_init_fn=outlive_the_signal,
-            generator=torch.Generator(),  # the global one belongs to training
+            # the global one belongs to training
+            generator=torch.Generator(),
         )
         width = self._width()
-        rows, parts = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, width)]
+        rows = [torch.empty(0, dtype=torch.int64)]
+        parts = [torch.empty(0, width)]
         for here, images in self._bar(loader, "images"):
             if len(here):
                 rows.append(here)
@@ -113,11 +127,18 @@ class Encoder:
 
     def texts(self, captions: Sequence[str]) -> Tensor:
         """(n, D) unit features of n captions."""
-        batches = list(torch.split(torch.arange(len(captions)), self.batch_size)) if captions else []
-        rows, parts = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, self._width())]
+        batches = (
+            list(torch.split(torch.arange(len(captions)), self.batch_size)) if captions else []
+        )
+        rows = [torch.empty(0, dtype=torch.int64)]
+        parts = [torch.empty(0, self._width())]
         for here in self._bar(_mine(batches), "texts"):
             rows.append(here)
-            parts.append(self._encode(self.model.encode_text, self.tokenize([captions[i] for i in here.tolist()])))
+            parts.append(
+                self._encode(
+                    self.model.encode_text, self.tokenize([captions[i] for i in here.tolist()])
+                )
+            )
         for _ in range(_lacking(batches, len(parts) - 1)):
             self._width()
         return self._gathered(torch.cat(rows), torch.cat(parts))[0]
@@ -132,8 +153,11 @@ class Encoder:
 
     def digest(self) -> str:
         """Of all that features depend on: weights and layers, preprocessing, tokens."""
-        model, probe = self.model, self.tokenize(["A photo of 2 cats, é!"]).tolist()
-        return checkpoint.model_digest(model.named_modules(), model.state_dict(), model.through, model.spec, probe)
+        model = self.model
+        probe = self.tokenize(["A photo of 2 cats, é!"]).tolist()
+        return checkpoint.model_digest(
+            model.named_modules(), model.state_dict(), model.through, model.spec, probe
+        )
 
     def _width(self) -> int:
         return int(self._encode(self.model.encode_text, self.tokenize(["a"])).shape[1])
@@ -145,36 +169,56 @@ class Encoder:
         return features[order], rows[order]
 
     def _bar(self, batches: Any, what: str) -> Any:
-        return tqdm(batches, desc=f"encoding {what}", disable=not self.progress or world.rank() > 0, leave=False)
+        return tqdm(
+            batches,
+            desc=f"encoding {what}",
+            disable=not self.progress or world.rank() > 0,
+            leave=False,
+        )
 
 
 def read_texts(catalog: Catalog, label: str = "", rows: Sequence[int] | None = None) -> Texts:
     """Captions and labels of every pair, or of some rows.
 
-    A label is the json field `label` if that is named, else the `.cls` member (a number), else the first caption.
+    A label is the json field `label` if that is named, else the `.cls` member (a number), else the
+    first caption.
 
     Raises:
         ValueError: a pair without a label, or with one that is neither a name nor a whole number.
     """
-    captions, labels = [], list[str | int]()
+    captions = []
+    labels = list[str | int]()
     for row in range(len(catalog)) if rows is None else rows:
         members = catalog.read_text(row)
         fields = fields_of(members.json)
         captions.append(captions_of(members.text, fields))
         if label and label not in fields:
-            raise ValueError(f"{catalog.name(row)}: its json has no field {label!r}; it has {', '.join(fields)}")
+            raise ValueError(
+                f"{catalog.name(row)}: its json has no field {label!r}; it has {', '.join(fields)}"
+            )
         if not label and not members.label and not captions[-1]:
-            raise ValueError(f"{catalog.name(row)}: has neither a .cls nor a caption; name a json field as label")
+            raise ValueError(
+                f"{catalog.name(row)}: has neither a .cls nor a caption; name a json field as label"
+            )
         number = members.label.strip()
-        found = fields[label] if label else int(number) if number.isdigit() else members.label or captions[-1][0]
+        found = (
+            fields[label]
+            if label
+            else int(number)
+            if number.isdigit()
+            else members.label or captions[-1][0]
+        )
         if not isinstance(found, str | int):
-            raise ValueError(f"{catalog.name(row)}: label {found!r} is neither a name nor a whole number")
+            raise ValueError(
+                f"{catalog.name(row)}: label {found!r} is neither a name nor a whole number"
+            )
         labels.append(found)
     return Texts(captions, labels)
 
 
 def class_indices(labels: Sequence[str | int], classes: Sequence[str]) -> Tensor:
-    """(n,) class numbers: a number as it is, a name by its place among the classes (blind to letter case).
+    """(n,) class numbers: a number as it is, a name by its place among the classes (blind to letter
+    case).
 
     Raises:
         ValueError: a label that is no class.

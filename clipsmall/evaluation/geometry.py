@@ -1,4 +1,6 @@
-"""The shape of an embedding: how far apart images and texts lie, how evenly, in how many directions."""
+"""The shape of an embedding: how far apart images and texts lie, how evenly, in how many
+directions.
+"""
 
 import math
 
@@ -17,21 +19,29 @@ def modality_gap(images: Tensor, texts: Tensor) -> float:
 
 
 def alignment(images: Tensor, texts: Tensor) -> float:
-    """(p, D), (p, D) of pairs -> E ‖x − y‖² (Wang & Isola 2020, arXiv 2005.10242, §4.1, α = 2); 0 is best."""
+    """(p, D), (p, D) of pairs -> E ‖x − y‖² (Wang & Isola 2020, arXiv 2005.10242, §4.1, α = 2); 0
+    is best.
+    """
     return (images.double() - texts.double()).square().sum(dim=1).mean().item()
 
 
 def uniformity(rows: Tensor, t: float = 2.0) -> float:
-    """(n, D) unit rows -> log E exp(−t ‖x − y‖²) over all pairs x ≠ y (ibid., §4.1); lower is more even."""
-    x, total = rows.double(), 0.0
+    """(n, D) unit rows -> log E exp(−t ‖x − y‖²) over all pairs x ≠ y (ibid., §4.1); lower is more
+    even.
+    """
+    x = rows.double()
+    total = 0.0
     for part in torch.split(x, chunk_rows(len(x))):
-        total += (2 * t * (part @ x.T - 1)).exp().sum().item()  # ‖x − y‖² = 2 − 2 x·y
+        # ‖x − y‖² = 2 − 2 x·y
+        total += (2 * t * (part @ x.T - 1)).exp().sum().item()
     own = (2 * t * (x.square().sum(dim=1) - 1)).exp().sum().item()
     return math.log(max(total - own, 1e-300) / (len(x) * (len(x) - 1))) if len(x) > 1 else 0.0
 
 
 def effective_rank(rows: Tensor) -> float:
-    """(n, D) -> exp of the entropy of the normalised singular values (Roy & Vetterli 2007, eq. 3–4): 1 to min(n, D)."""
+    """(n, D) -> exp of the entropy of the normalised singular values (Roy & Vetterli 2007, eq.
+    3–4): 1 to min(n, D).
+    """
     values = torch.linalg.svdvals(rows.double())
     shares = values[values > 0] / values.sum()
     return float((-(shares * shares.log()).sum()).exp())
@@ -39,17 +49,22 @@ def effective_rank(rows: Tensor) -> float:
 
 def mean_cosines(images: Tensor, texts: Tensor, belongs: Relevance) -> tuple[float, float]:
     """The mean cosine of the pairs that belong together, and of all the others."""
-    x, y = images.double(), texts.double()
+    x = images.double()
+    y = texts.double()
     own = (x[belongs.image] * y[belongs.text]).sum().item()
-    everything, others = (x.sum(dim=0) @ y.sum(dim=0)).item(), len(x) * len(y) - len(belongs.image)
+    everything = (x.sum(dim=0) @ y.sum(dim=0)).item()
+    others = len(x) * len(y) - len(belongs.image)
     return own / len(belongs.image), (everything - own) / others if others else math.nan
 
 
 def geometry(view: View) -> Cell:
     """All of the above over the images with captions and the distinct captions of a data set."""
-    images, texts, belongs = view.images[view.captioned], view.texts, view.captions[1]
+    images = view.images[view.captioned]
+    texts = view.texts
+    belongs = view.captions[1]
     pairs, others = mean_cosines(images, texts, belongs)
-    told = {} if math.isnan(others) else {"mean_cosine_of_others": others}  # there may be none
+    # there may be none
+    told = {} if math.isnan(others) else {"mean_cosine_of_others": others}
     return Cell(
         view.data.name,
         "geometry",

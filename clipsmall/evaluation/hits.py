@@ -8,16 +8,18 @@ from torch import Tensor
 def scores(queries: Tensor, answers: Tensor) -> Tensor:
     """(q, D), (n, D) -> (q, n) cosines, where equal features get equal scores.
 
-    BLAS sums the columns of a one-row product, or of a block's edge, in another order than the rest; in float64,
-    rounded to float32, the order is no longer seen.
+    BLAS sums the columns of a one-row product, or of a block's edge, in another order than the
+    rest; in float64, rounded to float32, the order is no longer seen.
     """
     return (queries.double() @ answers.double().T).float()
 
 
 def tied_hit(slots: Tensor, right: Tensor, wrong: Tensor) -> Tensor:
-    """Chance that `slots` places, filled at random from `right` + `wrong` tied answers, hold a right one.
+    """Chance that `slots` places, filled at random from `right` + `wrong` tied answers, hold a
+    right one.
 
-    1 − C(wrong, slots) / C(right + wrong, slots), for integer tensors of one shape; slots below 1 give 0. One
+    1 − C(wrong, slots) / C(right + wrong, slots), for integer tensors of one shape; slots below 1
+    give 0. One
     factor a slot: accurate to 1e-14 for any number of answers, where log-gamma loses all digits.
     """
     miss = torch.ones(slots.shape, dtype=torch.float64)
@@ -30,13 +32,15 @@ def tied_hit(slots: Tensor, right: Tensor, wrong: Tensor) -> Tensor:
 def hits(scores: Tensor, right: Tensor, ks: tuple[int, ...]) -> Tensor:
     """(q, n) scores and (q, n) True for right answers -> (q, len(ks)): is one of the k best right?
 
-    Ties are broken at random, and the answer is the probability: a model whose features are all equal gets the
-    chance level k/n, neither 0 nor 1. Without ties every entry is 0 or 1.
+    Ties are broken at random, and the answer is the probability: a model whose features are all
+    equal gets the chance level k/n, neither 0 nor 1. Without ties every entry is 0 or 1.
     """
     best = scores.masked_fill(~right, -torch.inf).max(dim=1, keepdim=True).values
-    above = _count(scores > best)  # all of them wrong
+    # all of them wrong
+    above = _count(scores > best)
     tied = scores == best
-    tied_right, tied_wrong = _count(tied & right), _count(tied & ~right)
+    tied_right = _count(tied & right)
+    tied_wrong = _count(tied & ~right)
     return torch.stack([tied_hit(k - above, tied_right, tied_wrong) for k in ks], dim=1)
 
 
@@ -47,11 +51,15 @@ def _count(mask: Tensor) -> Tensor:
 
 def chance(answers: Tensor, right: Tensor, ks: tuple[int, ...]) -> Tensor:
     """(q,) numbers of answers and of right ones -> (len(ks),) mean hit of a random ranking."""
-    return torch.stack([tied_hit(torch.full_like(answers, k), right, answers - right).mean() for k in ks])
+    return torch.stack(
+        [tied_hit(torch.full_like(answers, k), right, answers - right).mean() for k in ks]
+    )
 
 
 def chunk_rows(columns: int, budget: int = 1 << 24) -> int:
-    """Rows of a (rows, columns) score block that stay within `budget` entries (128 MiB in float64)."""
+    """Rows of a (rows, columns) score block that stay within `budget` entries (128 MiB in
+    float64).
+    """
     return max(1, budget // max(columns, 1))
 
 

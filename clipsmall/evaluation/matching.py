@@ -1,4 +1,6 @@
-"""Retrieval when answers can be taken once: Sinkhorn-normalised scores and the best assignment, beside argmax."""
+"""Retrieval when answers can be taken once: Sinkhorn-normalised scores and the best assignment,
+beside argmax.
+"""
 
 import math
 
@@ -11,14 +13,19 @@ from clipsmall.evaluation.hits import chunk_rows, hits, scores
 from clipsmall.evaluation.retrieval import Relevance, retrieval_of
 from clipsmall.evaluation.view import View
 
-SQUARE = 2000  # pairs that are assigned: scipy takes seconds for them, and cubically longer for more
+SQUARE = (
+    # pairs that are assigned: scipy takes seconds for them, and cubically longer for more
+    2000
+)
 
 
-def potentials(x: Tensor, y: Tensor, scale: float, iterations: int, tolerance: float) -> tuple[Tensor, Tensor, float]:
+def potentials(
+    x: Tensor, y: Tensor, scale: float, iterations: int, tolerance: float
+) -> tuple[Tensor, Tensor, float]:
     """(n, D), (m, D) -> f (n,), g (m,) and the largest error of a row sum.
 
-    exp(scale · x_i·y_j + f_i + g_j) has row sums 1 and column sums n/m: Sinkhorn in the log domain (Peyré & Cuturi
-    2019, arXiv 1803.00567, §4.4), without ever holding the n × m matrix.
+    exp(scale · x_i·y_j + f_i + g_j) has row sums 1 and column sums n/m: Sinkhorn in the log domain
+    (Peyré & Cuturi 2019, arXiv 1803.00567, §4.4), without ever holding the n × m matrix.
     """
     g = torch.zeros(len(y), dtype=torch.float64)
     f = -_log_sums(x, y, g, scale)
@@ -40,8 +47,11 @@ def _log_sums(x: Tensor, y: Tensor, offset: Tensor, scale: float) -> Tensor:
 
 
 def one_to_one(belongs: Relevance, limit: int = SQUARE) -> tuple[Tensor, Tensor]:
-    """(p,), (p,) images and texts that belong together, each once, `limit` of them at most, evenly chosen."""
-    images, texts = dict[int, int](), set[int]()
+    """(p,), (p,) images and texts that belong together, each once, `limit` of them at most, evenly
+    chosen.
+    """
+    images = dict[int, int]()
+    texts = set[int]()
     for image, text in zip(belongs.image.tolist(), belongs.text.tolist(), strict=True):
         if image not in images and text not in texts:
             images[image] = text
@@ -51,35 +61,47 @@ def one_to_one(belongs: Relevance, limit: int = SQUARE) -> tuple[Tensor, Tensor]
 
 
 def assigned(x: Tensor, y: Tensor) -> Tensor:
-    """(p, D), (p, D) -> (p,) the column of each row in the one-to-one assignment of the highest sum (Hungarian).
+    """(p, D), (p, D) -> (p,) the column of each row in the one-to-one assignment of the highest sum
+    (Hungarian).
 
-    Columns are shuffled first: among equal scores scipy prefers the diagonal, which here is the truth.
+    Columns are shuffled first: among equal scores scipy prefers the diagonal, which here is the
+    truth.
     """
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
-    return order[torch.from_numpy(linear_sum_assignment(scores(x, y[order]).numpy(), maximize=True)[1])]
+    return order[
+        torch.from_numpy(linear_sum_assignment(scores(x, y[order]).numpy(), maximize=True)[1])
+    ]
 
 
 def matching(view: View, iterations: int = 50, tolerance: float = 1e-3) -> Cell:
     """What knowing that answers are taken once is worth.
 
-    `sinkhorn_*_retrieval_recall@k` over all images and captions: an answer's score is lowered by its potential, so
-    hubs that everybody finds stand back. On a one-to-one part (up to 2,000 pairs) three ways beside each other:
-    `argmax`, `sinkhorn` (argmax of normalised scores) and `hungarian` (the best assignment). Both use the whole set of
-    queries at once, which a search engine does not have. The scale is the model's own. Memory is bounded, time that of
-    up to a hundred retrievals.
+    `sinkhorn_*_retrieval_recall@k` over all images and captions: an answer's score is lowered by
+    its potential, so hubs that everybody finds stand back. On a one-to-one part (up to 2,000 pairs)
+    three ways beside each other: `argmax`, `sinkhorn` (argmax of normalised scores) and `hungarian`
+    (the best assignment). Both use the whole set of queries at once, which a search engine does not
+    have. The scale is the model's own. Memory is bounded, time that of up to a hundred retrievals.
     """
-    images, texts, belongs = view.images[view.captioned], view.texts, view.captions[1]
+    images = view.images[view.captioned]
+    texts = view.texts
+    belongs = view.captions[1]
     scale = view.encoder.model.logit_scale.exp().item()
     f, g, error = potentials(images, texts, scale, iterations, tolerance)
-    # a query's own potential moves all its answers alike; so both can be two more coordinates of plain products
+    # a query's own potential moves all its answers alike; so both can be two more coordinates of
+    # plain products
     ones = torch.ones(len(images), 1), torch.ones(len(texts), 1)
     lifted_images = torch.cat([images * scale, f[:, None].float(), ones[0]], dim=1)
     lifted_texts = torch.cat([texts, ones[1], g[:, None].float()], dim=1)
     cell = retrieval_of(lifted_images, lifted_texts, belongs, view.data.name, view.uncaptioned)
-    cell.task, cell.metrics = "matching", {f"sinkhorn_{name}": value for name, value in cell.metrics.items()}
+    cell.task, cell.metrics = (
+        "matching",
+        {f"sinkhorn_{name}": value for name, value in cell.metrics.items()},
+    )
     cell.chance = {f"sinkhorn_{name}": value for name, value in cell.chance.items()}
     mine, own = one_to_one(belongs)
-    x, y, truth = images[mine], texts[own], torch.eye(len(mine), dtype=torch.bool)
+    x = images[mine]
+    y = texts[own]
+    truth = torch.eye(len(mine), dtype=torch.bool)
     f, g, square_error = potentials(x, y, scale, iterations, tolerance)
     normal = scores(x, y).double() * scale + f[:, None] + g
     for way, values in (("argmax", scores(x, y)), ("sinkhorn", normal)):
@@ -87,5 +109,9 @@ def matching(view: View, iterations: int = 50, tolerance: float = 1e-3) -> Cell:
         cell.metrics[f"{way}_text_to_image"] = hits(values.T, truth, (1,)).mean().item()
     cell.metrics["hungarian"] = (assigned(x, y) == torch.arange(len(mine))).double().mean().item()
     cell.counts |= {"matched": len(mine)}
-    cell.details = {"iterations": iterations, "row_error": error, "row_error_of_matched": square_error}
+    cell.details = {
+        "iterations": iterations,
+        "row_error": error,
+        "row_error_of_matched": square_error,
+    }
     return cell

@@ -1,4 +1,6 @@
-"""Class names and prompt templates: open_clip's built-in ones, a user's files, or the data set's own words."""
+"""Class names and prompt templates: open_clip's built-in ones, a user's files, or the data set's
+own words.
+"""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -7,7 +9,8 @@ Template = Callable[[str], str]
 
 
 def templates(name: str) -> list[Template]:
-    """`plain` = the class name alone; `simple` and `openai` = open_clip's 7 and 80; else a file of lines with {c}.
+    """`plain` = the class name alone; `simple` and `openai` = open_clip's 7 and 80; else a file of
+    lines with {c}.
 
     Raises:
         ValueError: no such file, or a line without {c}.
@@ -17,7 +20,11 @@ def templates(name: str) -> list[Template]:
     if name in ("simple", "openai"):
         import open_clip
 
-        named = open_clip.SIMPLE_IMAGENET_TEMPLATES if name == "simple" else open_clip.OPENAI_IMAGENET_TEMPLATES
+        named = (
+            open_clip.SIMPLE_IMAGENET_TEMPLATES
+            if name == "simple"
+            else open_clip.OPENAI_IMAGENET_TEMPLATES
+        )
         return list(named)
     lines = _lines(name, "templates (plain, simple, openai or a file)")
     for number, line in enumerate(lines, start=1):
@@ -27,7 +34,8 @@ def templates(name: str) -> list[Template]:
 
 
 def classes(name: str, captions: list[list[str]], labels: list[str | int]) -> list[str]:
-    """`imagenet`, `captions` and `labels` (the data set's distinct ones, sorted), or a file with a class a line.
+    """`imagenet`, `captions` and `labels` (the data set's distinct ones, sorted), or a file with a
+    class a line.
 
     Names that differ in letter case alone are one class.
 
@@ -55,7 +63,11 @@ def _distinct(names: Iterable[str]) -> list[str]:
 
 def _lines(path: str, what: str) -> list[str]:
     try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [
+            line.strip()
+            for line in Path(path).read_text(encoding="utf-8").splitlines()
+            if line.strip()
+        ]
     except OSError as error:
         raise ValueError(f"{what}: {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:

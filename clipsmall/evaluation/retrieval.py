@@ -40,9 +40,12 @@ class Relevance:
 
 
 def relevance(captions: list[list[str]]) -> tuple[list[str], Relevance]:
-    """Captions by image -> the distinct captions (equal up to case and white space are one), and who owns which."""
+    """Captions by image -> the distinct captions (equal up to case and white space are one), and
+    who owns which.
+    """
     distinct: dict[int, int] = {}
-    texts, owned = list[str](), set[tuple[int, int]]()
+    texts = list[str]()
+    owned = set[tuple[int, int]]()
     for image, all_of_one in enumerate(captions):
         for caption in all_of_one:
             place = distinct.setdefault(caption_hash(caption), len(texts))
@@ -54,27 +57,38 @@ def relevance(captions: list[list[str]]) -> tuple[list[str], Relevance]:
 
 
 def recalls(queries: Tensor, answers: Tensor, belongs: Relevance, side: str) -> dict[int, float]:
-    """recall@k: the share of queries with a right answer among the k best; exact, in chunks of queries.
+    """recall@k: the share of queries with a right answer among the k best; exact, in chunks of
+    queries.
 
     Memory: half a GiB, and the answers in float64, however many there are.
     """
     ks = tuple(k for k in KS if k == 1 or k < len(answers))
-    total, size = torch.zeros(len(ks), dtype=torch.float64), chunk_rows(len(answers))
-    answers = answers.double()  # once, not in every chunk
+    total = torch.zeros(len(ks), dtype=torch.float64)
+    size = chunk_rows(len(answers))
+    # once, not in every chunk
+    answers = answers.double()
     starts = range(0, len(queries), size)
     for start in tqdm(
-        starts, desc=f"{side} queries", delay=3, leave=False, disable=None if world.rank() == 0 else True
+        starts,
+        desc=f"{side} queries",
+        delay=3,
+        leave=False,
+        disable=None if world.rank() == 0 else True,
     ):
         part = queries[start : start + size]
-        total += hits(scores(part, answers), belongs.block(side, start, start + len(part)), ks).sum(dim=0)
+        total += hits(scores(part, answers), belongs.block(side, start, start + len(part)), ks).sum(
+            dim=0
+        )
     return dict(zip(ks, (total / len(queries)).tolist(), strict=True))
 
 
 def retrieval(encoder: Encoder, catalog: Catalog, name: str) -> Cell:
-    """Both ways over all pairs of `catalog`, several captions an image and several images a caption.
+    """Both ways over all pairs of `catalog`, several captions an image and several images a
+    caption.
 
-    `image_retrieval_recall@k`: a caption finds one of its images; `text_retrieval_recall@k`: an image one of its
-    captions (CLIP_benchmark's names and definition). Equal captions count as one text with several right images.
+    `image_retrieval_recall@k`: a caption finds one of its images; `text_retrieval_recall@k`: an
+    image one of its captions (CLIP_benchmark's names and definition). Equal captions count as one
+    text with several right images.
 
     Raises:
         ValueError: features that are not finite.
@@ -86,7 +100,9 @@ def retrieval(encoder: Encoder, catalog: Catalog, name: str) -> Cell:
     return retrieval_of(images, features, belongs, name, skipped=catalog.total - len(rows))
 
 
-def retrieval_of(images: Tensor, features: Tensor, belongs: Relevance, name: str, skipped: int = 0) -> Cell:
+def retrieval_of(
+    images: Tensor, features: Tensor, belongs: Relevance, name: str, skipped: int = 0
+) -> Cell:
     """The same of (n, D) features of images and (m, D) of captions.
 
     Raises:

@@ -8,7 +8,8 @@ from clipsmall.evaluation.cells import Cell
 from clipsmall.evaluation.corruptions import COMMON, SEVERITIES, Corruption
 from clipsmall.evaluation.view import View
 
-MAIN = {  # the metrics of a task that are averaged to one number
+# the metrics of a task that are averaged to one number
+MAIN = {
     "zero_shot": ("acc1",),
     "retrieval": ("image_retrieval_recall@1", "text_retrieval_recall@1"),
     "knn": ("acc1",),
@@ -24,25 +25,38 @@ def robustness(
 ) -> Cell:
     """Tasks of `MAIN` on clean pictures, and on every corruption at every severity.
 
-    For each task: `{task}_clean`, `{task}_corrupted` (the mean over severities, then corruptions), `{task}_relative`
-    (corrupted / clean); `details` has each corruption's mean by severity. Texts and probes are those of the clean
-    pictures. One pass through the image tower a corruption and severity.
+    For each task: `{task}_clean`, `{task}_corrupted` (the mean over severities, then corruptions),
+    `{task}_relative` (corrupted / clean); `details` has each corruption's mean by severity. Texts
+    and probes are those of the clean pictures. One pass through the image tower a corruption and
+    severity.
 
     Raises:
         ValueError: no such corruption or severity, or no task.
     """
     if not tasks or not corruptions or not severities:
-        raise ValueError("robustness needs a task (zero_shot, retrieval, knn, linear_probe), a corruption, a severity")
+        raise ValueError(
+            "robustness needs a task (zero_shot, retrieval, knn, linear_probe), a corruption, a severity"
+        )
     side = view.encoder.model.spec.size
-    changes = {name: [Corruption(name, severity, side) for severity in severities] for name in corruptions}
+    changes = {
+        name: [Corruption(name, severity, side) for severity in severities] for name in corruptions
+    }
 
     def measure(there: View) -> dict[str, float]:
         found = {task: run(there).metrics for task, run in tasks.items()}
         return {task: float(np.mean([found[task][name] for name in MAIN[task]])) for task in tasks}
 
-    clean = measure(view)  # first: what it makes of texts and train images is shared with the changed views
-    found = {name: [measure(view.changed(change)) for change in changes[name]] for name in corruptions}
-    cell = Cell(view.data.name, "robustness", {}, counts={"images": len(view.images), "skipped": view.skipped})
+    # first: what it makes of texts and train images is shared with the changed views
+    clean = measure(view)
+    found = {
+        name: [measure(view.changed(change)) for change in changes[name]] for name in corruptions
+    }
+    cell = Cell(
+        view.data.name,
+        "robustness",
+        {},
+        counts={"images": len(view.images), "skipped": view.skipped},
+    )
     cell.counts |= {"corruptions": len(corruptions), "severities": len(severities)}
     for task in tasks:
         table = {name: [at[task] for at in found[name]] for name in corruptions}

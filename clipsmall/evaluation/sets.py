@@ -1,4 +1,6 @@
-"""A data set to evaluate on: our shards, or CLIP_benchmark's layout as it is, with the words that belong to it."""
+"""A data set to evaluate on: our shards, or CLIP_benchmark's layout as it is, with the words that
+belong to it.
+"""
 
 import hashlib
 import shlex
@@ -10,18 +12,35 @@ from clipsmall.data import Catalog, build_index, index_path, open_catalog, shard
 from clipsmall.data.index import IMAGE_SUFFIXES
 from clipsmall.distributed import world
 
-KINDS = {"retrieval": "retrieval", "multilabel": "zero_shot"}  # dataset_type.txt -> the task it is made for
-TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".zip")  # that data_tools.make_shards opens
+# dataset_type.txt -> the task it is made for
+KINDS = {
+    "retrieval": "retrieval",
+    "multilabel": "zero_shot",
+}
+# that data_tools.make_shards opens
+TABLES = (
+    ".csv",
+    ".tsv",
+    ".jsonl",
+    ".ndjson",
+    ".parquet",
+    ".zip",
+)
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """Images, where their class names and templates come from (see `prompts`), and how to tell an image's class."""
+    """Images, where their class names and templates come from (see `prompts`), and how to tell an
+    image's class.
+    """
 
     name: str
-    shards: str  # folder, glob or brace list
-    train: str  # of the images that probes learn from; "" = none known
-    kind: str  # one of KINDS, or "": whatever it has
+    # folder, glob or brace list
+    shards: str
+    # of the images that probes learn from; "" = none known
+    train: str
+    # one of KINDS, or "": whatever it has
+    kind: str
     classes: str
     templates: str
     label: str
@@ -33,52 +52,76 @@ class DataSet:
 
     @cached_property
     def training(self) -> Catalog:
-        """The images that probes learn from. Raises ValueError where there are none, or the very ones to classify."""
+        """The images that probes learn from. Raises ValueError where there are none, or the very
+        ones to classify.
+        """
         if not self.train:
-            raise ValueError(f"{self.name}: no images to learn from beside it (a folder `train`); name them by --train")
+            raise ValueError(
+                f"{self.name}: no images to learn from beside it (a folder `train`); name them by --train"
+            )
         if both := {path.resolve() for path in shard_paths(self.train)} & {
             path.resolve() for path in shard_paths(self.shards)
         }:
-            raise ValueError(f"{self.name}: would learn from the images it is asked about ({min(both)}); see --train")
+            raise ValueError(
+                f"{self.name}: would learn from the images it is asked about ({min(both)}); see --train"
+            )
         return _indexed(self.train)
 
     @property
     def tasks(self) -> list[str]:
-        """What it is made for: retrieval where it has captions, zero_shot where it has a class list or label."""
+        """What it is made for: retrieval where it has captions, zero_shot where it has a class list
+        or label.
+        """
         if self.kind:
             return [KINDS[self.kind]]
         captions = bool(self.catalog.caption_hash.any())
-        return ["zero_shot"] * (self.classes != "captions" or not captions) + ["retrieval"] * captions
+        return ["zero_shot"] * (self.classes != "captions" or not captions) + [
+            "retrieval"
+        ] * captions
 
     def digest(self, training: bool) -> str:
         """Of all that results on it depend on."""
-        words = [self.label, self.catalog.fingerprint, *["multilabel"] * (self.kind == "multilabel")]
+        words = [
+            self.label,
+            self.catalog.fingerprint,
+            *["multilabel"] * (self.kind == "multilabel"),
+        ]
         if training:
             try:
                 words.append(self.training.fingerprint)
-            except ValueError as error:  # the task will say so
+            except ValueError as error:
+                # the task will say so
                 words.append(str(error))
         for words_or_file in (self.classes, self.templates):
             path = Path(words_or_file)
             # bytes that are no text are for the task to refuse
-            words.append(path.read_text(encoding="utf-8", errors="replace") if path.is_file() else words_or_file)
+            words.append(
+                path.read_text(encoding="utf-8", errors="replace")
+                if path.is_file()
+                else words_or_file
+            )
         return hashlib.sha256("\0".join(words).encode()).hexdigest()
 
 
-def open_set(path: str, classes: str = "", templates: str = "", label: str = "", train: str = "") -> DataSet:
+def open_set(
+    path: str, classes: str = "", templates: str = "", label: str = "", train: str = ""
+) -> DataSet:
     """The data set at `path`; what is not given is looked for beside its shards.
 
     Args:
-        path: a folder, glob or brace list of tars, or a folder with `test/` in CLIP_benchmark's layout:
-            `{split}/{i}.tar`, `{split}/nshards.txt`, `classnames.txt`, `zeroshot_classification_templates.txt`,
-            `dataset_type.txt`. The last three may also lie beside a folder of tars.
+        path: a folder, glob or brace list of tars, or a folder with `test/` in CLIP_benchmark's
+            layout: `{split}/{i}.tar`, `{split}/nshards.txt`, `classnames.txt`,
+            `zeroshot_classification_templates.txt`, `dataset_type.txt`. The last three may also lie
+            beside a folder of tars.
         classes, templates, label: as `zero_shot` takes them.
         train: shards of images to learn from; default: the folder `train` beside.
 
     Raises:
-        ValueError: no shards (for images: with the command that makes them), or not as many as nshards.txt says.
+        ValueError: no shards (for images: with the command that makes them), or not as many as
+            nshards.txt says.
     """
-    root, shards = Path(path).resolve(), path
+    root = Path(path).resolve()
+    shards = path
     if _has_test(root):
         shards = str(root / "test")
     else:
@@ -99,13 +142,16 @@ def open_set(path: str, classes: str = "", templates: str = "", label: str = "",
         templates=templates or beside("zeroshot_classification_templates.txt", "plain"),
         label=label,
     )
-    assert len(found.catalog)  # opened now: what is missing is told before a model is loaded
+    # opened now: what is missing is told before a model is loaded
+    assert len(found.catalog)
     assert not train or len(found.training)
     return found
 
 
 def set_name(path: str) -> str:
-    """The name of a data set in results: of a folder with `test/` in it its own, else with its parent's in front."""
+    """The name of a data set in results: of a folder with `test/` in it its own, else with its
+    parent's in front.
+    """
     root = Path(path).resolve()
     return root.name if _has_test(root) else f"{root.parent.name}/{root.name}"
 
@@ -121,7 +167,8 @@ def _word(path: Path) -> str:
 def _refuse_images(path: str) -> None:
     """Raises ValueError for images that are no shards yet, and says how they become some."""
     place = Path(path.removeprefix("hf:")).resolve()
-    made = f"{place.parent.name}-shards/test" if place.name == "test" else f"{place.stem}-shards"  # train fits beside
+    # train fits beside
+    made = f"{place.parent.name}-shards/test" if place.name == "test" else f"{place.stem}-shards"
     if path.startswith("hf:"):
         columns = "--split test --caption COLUMN --label COLUMN"
     elif place.suffix in TABLES and place.is_file():
@@ -130,7 +177,8 @@ def _refuse_images(path: str) -> None:
         columns = "--label class"
     else:
         return
-    given, out = shlex.quote(path), shlex.quote(f"data/{made}")
+    given = shlex.quote(path)
+    out = shlex.quote(f"data/{made}")
     raise ValueError(
         f"{path}: no shards (*.tar) yet; make them: python -m data_tools.make_shards {given} {out} {columns}; "
         f"then evaluate with --data {out} --label label"
@@ -142,9 +190,12 @@ def _is_image(path: Path) -> bool:
 
 
 def _check_count(shards: str) -> None:
-    said, there = _word(Path(shards) / "nshards.txt"), len(shard_paths(shards))
+    said = _word(Path(shards) / "nshards.txt")
+    there = len(shard_paths(shards))
     if said and said != str(there):
-        raise ValueError(f"{shards}: nshards.txt says {said}, {there} tars are there; copy the missing ones")
+        raise ValueError(
+            f"{shards}: nshards.txt says {said}, {there} tars are there; copy the missing ones"
+        )
 
 
 def _indexed(shards: str) -> Catalog:
@@ -154,7 +205,10 @@ def _indexed(shards: str) -> Catalog:
             if not index_path(shard).exists():
                 write_index(shard, build_index(shard))
     except OSError as error:
-        raise ValueError(f"{shards}: has no index and none can be written beside it ({error.strerror})") from None
+        raise ValueError(
+            f"{shards}: has no index and none can be written beside it ({error.strerror})"
+        ) from None
     finally:
-        world.barrier()  # also after an error, or the others would wait here for ever; they fail below
+        # also after an error, or the others would wait here for ever; they fail below
+        world.barrier()
     return open_catalog(shards, captions=False)

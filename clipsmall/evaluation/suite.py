@@ -27,8 +27,10 @@ from clipsmall.evaluation.sets import DataSet
 from clipsmall.evaluation.top1 import top1
 from clipsmall.evaluation.view import View
 
-VERSION = 2  # to be raised when a task's numbers change
-TASKS = {  # by their names in cells, of which the first three are CLIP_benchmark's
+# to be raised when a task's numbers change
+VERSION = 2
+# by their names in cells, of which the first three are CLIP_benchmark's
+TASKS = {
     "zero_shot": "zeroshot_classification",
     "retrieval": "zeroshot_retrieval",
     "linear_probe": "linear_probe",
@@ -40,7 +42,8 @@ TASKS = {  # by their names in cells, of which the first three are CLIP_benchmar
     "top1": "top1",
     "candidates": "candidates",
 }
-DEPENDS = {  # task -> the settings that change its numbers
+# task -> the settings that change its numbers
+DEPENDS = {
     "zero_shot": ("empty_classes",),
     "calibration": ("empty_classes",),
     "knn": ("k", "temperature"),
@@ -48,7 +51,8 @@ DEPENDS = {  # task -> the settings that change its numbers
     "top1": ("corruptions", "severities"),
     "candidates": ("candidates",),
 }
-OF_SEVERAL_LABELS = ("zero_shot", "top1")  # the tasks that a multi-label set without captions has
+# the tasks that a multi-label set without captions has
+OF_SEVERAL_LABELS = ("zero_shot", "top1")
 
 
 @dataclass(frozen=True)
@@ -56,11 +60,13 @@ class Settings:
     """What tasks can be told; what a task depends on is part of its cell's key."""
 
     k: int = 20
-    temperature: float = 0.07  # of kNN's votes; 0 = majority
+    # of kNN's votes; 0 = majority
+    temperature: float = 0.07
     corruptions: tuple[str, ...] = COMMON
     severities: tuple[int, ...] = SEVERITIES
     empty_classes: bool = False
-    candidates: int = 32  # of a hard set
+    # of a hard set
+    candidates: int = 32
 
     def told(self, tasks: Sequence[str]) -> dict[str, Any]:
         """Those that these tasks depend on, for the key of a cell."""
@@ -69,10 +75,14 @@ class Settings:
 
 
 def zero_shot(view: View) -> Cell:
-    """As `classification.zero_shot`, of features that other tasks share; of a multi-label set, its mAP."""
+    """As `classification.zero_shot`, of features that other tasks share; of a multi-label set, its
+    mAP.
+    """
     if view.data.kind == "multilabel":
         return ranked(view)
-    classes, labels = view.class_features, view.labels  # before images: a wrong list is told at once
+    # before images: a wrong list is told at once
+    classes = view.class_features
+    labels = view.labels
     return Cell(
         view.data.name,
         TASKS["zero_shot"],
@@ -83,12 +93,16 @@ def zero_shot(view: View) -> Cell:
 
 
 def ranked(view: View) -> Cell:
-    """`mean_average_precision` over the classes that have an image (CLIP_benchmark's name); see `average_precisions`.
+    """`mean_average_precision` over the classes that have an image (CLIP_benchmark's name); see
+    `average_precisions`.
 
     Raises:
-        ValueError: targets that are none, classes without an image (unless allowed), or none at all with one.
+        ValueError: targets that are none, classes without an image (unless allowed), or none at all
+            with one.
     """
-    classes, features, targets = view.classes, view.class_features, view.targets
+    classes = view.classes
+    features = view.class_features
+    targets = view.targets
     found = average_precisions(view.images, features, targets)
     here = ~found.isnan()
     if not here.any():
@@ -98,13 +112,20 @@ def ranked(view: View) -> Cell:
         TASKS["zero_shot"],
         {"mean_average_precision": found[here].mean().item()},
         {"mean_average_precision": targets[:, here].double().mean().item()},
-        {"images": len(targets), "classes": len(classes), "labels": int(targets.sum()), "skipped": view.skipped},
+        {
+            "images": len(targets),
+            "classes": len(classes),
+            "labels": int(targets.sum()),
+            "skipped": view.skipped,
+        },
     )
 
 
 def retrieval(view: View) -> Cell:
     """As `retrieval.retrieval`, of features that other tasks share."""
-    images, texts, belongs = view.images[view.captioned], view.texts, view.captions[1]
+    images = view.images[view.captioned]
+    texts = view.texts
+    belongs = view.captions[1]
     return retrieval_of(images, texts, belongs, view.data.name, view.uncaptioned)
 
 
@@ -133,7 +154,8 @@ class Model:
     """A model under its name in the results."""
 
     name: str
-    pretrained: str  # a weight tag, or "" and the first digits of the weights' digest stand in
+    # a weight tag, or "" and the first digits of the weights' digest stand in
+    pretrained: str
     encoder: Encoder
 
     def __post_init__(self) -> None:
@@ -141,37 +163,50 @@ class Model:
         self.pretrained = self.pretrained or self.digest[:8]
 
 
-def evaluate(model: Model, sets: Sequence[DataSet], tasks: Sequence[str], settings: Settings, out: Path) -> list[str]:
+def evaluate(
+    model: Model, sets: Sequence[DataSet], tasks: Sequence[str], settings: Settings, out: Path
+) -> list[str]:
     """Fill the cells of a model that are not filled yet; returns what went wrong, a line a cell.
 
-    A cell is done when its file says that it was made from these weights, these data and these settings. One that fails
-    is told and left out, the others go on. Every rank must call; the first one writes.
+    A cell is done when its file says that it was made from these weights, these data and these
+    settings. One that fails is told and left out, the others go on. Every rank must call; the first
+    one writes.
     """
     asked = [(data, task) for data in sets for task in dict.fromkeys(tasks or data.tasks)]
     done = _done(model, asked, settings, tasks, out)
-    failures, views = list[str](), dict[str, View]()
+    failures = list[str]()
+    views = dict[str, View]()
     for (data, task), key in zip(asked, done, strict=True):
         if not key:
             continue
         if data.name not in views:
-            views = {data.name: View(model.encoder, data, settings.empty_classes)}  # features of one set at a time
+            # features of one set at a time
+            views = {data.name: View(model.encoder, data, settings.empty_classes)}
         try:
             if data.kind == "multilabel" and task not in OF_SEVERAL_LABELS:
-                raise ValueError(f"a multi-label set has no such cell, only {' and '.join(OF_SEVERAL_LABELS)}")
+                raise ValueError(
+                    f"a multi-label set has no such cell, only {' and '.join(OF_SEVERAL_LABELS)}"
+                )
             cell = evaluations(settings, _base(data, tasks))[task](views[data.name])
         except Exception as error:
-            if world.size() > 1 and (not isinstance(error, ValueError) or isinstance(error, ShardError)):
-                raise  # perhaps of this rank alone, and then the others are waiting for it
+            if world.size() > 1 and (
+                not isinstance(error, ValueError) or isinstance(error, ShardError)
+            ):
+                # perhaps of this rank alone, and then the others are waiting for it
+                raise
             kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
             failures.append(f"{model.name} on {data.name}, {task}: {kind}{error}")
             continue
         cell.key = key
         if world.rank() == 0:
-            if task == "calibration":  # first: a cell that is there counts as done
+            # first: a cell that is there counts as done
+            if task == "calibration":
                 path = cell_path(out, data.name, model.pretrained, model.name, cell.task)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 draw(cell, path.with_suffix(".png"))
-            print(f"written to {write_cell(cell, out, model.name, model.pretrained)}", file=sys.stderr)
+            print(
+                f"written to {write_cell(cell, out, model.name, model.pretrained)}", file=sys.stderr
+            )
     return failures
 
 
@@ -180,18 +215,33 @@ def _base(data: DataSet, tasks: Sequence[str]) -> list[str]:
 
 
 def _done(
-    model: Model, asked: list[tuple[DataSet, str]], settings: Settings, tasks: Sequence[str], out: Path
+    model: Model,
+    asked: list[tuple[DataSet, str]],
+    settings: Settings,
+    tasks: Sequence[str],
+    out: Path,
 ) -> list[str]:
-    """For each cell its key, or "" where it is done: as the first rank finds it, so that all go the same way."""
+    """For each cell its key, or "" where it is done: as the first rank finds it, so that all go the
+    same way.
+    """
     keys = list[str]()
     for data, task in asked:
         base = _base(data, tasks) if task == "robustness" else []
         learns = bool({task, *base} & {"knn", "linear_probe"})
-        parts = [VERSION, model.digest, data.digest(learns), task, base, settings.told([task, *base])]
+        parts = [
+            VERSION,
+            model.digest,
+            data.digest(learns),
+            task,
+            base,
+            settings.told([task, *base]),
+        ]
         key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
         path = cell_path(out, data.name, model.pretrained, model.name, TASKS[task])
         keys.append("" if _key_of(path) == key else key)
-    first: list[str] = json.loads(world.gather_bytes(json.dumps(keys).encode(), model.encoder.device)[0])
+    first: list[str] = json.loads(
+        world.gather_bytes(json.dumps(keys).encode(), model.encoder.device)[0]
+    )
     return first
 
 

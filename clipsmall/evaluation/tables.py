@@ -1,4 +1,6 @@
-"""All cells of a folder as tables: CLIP_benchmark's CSV, DataComp's lines, and a page for the terminal."""
+"""All cells of a folder as tables: CLIP_benchmark's CSV, DataComp's lines, and a page for the
+terminal.
+"""
 
 import json
 import os
@@ -9,23 +11,40 @@ import pandas as pd
 
 from clipsmall.evaluation.cells import safe
 
-FIRST = [  # CLIP_benchmark's columns, in its order; what else we measure stands behind
-    "acc1", "acc5", "mean_per_class_recall", "mean_average_precision", "image_retrieval_recall@5",
-    "text_retrieval_recall@5", "dataset", "model", "pretrained", "task", "language", "model_fullname",
-]  # fmt: skip
+# CLIP_benchmark's columns, in its order; what else we measure stands behind
+FIRST = [
+    "acc1",
+    "acc5",
+    "mean_per_class_recall",
+    "mean_average_precision",
+    "image_retrieval_recall@5",
+    "text_retrieval_recall@5",
+    "dataset",
+    "model",
+    "pretrained",
+    "task",
+    "language",
+    "model_fullname",
+]
 
-WIDE = 3  # metrics that fit across a terminal
+# metrics that fit across a terminal
+WIDE = 3
 
 
 def read_cells(folder: Path) -> list[dict[str, Any]]:
-    """Every cell in the folder, ours or CLIP_benchmark's, by file name; other JSON is passed over."""
+    """Every cell in the folder, ours or CLIP_benchmark's, by file name; other JSON is passed
+    over.
+    """
     found = []
-    for path in sorted(folder.glob("[!.]*.json")):  # not the parts of files that a kill left behind
+    # not the parts of files that a kill left behind
+    for path in sorted(folder.glob("[!.]*.json")):
         try:
             cell = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
-        if isinstance(cell, dict) and {"dataset", "model", "pretrained", "task", "metrics"} <= set(cell):
+        if isinstance(cell, dict) and {"dataset", "model", "pretrained", "task", "metrics"} <= set(
+            cell
+        ):
             found.append(cell)
     return found
 
@@ -34,14 +53,21 @@ def benchmark(cells: list[dict[str, Any]]) -> pd.DataFrame:
     """A row a cell, a column a metric, as `clip_benchmark build` joins them."""
     rows = []
     for cell in cells:
-        told = {name: cell.get(name, "en") for name in ("dataset", "model", "pretrained", "task", "language")}
-        rows.append({**cell["metrics"], **told, "model_fullname": f"{cell['model']} {cell['pretrained']}"})
+        told = {
+            name: cell.get(name, "en")
+            for name in ("dataset", "model", "pretrained", "task", "language")
+        }
+        rows.append(
+            {**cell["metrics"], **told, "model_fullname": f"{cell['model']} {cell['pretrained']}"}
+        )
     table = pd.DataFrame(rows)
     return table.reindex(columns=[*FIRST, *(name for name in table.columns if name not in FIRST)])
 
 
 def eval_results(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Zero-shot and retrieval cells of one model as DataComp's lines: key, dataset, metrics with `main_metric`."""
+    """Zero-shot and retrieval cells of one model as DataComp's lines: key, dataset, metrics with
+    `main_metric`.
+    """
     lines = []
     for cell in cells:
         metrics = dict(cell["metrics"])
@@ -54,7 +80,8 @@ def eval_results(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
         else:
             continue
         known = [value for value in main if value is not None]
-        if len(known) < len(main):  # CLIP_benchmark's own cells need not have them
+        # CLIP_benchmark's own cells need not have them
+        if len(known) < len(main):
             continue
         metrics["main_metric"] = sum(known) / len(known)
         if len(known) > 1:
@@ -64,7 +91,9 @@ def eval_results(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def write_tables(folder: Path) -> None:
-    """`benchmark.csv` of all cells in the folder, and `MODEL_PRETRAINED/eval_results.jsonl` of each model."""
+    """`benchmark.csv` of all cells in the folder, and `MODEL_PRETRAINED/eval_results.jsonl` of each
+    model.
+    """
     cells = read_cells(folder)
     if not cells:
         return
@@ -74,7 +103,10 @@ def write_tables(folder: Path) -> None:
         models.setdefault(f"{safe(cell['model'])}_{safe(cell['pretrained'])}", []).append(cell)
     for name, own in models.items():
         if lines := eval_results(own):
-            _write(folder / name / "eval_results.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+            _write(
+                folder / name / "eval_results.jsonl",
+                "".join(json.dumps(line) + "\n" for line in lines),
+            )
 
 
 def _write(path: Path, text: str) -> None:
@@ -85,7 +117,9 @@ def _write(path: Path, text: str) -> None:
 
 
 def printed(cells: list[dict[str, Any]]) -> str:
-    """A table a task: models on data sets down and metrics across, or the other way round where that is too wide."""
+    """A table a task: models on data sets down and metrics across, or the other way round where
+    that is too wide.
+    """
     parts = []
     for task in dict.fromkeys(cell["task"] for cell in cells):
         here = [cell for cell in cells if cell["task"] == task]
@@ -97,6 +131,10 @@ def printed(cells: list[dict[str, Any]]) -> str:
         if len(table.columns) > WIDE:
             table = table.T
         missed = sum(cell.get("counts", {}).get("skipped", 0) for cell in here)
-        note = f" ({missed:,} images could not be used: see counts.skipped of its cells)" if missed else ""
+        note = (
+            f" ({missed:,} images could not be used: see counts.skipped of its cells)"
+            if missed
+            else ""
+        )
         parts.append(f"{task}{note}\n{table.to_string(float_format='{:.4f}'.format, na_rep='')}")
     return "\n\n".join(parts)

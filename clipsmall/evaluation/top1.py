@@ -20,14 +20,17 @@ from clipsmall.evaluation.view import View
 
 @dataclass(frozen=True)
 class Augmented:
-    """A random view of a picture as SimCLR makes it (arXiv 2002.05709, §A), the same for a picture and `view` always.
+    """A random view of a picture as SimCLR makes it (arXiv 2002.05709, §A), the same for a picture
+    and `view` always.
 
-    Crop of 8 to 100 % of the area, flip, colours shaken (0.4, 0.4, 0.2, 0.1; 4 of 5), grey (1 of 5), blur.
+    Crop of 8 to 100 % of the area, flip, colours shaken (0.4, 0.4, 0.2, 0.1; 4 of 5), grey (1 of
+    5), blur.
     """
 
     view: int
     side: int
-    before: Change | None = None  # a corruption, which comes first
+    # a corruption, which comes first
+    before: Change | None = None
 
     def __call__(self, image: Image.Image, number: int) -> Image.Image:
         if self.before is not None:
@@ -35,14 +38,17 @@ class Augmented:
         kernel = max(3, self.side // 10 | 1)
         steps = v2.Compose(
             [
-                v2.RandomResizedCrop(self.side, scale=(0.08, 1.0), interpolation=v2.InterpolationMode.BICUBIC),
+                v2.RandomResizedCrop(
+                    self.side, scale=(0.08, 1.0), interpolation=v2.InterpolationMode.BICUBIC
+                ),
                 v2.RandomHorizontalFlip(),
                 v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8),
                 v2.RandomGrayscale(p=0.2),
                 v2.GaussianBlur(kernel, sigma=(0.1, 2.0)),
             ]
         )
-        told = repr(self.before).encode()  # each corruption's views are drawn anew, as the paper's are
+        # each corruption's views are drawn anew, as the paper's are
+        told = repr(self.before).encode()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed((number * 1_000_003 + zlib.crc32(told) * 2 + self.view) % 2**63)
             changed: Image.Image = steps(image)
@@ -50,23 +56,34 @@ class Augmented:
 
 
 def top1(
-    view: View, corruptions: Sequence[str] = COMMON, severities: Sequence[int] = (1, 3, 5), limit: int = 1000
+    view: View,
+    corruptions: Sequence[str] = COMMON,
+    severities: Sequence[int] = (1, 3, 5),
+    limit: int = 1000,
 ) -> Cell:
     """R@1, both ways averaged, ties as a random order (Cho et al., arXiv 2307.05906, §5).
 
     - `top1_accuracy`: two random views of every image; does one find the other among all?
-    - `corrupted_top1_accuracy/S`: all corruptions of one image at severity S, two random views of each; does a view
-      find the other of its own corruption among these? Pure hard negatives; a guess is right once in as many.
+    - `corrupted_top1_accuracy/S`: all corruptions of one image at severity S, two random views of
+    each; does a view
+      find the other of its own corruption among these? Pure hard negatives; a guess is right once
+      in as many.
     - `cross_modal_top1_accuracy`: images and captions instead of two views; and
-      `cross_modal_corrupted_top1_accuracy/S`: corrupted images (each by one corruption, in turn) and captions.
+      `cross_modal_corrupted_top1_accuracy/S`: corrupted images (each by one corruption, in turn)
+      and captions.
 
-    The paper multiplies projector outputs as they are; here rows are of length one, as this model compares them. The
-    corrupted task is measured on `limit` images, evenly chosen. Data without captions has no cross-modal part.
+    The paper multiplies projector outputs as they are; here rows are of length one, as this model
+    compares them. The corrupted task is measured on `limit` images, evenly chosen. Data without
+    captions has no cross-modal part.
     """
-    catalog, encoder, side = view.data.catalog, view.encoder, view.encoder.model.spec.size
+    catalog = view.data.catalog
+    encoder = view.encoder
+    side = view.encoder.model.spec.size
     rows = torch.arange(len(catalog)).tolist()
     few = rows[:: -(-len(rows) // limit)]
-    cell = Cell(view.data.name, "top1", {}, counts={"images": len(view.images), "skipped": view.skipped})
+    cell = Cell(
+        view.data.name, "top1", {}, counts={"images": len(view.images), "skipped": view.skipped}
+    )
     cell.counts["corruptions"] = len(corruptions)
 
     def seen(only: list[int], number: int, before: Change | None = None) -> Tensor:
@@ -78,11 +95,15 @@ def top1(
     cell.chance["top1_accuracy"] = 1 / len(view.images)
     with_captions = bool(catalog.caption_hash.any())
     if with_captions:
-        images, texts, belongs = view.images[view.captioned], view.texts, view.captions[1]
+        images = view.images[view.captioned]
+        texts = view.texts
+        belongs = view.captions[1]
         cell.metrics["cross_modal_top1_accuracy"] = cross_modal(images, texts, belongs)
     for severity in severities:
         damage = [Corruption(name, severity, side) for name in corruptions]
-        first, second = (torch.stack([seen(few, v, each) for each in damage], dim=1) for v in (0, 1))
+        first, second = (
+            torch.stack([seen(few, v, each) for each in damage], dim=1) for v in (0, 1)
+        )
         name = f"corrupted_top1_accuracy/{severity}"
         cell.metrics[name], cell.chance[name] = among_corruptions(first, second), 1 / len(damage)
         cell.counts["images_corrupted"] = len(first)
@@ -115,7 +136,9 @@ def cross_modal(images: Tensor, texts: Tensor, belongs: Relevance) -> float:
 
 
 def among_corruptions(first: Tensor, second: Tensor) -> float:
-    """(n, C, D), (n, C, D) of two views of C corruptions of n images -> R@1 among the C, both ways, over images."""
+    """(n, C, D), (n, C, D) of two views of C corruptions of n images -> R@1 among the C, both ways,
+    over images.
+    """
     own = torch.eye(first.shape[1], dtype=torch.bool)
     found = [
         hits(scores(a, b), own, (1,)).mean().item() + hits(scores(b, a), own, (1,)).mean().item()

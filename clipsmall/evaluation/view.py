@@ -28,7 +28,8 @@ class View:
     data: DataSet
     empty_classes: bool = False
     change: Change | None = None
-    learned: dict[str, Any] = field(default_factory=dict)  # from the train images; for changed pictures, too
+    # from the train images; for changed pictures, too
+    learned: dict[str, Any] = field(default_factory=dict)
 
     def changed(self, change: Change) -> "View":
         """The same data set with other pictures: texts, classes and what was learned are shared."""
@@ -92,12 +93,16 @@ class View:
     def names(self) -> list[str]:
         """Class names. Raises ValueError for none."""
         if self.data.kind == "retrieval":
-            raise ValueError(f"{self.data.name}: a retrieval set (dataset_type.txt); it has no classes")
+            raise ValueError(
+                f"{self.data.name}: a retrieval set (dataset_type.txt); it has no classes"
+            )
         # a .npy names no class: without a list of them there are none
         words = Texts([], []) if self.data.kind == "multilabel" else self.words
         names = prompts.classes(self.data.classes, words.captions, words.labels)
         if not names:
-            raise ValueError(f"{self.data.name}: no class names; give a classnames.txt beside it, or --classes")
+            raise ValueError(
+                f"{self.data.name}: no class names; give a classnames.txt beside it, or --classes"
+            )
         return names
 
     @cached_property
@@ -143,7 +148,8 @@ class View:
 
     @cached_property
     def training(self) -> tuple[Tensor, Tensor, Tensor, int]:
-        """(N, D) features and (N,) labels to learn from, (n,) labels of `images`, and how many classes.
+        """(N, D) features and (N,) labels to learn from, (n,) labels of `images`, and how many
+        classes.
 
         Raises:
             ValueError: an image to classify is of a class that none of those to learn from has.
@@ -155,7 +161,9 @@ class View:
         names = sorted({told[row].casefold() for row in rows.tolist()})
         asked = [str(label) for label in self.words.labels]
         known = set(names)
-        strange = [asked[row] for row in self.encoded[1].tolist() if asked[row].casefold() not in known]
+        strange = [
+            asked[row] for row in self.encoded[1].tolist() if asked[row].casefold() not in known
+        ]
         if strange:
             raise ValueError(
                 f"{self.data.name}: {len(strange)} images are of classes without a train image, as {strange[0]!r}; "
@@ -163,4 +171,9 @@ class View:
             )
         places = {name: place for place, name in enumerate(names)}
         here = torch.tensor([places[asked[row].casefold()] for row in self.encoded[1].tolist()])
-        return features, torch.tensor([places[told[row].casefold()] for row in rows.tolist()]), here, len(names)
+        return (
+            features,
+            torch.tensor([places[told[row].casefold()] for row in rows.tolist()]),
+            here,
+            len(names),
+        )

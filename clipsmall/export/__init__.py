@@ -10,7 +10,9 @@ from clipsmall.export.weights import Inexpressible, Tensors, renamed
 __all__ = ["Inexpressible", "to_open_clip", "to_transformers"]
 
 
-def to_transformers(config: dict[str, Any], tensors: Tensors, name: str) -> tuple[dict[str, Any], Tensors]:
+def to_transformers(
+    config: dict[str, Any], tensors: Tensors, name: str
+) -> tuple[dict[str, Any], Tensors]:
     """An open_clip model as a `CLIPModel` or `SiglipModel` of transformers; no number changes.
 
     A CLIPModel has no logit_bias: it is left out (a constant; no ranking depends on it).
@@ -34,13 +36,17 @@ def to_transformers(config: dict[str, Any], tensors: Tensors, name: str) -> tupl
         kept = {key: value.reshape(1) for key, value in scalars.items()}
     else:
         made = clip.to_transformers(config, name)
-        pairs = clip.pairs(config["vision_cfg"].get("layers", 12), text_layers, config.get("custom_text", False))
+        pairs = clip.pairs(
+            config["vision_cfg"].get("layers", 12), text_layers, config.get("custom_text", False)
+        )
         kept = {key: value.reshape(()) for key, value in scalars.items() if key == "logit_scale"}
     found = renamed(tensors, pairs, "transformers", name)
     return made, found | {key: value.clone() for key, value in kept.items()}
 
 
-def to_open_clip(config: dict[str, Any], tensors: Tensors, name: str) -> tuple[dict[str, Any], Tensors]:
+def to_open_clip(
+    config: dict[str, Any], tensors: Tensors, name: str
+) -> tuple[dict[str, Any], Tensors]:
     """A `CLIPModel` or `SiglipModel` of transformers as a model of open_clip; no number changes.
 
     Args:
@@ -57,7 +63,9 @@ def to_open_clip(config: dict[str, Any], tensors: Tensors, name: str) -> tuple[d
     from transformers import CLIPConfig, SiglipConfig
 
     if config["model_type"] not in ("clip", "siglip"):
-        raise Inexpressible(f"{name}: a {config['model_type']!r} model; only clip and siglip are converted")
+        raise Inexpressible(
+            f"{name}: a {config['model_type']!r} model; only clip and siglip are converted"
+        )
     is_siglip = config["model_type"] == "siglip"
     read = (SiglipConfig if is_siglip else CLIPConfig).from_dict(config)
     tensors, scalars = _apart(tensors)
@@ -72,5 +80,7 @@ def to_open_clip(config: dict[str, Any], tensors: Tensors, name: str) -> tuple[d
 
 def _apart(tensors: Tensors) -> tuple[Tensors, dict[str, Tensor]]:
     """Towers, and scale and bias, whose shape is () here and (1,) there."""
-    scalars = {key: tensors[key] for key in ("logit_scale", "logit_bias") if tensors.get(key) is not None}
+    scalars = {
+        key: tensors[key] for key in ("logit_scale", "logit_bias") if tensors.get(key) is not None
+    }
     return {key: value for key, value in tensors.items() if key not in scalars}, scalars

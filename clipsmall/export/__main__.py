@@ -4,8 +4,8 @@
     python -m clipsmall.export runs/lora --to exported/adapter --adapter
     python -m clipsmall.export ViT-B-32 --pretrained laion2b_s34b_b79k --to vit-b-32 --push ORG/NAME --private
 
-LoRA is merged, or with --adapter exported alone, with its scale beside it. The folder is loaded again by both libraries
-and compared with the model before it gets its name.
+LoRA is merged, or with --adapter exported alone, with its scale beside it. The folder is loaded
+again by both libraries and compared with the model before it gets its name.
 """
 
 import argparse
@@ -29,7 +29,9 @@ from clipsmall.storage.run_folder import RunFolder
 
 
 def run_of(name: str) -> tuple[str, dict[str, Any]]:
-    """The checkpoint that MODEL means, if it is one, and what the run's folder tells for the card."""
+    """The checkpoint that MODEL means, if it is one, and what the run's folder tells for the
+    card.
+    """
     path = Path(name)
     if (path / "checkpoints").is_dir():
         path = checkpoint.newest(path / "checkpoints") or path
@@ -42,7 +44,8 @@ def run_of(name: str) -> tuple[str, dict[str, Any]]:
         facts["config"] = read_yaml(str(run.path / "run.yaml"))
     if (run.path / "env.json").exists():
         facts["versions"] = read_json(run.path / "env.json")
-    if run.last_evaluation() in (-1, step):  # those of another step are another model's
+    # those of another step are another model's
+    if run.last_evaluation() in (-1, step):
         facts["cells"] = [read_json(cell) for cell in sorted(run.evaluations.glob("*.json"))]
     return str(path), facts
 
@@ -51,11 +54,15 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error}); mend or move it, the model card is made of it") from None
+        raise ValueError(
+            f"{path}: not JSON ({error}); mend or move it, the model card is made of it"
+        ) from None
 
 
 def export(options: argparse.Namespace) -> None:
-    """Write the folder, whole or not at all. Raises ValueError for a model that cannot be exported."""
+    """Write the folder, whole or not at all. Raises ValueError for a model that cannot be
+    exported.
+    """
     target = Path(options.to).resolve()
     place = options.push or target.name
     source, facts = run_of(options.model)
@@ -67,13 +74,15 @@ def export(options: argparse.Namespace) -> None:
                 f"{options.model}: retrieves through its head {model.through!r}, which neither transformers nor "
                 "open_clip has; without it its embeddings match by chance only"
             )
-        scalars, described = scalars_of(model, loaded), loaded.description
+        scalars = scalars_of(model, loaded)
+        described = loaded.description
         base = described.get("base") or ("" if facts else options.model)
         if options.adapter:
             base = adapter.base_name(described, options.model, bool(options.push))
             revision = described.get("revision") or ""
             adapter.write(*lora.adapter(loaded.towers.model), base, revision, scalars, partial)
-            formats, notes = ["peft", described["kind"]], [adapter.note(scalars, folder.family(loaded))]
+            formats = ["peft", described["kind"]]
+            notes = [adapter.note(scalars, folder.family(loaded))]
         else:
             revision = ""
             if "lora" in described:
@@ -108,15 +117,21 @@ def scalars_of(model: DualEncoder, loaded: Loaded) -> dict[str, Tensor]:
 
 def main(words: list[str] | None = None, api: Any = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m clipsmall.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m clipsmall.export",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("model", help=MODEL_HELP)
     parser.add_argument("--to", required=True, help="new folder")
     parser.add_argument("--pretrained", default="", help="weight tag of an open_clip model")
     parser.add_argument("--adapter", action="store_true", help="LoRA alone, not merged")
     parser.add_argument("--name", default="", help="title of the model card; default: the folder's")
-    parser.add_argument("--licence", default="", help="an identifier of the hub's, such as apache-2.0")
-    parser.add_argument("--push", default="", metavar="ORG/NAME", help="upload to the Hugging Face hub, too")
+    parser.add_argument(
+        "--licence", default="", help="an identifier of the hub's, such as apache-2.0"
+    )
+    parser.add_argument(
+        "--push", default="", metavar="ORG/NAME", help="upload to the Hugging Face hub, too"
+    )
     parser.add_argument("--private", action="store_true", help="make the hub's repository private")
     options = parser.parse_args(words)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -1,4 +1,6 @@
-"""LoRA alone, as peft loads it onto its base: the adapter, and beside it the scale that peft would leave behind."""
+"""LoRA alone, as peft loads it onto its base: the adapter, and beside it the scale that peft would
+leave behind.
+"""
 
 import json
 import math
@@ -17,17 +19,22 @@ def base_name(description: dict[str, Any], name: str, shared: bool) -> str:
         shared: others shall load it, so it must not be a folder of this machine.
 
     Raises:
-        ValueError: no adapters, a base that others do not have, or trained weights that no adapter holds.
+        ValueError: no adapters, a base that others do not have, or trained weights that no adapter
+            holds.
     """
     if "lora" not in description:
-        raise ValueError(f"{name}: was trained without LoRA, there is no adapter; leave --adapter out")
+        raise ValueError(
+            f"{name}: was trained without LoRA, there is no adapter; leave --adapter out"
+        )
     if others := description["lora"].get("others"):
         raise ValueError(
             f"{name}: {len(others)} tensors beside the adapters were trained ({others[0]} …) and would be lost; leave "
             "--adapter out: the merged model has them"
         )
     if not description.get("base"):
-        raise ValueError(f"{name}: its base had fresh weights, which nobody else has; leave --adapter out")
+        raise ValueError(
+            f"{name}: its base had fresh weights, which nobody else has; leave --adapter out"
+        )
     if shared and Path(description["base"]).exists():
         raise ValueError(
             f"{name}: its base is a folder of this machine, which nobody else can load; leave --adapter out"
@@ -37,7 +44,14 @@ def base_name(description: dict[str, Any], name: str, shared: bool) -> str:
     return f"local-dir:{base}" if local else base
 
 
-def write(config: dict[str, Any], tensors: Tensors, base: str, revision: str, scalars: Tensors, folder: Path) -> None:
+def write(
+    config: dict[str, Any],
+    tensors: Tensors,
+    base: str,
+    revision: str,
+    scalars: Tensors,
+    folder: Path,
+) -> None:
     """adapter_config.json, adapter_model.safetensors and scale.json.
 
     Args:
@@ -49,10 +63,16 @@ def write(config: dict[str, Any], tensors: Tensors, base: str, revision: str, sc
     (folder / "adapter_config.json").write_text(json.dumps(named, indent=2) + "\n")
     path = folder / "adapter_model.safetensors"
     save_file({key: value.contiguous() for key, value in tensors.items()}, path)
-    path.chmod(0o644)  # safetensors leaves 0600
-    log, bias = scalars["logit_scale"].item(), scalars.get("logit_bias")
+    # safetensors leaves 0600
+    path.chmod(0o644)
+    log = scalars["logit_scale"].item()
+    bias = scalars.get("logit_bias")
     # the log is what the libraries keep, the factor what people mean
-    scale = {"logit_scale": math.exp(log), "log_logit_scale": log, "logit_bias": None if bias is None else bias.item()}
+    scale = {
+        "logit_scale": math.exp(log),
+        "log_logit_scale": log,
+        "logit_bias": None if bias is None else bias.item(),
+    }
     (folder / "scale.json").write_text(json.dumps(scale, indent=2) + "\n")
 
 

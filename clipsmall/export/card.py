@@ -1,4 +1,6 @@
-"""The model card of an exported model: README.md with the hub's front matter, as the run itself describes it."""
+"""The model card of an exported model: README.md with the hub's front matter, as the run itself
+describes it.
+"""
 
 import re
 from dataclasses import dataclass, field
@@ -27,11 +29,16 @@ class Card:
     base: str = ""
     pretrained: str = ""
     notes: list[str] = field(default_factory=list)
-    config: dict[str, Any] = field(default_factory=dict)  # run.yaml
-    pairs: int = 0  # seen
-    cells: list[dict[str, Any]] = field(default_factory=list)  # eval/*.json
-    versions: dict[str, Any] = field(default_factory=dict)  # env.json
-    lora: dict[str, Any] = field(default_factory=dict)  # targets, options
+    # run.yaml
+    config: dict[str, Any] = field(default_factory=dict)
+    # seen
+    pairs: int = 0
+    # eval/*.json
+    cells: list[dict[str, Any]] = field(default_factory=list)
+    # env.json
+    versions: dict[str, Any] = field(default_factory=dict)
+    # targets, options
+    lora: dict[str, Any] = field(default_factory=dict)
 
 
 def text(card: Card) -> str:
@@ -78,10 +85,16 @@ def _front(card: Card) -> dict[str, Any]:
 
 
 def _training(card: Card) -> Rows:
-    config, lora = card.config, card.lora
+    config = card.config
+    lora = card.lora
     objective = config["objective"]["name"]
-    mix = " + ".join(f"{weight:g} {name}" for name, weight in objective.items()) if isinstance(objective, dict) else ""
-    optim, model = config["optim"], config["model"]
+    mix = (
+        " + ".join(f"{weight:g} {name}" for name, weight in objective.items())
+        if isinstance(objective, dict)
+        else ""
+    )
+    optim = config["optim"]
+    model = config["model"]
     tag = f" ({model['pretrained']})" if model["pretrained"] else ""
     rows: Rows = [
         ("towers", f"{shown(model['name'])}{tag}"),
@@ -96,7 +109,12 @@ def _training(card: Card) -> Rows:
         rows.append(("trained", f"image tower: {tuned['image']}, text tower: {tuned['text']}"))
     if lora:
         options = lora["options"]
-        rows.append(("LoRA", f"rank {options['rank']}, alpha {options['alpha']:g}, {len(lora['targets'])} modules"))
+        rows.append(
+            (
+                "LoRA",
+                f"rank {options['rank']}, alpha {options['alpha']:g}, {len(lora['targets'])} modules",
+            )
+        )
     rows.append(("logit scale", f"{card.scale:.6g} (1/temperature)"))
     if card.bias is not None:
         rows.append(("logit bias", f"{card.bias:.6g}"))
@@ -106,7 +124,9 @@ def _training(card: Card) -> Rows:
 def _results(card: Card) -> Rows:
     rows: Rows = []
     for cell in sorted(card.cells, key=lambda cell: (cell["dataset"], cell["task"])):
-        chances, counts = cell.get("chance", {}), cell.get("counts", {})  # CLIP_benchmark's own cells have neither
+        # CLIP_benchmark's own cells have neither
+        chances = cell.get("chance", {})
+        counts = cell.get("counts", {})
         over = ", ".join(f"{value:,} {name}" for name, value in counts.items() if value)
         for name, value in cell["metrics"].items():
             chance = f"{chances[name]:.2%}" if name in chances else ""

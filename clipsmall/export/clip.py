@@ -15,7 +15,10 @@ LAYERS = {
     "mlp.c_proj": "mlp.fc2",
 }
 SHARED = {"width", "layers", "mlp_ratio", "act_kwargs", "norm_kwargs"}
-LARGEST_ID = 2  # transformers' mark of OpenAI's first configs: pool at the largest id, not at this one
+LARGEST_ID = (
+    # transformers' mark of OpenAI's first configs: pool at the largest id, not at this one
+    2
+)
 
 
 def pairs(vision_layers: int, text_layers: int, custom_text: bool) -> Iterator[Pair]:
@@ -31,10 +34,16 @@ def pairs(vision_layers: int, text_layers: int, custom_text: bool) -> Iterator[P
     yield pair(f"{text}positional_embedding", "text_model.embeddings.position_embedding.weight")
     yield pair(f"{text}text_projection", "text_projection.weight", "transposed")
     yield from layer(f"{text}ln_final", "text_model.final_layer_norm")
-    for theirs, name, depth in ("visual.", "vision_model", vision_layers), (text, "text_model", text_layers):
+    for theirs, name, depth in (
+        ("visual.", "vision_model", vision_layers),
+        (text, "text_model", text_layers),
+    ):
         for i in range(depth):
             yield from block(
-                f"{theirs}transformer.resblocks.{i}", f"{name}.encoder.layers.{i}", LAYERS, "attn.in_proj_"
+                f"{theirs}transformer.resblocks.{i}",
+                f"{name}.encoder.layers.{i}",
+                LAYERS,
+                "attn.in_proj_",
             )
 
 
@@ -42,13 +51,17 @@ def to_transformers(config: dict[str, Any], name: str) -> dict[str, Any]:
     """open_clip's `model_cfg` -> the content of a `CLIPConfig`. Raises Inexpressible."""
     if isinstance(config["vision_cfg"].get("layers"), list):
         raise Inexpressible(f"{name}: transformers has no CLIP with a ResNet as image tower")
-    vision = options.tower(config, "vision", SHARED | {"head_width", "patch_size", "image_size"}, name)
+    vision = options.tower(
+        config, "vision", SHARED | {"head_width", "patch_size", "image_size"}, name
+    )
     converted = SHARED | {"heads", "context_length", "vocab_size", "pool_type"}
     text = options.tower(config, "text", converted, name)
     quick = config.get("quick_gelu", False)
     acts = [options.activation(quick, given["act_kwargs"], name) for given in (vision, text)]
     if not all(isinstance(vision[key], int) for key in ("image_size", "patch_size")):
-        raise Inexpressible(f"{name}: transformers' CLIP takes square images, not {vision['image_size']}")
+        raise Inexpressible(
+            f"{name}: transformers' CLIP takes square images, not {vision['image_size']}"
+        )
     if text["pool_type"] == "argmax":
         eos = VOCABULARY - 1 if text["vocab_size"] == VOCABULARY else LARGEST_ID
     elif text["pool_type"] == "eos" and text["eos_id"] != LARGEST_ID:
@@ -58,7 +71,8 @@ def to_transformers(config: dict[str, Any], name: str) -> dict[str, Any]:
             f"{name}: transformers' CLIP has no text pooling {text['pool_type']!r} with eos_id={text['eos_id']} "
             "(it takes 2 for OpenAI's first configs, which pool at the largest id)"
         )
-    start = VOCABULARY - 2 if text["vocab_size"] == VOCABULARY else eos  # looked at by nobody, but must be an id
+    # looked at by nobody, but must be an id
+    start = VOCABULARY - 2 if text["vocab_size"] == VOCABULARY else eos
     marks = {"bos_token_id": start, "eos_token_id": eos, "pad_token_id": eos}
     return {
         "model_type": "clip",
@@ -81,12 +95,20 @@ def to_transformers(config: dict[str, Any], name: str) -> dict[str, Any]:
 
 def to_open_clip(config: Any, name: str) -> dict[str, Any]:
     """A `CLIPConfig` -> open_clip's `model_cfg`. Raises Inexpressible."""
-    vision, text = config.vision_config, config.text_config
-    (quick, vision_act), (text_quick, text_act) = (options.hidden_act(each, name) for each in (vision, text))
+    vision = config.vision_config
+    text = config.text_config
+    (quick, vision_act), (text_quick, text_act) = (
+        options.hidden_act(each, name) for each in (vision, text)
+    )
     if quick != text_quick:
         raise Inexpressible(f"{name}: open_clip has one quick_gelu for both towers")
-    if not all(isinstance(size, int) for size in (vision.image_size, vision.patch_size)) or vision.num_channels != 3:
-        raise Inexpressible(f"{name}: open_clip takes RGB images, patches here are {vision.patch_size}")
+    if (
+        not all(isinstance(size, int) for size in (vision.image_size, vision.patch_size))
+        or vision.num_channels != 3
+    ):
+        raise Inexpressible(
+            f"{name}: open_clip takes RGB images, patches here are {vision.patch_size}"
+        )
     if not isinstance(text.eos_token_id, int):
         raise Inexpressible(f"{name}: open_clip pools at one id, not at any of {text.eos_token_id}")
     at_largest = text.eos_token_id in (LARGEST_ID, text.vocab_size - 1)

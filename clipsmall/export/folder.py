@@ -43,7 +43,8 @@ def write(loaded: Loaded, scalars: Tensors, name: str, folder: Path) -> tuple[li
     Args:
         loaded: towers of transformers or open_clip with plain layers: adapters are merged before.
         scalars: logit_scale (its log) and, where it is learned or the model has one, logit_bias.
-        name: of the model: in messages, and what open_clip's config calls a HF tokenizer (its hub id, if it gets one).
+        name: of the model: in messages, and what open_clip's config calls a HF tokenizer (its hub
+            id, if it gets one).
         folder: there, and empty.
 
     Returns:
@@ -54,15 +55,22 @@ def write(loaded: Loaded, scalars: Tensors, name: str, folder: Path) -> tuple[li
     """
     kind = loaded.description["kind"]
     if kind == "small":
-        raise ValueError(f"{name}: our small towers are in neither library; share the run's checkpoint instead")
+        raise ValueError(
+            f"{name}: our small towers are in neither library; share the run's checkpoint instead"
+        )
     tensors = {**loaded.towers.model.state_dict(), **scalars}
     convert = _from_transformers if kind == "transformers" else _from_open_clip
     return convert(loaded, tensors, name, folder)
 
 
-def _from_transformers(loaded: Loaded, tensors: Tensors, name: str, folder: Path) -> tuple[list[str], list[str]]:
-    config, notes, own = loaded.towers.model.config.to_dict(), [], dict(tensors)
-    if config["model_type"] == "siglip":  # whose scalars have an axis
+def _from_transformers(
+    loaded: Loaded, tensors: Tensors, name: str, folder: Path
+) -> tuple[list[str], list[str]]:
+    config = loaded.towers.model.config.to_dict()
+    notes = []
+    own = dict(tensors)
+    # whose scalars have an axis
+    if config["model_type"] == "siglip":
         own |= {key: tensors[key].reshape(1) for key in ("logit_scale", "logit_bias")}
     elif own.pop("logit_bias", None) is not None:
         notes.append(without_bias(tensors))
@@ -77,11 +85,15 @@ def _from_transformers(loaded: Loaded, tensors: Tensors, name: str, folder: Path
     return ["transformers", "open_clip"], notes
 
 
-def _from_open_clip(loaded: Loaded, tensors: Tensors, name: str, folder: Path) -> tuple[list[str], list[str]]:
+def _from_open_clip(
+    loaded: Loaded, tensors: Tensors, name: str, folder: Path
+) -> tuple[list[str], list[str]]:
     loaded.save_tokenizer(folder)
     config = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]
     if "multimodal_cfg" in config:
-        raise ValueError(f"{name}: a CoCa lost its captioner when it was loaded here; open_clip's needs it")
+        raise ValueError(
+            f"{name}: a CoCa lost its captioner when it was loaded here; open_clip's needs it"
+        )
     if "logit_bias" in tensors:
         config["init_logit_bias"] = tensors["logit_bias"].item()
     _write_open_clip(config, tensors, loaded.spec, folder)
@@ -102,19 +114,25 @@ def without_bias(tensors: Tensors) -> str:
     )
 
 
-def _write_transformers(config: dict[str, Any], tensors: Tensors, loaded: Loaded, name: str, folder: Path) -> Any:
-    """config.json, model.safetensors, tokenizer and processor; returns the tokenizer. Raises Inexpressible, at once."""
+def _write_transformers(
+    config: dict[str, Any], tensors: Tensors, loaded: Loaded, name: str, folder: Path
+) -> Any:
+    """config.json, model.safetensors, tokenizer and processor; returns the tokenizer. Raises
+    Inexpressible, at once.
+    """
     import transformers
 
     kind = {"clip": "CLIP", "siglip": "Siglip"}[config["model_type"]]
     tokenizer = for_transformers(loaded.tokenize, kind == "CLIP", name)
     made = getattr(transformers, f"{kind}Config").from_dict(config)
-    made.architectures, made.dtype = [f"{kind}Model"], "float32"
+    made.architectures = [f"{kind}Model"]
+    made.dtype = "float32"
     made.save_pretrained(folder)
     _save(tensors, folder / "model.safetensors")
     images = image_processor(loaded.spec)
     getattr(transformers, f"{kind}Processor")(images, tokenizer).save_pretrained(folder)
-    images.save_pretrained(folder)  # preprocessor_config.json, for AutoImageProcessor of transformers 4
+    # preprocessor_config.json, for AutoImageProcessor of transformers 4
+    images.save_pretrained(folder)
     return tokenizer
 
 
@@ -133,7 +151,9 @@ def image_processor(spec: ImageSpec) -> Any:
     return CLIPImageProcessor(size={"shortest_edge": spec.size}, crop_size=square, **looks)
 
 
-def _write_open_clip(config: dict[str, Any], tensors: Tensors, spec: ImageSpec, folder: Path) -> None:
+def _write_open_clip(
+    config: dict[str, Any], tensors: Tensors, spec: ImageSpec, folder: Path
+) -> None:
     preprocess = {
         "size": spec.size,
         "mean": list(spec.mean),
@@ -147,9 +167,11 @@ def _write_open_clip(config: dict[str, Any], tensors: Tensors, spec: ImageSpec, 
 
 
 def _save(tensors: Tensors, path: Path) -> None:
-    plain = {key: value.contiguous().clone() for key, value in tensors.items()}  # tied weights: each by itself
+    # tied weights: each by itself
+    plain = {key: value.contiguous().clone() for key, value in tensors.items()}
     save_file(plain, path, {"format": "pt"})
-    path.chmod(0o644)  # safetensors leaves 0600: nobody else could load what was exported
+    # safetensors leaves 0600: nobody else could load what was exported
+    path.chmod(0o644)
 
 
 def family(loaded: Loaded) -> str:

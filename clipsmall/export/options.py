@@ -5,15 +5,31 @@ from typing import Any
 
 from clipsmall.export.weights import Inexpressible
 
-# of no effect on what a trained model computes: dropout, where pretrained parts came from, tokenizer, unused marks
+# of no effect on what a trained model computes: dropout, where pretrained parts came from,
+# tokenizer, unused marks
 SILENT = {
-    "patch_dropout", "pos_embed_type", "timm_drop", "timm_drop_path", "timm_model_pretrained", "hf_model_pretrained",
-    "hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs", "pad_id", "eos_id",
-}  # fmt: skip
+    "patch_dropout",
+    "pos_embed_type",
+    "timm_drop",
+    "timm_drop_path",
+    "timm_model_pretrained",
+    "hf_model_pretrained",
+    "hf_tokenizer_name",
+    "tokenizer_mode",
+    "tokenizer_kwargs",
+    "pad_id",
+    "eos_id",
+}
 TOP = {
-    "embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text", "init_logit_scale", "init_logit_bias",
+    "embed_dim",
+    "vision_cfg",
+    "text_cfg",
+    "quick_gelu",
+    "custom_text",
+    "init_logit_scale",
+    "init_logit_bias",
     "nonscalar_logit_scale",
-}  # fmt: skip
+}
 
 
 def tower(config: dict[str, Any], side: str, converted: set[str], name: str) -> dict[str, Any]:
@@ -29,9 +45,12 @@ def tower(config: dict[str, Any], side: str, converted: set[str], name: str) -> 
     from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 
     if odd := sorted(config.keys() - TOP):
-        raise Inexpressible(f"{name}: transformers' CLIP and SigLIP have no {odd[0]} (CoCa is another model)")
+        raise Inexpressible(
+            f"{name}: transformers' CLIP and SigLIP have no {odd[0]} (CoCa is another model)"
+        )
     kind = CLIPVisionCfg if side == "vision" else CLIPTextCfg
-    given, plain = asdict(kind(**config[f"{side}_cfg"])), asdict(kind())
+    given = asdict(kind(**config[f"{side}_cfg"]))
+    plain = asdict(kind())
     for key, value in given.items():
         if key not in converted | SILENT and value != plain[key]:
             raise Inexpressible(
@@ -46,7 +65,9 @@ def activation(quick_gelu: bool, act_kwargs: dict[str, Any] | None, name: str) -
     for hidden_act, (quick, kwargs) in ACTIVATIONS.items():
         if quick == quick_gelu and kwargs == (act_kwargs or {}):
             return hidden_act
-    raise Inexpressible(f"{name}: transformers has no activation for quick_gelu={quick_gelu}, act_kwargs={act_kwargs}")
+    raise Inexpressible(
+        f"{name}: transformers has no activation for quick_gelu={quick_gelu}, act_kwargs={act_kwargs}"
+    )
 
 
 ACTIVATIONS: dict[str, tuple[bool, dict[str, Any]]] = {
@@ -74,14 +95,19 @@ def norm(eps: float) -> dict[str, Any]:
 
 
 def ratio(config: Any) -> float:
-    """open_clip's `mlp_ratio`, from which it takes int(width * ratio) rows: of 4304/1152 that is one too few."""
-    wanted, width = config.intermediate_size, config.hidden_size
+    """open_clip's `mlp_ratio`, from which it takes int(width * ratio) rows: of 4304/1152 that is
+    one too few.
+    """
+    wanted = config.intermediate_size
+    width = config.hidden_size
     exact: float = wanted / width
     return exact if int(width * exact) == wanted else (wanted + 0.5) / width
 
 
 def sides(given: dict[str, Any], heads: int, act: str) -> dict[str, Any]:
-    """What a tower of transformers calls width, depth, heads, MLP, activation and eps of an open_clip tower."""
+    """What a tower of transformers calls width, depth, heads, MLP, activation and eps of an
+    open_clip tower.
+    """
     return {
         "hidden_size": given["width"],
         "intermediate_size": int(given["width"] * given["mlp_ratio"]),

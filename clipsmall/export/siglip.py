@@ -16,19 +16,24 @@ LAYERS = {
     "mlp.fc1": "mlp.fc1",
     "mlp.fc2": "mlp.fc2",
 }
-# what makes open_clip's text tower SigLIP's: any word sees any other, the last is pooled, the projection has a bias
+# what makes open_clip's text tower SigLIP's: any word sees any other, the last is pooled, the
+# projection has a bias
 TEXT = {"no_causal_mask": True, "pool_type": "last", "proj_bias": True}
 
 
 def is_siglip(config: dict[str, Any]) -> bool:
-    """Whether an open_clip `model_cfg` has SigLIP's image tower: attention pooling, no projection."""
+    """Whether an open_clip `model_cfg` has SigLIP's image tower: attention pooling, no
+    projection.
+    """
     vision = config["vision_cfg"]
     return "siglip" in (vision.get("timm_model_name") or "") and vision.get("timm_pool") == "map"
 
 
 def pairs(vision_layers: int, text_layers: int) -> Iterator[Pair]:
     """Every tensor but scale and bias."""
-    trunk, pool, head = "visual.trunk", "visual.trunk.attn_pool", "vision_model.head"
+    trunk = "visual.trunk"
+    pool = "visual.trunk.attn_pool"
+    head = "vision_model.head"
     yield from layer(f"{trunk}.patch_embed.proj", "vision_model.embeddings.patch_embedding")
     yield pair(f"{trunk}.pos_embed", "vision_model.embeddings.position_embedding.weight", "batched")
     yield from layer(f"{trunk}.norm", "vision_model.post_layernorm")
@@ -40,18 +45,22 @@ def pairs(vision_layers: int, text_layers: int) -> Iterator[Pair]:
     yield from layer(f"{pool}.mlp.fc1", f"{head}.mlp.fc1")
     yield from layer(f"{pool}.mlp.fc2", f"{head}.mlp.fc2")
     for i in range(vision_layers):
-        yield from block(f"{trunk}.blocks.{i}", f"vision_model.encoder.layers.{i}", LAYERS, "attn.qkv.")
+        yield from block(
+            f"{trunk}.blocks.{i}", f"vision_model.encoder.layers.{i}", LAYERS, "attn.qkv."
+        )
     yield pair("text.token_embedding.weight", "text_model.embeddings.token_embedding.weight")
     yield pair("text.positional_embedding", "text_model.embeddings.position_embedding.weight")
     yield from layer("text.ln_final", "text_model.final_layer_norm")
     yield from layer("text.text_projection", "text_model.head")
     for i in range(text_layers):
-        theirs, ours = f"text.transformer.resblocks.{i}", f"text_model.encoder.layers.{i}"
+        theirs = f"text.transformer.resblocks.{i}"
+        ours = f"text_model.encoder.layers.{i}"
         yield from block(theirs, ours, clip.LAYERS, "attn.in_proj_")
 
 
 def trunk_config(timm_name: str, name: str) -> dict[str, Any]:
-    """What transformers would say of an image tower of timm; reads the architecture, makes no weights.
+    """What transformers would say of an image tower of timm; reads the architecture, makes no
+    weights.
 
     Raises:
         Inexpressible: timm has no such model, or it is no plain ViT with attention pooling.
@@ -61,7 +70,8 @@ def trunk_config(timm_name: str, name: str) -> dict[str, Any]:
     try:
         with torch.device("meta"):
             trunk: Any = timm.create_model(timm_name, num_classes=0)
-        one, act = trunk.blocks[0], trunk.blocks[0].mlp.act
+        one = trunk.blocks[0]
+        act = trunk.blocks[0].mlp.act
         tanh = getattr(act, "approximate", "tanh" if type(act).__name__ == "GELUTanh" else "none")
         assert isinstance(act, nn.GELU) or type(act).__name__ in ("GELU", "GELUTanh")
         return {
@@ -75,17 +85,23 @@ def trunk_config(timm_name: str, name: str) -> dict[str, Any]:
             "layer_norm_eps": trunk.norm.eps,
         }
     except (RuntimeError, AttributeError, AssertionError) as error:
-        raise Inexpressible(f"{name}: timm's {timm_name} is no image tower of SigLIP's kind ({error})") from None
+        raise Inexpressible(
+            f"{name}: timm's {timm_name} is no image tower of SigLIP's kind ({error})"
+        ) from None
 
 
 def to_transformers(config: dict[str, Any], name: str) -> dict[str, Any]:
     """open_clip's `model_cfg` -> the content of a `SiglipConfig`. Raises Inexpressible."""
     timm_options = {"timm_model_name", "timm_pool", "timm_proj", "image_size"}
     vision = options.tower(config, "vision", timm_options, name)
-    text = options.tower(config, "text", clip.SHARED | {"heads", "context_length", "vocab_size"} | set(TEXT), name)
+    text = options.tower(
+        config, "text", clip.SHARED | {"heads", "context_length", "vocab_size"} | set(TEXT), name
+    )
     found = {**{key: text[key] for key in TEXT}, "timm_proj": vision["timm_proj"]}
     if found != {**TEXT, "timm_proj": "none"}:
-        raise Inexpressible(f"{name}: towers unlike SigLIP's ({found}); transformers has {TEXT}, timm_proj 'none'")
+        raise Inexpressible(
+            f"{name}: towers unlike SigLIP's ({found}); transformers has {TEXT}, timm_proj 'none'"
+        )
     trunk = trunk_config(vision["timm_model_name"], name)
     act = options.activation(config.get("quick_gelu", False), text["act_kwargs"], name)
     return {
@@ -105,10 +121,13 @@ def to_transformers(config: dict[str, Any], name: str) -> dict[str, Any]:
 
 def to_open_clip(config: Any, name: str) -> dict[str, Any]:
     """A `SiglipConfig` -> open_clip's `model_cfg`. Raises Inexpressible."""
-    vision, text = config.vision_config, config.text_config
+    vision = config.vision_config
+    text = config.text_config
     quick, text_act = options.hidden_act(text, name)
     if not vision.vision_use_head or text.projection_size != vision.hidden_size:
-        raise Inexpressible(f"{name}: open_clip's SigLIP pools by attention, to the width of the projected text")
+        raise Inexpressible(
+            f"{name}: open_clip's SigLIP pools by attention, to the width of the projected text"
+        )
     return {
         "embed_dim": vision.hidden_size,
         "init_logit_bias": -10,
@@ -146,7 +165,9 @@ def timm_name(vision: Any, name: str) -> str:
         if not best or len(differs) < len(best):
             best = {"timm_model_name": candidate, **differs}
     asked = ", ".join(f"{key}={getattr(vision, key)!r}" for key in best if key != "timm_model_name")
-    near = f"; timm's {best['timm_model_name']} would be nearest, but not with {asked}" if best else ""
+    near = (
+        f"; timm's {best['timm_model_name']} would be nearest, but not with {asked}" if best else ""
+    )
     raise Inexpressible(
         f"{name}: open_clip names its SigLIP image towers by timm's models, and timm has none of this size "
         f"(patch {vision.patch_size}, image {vision.image_size}){near}"

@@ -1,4 +1,6 @@
-"""Tokenizers of open_clip's models for transformers: CLIP's byte pairs from open_clip's own file, and SigLIP's."""
+"""Tokenizers of open_clip's models for transformers: CLIP's byte pairs from open_clip's own file,
+and SigLIP's.
+"""
 
 import copy
 import re
@@ -8,14 +10,17 @@ from typing import Any
 from clipsmall.export.weights import Inexpressible
 from clipsmall.model.hf import HFTokenize
 
-VOCABULARY = 49408  # 256 bytes, those ending a word, 48,894 merges, and two marks: of every CLIP since OpenAI's
+# 256 bytes, those ending a word, 48,894 merges, and two marks: of every CLIP since OpenAI's
+VOCABULARY = 49408
 
 
 def clip_tokenizer(context_length: int = 77) -> Any:
     """A `transformers.CLIPTokenizer` with the ids of `open_clip.SimpleTokenizer`; needs no network.
 
-    open_clip repairs a text with ftfy before (curly quotes become straight, "&amp;" becomes "&"), transformers does
-    not: captions that ftfy leaves alone get equal ids. Padding differs, 49407 here and 0 there; no CLIP looks at it.
+    open_clip repairs a text with ftfy before (curly quotes become straight, "&amp;" becomes "&"),
+    transformers does
+    not: captions that ftfy leaves alone get equal ids. Padding differs, 49407 here and 0 there; no
+    CLIP looks at it.
 
     Args:
         context_length: ids of a caption, marks included, to which `truncation=True` cuts.
@@ -26,7 +31,9 @@ def clip_tokenizer(context_length: int = 77) -> Any:
     theirs = SimpleTokenizer()
     words = {word: place for word, place in theirs.encoder.items() if place < VOCABULARY - 2}
     words |= {"<|startoftext|>": VOCABULARY - 2, "<|endoftext|>": VOCABULARY - 1}
-    return CLIPTokenizer(vocab=words, merges=list(theirs.bpe_ranks), model_max_length=context_length)
+    return CLIPTokenizer(
+        vocab=words, merges=list(theirs.bpe_ranks), model_max_length=context_length
+    )
 
 
 def is_clips(tokenizer: Any) -> bool:
@@ -39,7 +46,8 @@ def for_transformers(tokenize: Any, masked: bool, name: str) -> Any:
 
     Args:
         tokenize: a `HFTokenize` of ours, or a tokenizer of open_clip.
-        masked: whether it tells the model where padding is; SigLIP was trained with padding in sight.
+        masked: whether it tells the model where padding is; SigLIP was trained with padding in
+            sight.
 
     Raises:
         Inexpressible: open_clip cuts or cleans captions as transformers cannot.
@@ -47,27 +55,41 @@ def for_transformers(tokenize: Any, masked: bool, name: str) -> Any:
     from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 
     if isinstance(tokenize, HFTokenize):
-        found, length = tokenize.tokenizer, tokenize.length
+        found = tokenize.tokenizer
+        length = tokenize.length
     else:
-        length, cleaning = tokenize.context_length, tokenize.clean_fn.__name__
-        if type(tokenize) is SimpleTokenizer and cleaning == "_clean_lower" and not tokenize.reduction_fn:
+        length = tokenize.context_length
+        cleaning = tokenize.clean_fn.__name__
+        if (
+            type(tokenize) is SimpleTokenizer
+            and cleaning == "_clean_lower"
+            and not tokenize.reduction_fn
+        ):
             found = clip_tokenizer(length)
-        elif type(tokenize) is HFTokenizer and not (tokenize.strip_sep_token or tokenize.tokenizer_mode):
+        elif type(tokenize) is HFTokenizer and not (
+            tokenize.strip_sep_token or tokenize.tokenizer_mode
+        ):
             found = _cleaned(tokenize.tokenizer, cleaning)
         else:
-            raise Inexpressible(f"{name}: transformers has no tokenizer that treats captions as open_clip does here")
+            raise Inexpressible(
+                f"{name}: transformers has no tokenizer that treats captions as open_clip does here"
+            )
     found = copy.deepcopy(found)
     found.model_max_length = length
-    for key in ("is_local", "local_files_only", "_commit_hash"):  # of where it was loaded from
+    # of where it was loaded from
+    for key in ("is_local", "local_files_only", "_commit_hash"):
         found.init_kwargs.pop(key, None)
     if not masked:
         found.model_input_names = ["input_ids"]
-        found.init_kwargs["model_input_names"] = ["input_ids"]  # what is saved
+        # what is saved
+        found.init_kwargs["model_input_names"] = ["input_ids"]
     return found
 
 
 def _cleaned(tokenizer: Any, cleaning: str) -> Any:
-    """open_clip's cleaning for SigLIP (no punctuation, lower case) as a part of the tokenizer itself."""
+    """open_clip's cleaning for SigLIP (no punctuation, lower case) as a part of the tokenizer
+    itself.
+    """
     from tokenizers import Regex, Tokenizer, normalizers
     from transformers import PreTrainedTokenizerFast
 
@@ -81,7 +103,11 @@ def _cleaned(tokenizer: Any, cleaning: str) -> Any:
         normalizers.Replace(Regex(r"\s+"), " "),
         normalizers.Strip(),
     ]
-    backend.normalizer = normalizers.Sequence([*steps, backend.normalizer] if backend.normalizer else steps)
+    backend.normalizer = normalizers.Sequence(
+        [*steps, backend.normalizer] if backend.normalizer else steps
+    )
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, padding_side=tokenizer.padding_side, **tokenizer.special_tokens_map
+        tokenizer_object=backend,
+        padding_side=tokenizer.padding_side,
+        **tokenizer.special_tokens_map,
     )

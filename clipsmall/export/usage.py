@@ -1,4 +1,6 @@
-"""The snippets of a model card; every one runs as it stands, beside the model's folder and a photo.jpg."""
+"""The snippets of a model card; every one runs as it stands, beside the model's folder and a
+photo.jpg.
+"""
 
 import json
 from dataclasses import dataclass
@@ -9,13 +11,17 @@ HUB = "hf-hub:"
 
 @dataclass
 class Where:
-    """`path`: the folder's name, or ORG/NAME of the hub; `formats`: transformers, open_clip, or peft."""
+    """`path`: the folder's name, or ORG/NAME of the hub; `formats`: transformers, open_clip, or
+    peft.
+    """
 
     path: str
     hub: bool
-    family: str  # clip or siglip
+    # clip or siglip
+    family: str
     formats: list[str]
-    revision: str = ""  # of an adapter's base
+    # of an adapter's base
+    revision: str = ""
 
 
 def text(where: Where, base: str, pretrained: str) -> str:
@@ -83,7 +89,11 @@ print(dict(zip(names, logits.softmax(dim=-1)[0].tolist())))
 
 
 def _clipsmall(where: Where) -> str:
-    source = json.dumps(f"open_clip:{HUB}{where.path}" if where.hub and where.formats == ["open_clip"] else where.path)
+    source = json.dumps(
+        f"open_clip:{HUB}{where.path}"
+        if where.hub and where.formats == ["open_clip"]
+        else where.path
+    )
     return f"""
 import torch
 from clipsmall.preprocess import ImageTransform
@@ -101,10 +111,13 @@ print(dict(zip(names, logits.softmax(dim=-1)[0].tolist())))
 
 def _peft(where: Where, base: str, pretrained: str) -> str:
     """Base, scale, adapter: peft carries only the last."""
-    scale, fetch = json.dumps(f"{where.path}/scale.json"), ""
+    scale = json.dumps(f"{where.path}/scale.json")
+    fetch = ""
     if where.hub:
-        scale, fetch = f'hf_hub_download("{where.path}", "scale.json")', "from huggingface_hub import hf_hub_download\n"
-    name, revision = json.dumps(base), f', revision="{where.revision}"' if where.revision else ""
+        scale = f'hf_hub_download("{where.path}", "scale.json")'
+        fetch = "from huggingface_hub import hf_hub_download\n"
+    name = json.dumps(base)
+    revision = f', revision="{where.revision}"' if where.revision else ""
     if "transformers" in where.formats:
         imports = f"import torch\n{fetch}from peft import PeftModel\nfrom PIL import Image\n"
         imports += "from transformers import AutoModel, AutoProcessor\n"

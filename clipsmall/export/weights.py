@@ -1,4 +1,6 @@
-"""The same weights under two names: a list of pairs, read from left to right or from right to left."""
+"""The same weights under two names: a list of pairs, read from left to right or from right to
+left.
+"""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -17,8 +19,9 @@ class Inexpressible(ValueError):
 class Pair:
     """Tensors of open_clip and of transformers with the same rows, in this order.
 
-    Several tensors of a side are parts of one: queries, keys and values stand in thirds, and open_clip's pool of SigLIP
-    has ("q", "kv"). `form` is what open_clip does to them: "transposed", or "batched" (a leading axis of 1).
+    Several tensors of a side are parts of one: queries, keys and values stand in thirds, and
+    open_clip's pool of SigLIP has ("q", "kv"). `form` is what open_clip does to them: "transposed",
+    or "batched" (a leading axis of 1).
     """
 
     open_clip: tuple[str, ...]
@@ -41,7 +44,8 @@ def block(open_clip: str, transformers: str, names: dict[str, str], fused: str) 
 
     Args:
         names: open_clip's name of a layer -> that of transformers.
-        fused: open_clip's queries, keys and values in one, as "attn.qkv." before "weight" and "bias".
+        fused: open_clip's queries, keys and values in one, as "attn.qkv." before "weight" and
+            "bias".
     """
     for theirs, name in names.items():
         yield from layer(f"{open_clip}.{theirs}", f"{transformers}.{name}")
@@ -56,7 +60,8 @@ def renamed(tensors: Tensors, pairs: Iterable[Pair], to: str, name: str) -> Tens
     Raises:
         Inexpressible: a tensor that no pair names, or one missing.
     """
-    left, found = dict(tensors), {}
+    left = dict(tensors)
+    found = {}
     for each in pairs:
         sides = (each.open_clip, each.transformers)
         given, wanted = sides if to == "transformers" else sides[::-1]
@@ -73,5 +78,7 @@ def renamed(tensors: Tensors, pairs: Iterable[Pair], to: str, name: str) -> Tens
         for key, part in zip(wanted, torch.split(whole, sizes), strict=True):
             found[key] = part.clone(memory_format=torch.contiguous_format)
     if left:
-        raise Inexpressible(f"{name}: {to} has no place for the weights {', '.join(sorted(left)[:3])}")
+        raise Inexpressible(
+            f"{name}: {to} has no place for the weights {', '.join(sorted(left)[:3])}"
+        )
     return found

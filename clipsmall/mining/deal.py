@@ -1,4 +1,6 @@
-"""One pool of scored pairs, dealt out as batches: weights, guard, arrangement, swaps, combination."""
+"""One pool of scored pairs, dealt out as batches: weights, guard, arrangement, swaps,
+combination.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,8 +20,15 @@ from clipsmall.mining.starts import chain, grown, osgd, shuffled
 from clipsmall.mining.swaps import conflicts, separated, swapped
 from clipsmall.mining.weights import WEIGHTS, batch_losses
 
-COMPOSING = ("groups", "chain", "kmeans", "spectral")  # they put together what is hard for one another
-SELECTIONS = ("osgd", "learnability")  # they drop pairs; the others deal all of them
+# they put together what is hard for one another
+COMPOSING = (
+    "groups",
+    "chain",
+    "kmeans",
+    "spectral",
+)
+# they drop pairs; the others deal all of them
+SELECTIONS = ("osgd", "learnability")
 
 
 @dataclass(frozen=True)
@@ -33,8 +42,10 @@ class Recipe:
         weights: softmax or sigmoid, what hard means.
         swaps: sweeps of exchanges after the arrangement.
         keep: share of the batches that a selection keeps.
-        near: cosine of two images, or two captions, from which on they count as duplicates; 1 = never.
-        guard: share of all pairs of pairs kept apart by a COMPOSING method, as too hard to be true negatives; 0 = none.
+        near: cosine of two images, or two captions, from which on they count as duplicates; 1 =
+            never.
+        guard: share of all pairs of pairs kept apart by a COMPOSING method, as too hard to be true
+            negatives; 0 = none.
         ratio: fixed threshold of the guard in place of a share, see `guards.relative_hardness`.
     """
 
@@ -61,9 +72,12 @@ class Recipe:
 class Dealt(NamedTuple):
     """A pool dealt out."""
 
-    batches: Ints  # (m, B) places in the pool, none twice
-    caption_hash: Ints  # (m, B) the pairs', with those of copies that had to stay together made equal: losses mask them
-    numbers: dict[str, float]  # blocked and duplicate shares, threshold, losses before and after
+    # (m, B) places in the pool, none twice
+    batches: Ints
+    # (m, B) the pairs', with those of copies that had to stay together made equal: losses mask them
+    caption_hash: Ints
+    # blocked and duplicate shares, threshold, losses before and after
+    numbers: dict[str, float]
 
 
 def deal(
@@ -92,7 +106,9 @@ def deal(
     quotas = even_quotas(owner, ranks, recipe.batch_size, recipe.size)
     # once, if at all: they would be most of the time of a chain, which needs none
     weights = cache(lambda: WEIGHTS[recipe.weights](scored, recipe.size))
-    groups = arrangement(recipe, n // recipe.batch_size, weights, reference)(scored, quotas, cannot, generator)
+    groups = arrangement(recipe, n // recipe.batch_size, weights, reference)(
+        scored, quotas, cannot, generator
+    )
     if recipe.swaps:
         groups = swapped(weights(), groups, owner, cannot, recipe.swaps, generator)
     if conflicts(groups, cannot).any():
@@ -103,15 +119,20 @@ def deal(
         "duplicates": float(twins.any(axis=1).mean()),
         "threshold": limit,
         "unseparated": float(together(groups, cannot, batches, twins)),
-        "pool_loss": float(batch_losses(scored, np.arange(n).reshape(-1, recipe.batch_size), recipe.weights).mean()),
+        "pool_loss": float(
+            batch_losses(scored, np.arange(n).reshape(-1, recipe.batch_size), recipe.weights).mean()
+        ),
         "mined_loss": float(batch_losses(scored, batches, recipe.weights).mean()),
     }
     return Dealt(batches, joined(identity, batches, copies), numbers)
 
 
-def arrangement(recipe: Recipe, batches: int, weights: Callable[[], Floats], reference: Scored | None) -> Arrangement:
+def arrangement(
+    recipe: Recipe, batches: int, weights: Callable[[], Floats], reference: Scored | None
+) -> Arrangement:
     """The one that the recipe names, with what it needs beside a pool of so many batches."""
-    keep, kind = recipe.kept(batches), recipe.weights
+    keep = recipe.kept(batches)
+    kind = recipe.weights
     match recipe.method:
         case "groups":
             return partial(grown, weights=weights())
@@ -132,8 +153,9 @@ def arrangement(recipe: Recipe, batches: int, weights: Callable[[], Floats], ref
 
 
 def joined(identity: Identity, batches: Ints, copies: Bools) -> Ints:
-    """(m, B) caption hashes for the losses' masks: the pairs' own, but one for copies that had to stay together, and
-    for all that share a caption with them. Only copies: what is merely alike would chain half a batch together."""
+    """(m, B) caption hashes for the losses' masks: the pairs' own, but one for copies that had to
+    stay together, and for all that share a caption with them. Only copies: what is merely alike
+    would chain half a batch together."""
     hashes = identity.caption_hash[batches]
     for row, members in zip(hashes, batches, strict=True):
         for one, other in np.argwhere(np.triu(copies[np.ix_(members, members)])):
@@ -142,6 +164,8 @@ def joined(identity: Identity, batches: Ints, copies: Bools) -> Ints:
 
 
 def together(groups: Ints, cannot: Bools, batches: Ints, twins: Bools) -> int:
-    """Pairs of pairs that may not meet and do: in one group by any rule, in one batch as copies or near duplicates."""
+    """Pairs of pairs that may not meet and do: in one group by any rule, in one batch as copies or
+    near duplicates.
+    """
     inside = conflicts(groups, cannot & ~twins).sum()
     return int(inside + conflicts(batches, twins).sum())

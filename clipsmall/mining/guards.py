@@ -1,4 +1,6 @@
-"""Pairs that must not meet in a mined batch: copies, near duplicates, and negatives too close to be true."""
+"""Pairs that must not meet in a mined batch: copies, near duplicates, and negatives too close to be
+true.
+"""
 
 from typing import NamedTuple
 
@@ -6,17 +8,22 @@ import numpy as np
 
 from clipsmall.mining.scored import Bools, Floats, Ints, Scored
 
-SAMPLED = 1024  # rows that the threshold of a share of all pairs is read off
-MOST = 0.001  # of all pairs of pairs may be near duplicates: two of each pair, in a pool of 2,048
-UNSURE = 0.05  # a positive cosine below it tells nothing about its negatives
+# rows that the threshold of a share of all pairs is read off
+SAMPLED = 1024
+# of all pairs of pairs may be near duplicates: two of each pair, in a pool of 2,048
+MOST = 0.001
+# a positive cosine below it tells nothing about its negatives
+UNSURE = 0.05
 
 
 class Identity(NamedTuple):
     """What is known of n pairs without any model."""
 
     index: Ints  # type: ignore[assignment]  # (n,) the pair's number
-    caption_hash: Ints  # (n,)
-    image_hash: Ints  # (n,) of the image's bytes
+    # (n,)
+    caption_hash: Ints
+    # (n,) of the image's bytes
+    image_hash: Ints
 
     def take(self, places: Ints) -> "Identity":
         return Identity(*(field[places] for field in self))
@@ -37,8 +44,8 @@ def copies(identity: Identity) -> Bools:
 def near_duplicates(scored: Scored, cosine: float) -> Bools:
     """(n, n) two images, or two captions, closer than `cosine` to the scorer; 1 = none are.
 
-    To towers that have hardly learned all features are close: MOST of all pairs of pairs, at most, are called so (in a
-    small pool one of each pair).
+    To towers that have hardly learned all features are close: MOST of all pairs of pairs, at most,
+    are called so (in a small pool one of each pair).
     """
     near = np.zeros((len(scored.image),) * 2, dtype=bool)
     if cosine < 1:
@@ -50,10 +57,12 @@ def near_duplicates(scored: Scored, cosine: float) -> Bools:
 
 
 def relative_hardness(scored: Scored) -> Floats:
-    """(n, n) symmetric: the larger of two pairs' cross cosines over the smaller of their own cosines.
+    """(n, n) symmetric: the larger of two pairs' cross cosines over the smaller of their own
+    cosines.
 
-    At 1 a caption fits another pair's image as well as that pair's own: it may be true of it, too (positive-aware
-    thresholds of NV-Retriever, Moreira et al. 2024, arXiv 2407.15831, TopK-PercPos, on the worse of the two sides).
+    At 1 a caption fits another pair's image as well as that pair's own: it may be true of it, too
+    (positive-aware thresholds of NV-Retriever, Moreira et al. 2024, arXiv 2407.15831, TopK-PercPos,
+    on the worse of the two sides).
     """
     cosines = scored.image @ scored.text.T
     own = cosines.diagonal().clip(min=UNSURE)
@@ -63,7 +72,9 @@ def relative_hardness(scored: Scored) -> Floats:
 
 
 def threshold(hardness: Floats, share: float) -> float:
-    """The hardness that `share` of all pairs of pairs exceed; read off SAMPLED evenly picked rows."""
+    """The hardness that `share` of all pairs of pairs exceed; read off SAMPLED evenly picked
+    rows.
+    """
     n = len(hardness)
     rows = hardness[np.unique(np.linspace(0, n - 1, min(n, SAMPLED)).astype(int))]
     known = rows[np.isfinite(rows)]

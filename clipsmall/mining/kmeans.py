@@ -6,19 +6,27 @@ from scipy.special import logsumexp
 from clipsmall.mining.scored import Bools, Floats, Ints, Quotas, Scored
 from clipsmall.mining.swaps import separated
 
-ROUNDS = 12  # of moving the centres
-SWEEPS = 8  # of Sinkhorn's scaling in each
-SHARPNESS = 50.0  # 1/epsilon of the transport, on cosines of [image; text] in [-1, 1]
+# of moving the centres
+ROUNDS = 12
+# of Sinkhorn's scaling in each
+SWEEPS = 8
+# 1/epsilon of the transport, on cosines of [image; text] in [-1, 1]
+SHARPNESS = 50.0
 
 
 def balanced_kmeans(
-    scored: Scored, quotas: Quotas, cannot_link: Bools, generator: np.random.Generator, weights: Floats
+    scored: Scored,
+    quotas: Quotas,
+    cannot_link: Bools,
+    generator: np.random.Generator,
+    weights: Floats,
 ) -> Ints:
-    """Groups of similar pairs: k-means on [image; text] whose assignment is an entropic transport with the groups'
-    sizes as margins (Genevay, Dulac-Arnold and Vert 2019, arXiv 1910.09036), rounded by confidence at the end.
+    """Groups of similar pairs: k-means on [image; text] whose assignment is an entropic transport
+    with the groups' sizes as margins (Genevay, Dulac-Arnold and Vert 2019, arXiv 1910.09036),
+    rounded by confidence at the end.
 
-    Centres are shared by all ranks; each rank's pairs are assigned within that rank's quotas; `weights` say where
-    pairs go that may not meet.
+    Centres are shared by all ranks; each rank's pairs are assigned within that rank's quotas;
+    `weights` say where pairs go that may not meet.
     """
     features = np.concatenate([scored.image, scored.text], axis=1).astype(np.float64) / np.sqrt(2)
     groups = len(quotas.counts)
@@ -27,7 +35,8 @@ def balanced_kmeans(
     for _ in range(ROUNDS):
         similar = SHARPNESS * features @ centres.T
         for rank, counts in enumerate(quotas.counts.T):
-            mine, seats = np.flatnonzero(quotas.owner == rank), np.flatnonzero(counts)
+            mine = np.flatnonzero(quotas.owner == rank)
+            seats = np.flatnonzero(counts)
             plan[np.ix_(mine, seats)] = transport(similar[np.ix_(mine, seats)], counts[seats])
         centres = plan.T @ features
         centres /= np.linalg.norm(centres, axis=1, keepdims=True).clip(min=1e-12)
@@ -35,7 +44,9 @@ def balanced_kmeans(
 
 
 def transport(similar: Floats, capacity: Ints) -> Floats:
-    """(n, G) plan whose rows sum to 1 and whose columns sum to about `capacity`, all positive: scaled alternately."""
+    """(n, G) plan whose rows sum to 1 and whose columns sum to about `capacity`, all positive:
+    scaled alternately.
+    """
     logs = similar - similar.max(axis=1, keepdims=True)
     room = np.log(capacity * (len(similar) / capacity.sum()))
     for _ in range(SWEEPS):
@@ -48,7 +59,8 @@ def transport(similar: Floats, capacity: Ints) -> Floats:
 def rounded(plan: Floats, quotas: Quotas) -> Ints:
     """(groups, size): seats go to the most confident pairs first."""
     groups = np.full((len(quotas.counts), int(quotas.sizes[0])), -1, dtype=np.int64)
-    left, filled = quotas.counts.copy(), np.zeros(len(groups), dtype=np.int64)
+    left = quotas.counts.copy()
+    filled = np.zeros(len(groups), dtype=np.int64)
     waiting = np.arange(len(plan))
     while len(waiting) and left.any():
         # everybody asks for the best group with a seat left; the most confident are seated first
@@ -58,7 +70,8 @@ def rounded(plan: Floats, quotas: Quotas) -> Ints:
         confident = np.argsort(-wishes[np.arange(len(waiting)), wish], kind="stable")
         seated = np.zeros(len(waiting), dtype=bool)
         for place in confident[np.isfinite(wishes[confident, wish[confident]])]:
-            pair, group = waiting[place], wish[place]
+            pair = waiting[place]
+            group = wish[place]
             if left[group, quotas.owner[pair]]:
                 left[group, quotas.owner[pair]] -= 1
                 groups[group, filled[group]] = pair

@@ -1,4 +1,6 @@
-"""Mining while training: pools of a loader's batches, seen through the model as it is, and dealt out again."""
+"""Mining while training: pools of a loader's batches, seen through the model as it is, and dealt
+out again.
+"""
 
 import time
 from collections import deque
@@ -25,40 +27,53 @@ NUMBERS = ("blocked", "duplicates", "threshold", "unseparated", "pool_loss", "mi
 class View(NamedTuple):
     """My pairs as the model sees them."""
 
-    image: Tensor  # (n, D) unit rows
-    text: Tensor  # (n, D)
-    scale: Tensor  # ()
-    bias: Tensor  # ()
+    # (n, D) unit rows
+    image: Tensor
+    # (n, D)
+    text: Tensor
+    # ()
+    scale: Tensor
+    # ()
+    bias: Tensor
 
 
 class Plan(NamedTuple):
     """How a pool is played, the same on every rank."""
 
-    batches: Tensor  # (kept, B) int64 places in the pool
-    caption_hash: Tensor  # (kept, B) int64 for the losses' masks
-    numbers: Tensor  # (len(NUMBERS),) float64
-    ranks: Tensor  # () int64 it was made for
+    # (kept, B) int64 places in the pool
+    batches: Tensor
+    # (kept, B) int64 for the losses' masks
+    caption_hash: Tensor
+    # (len(NUMBERS),) float64
+    numbers: Tensor
+    # () int64 it was made for
+    ranks: Tensor
 
 
 class MinedBatches:
     """The batches of a loader, some of them dealt out again as batches that the model finds hard.
 
-    A pool of m global batches is read, each rank its slices; every rank scores its own pairs, all embeddings are
-    gathered, and the first rank makes one plan for all: mined by each rank for itself, batches of eight ranks lose
-    most of their hardness. No pair moves: a mined batch takes B / W pairs of every rank. While the plan is made, in a
-    thread beside the training, the first plain batches of the stretch are played; the next pool is read, a batch or a
-    few with every step, while this one is played.
+    A pool of m global batches is read, each rank its slices; every rank scores its own pairs, all
+    embeddings are
+    gathered, and the first rank makes one plan for all: mined by each rank for itself, batches of
+    eight ranks lose most of their hardness. No pair moves: a mined batch takes B / W pairs of every
+    rank. While the plan is made, in a thread beside the training, the first plain batches of the
+    stretch are played; the next pool is read, a batch or a few with every step, while this one is
+    played.
 
-    The plan stands in the checkpoint until it is played, because it depends on the weights of a step that is gone; the
-    pool itself is read again. A plan holds for any number of ranks that divides the one it was made for.
+    The plan stands in the checkpoint until it is played, because it depends on the weights of a
+    step that is gone; the pool itself is read again. A plan holds for any number of ranks that
+    divides the one it was made for.
 
     Args:
         read: numbers of global batches -> those batches, my slices.
         stretches: of the whole run.
-        score: pairs -> what the model makes of them, in eval mode, with no gradient and no trace left.
+        score: pairs -> what the model makes of them, in eval mode, with no gradient and no trace
+            left.
         recipe: how a pool is dealt out.
         progress: read when iteration starts.
-        keep_plans: of a loader that brings a pool again. A stream's half-played pool is played on as it comes.
+        keep_plans: of a loader that brings a pool again. A stream's half-played pool is played on
+            as it comes.
         reference: the same pairs as another model sees them, for `learnability`.
         pin: make batches that travel to a GPU beside its work.
     """
@@ -75,13 +90,23 @@ class MinedBatches:
         reference: Callable[[Identity], Scored] | None = None,
         pin: bool = False,
     ) -> None:
-        self.read, self.stretches, self.score, self.recipe = read, stretches, score, recipe
-        self.seed, self.progress, self.reference, self.pin = seed, progress, reference, pin
+        self.read = read
+        self.stretches = stretches
+        self.score = score
+        self.recipe = recipe
+        self.seed = seed
+        self.progress = progress
+        self.reference = reference
+        self.pin = pin
         self.keep_plans = keep_plans
-        self.seconds = 0.0  # spent on scoring and on waiting for plans
-        self.numbers = dict[str, float]()  # of the pool that is being played
-        self._plan: Plan | None = None  # of the stretch that is being played
-        self._making: Future[Dealt] | None = None  # on the first rank
+        # spent on scoring and on waiting for plans
+        self.seconds = 0.0
+        # of the pool that is being played
+        self.numbers = dict[str, float]()
+        # of the stretch that is being played
+        self._plan: Plan | None = None
+        # on the first rank
+        self._making: Future[Dealt] | None = None
         self._thread = ThreadPoolExecutor(1)
         self._device = torch.device("cpu")
 
@@ -90,13 +115,16 @@ class MinedBatches:
         left = [stretch for stretch in self.stretches if stretch.step + stretch.steps > step]
         if not left:
             return
-        played, last = step - left[0].step, left[-1]
-        if played and self._plan is None:  # not mined, or a plan that could not be kept
+        played = step - left[0].step
+        last = left[-1]
+        # not mined, or a plan that could not be kept
+        if played and self._plan is None:
             left[0] = Stretch(step, left[0].source + played, 0, 0, left[0].steps - played)
             played = 0
         start = left[0].source
         loaded = iter(self.read(range(start, last.source + last.reads)))
-        ahead = deque[LoadedBatch]()  # what comes next in the order of reading
+        # what comes next in the order of reading
+        ahead = deque[LoadedBatch]()
 
         def following() -> LoadedBatch:
             return ahead.popleft() if ahead else next(loaded)
@@ -110,13 +138,17 @@ class MinedBatches:
                     ahead.append(next(loaded))
             played = 0
 
-    def _plain(self, stretch: Stretch, following: Callable[[], LoadedBatch], played: int) -> Iterator[LoadedBatch]:
+    def _plain(
+        self, stretch: Stretch, following: Callable[[], LoadedBatch], played: int
+    ) -> Iterator[LoadedBatch]:
         assert not played
         self.numbers = {}
         for _ in range(stretch.plain):
             yield following()
 
-    def _mined(self, stretch: Stretch, following: Callable[[], LoadedBatch], played: int) -> Iterator[LoadedBatch]:
+    def _mined(
+        self, stretch: Stretch, following: Callable[[], LoadedBatch], played: int
+    ) -> Iterator[LoadedBatch]:
         pool = Pool([following() for _ in range(stretch.pool)], self.pin)
         generator = np.random.default_rng((self.seed, stretch.step))
         order = turns(stretch, generator)
@@ -128,7 +160,8 @@ class MinedBatches:
             plain = None if mined else following()
             if turn >= played:
                 batch = plain or self._play(pool, number)
-                if turn == 0:  # a pool's skips are counted as it begins; one that is read again was counted before
+                # a pool's skips are counted as it begins; one that is read again was counted before
+                if turn == 0:
                     batch.skips.merge(pool.skips)
                 yield batch
             elif mined:
@@ -143,7 +176,8 @@ class MinedBatches:
         self._device = view.image.device
         mine = (view.image, view.text, pool.pairs.index, pool.pairs.caption_hash, pool.image_hash)
         gathered = [pool.in_order(world.gather(x.to(self._device))).cpu().numpy() for x in mine]
-        if not (np.isfinite(gathered[0]).all() and np.isfinite(gathered[1]).all()):  # the same on every rank
+        # the same on every rank
+        if not (np.isfinite(gathered[0]).all() and np.isfinite(gathered[1]).all()):
             raise ValueError(
                 f"the model's features are not finite at step {self.progress.step}, found by mining: training has "
                 "diverged; lower optim.lr or optim.clip"
@@ -160,11 +194,19 @@ class MinedBatches:
     def _play(self, pool: Pool, number: int) -> LoadedBatch:
         if self._plan is None:
             start = time.perf_counter()
-            none = torch.zeros(self.recipe.kept(pool.batches), self.recipe.batch_size, dtype=torch.int64)
-            made = self._made() or Plan(none, none, torch.zeros(len(NUMBERS), dtype=torch.float64), torch.tensor(0))
+            none = torch.zeros(
+                self.recipe.kept(pool.batches), self.recipe.batch_size, dtype=torch.int64
+            )
+            made = self._made() or Plan(
+                none, none, torch.zeros(len(NUMBERS), dtype=torch.float64), torch.tensor(0)
+            )
             # the others bring zeros: the sum is the first rank's plan
-            shared = (world.total(field.to(self._device)).cpu() if world.size() > 1 else field for field in made)
-            self._plan, self._making = Plan(*shared), None
+            shared = (
+                world.total(field.to(self._device)).cpu() if world.size() > 1 else field
+                for field in made
+            )
+            self._plan = Plan(*shared)
+            self._making = None
             self.seconds += time.perf_counter() - start
         self._tell()
         return pool.take(self._plan.batches[number], self._plan.caption_hash[number])
@@ -179,13 +221,18 @@ class MinedBatches:
             return None
         dealt = self._making.result()
         numbers = torch.tensor([dealt.numbers[name] for name in NUMBERS], dtype=torch.float64)
-        batches, hashes = torch.from_numpy(dealt.batches), torch.from_numpy(dealt.caption_hash)
+        batches = torch.from_numpy(dealt.batches)
+        hashes = torch.from_numpy(dealt.caption_hash)
         return Plan(batches, hashes, numbers, torch.tensor(world.size()))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The plan of a pool that is half played; {} between pools. The first rank's: others may not have it yet."""
+        """The plan of a pool that is half played; {} between pools. The first rank's: others may
+        not have it yet.
+        """
         step = self.progress.step
-        inside = any(each.pool and each.step < step < each.step + each.steps for each in self.stretches)
+        inside = any(
+            each.pool and each.step < step < each.step + each.steps for each in self.stretches
+        )
         inside = inside and self.keep_plans
         plan = (self._plan or self._made()) if inside else None
         return plan._asdict() if plan is not None else {}

@@ -1,4 +1,6 @@
-"""A pool: the pairs of several global batches, each rank its own slices, and one order of them all."""
+"""A pool: the pairs of several global batches, each rank its own slices, and one order of them
+all.
+"""
 
 import torch
 from torch import Tensor
@@ -10,7 +12,8 @@ from clipsmall.mining.scored import Ints
 
 
 class Pool:
-    """m global batches of B pairs; a *place* is batch · B + slot, on any number of ranks. In host memory.
+    """m global batches of B pairs; a *place* is batch · B + slot, on any number of ranks. In host
+    memory.
 
     Args:
         read: my B / W pairs of each batch.
@@ -18,8 +21,12 @@ class Pool:
     """
 
     def __init__(self, read: list[LoadedBatch], pin: bool = False) -> None:
-        self.batches, self.local, self.pin = len(read), len(read[0].image_hash), pin
-        self.pairs = Pairs(*(torch.cat(fields) for fields in zip(*(batch.pairs for batch in read), strict=True)))
+        self.batches = len(read)
+        self.local = len(read[0].image_hash)
+        self.pin = pin
+        self.pairs = Pairs(
+            *(torch.cat(fields) for fields in zip(*(batch.pairs for batch in read), strict=True))
+        )
         self.image_hash = torch.cat([batch.image_hash for batch in read])
         self.skips = Skips()
         for batch in read:
@@ -38,11 +45,14 @@ class Pool:
 
     def take(self, places: Tensor, caption_hash: Tensor) -> LoadedBatch:
         """My pairs of those places, with the caption hashes that the plan has for them."""
-        batch, slot = places // (self.local * world.size()), places % (self.local * world.size())
+        batch = places // (self.local * world.size())
+        slot = places % (self.local * world.size())
         mine = slot // self.local == world.rank()
         assert mine.sum() == self.local, "a mined batch takes equally many pairs of every rank"
         rows = (batch * self.local + slot % self.local)[mine]
-        pairs = Pairs(*(field[rows] for field in self.pairs))._replace(caption_hash=caption_hash[mine])
+        pairs = Pairs(*(field[rows] for field in self.pairs))._replace(
+            caption_hash=caption_hash[mine]
+        )
         if self.pin:
             pairs = Pairs(*(field.pin_memory() for field in pairs))
         return LoadedBatch(pairs, Skips(), self.image_hash[rows])

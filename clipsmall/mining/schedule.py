@@ -8,11 +8,16 @@ import numpy as np
 class Stretch(NamedTuple):
     """A few steps: the batches they read, and what becomes of them."""
 
-    step: int  # the first of it
-    source: int  # the first batch it reads
-    pool: int  # batches that are scored and dealt out again; 0 = this stretch is not mined
-    kept: int  # of them that are played
-    plain: int  # further batches, played as they come
+    # the first of it
+    step: int
+    # the first batch it reads
+    source: int
+    # batches that are scored and dealt out again; 0 = this stretch is not mined
+    pool: int
+    # of them that are played
+    kept: int
+    # further batches, played as they come
+    plain: int
 
     @property
     def steps(self) -> int:
@@ -24,19 +29,22 @@ class Stretch(NamedTuple):
 
 
 class Schedule(NamedTuple):
-    """Pools of `pool` batches between the shares `start` and `end` of a run, with plain batches beside them such that
-    `fraction` of the batches there are mined; else as it comes.
+    """Pools of `pool` batches between the shares `start` and `end` of a run, with plain batches
+    beside them such that `fraction` of the batches there are mined; else as it comes.
 
-    A pool lies within one epoch, so that no pair is in it twice; what is left of an epoch is played as it comes.
+    A pool lies within one epoch, so that no pair is in it twice; what is left of an epoch is played
+    as it comes.
     """
 
-    steps: int  # of the run
+    # of the run
+    steps: int
     pool: int
     kept: int
     fraction: float
     start: float
     end: float
-    per_epoch: int  # batches; pairs that repeat sooner would meet themselves
+    # batches; pairs that repeat sooner would meet themselves
+    per_epoch: int
 
     def stretches(self) -> list[Stretch]:
         """All of the run, in order; neighbours that are not mined are one."""
@@ -45,16 +53,22 @@ class Schedule(NamedTuple):
         while step < self.steps:
             # so many plain batches that the share is right so far, however few a pool keeps
             beside = round((mined + self.kept) * (1 / self.fraction - 1)) - plain
-            fits = source % self.per_epoch + self.pool <= self.per_epoch and step + self.kept + beside <= self.steps
+            fits = (
+                source % self.per_epoch + self.pool <= self.per_epoch
+                and step + self.kept + beside <= self.steps
+            )
             if fits and self.start * self.steps <= step < self.end * self.steps:
                 found.append(Stretch(step, source, self.pool, self.kept, beside))
-                mined, plain = mined + self.kept, plain + beside
-                step, source = step + self.kept + beside, source + self.pool + beside
+                mined = mined + self.kept
+                plain = plain + beside
+                step = step + self.kept + beside
+                source = source + self.pool + beside
                 continue
             if not found or found[-1].pool:
                 found.append(Stretch(step, source, 0, 0, 0))
             found[-1] = found[-1]._replace(plain=found[-1].plain + 1)
-            step, source = step + 1, source + 1
+            step = step + 1
+            source = source + 1
         return found
 
 

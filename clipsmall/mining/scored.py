@@ -16,10 +16,14 @@ Bools = NDArray[np.bool_]
 class Scored(NamedTuple):
     """n pairs as a model sees them."""
 
-    image: NDArray[np.float32]  # (n, D), unit length
-    text: NDArray[np.float32]  # (n, D), unit length
-    scale: float = 1.0  # positive factor of the cosines
-    bias: float = 0.0  # added to every scaled cosine; sigmoid's
+    # (n, D), unit length
+    image: NDArray[np.float32]
+    # (n, D), unit length
+    text: NDArray[np.float32]
+    # positive factor of the cosines
+    scale: float = 1.0
+    # added to every scaled cosine; sigmoid's
+    bias: float = 0.0
 
     @property
     def logits(self) -> NDArray[np.float32]:
@@ -30,15 +34,20 @@ class Scored(NamedTuple):
 
 def scored(scores: Scores, places: Ints) -> Scored:
     """Some of the pairs of a table of scores, as their scorer sees them."""
-    image, text = scores.image[places].astype(np.float32), scores.text[places].astype(np.float32)
+    image = scores.image[places].astype(np.float32)
+    text = scores.text[places].astype(np.float32)
     return Scored(image, text, scores.scorer.logit_scale, scores.scorer.logit_bias)
 
 
 class Quotas(NamedTuple):
-    """How many pairs of each rank a group takes: pairs do not move between ranks, and ranks have equal work."""
+    """How many pairs of each rank a group takes: pairs do not move between ranks, and ranks have
+    equal work.
+    """
 
-    owner: Ints  # (n,) the rank that holds the pair
-    counts: Ints  # (groups, W) pairs of each rank in each group; a row sums to the group's size
+    # (n,) the rank that holds the pair
+    owner: Ints
+    # (groups, W) pairs of each rank in each group; a row sums to the group's size
+    counts: Ints
 
     @property
     def sizes(self) -> Ints:
@@ -52,5 +61,6 @@ def one_owner(pairs: int, size: int) -> Quotas:
     return Quotas(np.zeros(pairs, np.int64), np.full((pairs // size, 1), size, np.int64))
 
 
-# (pairs, quotas, cannot-link (n, n) bool and symmetric, generator) -> (groups, size) places of pairs, none twice
+# (pairs, quotas, cannot-link (n, n) bool and symmetric, generator) -> (groups, size) places of
+# pairs, none twice
 Arrangement = Callable[[Scored, Quotas, Bools, np.random.Generator], Ints]

@@ -1,4 +1,6 @@
-"""A batch through a tower chunk by chunk: the activations of one chunk, the gradient of the whole batch."""
+"""A batch through a tower chunk by chunk: the activations of one chunk, the gradient of the whole
+batch.
+"""
 
 from collections.abc import Callable
 
@@ -7,12 +9,15 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 
-def in_chunks(tower: Callable[[Tensor], Tensor], inputs: Tensor, size: int, device: torch.device) -> Tensor:
+def in_chunks(
+    tower: Callable[[Tensor], Tensor], inputs: Tensor, size: int, device: torch.device
+) -> Tensor:
     """tower(inputs), at most `size` rows at a time; exact, with random layers too.
 
-    GradCache (Gao et al. 2021, arXiv 2101.06983) by checkpointing: a chunk's activations are dropped after its forward
-    pass and made again, with the same random numbers, when its gradient is asked for. So there is one forward and one
-    backward pass to DDP, autocast and GradScaler, and scale and bias are ordinary parameters. It costs a second forward
+    GradCache (Gao et al. 2021, arXiv 2101.06983) by checkpointing: a chunk's activations are
+    dropped after its forward pass and made again, with the same random numbers, when its gradient
+    is asked for. So there is one forward and one backward pass to DDP, autocast and GradScaler, and
+    scale and bias are ordinary parameters. It costs a second forward
     pass: a third of a step.
 
     Args:
@@ -25,7 +30,8 @@ def in_chunks(tower: Callable[[Tensor], Tensor], inputs: Tensor, size: int, devi
     parts = torch.split(inputs, size)
     if not torch.is_grad_enabled():
         return torch.cat([tower(part.to(device)) for part in parts])
-    here = torch.empty(0, device=device)  # tells checkpoint whose generator to replay when the parts lie elsewhere
+    # tells checkpoint whose generator to replay when the parts lie elsewhere
+    here = torch.empty(0, device=device)
 
     def travelled(part: Tensor, here: Tensor) -> Tensor:
         return tower(part.to(here.device, non_blocking=True))
@@ -42,6 +48,8 @@ def largest_chunk(rows: int, fits: Callable[[int], bool]) -> int:
     size = rows
     while not fits(size):
         if size == 1:
-            raise ValueError("model.chunk_size=auto: not even one pair fits the device; take a smaller model or images")
+            raise ValueError(
+                "model.chunk_size=auto: not even one pair fits the device; take a smaller model or images"
+            )
         size = (size + 1) // 2
     return 0 if size == rows else size

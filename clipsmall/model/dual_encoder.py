@@ -13,20 +13,24 @@ from clipsmall.batch import Embeddings, Pairs
 from clipsmall.data.preprocess import ImageSpec
 from clipsmall.model.chunks import in_chunks
 
-MAX_LOG_SCALE = math.log(100.0)  # CLIP's bound: beyond it float32 logits lose the small differences
+# CLIP's bound: beyond it float32 logits lose the small differences
+MAX_LOG_SCALE = math.log(100.0)
 
 
 class DualEncoder(nn.Module):
     """Towers, a temperature and a bias: pairs in, unit embeddings out.
 
     Args:
-        towers: a module with `image(pixels)` and `text(ids)`: normalised (B, 3, H, W) and token ids (B, L) -> (B, D).
+        towers: a module with `image(pixels)` and `text(ids)`: normalised (B, 3, H, W) and token ids
+            (B, L) -> (B, D).
         spec: the towers' image size, mean and std.
         logit_scale: the positive factor of the cosines at the start (1/temperature).
         logit_bias: at the start; learned only if `learn_bias`.
         heads: what the objective asks for beside, by name.
-        through: the head in `heads` through which this model retrieves ("" = plainly): see `encode_image`.
-        largest_scale: which a scale that is learned never passes: CLIP's 100, or where weights came with a larger one.
+        through: the head in `heads` through which this model retrieves ("" = plainly): see
+            `encode_image`.
+        largest_scale: which a scale that is learned never passes: CLIP's 100, or where weights came
+            with a larger one.
         chunk_size: pairs that go through the towers at a time; 0 = all. Never changes a result.
     """
 
@@ -50,7 +54,9 @@ class DualEncoder(nn.Module):
         self.through = through
         self.chunk_size = chunk_size
         self.largest_log_scale = math.log(largest_scale)
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(logit_scale)), requires_grad=learn_scale)
+        self.logit_scale = nn.Parameter(
+            torch.tensor(math.log(logit_scale)), requires_grad=learn_scale
+        )
         self.logit_bias = nn.Parameter(torch.tensor(logit_bias), requires_grad=learn_bias)
         self.mean: Tensor
         self.std: Tensor
@@ -62,8 +68,8 @@ class DualEncoder(nn.Module):
         return torch.sub(pixels, self.mean).div_(self.std)
 
     def encode_image(self, pixels: Tensor) -> Tensor:
-        """(B, 3, H, W) uint8 -> unit rows, at least float32, to be compared with `encode_text`: (B, D), or what the
-        head that the model retrieves through makes of it."""
+        """(B, 3, H, W) uint8 -> unit rows, at least float32, to be compared with `encode_text`: (B,
+        D), or what the head that the model retrieves through makes of it."""
         image = self.image_outputs(pixels, self.towers)
         return self.heads[self.through].retrieve_image(image) if self.through else unit(image)
 
@@ -73,13 +79,21 @@ class DualEncoder(nn.Module):
         return self.heads[self.through].retrieve_text(text) if self.through else unit(text)
 
     def outputs(self, pairs: Pairs, towers: Any) -> tuple[Tensor, Tensor]:
-        """(B, D) and (B, D), not normalised: what `towers` (ours, or an average of them) make of the pairs."""
+        """(B, D) and (B, D), not normalised: what `towers` (ours, or an average of them) make of
+        the pairs.
+        """
         device = self.mean.device
-        image = in_chunks(lambda pixels: self.image_outputs(pixels, towers), pairs.image, self.chunk_size, device)
-        return image, in_chunks(lambda ids: self.text_outputs(ids, towers), pairs.text, self.chunk_size, device)
+        image = in_chunks(
+            lambda pixels: self.image_outputs(pixels, towers), pairs.image, self.chunk_size, device
+        )
+        return image, in_chunks(
+            lambda ids: self.text_outputs(ids, towers), pairs.text, self.chunk_size, device
+        )
 
     def image_outputs(self, pixels: Tensor, towers: Any) -> Tensor:
-        """(B, D), not normalised. Features that a frozen tower made beforehand, (B, D), are it already."""
+        """(B, D), not normalised. Features that a frozen tower made beforehand, (B, D), are it
+        already.
+        """
         image: Tensor = pixels if _made(pixels) else towers.image(self.normalised(pixels))
         return image
 
@@ -104,7 +118,9 @@ class DualEncoder(nn.Module):
         )
 
     def train(self, mode: bool = True) -> "DualEncoder":
-        """Frozen parts stay in evaluation mode: what is not trained has no dropout, and no batch statistics."""
+        """Frozen parts stay in evaluation mode: what is not trained has no dropout, and no batch
+        statistics.
+        """
         super().train(mode)
         for part in self.towers.modules():
             if mode and frozen(part):
@@ -120,8 +136,8 @@ class DualEncoder(nn.Module):
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
-        """Keep 1 ≤ scale ≤ 100, if it is learned. Called after each step: a clamp in forward would kill the gradient at
-        the bound."""
+        """Keep 1 ≤ scale ≤ 100, if it is learned. Called after each step: a clamp in forward would
+        kill the gradient at the bound."""
         if self.logit_scale.requires_grad:
             self.logit_scale.clamp_(0.0, self.largest_log_scale)
 

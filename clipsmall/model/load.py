@@ -19,10 +19,11 @@ def load_towers(name: str, pretrained: str, captions: Callable[[], Iterable[str]
     """Towers by what the user names.
 
     Args:
-        name: a tower JSON of ours (`"kind": "small"`), an open_clip model name or model JSON, a folder, or a hub id
-            of transformers; `open_clip:` or `hf:` in front decides where it is unclear.
-        pretrained: an open_clip tag, "" for the default (a folder or hub id brings its weights, an open_clip name
-            none), "none" for an architecture with fresh weights.
+        name: a tower JSON of ours (`"kind": "small"`), an open_clip model name or model JSON, a
+            folder, or a hub id of transformers; `open_clip:` or `hf:` in front decides where it is
+            unclear.
+        pretrained: an open_clip tag, "" for the default (a folder or hub id brings its weights, an
+            open_clip name none), "none" for an architecture with fresh weights.
         captions: the training captions, from which our own towers learn their vocabulary.
 
     Raises:
@@ -64,7 +65,9 @@ def load_towers(name: str, pretrained: str, captions: Callable[[], Iterable[str]
         return from_open_clip(name, tag, weights)
     if "/" in name:
         return from_transformers(name, weights)
-    raise ValueError(f"{name!r} is no tower JSON, folder, open_clip model or hub id; see open_clip.list_models()")
+    raise ValueError(
+        f"{name!r} is no tower JSON, folder, open_clip model or hub id; see open_clip.list_models()"
+    )
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -80,21 +83,35 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def rebuild(folder: Path) -> Loaded:
-    """The architecture and tokenizer that `save_model_files` wrote into a checkpoint folder, with fresh weights."""
+    """The architecture and tokenizer that `save_model_files` wrote into a checkpoint folder, with
+    fresh weights.
+    """
     description = _json(folder / "towers.json")
     if description["kind"] == "small":
         config = SmallConfig.model_validate(description["config"])
-        loaded = small(config, WordTokenizer.load(folder / "tokenizer.json", config.text.context_length))
+        loaded = small(
+            config, WordTokenizer.load(folder / "tokenizer.json", config.text.context_length)
+        )
     elif description["kind"] == "open_clip":
         loaded = from_open_clip(f"local-dir:{folder}", "", weights=False)
     else:
         loaded = from_transformers(str(folder), weights=False)
     spec = description["spec"]
-    for kept in ("retrieval", "base", "pretrained", "revision", "largest_scale", "relative_bias", "lora"):
+    for kept in (
+        "retrieval",
+        "base",
+        "pretrained",
+        "revision",
+        "largest_scale",
+        "relative_bias",
+        "lora",
+    ):
         if kept in description:
             loaded.description[kept] = description[kept]
     if "lora" in description:
-        lora.insert(loaded.towers.model, description["lora"]["targets"], description["lora"]["options"])
+        lora.insert(
+            loaded.towers.model, description["lora"]["targets"], description["lora"]["options"]
+        )
     loaded.spec = ImageSpec(**{**spec, "mean": tuple(spec["mean"]), "std": tuple(spec["std"])})
     return loaded
 
@@ -102,4 +119,6 @@ def rebuild(folder: Path) -> Loaded:
 def save_model_files(loaded: Loaded, folder: Path) -> None:
     """What `rebuild` needs, beside the weights."""
     loaded.save_tokenizer(folder)
-    (folder / "towers.json").write_text(json.dumps({**loaded.description, "spec": asdict(loaded.spec)}, indent=2))
+    (folder / "towers.json").write_text(
+        json.dumps({**loaded.description, "spec": asdict(loaded.spec)}, indent=2)
+    )

@@ -1,4 +1,6 @@
-"""Towers that train on a laptop's CPU: a few strided convolutions, and a shallow transformer over words."""
+"""Towers that train on a laptop's CPU: a few strided convolutions, and a shallow transformer over
+words.
+"""
 
 import json
 from collections.abc import Iterable
@@ -18,7 +20,9 @@ PAD = 0
 class SmallImage(BaseModel):
     model_config = ConfigDict(extra="forbid")
     size: int = Field(32, ge=8, description="pixels, square; halved once for each width")
-    widths: tuple[int, ...] = Field((32, 64, 128), min_length=1, description="channels after each halving")
+    widths: tuple[int, ...] = Field(
+        (32, 64, 128), min_length=1, description="channels after each halving"
+    )
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
@@ -35,7 +39,9 @@ class SmallText(BaseModel):
     layers: int = Field(1, ge=1)
     heads: int = Field(4, ge=1)
     context_length: int = Field(16, ge=2, description="words")
-    vocab_size: int = Field(8192, ge=16, description="words at most, the most frequent of the training captions")
+    vocab_size: int = Field(
+        8192, ge=16, description="words at most, the most frequent of the training captions"
+    )
 
     @model_validator(mode="after")
     def _divides(self) -> "SmallText":
@@ -63,7 +69,9 @@ class SmallTowers(nn.Module):
         for before, after in pairwise(channels):
             layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.GELU()]
         side = config.image.size // 2 ** len(config.image.widths)
-        self.visual = nn.Sequential(*layers, nn.Flatten(), nn.Linear(side * side * channels[-1], config.embed_dim))
+        self.visual = nn.Sequential(
+            *layers, nn.Flatten(), nn.Linear(side * side * channels[-1], config.embed_dim)
+        )
         text = config.text
         self.words = nn.Embedding(text.vocab_size, text.width, padding_idx=PAD)
         self.positions = nn.Parameter(torch.randn(text.context_length, text.width) * 0.01)
@@ -104,11 +112,15 @@ class WordTokenizer:
 
     @classmethod
     def train(cls, captions: Iterable[str], config: SmallText) -> "WordTokenizer":
-        """The words of the training captions, most frequent first; the same captions give the same vocabulary."""
+        """The words of the training captions, most frequent first; the same captions give the same
+        vocabulary.
+        """
         tokenizer = Tokenizer(WordLevel(unk_token="[UNK]"))
         tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
         tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-        trainer = WordLevelTrainer(vocab_size=config.vocab_size, special_tokens=["[PAD]", "[UNK]"], show_progress=False)
+        trainer = WordLevelTrainer(
+            vocab_size=config.vocab_size, special_tokens=["[PAD]", "[UNK]"], show_progress=False
+        )
         tokenizer.train_from_iterator(captions, trainer)
         return cls(tokenizer, config.context_length)
 
@@ -121,5 +133,8 @@ class WordTokenizer:
 
     def __call__(self, captions: list[str]) -> Tensor:
         ids = torch.tensor([encoding.ids for encoding in self.tokenizer.encode_batch(captions)])
-        ids[ids.eq(PAD).all(dim=1), 0] = 1  # a caption of nothing but symbols the splitter drops: one unknown word
+        ids[ids.eq(PAD).all(dim=1), 0] = (
+            # a caption of nothing but symbols the splitter drops: one unknown word
+            1
+        )
         return ids

@@ -1,4 +1,6 @@
-"""Where towers come from, each with tokenizer and preprocessing: our small ones, or open_clip (HF: hf_towers)."""
+"""Where towers come from, each with tokenizer and preprocessing: our small ones, or open_clip (HF:
+hf_towers).
+"""
 
 import json
 from collections.abc import Callable
@@ -16,17 +18,22 @@ from clipsmall.model.small import SmallConfig, SmallTowers, WordTokenizer
 class Loaded:
     """Towers with all that belongs to them."""
 
-    towers: Any  # a module with image(pixels) and text(ids)
+    # a module with image(pixels) and text(ids)
+    towers: Any
     spec: ImageSpec
     tokenize: Callable[[list[str]], Tensor]
-    logit_scale: float | None  # what the weights were trained with; None = fresh
+    # what the weights were trained with; None = fresh
+    logit_scale: float | None
     logit_bias: float | None
-    description: dict[str, Any]  # JSON from which `rebuild` makes the same architecture
+    # JSON from which `rebuild` makes the same architecture
+    description: dict[str, Any]
     save_tokenizer: Callable[[Path], None]
-    checkpointed: bool = False  # blocks make their activations anew
+    # blocks make their activations anew
+    checkpointed: bool = False
 
 
-# ---- ours ------------------------------------------------------------------------------------------------------
+# ---- ours
+# ------------------------------------------------------------------------------------------------------
 
 
 def small(config: SmallConfig, tokenizer: WordTokenizer) -> Loaded:
@@ -46,7 +53,8 @@ def small(config: SmallConfig, tokenizer: WordTokenizer) -> Loaded:
     )
 
 
-# ---- open_clip -------------------------------------------------------------------------------------------------
+# ---- open_clip
+# -------------------------------------------------------------------------------------------------
 
 
 class OpenClipTowers(nn.Module):
@@ -64,7 +72,9 @@ class OpenClipTowers(nn.Module):
 
 
 def taken_over(model: Any, fresh: bool) -> tuple[float | None, float | None]:
-    """Scale and bias of a library's model. They are removed there: DDP refuses parameters that nothing uses."""
+    """Scale and bias of a library's model. They are removed there: DDP refuses parameters that
+    nothing uses.
+    """
     scale = model.logit_scale.exp().item()
     bias = model.logit_bias.item() if getattr(model, "logit_bias", None) is not None else None
     for name in ("logit_scale", "logit_bias"):
@@ -100,20 +110,27 @@ def from_open_clip(name: str, pretrained: str, weights: bool = True) -> Loaded:
             pretrained_text=weights,
         )
         tokenizer = open_clip.get_tokenizer(name)
-    except Exception as error:  # a wrong value in a model JSON surfaces as anything
+    except Exception as error:
+        # a wrong value in a model JSON surfaces as anything
         reason = str(error).split(" Available: ")[0]
-        raise ValueError(f"open_clip cannot make model {given!r} with pretrained={pretrained!r}: {reason}") from None
+        raise ValueError(
+            f"open_clip cannot make model {given!r} with pretrained={pretrained!r}: {reason}"
+        ) from None
     found = open_clip.get_model_preprocess_cfg(model)
     spec = _open_clip_spec(given, found)
     config = _open_clip_config(name)
     scale, bias = taken_over(model, fresh)
     if getattr(model, "text_decoder", None) is not None:
-        model.text_decoder = None  # CoCa's captioner: no contrastive loss trains it, and DDP refuses idle parameters
+        model.text_decoder = (
+            # CoCa's captioner: no contrastive loss trains it, and DDP refuses idle parameters
+            None
+        )
 
     def save(folder: Path) -> None:
         both = {"model_cfg": config, "preprocess_cfg": dict(found)}
         (folder / "open_clip_config.json").write_text(json.dumps(both, indent=2))
-        if hasattr(tokenizer, "save_pretrained"):  # of transformers; open_clip brings the others itself
+        # of transformers; open_clip brings the others itself
+        if hasattr(tokenizer, "save_pretrained"):
             tokenizer.save_pretrained(folder)
 
     return Loaded(
@@ -128,17 +145,27 @@ def from_open_clip(name: str, pretrained: str, weights: bool = True) -> Loaded:
 
 
 def _refuse_code(name: str, config: dict[str, Any]) -> None:
-    """open_clip hands a model's own tokenizer_kwargs on to transformers, which would run code that lies beside it."""
+    """open_clip hands a model's own tokenizer_kwargs on to transformers, which would run code that
+    lies beside it.
+    """
     if "trust_remote_code" in json.dumps(config):
-        raise ValueError(f"{name}: its config asks for trust_remote_code; no code of a model is run here")
+        raise ValueError(
+            f"{name}: its config asks for trust_remote_code; no code of a model is run here"
+        )
 
 
 def _open_clip_spec(name: str, found: dict[str, Any]) -> ImageSpec:
     size = found["size"] if isinstance(found["size"], int) else found["size"][0]
     if found["resize_mode"] not in ("shortest", "squash"):
-        raise ValueError(f"open_clip model {name!r} resizes by {found['resize_mode']!r}; we do shortest and squash")
+        raise ValueError(
+            f"open_clip model {name!r} resizes by {found['resize_mode']!r}; we do shortest and squash"
+        )
     return ImageSpec(
-        size, tuple(found["mean"]), tuple(found["std"]), found["interpolation"], resize=found["resize_mode"]
+        size,
+        tuple(found["mean"]),
+        tuple(found["std"]),
+        found["interpolation"],
+        resize=found["resize_mode"],
     )
 
 

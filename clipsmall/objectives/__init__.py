@@ -1,9 +1,9 @@
 """Objectives: `objective(rows, columns) -> {"loss": Tensor, ...reported terms}`.
 
-`rows` are my rank's embeddings, `columns` everybody's; the loss is the mean over my rows, or the same on all ranks.
-An objective knows no rank and no world size. Most are functions; those with a memory are modules whose buffers, the
-same on every rank, go into the checkpoint. To add one: write it, name it here, give it a section in
-config_objectives.py.
+`rows` are my rank's embeddings, `columns` everybody's; the loss is the mean over my rows, or the
+same on all ranks. An objective knows no rank and no world size. Most are functions; those with a
+memory are modules whose buffers, the same on every rank, go into the checkpoint. To add one: write
+it, name it here, give it a section in config_objectives.py.
 """
 
 import math
@@ -45,16 +45,27 @@ class Kind:
     """
 
     make: Callable[..., Any]
-    section: str  # of the config, with its options
-    heads: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # name in HEADS -> which options are the head's
-    scale: float | None = 1 / 0.07  # logit_scale at the start; None: not learned (DDP refuses what gets no gradient)
-    learns_scale: Callable[[Mapping[str, Any]], bool] = lambda options: True  # where that depends on the options
-    bias: Callable[[int], float] | None = None  # logit_bias at the start, by the columns; None: not learned
-    alone: Callable[[Mapping[str, Any]], bool] = lambda options: True  # False: trains one tower only, a second term
-    # the head that retrieval needs, where the towers' own features do not match: "" = none, None = it matches nothing
+    # of the config, with its options
+    section: str
+    # name in HEADS -> which options are the head's
+    heads: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    # logit_scale at the start; None: not learned (DDP refuses what gets no gradient)
+    scale: float | None = 1 / 0.07
+    # where that depends on the options
+    learns_scale: Callable[[Mapping[str, Any]], bool] = lambda options: True
+    bias: Callable[[int], float] | None = (
+        # logit_bias at the start, by the columns; None: not learned
+        None
+    )
+    # False: trains one tower only, a second term
+    alone: Callable[[Mapping[str, Any]], bool] = lambda options: True
+    # the head that retrieval needs, where the towers' own features do not match: "" = none, None =
+    # it matches nothing
     through: Callable[[Mapping[str, Any]], str | None] = lambda options: ""
-    ring: bool = True  # compares with columns that travel, too
-    queue: bool = False  # compares with more columns than the batch, too
+    # compares with columns that travel, too
+    ring: bool = True
+    # compares with more columns than the batch, too
+    queue: bool = False
 
 
 def log_odds(columns: int) -> float:
@@ -88,10 +99,15 @@ OBJECTIVES: dict[str, Kind] = {
     ),
     "bce": Kind(Bce, "bce", scale=10.0, bias=lambda columns: 0.0, queue=True),
     "gcl": Kind(
-        Gcl, "gcl", learns_scale=lambda options: options["variant"] in ("fastclip_v0", "fastclip_v3"), queue=True
+        Gcl,
+        "gcl",
+        learns_scale=lambda options: options["variant"] in ("fastclip_v0", "fastclip_v3"),
+        queue=True,
     ),
     "nn": Kind(Neighbours, "nn", alone=lambda options: options["images"]),
-    "simsiam": Kind(simsiam, "simsiam", heads={"predictors": ("hidden",)}, scale=None, through=predictors),
+    "simsiam": Kind(
+        simsiam, "simsiam", heads={"predictors": ("hidden",)}, scale=None, through=predictors
+    ),
     "byol": Kind(
         byol,
         "byol",
@@ -100,8 +116,12 @@ OBJECTIVES: dict[str, Kind] = {
         through=predictors,
     ),
     "swav": Kind(Swav, "swav", heads={"prototypes": ("prototypes",)}, scale=None),
-    "barlow": Kind(barlow, "barlow", heads={"projectors": ("widths",)}, scale=None, through=projectors),
-    "vicreg": Kind(vicreg, "vicreg", heads={"projectors": ("widths",)}, scale=None, through=projectors),
+    "barlow": Kind(
+        barlow, "barlow", heads={"projectors": ("widths",)}, scale=None, through=projectors
+    ),
+    "vicreg": Kind(
+        vicreg, "vicreg", heads={"projectors": ("widths",)}, scale=None, through=projectors
+    ),
     "hsic": Kind(hsic, "hsic", scale=None),
     "superclass": Kind(
         Superclass,

@@ -21,45 +21,60 @@ class Bce(nn.Module):
     L = mean_i [ sp(−S_ii) + weight · Σ_j w_ij sp(S_ij) ],  S = logit_scale · cosines + logit_bias,
     sp(x) = log(1 + e^x).
 
-    balanced: all negatives, w_ij = 1 / (how many row i has). `sigmoid` with the two sides in balance: the bias starts
+    balanced: all negatives, w_ij = 1 / (how many row i has). `sigmoid` with the two sides in
+    balance: the bias starts
         at 0, and no batch size asks for another.
-    warmup: w_ij = 1 for k negatives of every image, the same number for every text. k starts at 1 and grows by one,
-        up to all, after every step at which the running accuracy over these choices (0.9 of it + 0.1 of the step's) is
-        above ½. After a remark of A. Radford's that so many negatives were kept that accuracy stayed near one half;
-        binary cross entropy, its sum, uniform draws and a k that never falls are our reading.
-    one: k = 1 for good, the Jensen-Shannon bound on mutual information of CLIP-Lite (Shrivastava et al. 2021,
+    warmup: w_ij = 1 for k negatives of every image, the same number for every text. k starts at 1
+    and grows by one,
+        up to all, after every step at which the running accuracy over these choices (0.9 of it +
+        0.1 of the step's) is above ½. After a remark of A. Radford's that so many negatives were
+        kept that accuracy stayed near one half; binary cross entropy, its sum, uniform draws and a
+        k that never falls are our reading.
+    one: k = 1 for good, the Jensen-Shannon bound on mutual information of CLIP-Lite (Shrivastava et
+    al. 2021,
         arXiv 2112.07133; Hjelm et al. 2019, arXiv 1808.06670, eq. 4).
 
-    The k negatives of row i are the columns i + s (cyclic) for k shifts s, drawn anew at every step, alike on all
+    The k negatives of row i are the columns i + s (cyclic) for k shifts s, drawn anew at every
+    step, alike on all
     ranks: every image and every text has k. For batches below about 512.
 
     Args:
         setting: `seed` is used.
         mode: one of the above. weight: of the negatives' sum.
-        mask_duplicates: leave columns with the row's own caption out (warmup, one: without a substitute).
+        mask_duplicates: leave columns with the row's own caption out (warmup, one: without a
+            substitute).
 
-    Called with rows and columns it returns `loss` (the mean over my rows), its parts `positive` and `negative`,
-    `effective_negatives` (k; balanced: the mean of all rows'), `accuracy` (of this step over all ranks' images, among
-    their negatives).
+    Called with rows and columns it returns `loss` (the mean over my rows), its parts `positive` and
+    `negative`, `effective_negatives` (k; balanced: the mean of all rows'), `accuracy` (of this step
+    over all ranks' images, among their negatives).
 
     Raises:
         ValueError: an unknown mode, a negative weight, a batch of one pair.
     """
 
     def __init__(
-        self, setting: Setting, mode: str = "balanced", weight: float = 1.0, mask_duplicates: bool = True
+        self,
+        setting: Setting,
+        mode: str = "balanced",
+        weight: float = 1.0,
+        mask_duplicates: bool = True,
     ) -> None:
         super().__init__()
         if mode not in MODES:
             raise ValueError(f"bce: mode is one of {', '.join(MODES)}, not {mode!r}")
         if weight < 0:
             raise ValueError(f"bce: weight is at least 0, not {weight}")
-        self.mode, self.weight, self.mask_duplicates, self.seed = mode, weight, mask_duplicates, setting.seed
+        self.mode = mode
+        self.weight = weight
+        self.mask_duplicates = mask_duplicates
+        self.seed = setting.seed
         self.count: Tensor
         self.accuracy: Tensor
         self.step: Tensor
-        self.register_buffer("count", torch.ones((), dtype=torch.int64))  # k
-        self.register_buffer("accuracy", torch.zeros(()))  # running, over the choices
+        # k
+        self.register_buffer("count", torch.ones((), dtype=torch.int64))
+        # running, over the choices
+        self.register_buffer("accuracy", torch.zeros(()))
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 
     def forward(self, rows: Embeddings, columns: Embeddings) -> dict[str, Tensor]:
@@ -68,16 +83,20 @@ class Bce(nn.Module):
         place = layout(rows, columns, self.mask_duplicates)
         if self.mode == "balanced":
             all_of_them = negatives(place)
-            each, count = all_of_them.clamp(min=1), world.mean(all_of_them.float().mean())
+            each = all_of_them.clamp(min=1)
+            count = world.mean(all_of_them.float().mean())
         else:
             place = replace(place, chosen=self._chosen(place.columns, rows.image.device))
-            each, count = torch.ones_like(place.own), self.count.float()
-        compared, accuracies = ways(rows, columns, place), []
+            each = torch.ones_like(place.own)
+            count = self.count.float()
+        compared = ways(rows, columns, place)
+        accuracies = []
         positive = negative = rows.logit_scale.new_zeros(())
         for x, y, its in compared:
             x = scaled(x, rows.logit_scale)
             bias = rows.logit_bias.to(x.dtype).expand(len(x))
-            own, share = dots(x, its) + bias, 1 / (each.to(x.dtype) * len(x) * len(compared))
+            own = dots(x, its) + bias
+            share = 1 / (each.to(x.dtype) * len(x) * len(compared))
             positive = positive + F.softplus(-own).mean() / len(compared)
             negative = negative + similarity.total(x, y, place, softplus, share, bias)
             accuracies.append(self._accuracy(own, x, y, place, bias))
@@ -99,10 +118,14 @@ class Bce(nn.Module):
 
     @torch.no_grad()
     def _accuracy(self, own: Tensor, x: Tensor, y: Tensor, place: Layout, bias: Tensor) -> Tensor:
-        """() over all ranks' images that have a negative; where none has, the running one stays as it is."""
+        """() over all ranks' images that have a negative; where none has, the running one stays as
+        it is.
+        """
         hardest, _ = similarity.nearest(x, y, place, bias)
         counts = hardest > -torch.inf
-        hits, all_of_them = world.total(torch.stack([((own > hardest) & counts).sum(), counts.sum()]))
+        hits, all_of_them = world.total(
+            torch.stack([((own > hardest) & counts).sum(), counts.sum()])
+        )
         return torch.where(all_of_them > 0, hits / all_of_them.clamp(min=1), self.accuracy)
 
     @torch.no_grad()

@@ -18,18 +18,20 @@ def dcl(
 ) -> dict[str, Tensor]:
     """DCL (Yeh et al. 2022, arXiv 2110.06848, eq. 4 to 6), between the modalities.
 
-    L = ½ mean_i [ log Σ_{j≠i} e^{S_ij} − w_i S_ii ] + the same over columns;  S = logit_scale · cosines.
+    L = ½ mean_i [ log Σ_{j≠i} e^{S_ij} − w_i S_ii ] + the same over columns;  S = logit_scale ·
+    cosines.
 
-    w = 1, or for `dclw` w_i = 2 − N softmax_i(cos_ii / sigma) over the batch, without gradient (eq. 6). A softmax that
-    is nearly sure of a pair stops learning from it, at small batches soonest; without the positive in the denominator
-    it goes on. CLOOB's InfoLOOB is the same loss times the temperature (arXiv 2110.11316). Made for batches of 16 to
+    w = 1, or for `dclw` w_i = 2 − N softmax_i(cos_ii / sigma) over the batch, without gradient (eq.
+    6). A softmax that is nearly sure of a pair stops learning from it, at small batches soonest;
+    without the positive in the denominator it goes on. CLOOB's InfoLOOB is the same loss times the
+    temperature (arXiv 2110.11316). Made for batches of 16 to
     512. The loss has no lower bound: a learnable scale runs to its limit of 100 at tiny batches.
 
     Args:
         rows: my b pairs. columns: the N pairs of the global batch, or more (a queue).
         mask_duplicates: leave columns with the row's own caption out.
-        intra_modal: the other images are negatives of an image, too, and texts of a text, as in the paper's own
-            setting of two views of an image.
+        intra_modal: the other images are negatives of an image, too, and texts of a text, as in the
+            paper's own setting of two views of an image.
         weighted: down-weight pairs that are aligned already (DCLW). sigma: its temperature.
 
     Returns `loss` (mean over my rows), `accuracy`, `effective_negatives`.
@@ -47,7 +49,8 @@ def dcl(
     for way, same in zip((image, text), among, strict=True):
         others = way.others if same is None else both(way.others, same)
         weight = weights(way.own / rows.logit_scale, sigma) if weighted else 1.0
-        alone = others == -torch.inf  # every column has the row's caption: nothing to learn from
+        # every column has the row's caption: nothing to learn from
+        alone = others == -torch.inf
         loss = loss + (others - weight * way.own).masked_fill(alone, 0.0).mean() / 2
     return {
         "loss": loss,
@@ -57,7 +60,8 @@ def dcl(
 
 
 def weights(cosines: Tensor, sigma: float) -> Tensor:
-    """(b,) 2 − N · softmax of my true pairs' cosines among all ranks'; mean 1 over the batch, no gradient.
+    """(b,) 2 − N · softmax of my true pairs' cosines among all ranks'; mean 1 over the batch, no
+    gradient.
 
     Below 0 for a pair that stands out so far that N · softmax exceeds 2: as in the paper.
     """

@@ -1,4 +1,6 @@
-"""Which columns belong to which rows, and how a row's own pair compares with all others: what pair losses share."""
+"""Which columns belong to which rows, and how a row's own pair compares with all others: what pair
+losses share.
+"""
 
 from dataclasses import replace
 from typing import NamedTuple
@@ -13,7 +15,8 @@ from clipsmall.distributed.similarity import Layout
 
 
 def own_places(rows: Embeddings, columns: Embeddings) -> Tensor:
-    """(b,) where each row's own pair stands among the N columns; found by `index`, so no rank offset exists.
+    """(b,) where each row's own pair stands among the N columns; found by `index`, so no rank
+    offset exists.
 
     A queue holds older copies of a pair: the first column of that index is its own.
     """
@@ -22,8 +25,11 @@ def own_places(rows: Embeddings, columns: Embeddings) -> Tensor:
     return places
 
 
-def layout(rows: Embeddings, columns: Embeddings, mask_duplicates: bool, keep_own: bool = False) -> Layout:
-    """Rows against columns, without a row's own pair (unless `keep_own`) and, if asked, without equal captions.
+def layout(
+    rows: Embeddings, columns: Embeddings, mask_duplicates: bool, keep_own: bool = False
+) -> Layout:
+    """Rows against columns, without a row's own pair (unless `keep_own`) and, if asked, without
+    equal captions.
 
     A pair is never its own negative: of a queue, older copies of it are left out, asked or not.
     """
@@ -45,8 +51,8 @@ def layout(rows: Embeddings, columns: Embeddings, mask_duplicates: bool, keep_ow
 
 
 def both(first: Tensor, second: Tensor) -> Tensor:
-    """(b,), (b,) log sums -> log(e^first + e^second). Both may be -inf: a row with no column, whose gradient is 0 where
-    logaddexp's own is NaN."""
+    """(b,), (b,) log sums -> log(e^first + e^second). Both may be -inf: a row with no column, whose
+    gradient is 0 where logaddexp's own is NaN."""
     none = (first == -torch.inf) & (second == -torch.inf)
     sums = torch.logaddexp(first.masked_fill(none, 0.0), second.masked_fill(none, 0.0))
     return sums.masked_fill(none, -torch.inf)
@@ -57,15 +63,22 @@ def repeats(numbers: Tensor) -> bool:
 
 
 def negatives(place: Layout) -> Tensor:
-    """(b,) int64 how many columns each row is told apart from: all but its own and those of its groups."""
+    """(b,) int64 how many columns each row is told apart from: all but its own and those of its
+    groups.
+    """
     others = torch.full_like(place.own, place.columns - 1)
     if not place.groups:
         return others
     if len(place.groups) == 1:
         of_rows, of_columns = place.groups[0]
         known = of_columns.sort().values
-        return others + 1 - (torch.searchsorted(known, of_rows, right=True) - torch.searchsorted(known, of_rows))
-    counted, others = replace(place, keep_own=False, chosen=None), torch.zeros_like(place.own)
+        return (
+            others
+            + 1
+            - (torch.searchsorted(known, of_rows, right=True) - torch.searchsorted(known, of_rows))
+        )
+    counted = replace(place, keep_own=False, chosen=None)
+    others = torch.zeros_like(place.own)
     for start in range(0, place.columns, 1024):
         j = slice(start, min(start + 1024, place.columns))
         others += (~counted.left_out(slice(None), j)).sum(dim=1)
@@ -78,7 +91,9 @@ def dots(x: Tensor, y: Tensor) -> Tensor:
 
 
 def own_column(mine: Tensor, columns: Tensor, place: Layout) -> Tensor:
-    """(b, D) each row's own column of one modality; a queue's keys are others than `mine`, the rows' own."""
+    """(b, D) each row's own column of one modality; a queue's keys are others than `mine`, the
+    rows' own.
+    """
     return mine if place.ring else picked(columns, place.own)
 
 
@@ -93,7 +108,9 @@ def whole_batch(rows: Embeddings, columns: Embeddings) -> bool:
 
 
 class Way(NamedTuple):
-    """My rows of one modality, what they are compared with, and each row's own column of it (b, D)."""
+    """My rows of one modality, what they are compared with, and each row's own column of it (b,
+    D).
+    """
 
     x: Tensor
     y: Tensor
@@ -114,9 +131,12 @@ def ways(rows: Embeddings, columns: Embeddings, place: Layout, both: bool = Fals
 class Direction(NamedTuple):
     """My rows of one modality against the columns of the other, as logits."""
 
-    own: Tensor  # (b,) of the true pairs; differentiable
-    others: Tensor  # (b,) log sum exp of the columns that are negatives, −inf where none is; differentiable
-    hardest: Tensor  # (b,) the highest of these
+    # (b,) of the true pairs; differentiable
+    own: Tensor
+    # (b,) log sum exp of the columns that are negatives, −inf where none is; differentiable
+    others: Tensor
+    # (b,) the highest of these
+    hardest: Tensor
 
     @property
     def accuracy(self) -> Tensor:
@@ -125,17 +145,23 @@ class Direction(NamedTuple):
 
     @property
     def surprise(self) -> Tensor:
-        """(b,) −log softmax of the own pair: LSE over all columns less the own logit, without cancellation."""
+        """(b,) −log softmax of the own pair: LSE over all columns less the own logit, without
+        cancellation.
+        """
         return F.softplus(self.others - self.own)
 
 
 def directions(
-    rows: Embeddings, columns: Embeddings, place: Layout, scales: tuple[Tensor, Tensor] | None = None
+    rows: Embeddings,
+    columns: Embeddings,
+    place: Layout,
+    scales: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Direction, Direction]:
     """Images among texts, and texts among images.
 
-    One sweep over one matrix serves both where the columns are the batch itself and both have one scale; its column
-    sums go over all ranks' rows. Elsewhere (a queue, temperatures of each row) there are two matrices.
+    One sweep over one matrix serves both where the columns are the batch itself and both have one
+    scale; its column sums go over all ranks' rows. Elsewhere (a queue, temperatures of each row)
+    there are two matrices.
 
     Args:
         scales: (b,) or () of my images and of my texts; default: the model's logit_scale for both.
@@ -155,8 +181,11 @@ def directions(
 
 
 def within(rows: Embeddings, columns: Embeddings, place: Layout) -> tuple[Tensor, Tensor]:
-    """(b,) log sums of each image among the other images, and of each text among the other texts, scaled."""
-    image, text = scaled(rows.image, rows.logit_scale), scaled(rows.text, rows.logit_scale)
+    """(b,) log sums of each image among the other images, and of each text among the other texts,
+    scaled.
+    """
+    image = scaled(rows.image, rows.logit_scale)
+    text = scaled(rows.text, rows.logit_scale)
     return (
         similarity.logsumexp(image, columns.image, place, columns=False).rows,
         similarity.logsumexp(text, columns.text, place, columns=False).rows,

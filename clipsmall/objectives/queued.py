@@ -13,29 +13,37 @@ from clipsmall.objectives.fifo import Fifo
 
 
 class Queued(nn.Module):
-    """An objective with a queue of both modalities: images meet the batch's and the queued texts, texts the images.
+    """An objective with a queue of both modalities: images meet the batch's and the queued texts,
+    texts the images.
 
-    The queue starts empty (the papers start with random vectors, which are wrong negatives until they are gone), takes
-    any batch, and is the same on all ranks and part of the checkpoint. Older copies of a row's own pair, and columns
-    with its caption, are no negatives of it (streamed data does not know its pairs again: there only the captions).
+    The queue starts empty (the papers start with random vectors, which are wrong negatives until
+    they are gone), takes any batch, and is the same on all ranks and part of the checkpoint. Older
+    copies of a row's own pair, and columns with its caption, are no negatives of it (streamed data
+    does not know its pairs again: there only the captions).
 
-    moco: columns are made by averaged towers, of the batch as of the queue (MoCo, He et al. 2020, arXiv 1911.05722,
-        §3.2, alg. 1; for images and texts BriVL, arXiv 2103.06561, §3.2, and ALBEF, arXiv 2107.07651, §3.2, eq. 1).
-        A gradient reaches the image tower from images among texts, the text tower from texts among images.
-    xbm: columns are the batch itself, with its gradient, and the towers' own features of former steps as they were
+    moco: columns are made by averaged towers, of the batch as of the queue (MoCo, He et al. 2020,
+    arXiv 1911.05722,
+        §3.2, alg. 1; for images and texts BriVL, arXiv 2103.06561, §3.2, and ALBEF, arXiv
+        2107.07651, §3.2, eq. 1). A gradient reaches the image tower from images among texts, the
+        text tower from texts among images.
+    xbm: columns are the batch itself, with its gradient, and the towers' own features of former
+    steps as they were
         then (cross-batch memory, Wang et al. 2020, arXiv 1912.06798, alg. 1), of both modalities.
 
     Args:
         objective: of (rows, columns); knows no queue.
         kind: `moco` (rows.extra holds the head momentum's targets) or `xbm`.
         size: pairs in the queue. width: D of the features.
-        in_batch: moco: the batch's other pairs are negatives, too (ALBEF), or only the queue's are (BriVL).
-        start: pairs seen before the queue is met. While weights change fast, old features are told apart by their age,
-            and turning all features a little at every step is the cheapest way to a low loss: xbm from the first step,
-            or with 16 batches, learned nothing on the glyphs (its authors start after 1,000 steps; moco's towers
-            change slowly).
+        in_batch: moco: the batch's other pairs are negatives, too (ALBEF), or only the queue's are
+            (BriVL).
+        start: pairs seen before the queue is met. While weights change fast, old features are told
+            apart by their age,
+            and turning all features a little at every step is the cheapest way to a low loss: xbm
+            from the first step, or with 16 batches, learned nothing on the glyphs (its authors
+            start after 1,000 steps; moco's towers change slowly).
 
-    Called with rows and the plain batch's columns it returns what the objective does, and `queue`, the pairs in it.
+    Called with rows and the plain batch's columns it returns what the objective does, and `queue`,
+    the pairs in it.
     """
 
     def __init__(
@@ -48,7 +56,10 @@ class Queued(nn.Module):
         start: int = 0,
     ) -> None:
         super().__init__()
-        self.objective, self.features, self.in_batch, self.start = objective, FEATURES[kind], in_batch, start
+        self.objective = objective
+        self.features = FEATURES[kind]
+        self.in_batch = in_batch
+        self.start = start
         self.past = Fifo(size, width, ("image", "text"))
 
     def forward(self, rows: Embeddings, columns: Embeddings) -> dict[str, Tensor]:
@@ -56,7 +67,9 @@ class Queued(nn.Module):
         filled = len(self.past) if self.past.seen >= self.start else 0
         losses = self.objective(rows, self.widened(columns, image, text, filled))
         losses["queue"] = torch.tensor(float(filled), device=image.device)
-        self.past.push(columns.index, columns.caption_hash, image=image.detach(), text=text.detach())
+        self.past.push(
+            columns.index, columns.caption_hash, image=image.detach(), text=text.detach()
+        )
         return losses
 
     def widened(self, columns: Embeddings, image: Tensor, text: Tensor, filled: int) -> Embeddings:
@@ -70,7 +83,10 @@ class Queued(nn.Module):
             index=torch.cat([columns.index, past.index[:filled]]),
             caption_hash=torch.cat([columns.caption_hash, past.caption[:filled]]),
             live=columns,
-            own_only=0 if self.in_batch or not filled else len(image),  # of an empty queue nobody would learn
+            own_only=0
+            if self.in_batch or not filled
+            # of an empty queue nobody would learn
+            else len(image),
         )
 
 

@@ -22,33 +22,41 @@ def sinkhorn_targets(
     epsilon: float = 0.15,
     iterations: int = 5,
 ) -> dict[str, Tensor]:
-    """OTTER: softmax, part of it against soft targets from optimal transport (Wu et al. 2022, arXiv 2112.09445, §3).
+    """OTTER: softmax, part of it against soft targets from optimal transport (Wu et al. 2022, arXiv
+    2112.09445, §3).
 
-    L = alpha · softmax + (1 − alpha) · ½ mean_i [ −Σ_j Q_ij log softmax_j(s C_ij) ] + the same over columns.
+    L = alpha · softmax + (1 − alpha) · ½ mean_i [ −Σ_j Q_ij log softmax_j(s C_ij) ] + the same over
+    columns.
 
-    Q ∝ exp(A/epsilon + f_i + g_j) is the transport plan of the teacher's similarities A_ij = cos(v_i, v_j) +
-    cos(t_i, t_j) + cos(v_i, t_j), v and t being features of towers averaged over steps (`momentum`), without its
-    diagonal, and its rows (columns) made distributions. For noisy web pairs, where other captions of the batch fit
-    as well; batches of 64 and up. Costs one more forward pass of both towers.
+    Q ∝ exp(A/epsilon + f_i + g_j) is the transport plan of the teacher's similarities A_ij =
+    cos(v_i, v_j) + cos(t_i, t_j) + cos(v_i, t_j), v and t being features of towers averaged over
+    steps (`momentum`), without its diagonal, and its rows (columns) made distributions. For noisy
+    web pairs, where other captions of the batch fit as well; batches of 64 and up. Costs one more
+    forward pass of both towers.
 
     Args:
-        rows: my b pairs; `extra` holds `image_target` and `text_target` (b, D) of the head `momentum`, and
-            `soft_scale` () of the head `soft_scale`, the second temperature. columns: the global batch.
+        rows: my b pairs; `extra` holds `image_target` and `text_target` (b, D) of the head
+            `momentum`, and `soft_scale` () of the head `soft_scale`, the second temperature.
+            columns: the global batch.
         mask_duplicates: for the softmax part; the targets are there to find such columns.
-        alpha: weight of the plain softmax. epsilon: temperature of the plan. iterations: of Sinkhorn.
+        alpha: weight of the plain softmax. epsilon: temperature of the plan. iterations: of
+            Sinkhorn.
 
-    Returns `loss` (mean over my rows), `softmax`, `soft` (cross entropy against the targets), `accuracy`,
-    `effective_negatives`.
+    Returns `loss` (mean over my rows), `softmax`, `soft` (cross entropy against the targets),
+    `accuracy`, `effective_negatives`.
 
     Raises:
         ValueError: columns that are a queue, or travel in a ring.
     """
     place = layout(rows, columns, mask_duplicates)
     if place.ring or not whole_batch(rows, columns):
-        raise ValueError("sinkhorn_targets needs exactly the gathered batch as columns: no queue, no ring")
+        raise ValueError(
+            "sinkhorn_targets needs exactly the gathered batch as columns: no queue, no ring"
+        )
     image, text = directions(rows, columns, place)
     hard = (image.surprise.mean() + text.surprise.mean()) / 2
-    others = replace(place, groups=())  # targets are there to find equal captions
+    # targets are there to find equal captions
+    others = replace(place, groups=())
     plan = Plan(rows, others, epsilon, iterations)
     x = scaled(rows.image, rows.extra["soft_scale"])
     sums = similarity.logsumexp(x, columns.text, replace(others, keep_own=True))
@@ -69,18 +77,26 @@ class Plan:
     @torch.no_grad()
     def __init__(self, rows: Embeddings, others: Layout, epsilon: float, iterations: int) -> None:
         v, t = (unit(rows.extra[name]) for name in ("image_target", "text_target"))
-        all_v, all_t = world.gather(v), world.gather(t)
+        all_v = world.gather(v)
+        all_t = world.gather(t)
         self.layout = others
-        self.x, self.y = torch.cat([v, t, v], dim=1) / epsilon, torch.cat([all_v, all_t, all_t], dim=1)
+        self.x = torch.cat([v, t, v], dim=1) / epsilon
+        self.y = torch.cat([all_v, all_t, all_t], dim=1)
         f, _, _ = potentials(self.x, self.y, others, iterations, tolerance=0.0)
         self.g = -similarity.logsumexp(self.x, self.y, others, u=f, rows=False).columns
-        self.f = -similarity.logsumexp(self.x, self.y, others, v=self.g, columns=False).rows  # rows sum to 1
-        self.f_of_columns = f  # with g: columns sum to 1
+        # rows sum to 1
+        self.f = -similarity.logsumexp(self.x, self.y, others, v=self.g, columns=False).rows
+        # with g: columns sum to 1
+        self.f_of_columns = f
 
     def tiles(self) -> Any:
         for i, j, _, _, _, tile in similarity.tiles(self.x, self.y, self.layout, v=self.g):
             tile.masked_fill_(self.layout.left_out(i, j), -torch.inf)
-            yield i, j, ((tile + self.f[i, None]).exp() + (tile + self.f_of_columns[i, None]).exp()) / 2
+            yield (
+                i,
+                j,
+                ((tile + self.f[i, None]).exp() + (tile + self.f_of_columns[i, None]).exp()) / 2,
+            )
 
 
 class _Expected(torch.autograd.Function):
@@ -88,7 +104,8 @@ class _Expected(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, plan: Plan) -> Tensor:
-        dx, dy = torch.zeros_like(x), torch.zeros_like(y, dtype=x.dtype, device=x.device)
+        dx = torch.zeros_like(x)
+        dy = torch.zeros_like(y, dtype=x.dtype, device=x.device)
         with torch.autocast(x.device.type, enabled=False):
             for i, j, q in plan.tiles():
                 dx[i].addmm_(q, y[j].to(x.device, x.dtype))

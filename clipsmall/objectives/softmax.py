@@ -13,16 +13,20 @@ def softmax(
 
     L = ½ mean_i [ LSE_j S_ij − S_ii ] + ½ mean_j [ LSE_i S_ij − S_jj ],  S = logit_scale · cosines.
 
-    The baseline. Its negatives are the batch: below about 256 pairs `dcl`, `sigmoid`, `gcl` or a queue do better.
+    The baseline. Its negatives are the batch: below about 256 pairs `dcl`, `sigmoid`, `gcl` or a
+    queue do better.
 
     Args:
         rows: my b pairs. columns: the N pairs of the global batch, or more (a queue).
-        mask_duplicates: leave columns with the row's own caption out of its softmax; False = plain CLIP.
-        intra_modal: the other images are negatives of an image, too, and the other texts of a text: SimCLR's NT-Xent
-            on image and text as the two views (Chen et al. 2020, arXiv 2002.05709, eq. 1).
+        mask_duplicates: leave columns with the row's own caption out of its softmax; False = plain
+            CLIP.
+        intra_modal: the other images are negatives of an image, too, and the other texts of a text:
+            SimCLR's NT-Xent on image and text as the two views (Chen et al. 2020, arXiv 2002.05709,
+            eq. 1).
 
-    Returns `loss` (mean over my rows), `accuracy` (share of rows whose own pair scores highest among the other
-    modality, both ways) and `effective_negatives` (columns a row is compared with, less duplicates).
+    Returns `loss` (mean over my rows), `accuracy` (share of rows whose own pair scores highest
+    among the other modality, both ways) and `effective_negatives` (columns a row is compared with,
+    less duplicates).
     """
     place = layout(rows, columns, mask_duplicates)
     image, text = directions(rows, columns, place)

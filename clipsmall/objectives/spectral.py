@@ -11,13 +11,16 @@ from clipsmall.objectives.pairs import dots, layout, negatives, ways
 def spectral(
     rows: Embeddings, columns: Embeddings, mask_duplicates: bool = True, mu: float = 10.0
 ) -> dict[str, Tensor]:
-    """The spectral contrastive loss (HaoChen et al. 2021, arXiv 2106.04156, eq. 6) of features of length √mu.
+    """The spectral contrastive loss (HaoChen et al. 2021, arXiv 2106.04156, eq. 6) of features of
+    length √mu.
 
-    L = −2 mean_i cos_ii + mu · mean_{i≠j} cos_ij²,  which is 1/mu times the paper's loss of x = √mu · unit features.
+    L = −2 mean_i cos_ii + mu · mean_{i≠j} cos_ij²,  which is 1/mu times the paper's loss of x = √mu
+    · unit features.
 
-    No temperature, no bias, no logarithm of a sum: its value at any batch size of 2 or more is an unbiased estimate.
-    It wants other pairs at right angles, not opposite. Batches of 16 and up; mu and the learning rate need tuning
-    (the authors: mu = 1 on CIFAR-10, 10 on ImageNet with batch 384).
+    No temperature, no bias, no logarithm of a sum: its value at any batch size of 2 or more is an
+    unbiased estimate. It wants other pairs at right angles, not opposite. Batches of 16 and up; mu
+    and the learning rate need tuning (the authors: mu = 1 on CIFAR-10, 10 on ImageNet with batch
+    384).
 
     Args:
         rows: my b pairs. columns: the N pairs of the global batch, or more (a queue).

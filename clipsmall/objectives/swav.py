@@ -12,26 +12,33 @@ from clipsmall.objectives.pairs import own_places
 class Swav(nn.Module):
     """SwAV between the modalities (Caron et al. 2020, arXiv 2006.09882, eq. 1 to 5).
 
-    L = −½ mean_i Σ_p [ Q^T_ip log softmax_p(x_i c_p / temperature) + Q^I_ip log softmax_p(y_i c_p / temperature) ],
-    with the codes Q of the *other* modality: the transport plan of exp(scores / epsilon) that gives every pair one unit
-    and every prototype the same share, by `iterations` of Sinkhorn over batch and queue together, no gradient.
+    L = −½ mean_i Σ_p [ Q^T_ip log softmax_p(x_i c_p / temperature) + Q^I_ip log softmax_p(y_i c_p /
+    temperature) ],
+    with the codes Q of the *other* modality: the transport plan of exp(scores / epsilon) that gives
+    every pair one unit and every prototype the same share, by `iterations` of Sinkhorn over batch
+    and queue together, no gradient.
 
-    A batch of fewer pairs than prototypes cannot be shared out: every row would end up with prototypes of its own. So
-    the codes of small batches are made together with those of the last `queue` pairs, as soon as the queue is full;
-    before that, of the batch alone. A queue of more than about 15 batches (the paper's 3,840 at 256, with 3,000
-    prototypes) is too old: on synthetic pairs at batch 64 recall fell from 94 % with 1,024 to 75 % with 3,840, where
-    softmax had 97 %. Much of the paper's gain is from small crops, which captions do not have.
+    A batch of fewer pairs than prototypes cannot be shared out: every row would end up with
+    prototypes of its own. So the codes of small batches are made together with those of the last
+    `queue` pairs, as soon as the queue is full; before that, of the batch alone. A queue of more
+    than about 15 batches (the paper's 3,840 at 256, with 3,000 prototypes) is too old: on synthetic
+    pairs at batch 64 recall fell from 94 % with 1,024 to 75 % with 3,840, where softmax had 97 %.
+    Much of the paper's gain is from small crops, which captions do not have.
 
-    A loss that stays at log P says that all embeddings are alike; `prototypes_used` is then P, `confidence` 1/P.
+    A loss that stays at log P says that all embeddings are alike; `prototypes_used` is then P,
+    `confidence` 1/P.
 
     Args:
         queue: past pairs kept, 0 for none.
         temperature, epsilon, iterations: see above. A smaller epsilon makes codes harder.
-        freeze_steps: the prototypes stay as drawn for so many first steps; the paper's 313 at a batch of 4,096.
+        freeze_steps: the prototypes stay as drawn for so many first steps; the paper's 313 at a
+            batch of 4,096.
 
-    Called with (rows, columns): my b pairs with `prototypes` (P, D) of the head of that name, and the N pairs of the
-    global batch. Returns `loss` (mean over my rows), `prototypes_used` (exp of the entropy of the mean assignment over
-    all ranks: 1 = all pairs to one prototype) and `confidence` (mean highest assignment of my rows).
+    Called with (rows, columns): my b pairs with `prototypes` (P, D) of the head of that name, and
+    the N pairs of the global batch. Returns `loss` (mean over my rows), `prototypes_used` (exp of
+    the entropy of the mean assignment over
+    all ranks: 1 = all pairs to one prototype) and `confidence` (mean highest assignment of my
+    rows).
 
     Raises:
         ValueError: fewer pairs in batch and queue together than prototypes.
@@ -47,8 +54,11 @@ class Swav(nn.Module):
         freeze_steps: int = 100,
     ) -> None:
         super().__init__()
-        self.temperature, self.epsilon, self.iterations = temperature, epsilon, iterations
-        self.queue, self.freeze_steps = queue, freeze_steps
+        self.temperature = temperature
+        self.epsilon = epsilon
+        self.iterations = iterations
+        self.queue = queue
+        self.freeze_steps = freeze_steps
         self.images: Tensor
         self.texts: Tensor
         self.written: Tensor
@@ -64,8 +74,11 @@ class Swav(nn.Module):
         # a gradient of 0 rather than none: DDP refuses parameters that get none
         frozen = (self.step < self.freeze_steps).to(prototypes.dtype)
         prototypes = prototypes - frozen * (prototypes - prototypes.detach())
-        whole = len(columns.image) == len(columns.index)  # in a ring the columns are only mine
-        everyone = (x.detach() if whole else world.gather(x.detach()) for x in (columns.image, columns.text))
+        # in a ring the columns are only mine
+        whole = len(columns.image) == len(columns.index)
+        everyone = (
+            x.detach() if whole else world.gather(x.detach()) for x in (columns.image, columns.text)
+        )
         images, texts = (x.to(rows.image.device) for x in everyone)
         places = own_places(rows, columns)
         of_image = self._codes(images, self.images, prototypes)[places]
@@ -76,7 +89,10 @@ class Swav(nn.Module):
         assigned = ((by_image.exp() + by_text.exp()) / 2).detach()
         share = world.mean(assigned.mean(dim=0))
         return {
-            "loss": -((of_text * by_image).sum(dim=1).mean() + (of_image * by_text).sum(dim=1).mean()) / 2,
+            "loss": -(
+                (of_text * by_image).sum(dim=1).mean() + (of_image * by_text).sum(dim=1).mean()
+            )
+            / 2,
             "prototypes_used": torch.special.entr(share).sum().exp(),
             "confidence": assigned.amax(dim=1).mean(),
         }
@@ -98,10 +114,13 @@ class Swav(nn.Module):
     @torch.no_grad()
     def _remember(self, images: Tensor, texts: Tensor) -> None:
         """The newest pairs overwrite the oldest, if they are finite."""
-        count, sound = len(images), finite(images, texts)
+        count = len(images)
+        sound = finite(images, texts)
         new = min(count, self.queue)
         if new:
-            places = (self.written + torch.arange(count - new, count, device=self.written.device)) % self.queue
+            places = (
+                self.written + torch.arange(count - new, count, device=self.written.device)
+            ) % self.queue
             for queue, features in ((self.images, images), (self.texts, texts)):
                 queue[places] = torch.where(sound, features[-new:].to(queue.dtype), queue[places])
         self.written += count * sound
@@ -115,7 +134,9 @@ def _scores(features: Tensor, prototypes: Tensor) -> Tensor:
 
 
 def shared_out(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
-    """(n, P) codes: rows sum to 1, columns to about n/P; in logs, as exp(1/0.05) is too much for half precision."""
+    """(n, P) codes: rows sum to 1, columns to about n/P; in logs, as exp(1/0.05) is too much for
+    half precision.
+    """
     log_plan = scores / epsilon
     for _ in range(iterations):
         log_plan -= log_plan.logsumexp(dim=0)

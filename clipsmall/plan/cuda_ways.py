@@ -1,9 +1,11 @@
 """How a CUDA device would compute what runs abstractly as if on a CPU, as far as memory differs.
 
-Abstract tensors cannot lie on a GPU where there is none: PyTorch's autograd engine asks the driver for its streams
-(2.14: "hasPrimaryContext expects a valid device index"). So they lie on the CPU, and towers find other functions in
-torch.nn.functional: those that stand for the kernels of CUDA. (A TorchFunctionMode would not see what is called inside
-another function of PyTorch: the attention in nn.MultiheadAttention, or whatever a backward pass makes anew.)
+Abstract tensors cannot lie on a GPU where there is none: PyTorch's autograd engine asks the driver
+for its streams (2.14: "hasPrimaryContext expects a valid device index"). So they lie on the CPU,
+and towers find other functions in torch.nn.functional: those that stand for the kernels of CUDA. (A
+TorchFunctionMode would not see what is called inside
+another function of PyTorch: the attention in nn.MultiheadAttention, or whatever a backward pass
+makes anew.)
 """
 
 from collections.abc import Callable, Iterator
@@ -19,14 +21,17 @@ from torch import Tensor
 from clipsmall.distributed.tiles import TILE
 from clipsmall.plan.meter import HOST, Meter
 
-# of what CUDA's autocast computes in float32 and the CPU's does not (PyTorch's list "CUDA Ops that can autocast to
-# float32"), those that towers are made of: what they keep for the backward pass has twice the bytes
+# of what CUDA's autocast computes in float32 and the CPU's does not (PyTorch's list "CUDA Ops that
+# can autocast to float32"), those that towers are made of: what they keep for the backward pass has
+# twice the bytes
 WIDE = ("layer_norm", "group_norm", "softmax", "log_softmax", "normalize")
 
 
 @contextmanager
 def cuda_ways(meter: Meter) -> Iterator[None]:
-    """Inside, kernels are chosen as on CUDA, the loss has its tiles, and what is sent to the host is not counted."""
+    """Inside, kernels are chosen as on CUDA, the loss has its tiles, and what is sent to the host
+    is not counted.
+    """
 
     def to_host(x: Tensor) -> Tensor:
         with meter.labelled(HOST):
@@ -67,21 +72,35 @@ def lean_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """The memory-efficient kernel, which a V100 has too: (B, heads, L, E) -> the same; keeps a log sum for each row."""
+    """The memory-efficient kernel, which a V100 has too: (B, heads, L, E) -> the same; keeps a log
+    sum for each row.
+    """
     qkv = query, key, value
     if torch.is_autocast_enabled("cpu"):
         narrow = torch.get_autocast_dtype("cpu")
         qkv = query.to(narrow), key.to(narrow), value.to(narrow)
-        attn_mask = attn_mask if attn_mask is None or attn_mask.dtype == torch.bool else attn_mask.to(narrow)
+        attn_mask = (
+            attn_mask
+            if attn_mask is None or attn_mask.dtype == torch.bool
+            else attn_mask.to(narrow)
+        )
     if attn_mask is not None:
-        bias = attn_mask if attn_mask.dtype != torch.bool else torch.zeros_like(attn_mask, dtype=qkv[0].dtype)
+        bias = (
+            attn_mask
+            if attn_mask.dtype != torch.bool
+            else torch.zeros_like(attn_mask, dtype=qkv[0].dtype)
+        )
         attn_mask = bias.expand(*query.shape[:-1], key.shape[-2])
     attend: Callable[..., Any] = torch.ops.aten._scaled_dot_product_efficient_attention
-    made: Tensor = attend(*qkv, attn_mask, torch.is_grad_enabled(), dropout_p, is_causal, scale=scale)[0]
+    made: Tensor = attend(
+        *qkv, attn_mask, torch.is_grad_enabled(), dropout_p, is_causal, scale=scale
+    )[0]
     return made
 
 
-def kept_as_bytes(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+def kept_as_bytes(
+    x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> Tensor:
     """Dropout that remembers a byte an entry; the CPU's keeps a mask of the input's kind."""
     if not training or not p:
         return x

@@ -1,4 +1,6 @@
-"""How many pairs a device takes: memory grows with them in straight pieces, so few abstract steps find the answer."""
+"""How many pairs a device takes: memory grows with them in straight pieces, so few abstract steps
+find the answer.
+"""
 
 from collections.abc import Mapping
 from math import ceil
@@ -9,15 +11,19 @@ from clipsmall.config.reader import validated
 from clipsmall.distributed.tiles import TILE
 from clipsmall.plan.step import Machine, Step, measure
 
-MOST = 32_768  # pairs of a device: nobody asks for more
-ANY = 32_768  # pairs of all devices: more teach no more (SigLIP, arXiv 2303.15343, §4.2)
-CLOSE = 0.98  # of the budget: an answer that uses it is good enough
+# pairs of a device: nobody asks for more
+MOST = 32_768
+# pairs of all devices: more teach no more (SigLIP, arXiv 2303.15343, §4.2)
+ANY = 32_768
+# of the budget: an answer that uses it is good enough
+CLOSE = 0.98
 
 
 class Answer(NamedTuple):
     """The largest number of a rank's pairs that fits, and what so many need."""
 
-    rows: int  # 0: not even one; MOST: or more
+    # 0: not even one; MOST: or more
+    rows: int
     bytes: int
 
 
@@ -27,7 +33,8 @@ class Planner:
     """
 
     def __init__(self, machine: Machine, budget: int) -> None:
-        self.machine, self.budget = machine, budget
+        self.machine = machine
+        self.budget = budget
         self._known: dict[tuple[str, int, bool], Step] = {}
 
     def step(self, config: Config, rows: int, hollow: bool = False) -> Step:
@@ -59,7 +66,8 @@ class Planner:
         """
         unit = config.optim.accumulate
         found = Answer(rows, self.peak(config, rows))
-        low, high = Answer(0, 0), Answer(MOST + unit, 0)
+        low = Answer(0, 0)
+        high = Answer(MOST + unit, 0)
         standing = self.step(config, 2 * cut(config, rows) or rows)
         before = Answer(0, standing.total - moving(standing))
         while True:
@@ -71,13 +79,15 @@ class Planner:
             guess = min(max(guess, low.rows + unit), high.rows - unit)
             if guess <= low.rows or low.bytes > CLOSE * self.budget:
                 return low
-            before, found = found, Answer(guess, self.peak(config, guess))
+            before = found
+            found = Answer(guess, self.peak(config, guess))
 
     def _chunked(self, config: Config, chunk: int, rows: int) -> int:
-        """The peak is within a chunk or in the loss. Two chunks stand for all. Of a pair outside its chunk its bytes
-        and its embeddings are kept, always as much. The loss is seen with hollow towers; from its first full tiles on
-        it is linear."""
-        two, whole = self.step(config, 2 * chunk), changed(config, {"model.chunk_size": 0})
+        """The peak is within a chunk or in the loss. Two chunks stand for all. Of a pair outside
+        its chunk its bytes and its embeddings are kept, always as much. The loss is seen with
+        hollow towers; from its first full tiles on it is linear."""
+        two = self.step(config, 2 * chunk)
+        whole = changed(config, {"model.chunk_size": 0})
         height, width = TILE[self.machine.device]
         first = max(height, ceil(width / self.machine.ranks))
         small, large = (self.step(whole, n * first, hollow=True) for n in (1, 2))
@@ -88,11 +98,15 @@ class Planner:
         else:
             loss = moving(small, "pixels") + slope * (rows - first)
         standing = two.total - moving(two)
-        return round(max(two.total + (slope + pixels) * (rows - two.rows), standing + pixels * rows + loss))
+        return round(
+            max(two.total + (slope + pixels) * (rows - two.rows), standing + pixels * rows + loss)
+        )
 
 
 def cut(config: Config, rows: int) -> int:
-    """The chunks' size if so many pairs are more than two chunks, else 0: then a whole step is tried."""
+    """The chunks' size if so many pairs are more than two chunks, else 0: then a whole step is
+    tried.
+    """
     chunk = config.model.chunk_size
     return chunk if isinstance(chunk, int) and 0 < 2 * chunk < rows else 0
 
@@ -110,7 +124,9 @@ def moving(step: Step, without: str = "") -> int:
 
 
 def changed(config: Config, changes: Mapping[str, object]) -> Config:
-    """The config with other values for `section.field`s. Raises ConfigError where they do not go together."""
+    """The config with other values for `section.field`s. Raises ConfigError where they do not go
+    together.
+    """
     tree = config.model_dump(mode="json")
     for name, value in changes.items():
         *sections, field = name.split(".")

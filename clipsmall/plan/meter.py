@@ -1,4 +1,6 @@
-"""Counts one abstract step: bytes of live storages by what they are, at the moment when they are most, and FLOPs."""
+"""Counts one abstract step: bytes of live storages by what they are, at the moment when they are
+most, and FLOPs.
+"""
 
 import weakref
 from collections import Counter
@@ -13,34 +15,51 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from clipsmall.plan.answers import answer
 
-HOST = "host"  # label of storages that lie in the host's memory, and are not counted
-LABELS = ("weights", "gradients", "optimizer", "activations", "pixels", "loss", "memory", "averaged towers")
+# label of storages that lie in the host's memory, and are not counted
+HOST = "host"
+LABELS = (
+    "weights",
+    "gradients",
+    "optimizer",
+    "activations",
+    "pixels",
+    "loss",
+    "memory",
+    "averaged towers",
+)
 
 
 class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """`with FakeTensorMode(), Meter() as meter:` sees every operation, those of a backward pass, too.
+    """`with FakeTensorMode(), Meter() as meter:` sees every operation, those of a backward pass,
+    too.
 
-    Each storage is counted once, from the operation that makes it to its end, however many tensors look into it, under
-    the label that is set at the time, until it is given another. Whatever asks for a number that no abstract tensor has
-    gets a planned answer (answers.py).
+    Each storage is counted once, from the operation that makes it to its end, however many tensors
+    look into it, under the label that is set at the time, until it is given another. Whatever asks
+    for a number that no abstract tensor has gets a planned answer (answers.py).
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.making = "weights"  # label of what is made from now on
-        self.now, self.peak = Counter[str](), Counter[str]()  # bytes
+        # label of what is made from now on
+        self.making = "weights"
+        # bytes
+        self.now = Counter[str]()
+        self.peak = Counter[str]()
         self.flops = 0
-        self._alive: dict[int, tuple[weakref.ref[Any], int, str]] = {}  # by id of the storage
+        # by id of the storage
+        self._alive: dict[int, tuple[weakref.ref[Any], int, str]] = {}
         self._total = self._most = 0
 
     def restart(self) -> None:
         """From here on the peak and the FLOPs are counted anew."""
-        self.flops, self._most = 0, 0
+        self.flops = 0
+        self._most = 0
         self._look()
 
     @contextmanager
     def labelled(self, label: str) -> Iterator[None]:
-        before, self.making = self.making, label
+        before = self.making
+        self.making = label
         try:
             yield
         finally:
@@ -58,7 +77,11 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._count(label, size)
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         try:
@@ -70,7 +93,8 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for each in result if isinstance(result, tuple | list) else (result,):
                 if isinstance(each, Tensor):
                     self._meet(each)
-        if func._opname in ("any", "ne"):  # they ask for what is odd
+        # they ask for what is odd
+        if func._opname in ("any", "ne"):
             result.said = False
         if count := FLOPS.get(func._overloadpacket):
             self.flops += count(*args, **kwargs, out_val=result)
@@ -99,7 +123,10 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _look(self) -> None:
         if self._total > self._most:
-            self._most, self.peak = self._total, Counter({k: n for k, n in self.now.items() if n and k != HOST})
+            self._most, self.peak = (
+                self._total,
+                Counter({k: n for k, n in self.now.items() if n and k != HOST}),
+            )
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> int:

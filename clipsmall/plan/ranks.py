@@ -1,4 +1,6 @@
-"""Ranks that are not there: `world` as one of W of them sees it, with nobody to exchange anything with."""
+"""Ranks that are not there: `world` as one of W of them sees it, with nobody to exchange anything
+with.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +11,9 @@ from clipsmall.distributed import world
 
 
 class Nobody:
-    """What `world` asks of torch.distributed: every exchange leaves its tensors as they are, of the right shapes."""
+    """What `world` asks of torch.distributed: every exchange leaves its tensors as they are, of the
+    right shapes.
+    """
 
     class ReduceOp:
         MAX = None

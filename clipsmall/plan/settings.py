@@ -1,4 +1,6 @@
-"""The rows of a plan: the config as it is, and what else could be chosen, each with its largest batch."""
+"""The rows of a plan: the config as it is, and what else could be chosen, each with its largest
+batch.
+"""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -11,19 +13,31 @@ WHOLE = {"model.attention": "auto", "model.checkpoint_activations": False, "mode
 
 class Row(NamedTuple):
     title: str
-    options: dict[str, Any]  # what the config has otherwise, by `section.field`
-    rows: int  # pairs of a rank in the config's batch
-    peak: int  # bytes with them
+    # what the config has otherwise, by `section.field`
+    options: dict[str, Any]
+    # pairs of a rank in the config's batch
+    rows: int
+    # bytes with them
+    peak: int
     largest: Answer
-    flops: float  # a pair
+    # a pair
+    flops: float
 
 
 def as_configured(planner: Planner, config: Config, rows: int) -> Config:
     """The config with `auto` decided as a run would decide it; what does not fit stays as it is."""
-    chunk, checkpoint = config.model.chunk_size, config.model.checkpoint_activations
-    plain = {"model.chunk_size": 0 if chunk == "auto" else chunk, "model.checkpoint_activations": checkpoint is True}
+    chunk = config.model.chunk_size
+    checkpoint = config.model.checkpoint_activations
+    plain = {
+        "model.chunk_size": 0 if chunk == "auto" else chunk,
+        "model.checkpoint_activations": checkpoint is True,
+    }
     found = changed(config, plain)
-    if planner.machine.device != "cuda" or "auto" not in (chunk, checkpoint) or planner.fits(found, rows):
+    if (
+        planner.machine.device != "cuda"
+        or "auto" not in (chunk, checkpoint)
+        or planner.fits(found, rows)
+    ):
         return found
     if chunk == "auto":
         size = rows
@@ -31,7 +45,10 @@ def as_configured(planner: Planner, config: Config, rows: int) -> Config:
             size = (size + 1) // 2
         return changed(found, {"model.chunk_size": size})
     if checkpoint == "auto" and not found.model.chunk_size:
-        return without_error(planner, changed(found, {"model.checkpoint_activations": True}), rows) or found
+        return (
+            without_error(planner, changed(found, {"model.checkpoint_activations": True}), rows)
+            or found
+        )
     return found
 
 
@@ -65,7 +82,8 @@ def alternatives(planner: Planner, base: Config, rows: int) -> Iterator[dict[str
     yield WHOLE | {"model.checkpoint_activations": True}
     whole = changed(base, WHOLE)
     most = planner.largest(whole, rows).rows
-    if most < MOST:  # else there is nothing to cut
+    # else there is nothing to cut
+    if most < MOST:
         for size in dict.fromkeys((longest_chunk(planner, whole, most), 8)):
             yield WHOLE | {"model.chunk_size": size}
     adapted = "lora" in (base.tune.image, base.tune.text)
@@ -73,14 +91,15 @@ def alternatives(planner: Planner, base: Config, rows: int) -> Iterator[dict[str
 
 
 def longest_chunk(planner: Planner, whole: Config, most: int) -> int:
-    """The largest power of two that lets a batch through of which `most` pairs fit at once: beside a chunk there are
-    gradients, and embeddings of all pairs."""
+    """The largest power of two that lets a batch through of which `most` pairs fit at once: beside
+    a chunk there are gradients, and embeddings of all pairs."""
     size = power_of_two(most)
     while size > 1:
         try:
             if planner.fits(changed(whole, {"model.chunk_size": size}), 4 * most):
                 break
-        except ValueError:  # BatchNorm: refused again when it is a row
+        except ValueError:
+            # BatchNorm: refused again when it is a row
             break
         size //= 2
     return size
@@ -91,7 +110,8 @@ def power_of_two(number: int) -> int:
 
 
 def row(planner: Planner, config: Config, options: dict[str, Any], title: str, rows: int) -> Row:
-    peak, largest = planner.peak(config, rows), planner.largest(config, rows)
+    peak = planner.peak(config, rows)
+    largest = planner.largest(config, rows)
     chunk = config.model.chunk_size
     flops = planner.flops(config, max(rows, 2 * chunk if isinstance(chunk, int) else 0))
     return Row(title, options, rows, peak, largest, flops)
@@ -106,7 +126,8 @@ def valued(config: Config, name: str) -> Any:
 
 def words(config: Config) -> str:
     """What of it costs or saves memory."""
-    tune, model = config.tune, config.model
+    tune = config.tune
+    model = config.model
     tuned = str(tune.image) if tune.image == tune.text else f"{tune.image} image, {tune.text} text"
     if "lora" in tuned:
         tuned = tuned.replace("lora", f"LoRA r={tune.lora.rank}", 1)
@@ -117,6 +138,8 @@ def words(config: Config) -> str:
 
 
 def best(rows: Sequence[Row]) -> Row | None:
-    """The one that buys most: the largest batch, the fewest FLOPs among equals; None if it is the config's own."""
+    """The one that buys most: the largest batch, the fewest FLOPs among equals; None if it is the
+    config's own.
+    """
     found = max(rows, key=lambda row: (row.largest.rows, -row.flops))
     return found if found.largest.rows > rows[0].largest.rows else None

@@ -32,15 +32,18 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 class Machine(NamedTuple):
     """What is planned for."""
 
-    device: str  # cuda or cpu
+    # cuda or cpu
+    device: str
     ranks: int
 
 
 class Step(NamedTuple):
     """What one rank's step needs, at the moment when it needs most."""
 
-    rows: int  # pairs of a rank
-    bytes: dict[str, int]  # by what they are (meter.LABELS, and DDP's buckets)
+    # pairs of a rank
+    rows: int
+    # by what they are (meter.LABELS, and DDP's buckets)
+    bytes: dict[str, int]
     flops: int
 
     @property
@@ -64,14 +67,16 @@ def measure(config: Config, machine: Machine, rows: int, hollow: bool = False) -
     Raises:
         ValueError: what a run of this config would raise before its first step.
     """
-    config, meter = of_batch(config, rows * machine.ranks), Meter()
+    config = of_batch(config, rows * machine.ranks)
+    meter = Meter()
     ways = cuda_ways(meter) if machine.device == "cuda" else nullcontext()
     with imagined(machine.ranks), Abstract(), meter, unmoved(), ways:
         stage = Stage(config, machine, meter, hollow)
         stage.first_step()
         stage.second_step(rows)
     found = dict(meter.peak)
-    if machine.ranks > 1:  # DDP's copy of the gradients, for their exchange: gradient_as_bucket_view is off by default
+    # DDP's copy of the gradients, for their exchange: gradient_as_bucket_view is off by default
+    if machine.ranks > 1:
         found["DDP's buckets"] = stage.trainable
     return Step(rows, found, meter.flops)
 
@@ -86,9 +91,12 @@ def of_batch(config: Config, batch: int) -> Config:
 
 @contextmanager
 def unmoved() -> Iterator[None]:
-    """Modules stay where they are made: `Module.to` cannot move abstract parameters (torch 2.14: swap_tensors)."""
+    """Modules stay where they are made: `Module.to` cannot move abstract parameters (torch 2.14:
+    swap_tensors).
+    """
     with patch.object(nn.Module, "to", lambda module, *_, **__: module), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # of a copied tower
+        # of a copied tower
+        warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
         yield
 
 
@@ -108,19 +116,26 @@ class Hollow(nn.Module):
 
 
 def hollowed(loaded: Loaded) -> Loaded:
-    return replace(loaded, towers=Hollow(build_objective.width(loaded)), spec=replace(loaded.spec, size=1))
+    return replace(
+        loaded, towers=Hollow(build_objective.width(loaded)), spec=replace(loaded.spec, size=1)
+    )
 
 
 class Stage:
     """Everything that a run builds, on abstract tensors."""
 
     def __init__(self, config: Config, machine: Machine, meter: Meter, hollow: bool) -> None:
-        self.config, self.machine, self.meter = config, machine, meter
-        no_data: Any = SimpleNamespace(captions=lambda: ["a"])  # our towers' vocabulary is as large as they are
+        self.config = config
+        self.machine = machine
+        self.meter = meter
+        # our towers' vocabulary is as large as they are
+        no_data: Any = SimpleNamespace(captions=lambda: ["a"])
         loaded = build.loaded_towers(config, no_data, None)
         loaded = hollowed(loaded) if hollow else loaded
-        ids = torch.arange(config.optim.pairs)  # of an epoch at most: the data set may lie on another machine
-        self.loaded, self.setting = loaded, build_objective.setting(config, loaded, ids)
+        # of an epoch at most: the data set may lie on another machine
+        ids = torch.arange(config.optim.pairs)
+        self.loaded = loaded
+        self.setting = build_objective.setting(config, loaded, ids)
         self.encoder = build.dual_encoder(config, loaded, self.setting).train()
         on_cpu: Any = SimpleNamespace(device=torch.device("cpu"))
         build_chunks.checkpoint_blocks(config, on_cpu, loaded, self.encoder)
@@ -147,17 +162,20 @@ class Stage:
             if parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter)
         for group in self.optimizer.param_groups:
-            group["fused"] = self.machine.device == "cuda"  # as optim.adamw has it there
+            # as optim.adamw has it there
+            group["fused"] = self.machine.device == "cuda"
         with self.meter.labelled("optimizer"):
             self.optimizer.step()
         self.optimizer.zero_grad()
 
     def second_step(self, rows: int) -> None:
         """The real loop, for one batch."""
-        meter, encoder = self.meter, self.encoder
+        meter = self.meter
+        encoder = self.encoder
         self.optimizer.register_step_pre_hook(lambda *_: setattr(meter, "making", "optimizer"))
         encoder.forward = self.told(encoder.forward)  # type: ignore[method-assign]
-        accelerator: Any = SimpleNamespace(  # without fp16's GradScaler, which holds two numbers
+        # without fp16's GradScaler, which holds two numbers
+        accelerator: Any = SimpleNamespace(
             backward=self.backward, unscale_gradients=lambda: None, scaler=None
         )
         columns = build_objective.columns(self.config)
@@ -166,9 +184,18 @@ class Stage:
         guard = Guard(None, self.config.run.max_bad_steps, encoder)
         meter.restart()
         train(
-            accelerator, encoder, self.as_loss(columns), self.as_loss(self.objective), [batch], guard,
-            self.optimizer, schedule, self.config.optim.clip, Progress(), [],
-        )  # fmt: skip
+            accelerator,
+            encoder,
+            self.as_loss(columns),
+            self.as_loss(self.objective),
+            [batch],
+            guard,
+            self.optimizer,
+            schedule,
+            self.config.optim.clip,
+            Progress(),
+            [],
+        )
 
     def pairs(self, rows: int) -> Pairs:
         side = self.loaded.spec.size
@@ -180,15 +207,19 @@ class Stage:
             torch.arange(rows),
         )
         self.meter.label(made, "pixels")
-        if self.machine == ("cuda", 1) and self.encoder.chunk_size:  # they travel; DDP takes all to the device
+        # they travel; DDP takes all to the device
+        if self.machine == ("cuda", 1) and self.encoder.chunk_size:
             self.meter.label([made.image], HOST)
         return made
 
     def told(self, forward: Any) -> Any:
-        """`forward` in the config's precision, as Accelerate wraps it; it tells the meter what is being made."""
+        """`forward` in the config's precision, as Accelerate wraps it; it tells the meter what is
+        being made.
+        """
         precision = self.config.run.precision
         if precision == "auto":
-            precision = "fp16" if self.machine.device == "cuda" else "fp32"  # or bf16: as many bytes
+            # or bf16: as many bytes
+            precision = "fp16" if self.machine.device == "cuda" else "fp32"
         if precision in DTYPES:
             forward = torch.autocast("cpu", dtype=DTYPES[precision])(forward)
             forward = convert_outputs_to_fp32(forward)
@@ -200,7 +231,8 @@ class Stage:
 
             def arrived(_: Tensor) -> None:
                 waiting.pop()
-                if not waiting:  # from here on the backward pass is the towers'
+                # from here on the backward pass is the towers'
+                if not waiting:
                     self.meter.making = "activations"
 
             for tensor in (rows.image, rows.text):

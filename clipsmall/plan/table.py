@@ -29,7 +29,10 @@ def table(rows: Sequence[Row], machine: Machine, budget: int) -> str:
     widths = [max(len(line[k]) for line in lines) for k in range(len(HEAD))]
     return "\n".join(
         "  ".join(
-            [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))]
+            [
+                line[0].ljust(widths[0]),
+                *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)),
+            ]
         )
         for line in lines
     )
@@ -39,12 +42,15 @@ def breakdown(step: Step, reserve: int) -> str:
     """What the memory is at the peak, largest first."""
     parts = sorted(step.bytes.items(), key=lambda part: -part[1])
     shown = [f"{name} {gib(size)}" for name, size in parts if size >= GIB / 200]
-    return wrap(f"At the peak: {', '.join(shown) or 'next to nothing'}; and {gib(reserve)} in reserve.")
+    return wrap(
+        f"At the peak: {', '.join(shown) or 'next to nothing'}; and {gib(reserve)} in reserve."
+    )
 
 
 def verdict(rows: Sequence[Row], machine: Machine, budget: int, memory: int) -> str:
     """Fits or not, what buys most, and what `any` means."""
-    own, most = rows[0], best(rows)
+    own = rows[0]
+    most = best(rows)
     fits = own.peak <= budget
     said = (
         f"{'Fits' if fits else 'Does not fit'}: {own.rows} pairs a device need {gib(own.peak)}, and there are "

@@ -1,4 +1,5 @@
-"""A run as one HTML page: curves, result tables beside chance, what the model retrieves, the logit matrix.
+"""A run as one HTML page: curves, result tables beside chance, what the model retrieves, the logit
+matrix.
 
     python -m clipsmall.report_page runs/demo [--open]
 
@@ -47,20 +48,28 @@ def metrics(folder: RunFolder) -> pd.DataFrame:
     there = folder.metrics.exists() and folder.metrics.stat().st_size
     table = pd.read_json(folder.metrics, lines=True) if there else pd.DataFrame()
     if "loss" not in table:
-        raise ValueError(f"{folder.path}: no metrics.jsonl with a step in it; is this the folder of a run?")
+        raise ValueError(
+            f"{folder.path}: no metrics.jsonl with a step in it; is this the folder of a run?"
+        )
     return table
 
 
 def result_tables(folder: RunFolder, names: list[str]) -> list[page.Table]:
-    """The JSON cells as a table a task, each metric beside its chance level, data sets in the order of `names`."""
+    """The JSON cells as a table a task, each metric beside its chance level, data sets in the order
+    of `names`.
+    """
     cells = [json.loads(path.read_text()) for path in folder.evaluations.glob("*.json")]
-    cells.sort(key=lambda cell: names.index(cell["dataset"]) if cell["dataset"] in names else len(names))
+    cells.sort(
+        key=lambda cell: names.index(cell["dataset"]) if cell["dataset"] in names else len(names)
+    )
     note = "Shares of right answers, beside those of a guess."
     found = []
     for title, task, metrics, counts, prefixes in TABLES:
         columns = ["data", *(["query"] if len(prefixes) > 1 else []), *counts]
         for metric in metrics:
-            columns += [metric, f"chance of {metric}"] if metric != "mean_per_class_recall" else [metric]
+            columns += (
+                [metric, f"chance of {metric}"] if metric != "mean_per_class_recall" else [metric]
+            )
         rows = []
         for cell in cells:
             for prefix, query in prefixes.items() if cell["task"] == task else ():
@@ -83,16 +92,26 @@ def report(folder: RunFolder) -> page.Report:
     encoder = Encoder(model.to(device).eval(), loaded.tokenize, device, config.evaluate.batch_size)
     table = metrics(folder)
     sets = shown_sets(config)
-    queries = [query for data, name, names in sets for query in gallery(encoder, open_catalog(data), name, names)]
-    matrix, labels = None, list[str]()
-    if not config.data.streaming:  # of a stream nothing can be looked up
+    queries = [
+        query
+        for data, name, names in sets
+        for query in gallery(encoder, open_catalog(data), name, names)
+    ]
+    matrix = None
+    labels = list[str]()
+    # of a stream nothing can be looked up
+    if not config.data.streaming:
         catalog = open_catalog(config.data.train)
-        made, labels = logit_matrix(encoder, catalog, batch_rows(config, catalog), model.logit_scale.exp())
+        made, labels = logit_matrix(
+            encoder, catalog, batch_rows(config, catalog), model.logit_scale.exp()
+        )
         matrix = made.numpy()
     trained = table.dropna(subset="loss")
     last = trained.iloc[-1]
     seconds = (trained["pairs"].diff().fillna(trained["pairs"]) / trained["pairs_per_second"]).sum()
-    names = [z.name for z in config.evaluate.zero_shot] + [r.name for r in config.evaluate.retrieval]
+    names = [z.name for z in config.evaluate.zero_shot] + [
+        r.name for r in config.evaluate.retrieval
+    ]
     return page.Report(
         title=f"{folder.path.name}: {config.objective.title} at batch {config.data.batch_size}",
         subtitle=f"{int(last['pairs']):,} pairs seen from {', '.join(config.data.train)}",
@@ -123,7 +142,9 @@ def main(words: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run", help="folder of a run")
-    parser.add_argument("--open", action="store_true", help="show it in a browser, where there is a screen")
+    parser.add_argument(
+        "--open", action="store_true", help="show it in a browser, where there is a screen"
+    )
     options = parser.parse_args(words)
     folder = RunFolder(options.run)
     try:
@@ -131,7 +152,9 @@ def main(words: list[str] | None = None) -> int:
     except ValueError as error:
         refuse(error)
     print(f"report: {path.resolve()}")
-    if options.open and (sys.platform == "darwin" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+    if options.open and (
+        sys.platform == "darwin" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    ):
         webbrowser.open(path.resolve().as_uri())
     return 0
 

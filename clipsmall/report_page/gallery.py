@@ -11,11 +11,16 @@ from clipsmall.evaluation.features import read_texts
 from clipsmall.evaluation.prompts import classes
 from clipsmall.report_page import page
 
-QUERIES, ANSWERS, CANDIDATES, MATRIX = 8, 5, 10_000, 256
+QUERIES = 8
+ANSWERS = 5
+CANDIDATES = 10_000
+MATRIX = 256
 
 
 def shown_sets(config: Config) -> list[tuple[list[str], str, str]]:
-    """(shards, name, classes) of the run's zero-shot sets whose classes are names, or else of its retrieval sets."""
+    """(shards, name, classes) of the run's zero-shot sets whose classes are names, or else of its
+    retrieval sets.
+    """
     named = [(z.data, z.name, z.classes) for z in config.evaluate.zero_shot if not z.label]
     return named or [(r.data, r.name, "captions") for r in config.evaluate.retrieval]
 
@@ -27,7 +32,9 @@ def gallery(encoder: Encoder, catalog: Catalog, name: str, class_file: str) -> l
     """
     candidates = list(range(0, len(catalog), -(-len(catalog) // CANDIDATES)))
     captions = dict(zip(candidates, read_texts(catalog, rows=candidates).captions, strict=True))
-    hashes = {row: {caption_hash(caption) for caption in of_one} for row, of_one in captions.items()}
+    hashes = {
+        row: {caption_hash(caption) for caption in of_one} for row, of_one in captions.items()
+    }
     features, rows = encoder.images(catalog, candidates)
     names = classes(class_file, list(captions.values()), [])
     names_features = encoder.texts(names)
@@ -50,20 +57,29 @@ def gallery(encoder: Encoder, catalog: Catalog, name: str, class_file: str) -> l
         images = []
         for score, i in zip(best.tolist(), rows[order].tolist(), strict=True):
             images.append((catalog.read(i).image, captions[i][0], score, wanted in hashes[i]))
-        queries.append(page.Query(catalog.read(row).image, captions[row][0], "text_to_image", name, images=images))
+        queries.append(
+            page.Query(
+                catalog.read(row).image, captions[row][0], "text_to_image", name, images=images
+            )
+        )
     return queries
 
 
 def batch_rows(config: Config, catalog: Catalog) -> list[int]:
     """The first MATRIX rows of the run's first global batch."""
     shuffled = Order(catalog.sizes, config.seed, config.data.shuffle_window)
-    rows: list[int] = shuffled.rows(0, torch.arange(min(MATRIX, config.data.batch_size)).numpy()).tolist()
+    rows: list[int] = shuffled.rows(
+        0, torch.arange(min(MATRIX, config.data.batch_size)).numpy()
+    ).tolist()
     return rows
 
 
 @torch.no_grad()
-def logit_matrix(encoder: Encoder, catalog: Catalog, rows: list[int], scale: Tensor) -> tuple[Tensor, list[str]]:
-    """(n, n) scaled cosines of n pairs, images down and texts across, in the order of `rows`; and their captions.
+def logit_matrix(
+    encoder: Encoder, catalog: Catalog, rows: list[int], scale: Tensor
+) -> tuple[Tensor, list[str]]:
+    """(n, n) scaled cosines of n pairs, images down and texts across, in the order of `rows`; and
+    their captions.
 
     Pairs whose image is broken are left out.
     """

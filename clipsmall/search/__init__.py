@@ -1,4 +1,6 @@
-"""Search in a data set by text or picture: embeddings made once, exact search over them, a local page."""
+"""Search in a data set by text or picture: embeddings made once, exact search over them, a local
+page.
+"""
 
 from clipsmall.search.embeddings import Embeddings, embed
 from clipsmall.search.index import INDEXES, Exact

@@ -1,4 +1,6 @@
-"""Embeddings of all images and captions of a data set: made once, a shard at a time, and read from then on."""
+"""Embeddings of all images and captions of a data set: made once, a shard at a time, and read from
+then on.
+"""
 
 import hashlib
 import os
@@ -23,13 +25,19 @@ from clipsmall.search.store import Part, Store, alone
 
 @dataclass
 class Embeddings:
-    """n captions, each with its image, over all parts: an image with five captions has five rows."""
+    """n captions, each with its image, over all parts: an image with five captions has five
+    rows.
+    """
 
-    images: list[Tensor]  # (n_i, D) each, float16 unit rows, mapped from their files
+    # (n_i, D) each, float16 unit rows, mapped from their files
+    images: list[Tensor]
     texts: list[Tensor]
-    captions: pa.ChunkedArray  # (n,)
-    rows: Tensor  # (n,) int64, ascending: the pair's row in the catalog
-    broken: int  # images that cannot be read, and are not among these
+    # (n,)
+    captions: pa.ChunkedArray
+    # (n,) int64, ascending: the pair's row in the catalog
+    rows: Tensor
+    # images that cannot be read, and are not among these
+    broken: int
 
     def distinct_images(self) -> Tensor:
         """(images,) the first row of each."""
@@ -37,12 +45,15 @@ class Embeddings:
 
     def distinct_captions(self) -> Tensor:
         """(captions,) the first row of each; letter case and white space make no difference."""
-        hashes = np.fromiter((caption_hash(each.as_py()) for each in self.captions), np.int64, len(self.captions))
+        hashes = np.fromiter(
+            (caption_hash(each.as_py()) for each in self.captions), np.int64, len(self.captions)
+        )
         return torch.from_numpy(np.sort(np.unique(hashes, return_index=True)[1]))
 
 
 def embed(encoder: Encoder, catalog: Catalog, folder: Path, model: str = "") -> Embeddings:
-    """The embeddings of a catalog, from `folder`; what is missing there, or is of another model or shard, is made.
+    """The embeddings of a catalog, from `folder`; what is missing there, or is of another model or
+    shard, is made.
 
     Interrupt it at will: it goes on with the next shard.
 
@@ -50,27 +61,35 @@ def embed(encoder: Encoder, catalog: Catalog, folder: Path, model: str = "") -> 
         model: its name, for the record.
 
     Raises:
-        ValueError: a folder of something else, or that cannot be written; no image can be read; features that are
-            not finite.
+        ValueError: a folder of something else, or that cannot be written; no image can be read;
+            features that are not finite.
     """
-    prints = [(shard.name, _fingerprint(catalog, number)) for number, shard in enumerate(catalog.shards)]
+    prints = [
+        (shard.name, _fingerprint(catalog, number)) for number, shard in enumerate(catalog.shards)
+    ]
     with alone(folder):
         store = Store(folder, model, encoder.digest(), prints)
         if store.note:
             print(f"{folder}: {store.note}; embedding anew", file=sys.stderr)
         missing = store.missing()
-        for number in tqdm(missing, desc="embedding shards", disable=not (missing and encoder.progress)):
+        for number in tqdm(
+            missing, desc="embedding shards", disable=not (missing and encoder.progress)
+        ):
             store.add(number, *_made(encoder, catalog, number))
         parts = [part for number in range(len(prints)) if (part := store.part(number))]
     assert len(parts) == len(prints)
     starts = np.cumsum([0, *catalog.sizes])
-    rows = [part.table["row"].to_numpy() + start for part, start in zip(parts, starts, strict=False)]
+    rows = [
+        part.table["row"].to_numpy() + start for part, start in zip(parts, starts, strict=False)
+    ]
     if not sum(map(len, rows)):
         raise ValueError(f"{catalog.shards[0]} ...: none of {len(catalog)} images can be read")
     return Embeddings(
         images=[part.image for part in parts],
         texts=[part.text for part in parts],
-        captions=pa.chunked_array([chunk for part in parts for chunk in part.table["caption"].chunks]),
+        captions=pa.chunked_array(
+            [chunk for part in parts for chunk in part.table["caption"].chunks]
+        ),
         rows=torch.from_numpy(np.concatenate(rows)),
         broken=store.broken,
     )
@@ -86,7 +105,8 @@ def _fingerprint(catalog: Catalog, number: int) -> str:
 
 def _made(encoder: Encoder, catalog: Catalog, number: int) -> tuple[Part, int]:
     """A shard's part, and how many of its images cannot be read."""
-    shard, alone = catalog.shards[number], catalog.only(number)
+    shard = catalog.shards[number]
+    alone = catalog.only(number)
     try:
         image, found = _images(encoder, alone)
         captions = read_texts(alone, rows=found.tolist()).captions
@@ -100,8 +120,15 @@ def _made(encoder: Encoder, catalog: Catalog, number: int) -> tuple[Part, int]:
     rows = found.repeat_interleave(counts).numpy()
     index = read_index(shard, ["key", "status"])
     keys = index["key"].take(good_rows(index)[rows])
-    columns = {"shard": [shard.name] * len(rows), "row": rows, "key": keys, "caption": pa.array(flat, pa.string())}
-    return Part(image.half().repeat_interleave(counts, dim=0), text.half(), pa.table(columns)), len(alone) - len(found)
+    columns = {
+        "shard": [shard.name] * len(rows),
+        "row": rows,
+        "key": keys,
+        "caption": pa.array(flat, pa.string()),
+    }
+    return Part(image.half().repeat_interleave(counts, dim=0), text.half(), pa.table(columns)), len(
+        alone
+    ) - len(found)
 
 
 def _images(encoder: Encoder, catalog: Catalog) -> tuple[Tensor, Tensor]:

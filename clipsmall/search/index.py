@@ -1,4 +1,6 @@
-"""The k best of many rows, exactly: a matrix product chunk by chunk over files that stay on disk."""
+"""The k best of many rows, exactly: a matrix product chunk by chunk over files that stay on
+disk.
+"""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -9,7 +11,9 @@ from torch import Tensor
 
 from clipsmall.evaluation.hits import scores
 
-CHUNK = 2048  # rows: at D = 512 their float32 copy, 4 MiB, stays in the cache; of 16,384 it takes seven times as long
+# rows: at D = 512 their float32 copy, 4 MiB, stays in the cache; of 16,384 it takes seven times as
+# long
+CHUNK = 2048
 
 Index = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
@@ -20,7 +24,8 @@ def chunks(parts: list[Tensor], rows: Tensor) -> Iterator[Tensor]:
     for part in parts:
         low, high = torch.searchsorted(rows, torch.tensor([start, start + len(part)])).tolist()
         for here in torch.split(rows[low:high] - start, CHUNK) if low < high else ():
-            first, last = int(here[0]), int(here[-1])
+            first = int(here[0])
+            last = int(here[-1])
             yield part[first : last + 1] if last - first < len(here) else part[here]
         start += len(part)
 
@@ -35,7 +40,8 @@ class Exact:
     """Compares with every row; equal cosines come in the order of their rows.
 
     Args:
-        parts: (n_i, D) unit rows each, float16 or float32, mapped from files: none of them is copied whole.
+        parts: (n_i, D) unit rows each, float16 or float32, mapped from files: none of them is
+            copied whole.
         rows: (m,) which of all rows are searched, ascending.
     """
 
@@ -45,8 +51,9 @@ class Exact:
     def __call__(self, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """(D,) unit query -> (k,) cosines, best first, and their rows among all.
 
-        Takes 4 bytes of memory a row. Float32 products rank the rows up to their rounding error, at most D · 2⁻²³ of
-        a difference; whatever is that near to the k best is compared once more in float64.
+        Takes 4 bytes of memory a row. Float32 products rank the rows up to their rounding error, at
+        most D · 2⁻²³ of a difference; whatever is that near to the k best is compared once more in
+        float64.
 
         Raises:
             ValueError: k below 1 or above m; features or a query that are not finite.
@@ -65,7 +72,8 @@ class Exact:
 
 
 class Faiss:
-    """faiss's IndexFlatIP: as exact in float32, 4 D bytes of memory a row; equal cosines come in any order.
+    """faiss's IndexFlatIP: as exact in float32, 4 D bytes of memory a row; equal cosines come in
+    any order.
 
     Raises:
         ValueError: faiss is not installed.
@@ -75,7 +83,9 @@ class Faiss:
         try:
             import faiss
         except ImportError:
-            raise ValueError("--index=faiss: it is not installed; pip install faiss-cpu, or search exactly") from None
+            raise ValueError(
+                "--index=faiss: it is not installed; pip install faiss-cpu, or search exactly"
+            ) from None
         self.rows = rows
         self.index: Any = faiss.IndexFlatIP(parts[0].shape[1])
         for part in chunks(parts, rows):

@@ -1,4 +1,6 @@
-"""Answers as HTML: a grid of pictures, a list of captions; captions are escaped, pictures are data: addresses."""
+"""Answers as HTML: a grid of pictures, a list of captions; captions are escaped, pictures are data:
+addresses.
+"""
 
 from jinja2 import Environment, StrictUndefined
 

@@ -18,7 +18,8 @@ from clipsmall.search.index import INDEXES
 class Hit(NamedTuple):
     cosine: float
     caption: str
-    image: bytes  # as in its shard; b"" for a caption alone
+    # as in its shard; b"" for a caption alone
+    image: bytes
 
 
 @dataclass
@@ -41,11 +42,16 @@ class Searcher:
         ValueError: faiss is asked for and not installed.
     """
 
-    def __init__(self, encoder: Encoder, catalog: Catalog, embeddings: Embeddings, index: str = "exact") -> None:
-        self.encoder, self.catalog, self.found = encoder, catalog, embeddings
+    def __init__(
+        self, encoder: Encoder, catalog: Catalog, embeddings: Embeddings, index: str = "exact"
+    ) -> None:
+        self.encoder = encoder
+        self.catalog = catalog
+        self.found = embeddings
         self.transform = ImageTransform(encoder.model.spec)
         encoder.model.eval()
-        images, self._distinct = embeddings.distinct_images(), embeddings.distinct_captions()
+        images = embeddings.distinct_images()
+        self._distinct = embeddings.distinct_captions()
         self.images, self.captions = len(images), len(self._distinct)
         self._images = INDEXES[index](embeddings.images, images)
         self._captions = INDEXES[index](embeddings.texts, self._distinct)
@@ -72,7 +78,8 @@ class Searcher:
         return Answer(embedded - start, compared - embedded, self._hits(*found, True))
 
     def by_image(self, image: bytes, k: int) -> Answer:
-        """The k images and the k captions (all of them, if there are fewer) nearest to an encoded picture.
+        """The k images and the k captions (all of them, if there are fewer) nearest to an encoded
+        picture.
 
         Raises:
             ValueError: not a picture; k below 1, or more than there are images.
@@ -84,7 +91,8 @@ class Searcher:
             raise ValueError(f"this picture cannot be used: {error}") from None
         query = self._encoded(self.encoder.model.encode_image, pixels)
         embedded = time.perf_counter()
-        images, captions = self._images(query, k), self._captions(query, min(k, self.captions))
+        images = self._images(query, k)
+        captions = self._captions(query, min(k, self.captions))
         compared = time.perf_counter()
         times = embedded - start, compared - embedded
         return Answer(*times, self._hits(*images, True), self._hits(*captions, False))

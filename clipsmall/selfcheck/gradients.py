@@ -1,4 +1,6 @@
-"""One step's loss and gradients beside a reference: which group of parameters is wrong, and by which factor."""
+"""One step's loss and gradients beside a reference: which group of parameters is wrong, and by
+which factor.
+"""
 
 import json
 import math
@@ -14,21 +16,28 @@ from clipsmall.distributed import world
 from clipsmall.distributed.batch_norm import GlobalBatchNorm
 from clipsmall.model.dual_encoder import DualEncoder
 
-Found = dict[str, Tensor | None]  # in host memory: gradients by parameter, None where there is none; and the "loss"
-# Smaller relative differences are fine in any case. Rounding makes 1e-15 and 1e-6 on glyphs; one pair of 1,024 left out
-# makes 1e-3, and every mistake in the number of ranks or chunks more.
+# in host memory: gradients by parameter, None where there is none; and the "loss"
+Found = dict[str, Tensor | None]
+# Smaller relative differences are fine in any case. Rounding makes 1e-15 and 1e-6 on glyphs; one
+# pair of 1,024 left out makes 1e-3, and every mistake in the number of ranks or chunks more.
 FLOOR = {torch.float64: 1e-8, torch.float32: 3e-4}
-SHAKE = 8  # units in the last place by which weights are shaken to see what rounding does
-MARGIN = 10  # a difference of so many times what the shaking does is still rounding
+# units in the last place by which weights are shaken to see what rounding does
+SHAKE = 8
+# a difference of so many times what the shaking does is still rounding
+MARGIN = 10
 
 
 def without_chance(model: nn.Module) -> None:
-    """Training mode but for random layers (dropout, stochastic depth, ...), which all ask `training`.
+    """Training mode but for random layers (dropout, stochastic depth, ...), which all ask
+    `training`.
 
-    Batch normalisation keeps it, to see the batch; what has evaluation mode in training (averaged towers) keeps that.
+    Batch normalisation keeps it, to see the batch; what has evaluation mode in training (averaged
+    towers) keeps that.
     """
     for part in model.train().modules():
-        if part.training and not isinstance(part, GlobalBatchNorm | nn.modules.batchnorm._BatchNorm):
+        if part.training and not isinstance(
+            part, GlobalBatchNorm | nn.modules.batchnorm._BatchNorm
+        ):
             part.training = False
 
 
@@ -47,7 +56,8 @@ def step(
     batches: Sequence[Pairs],
     backward: Callable[[Tensor], Any],
 ) -> Found:
-    """The last batch's loss (mean over ranks) and gradients; those before it only pass, to fill memories.
+    """The last batch's loss (mean over ranks) and gradients; those before it only pass, to fill
+    memories.
 
     encoder: `model` without its wrapping, and without gradients so far.
     """
@@ -57,12 +67,19 @@ def step(
             loss = objective(rows, columns(rows))["loss"]
     backward(loss)
     named = {name: p.grad for name, p in encoder.named_parameters() if p.requires_grad}
-    return {"loss": world.mean(loss).cpu(), **{name: None if g is None else g.cpu() for name, g in named.items()}}
+    return {
+        "loss": world.mean(loss).cpu(),
+        **{name: None if g is None else g.cpu() for name, g in named.items()},
+    }
 
 
 def faults_of_exchange(device: torch.device) -> list[str]:
-    """What is wrong with the differentiable exchanges between ranks, each tried by itself on a number of each rank."""
-    mine, ranks, found = world.rank() + 1.0, world.size(), []
+    """What is wrong with the differentiable exchanges between ranks, each tried by itself on a
+    number of each rank.
+    """
+    mine = world.rank() + 1.0
+    ranks = world.size()
+    found = []
     for name, exchange in (("gather", world.gather), ("add", world.add)):
         x = torch.ones(2, device=device, requires_grad=True)
         (exchange(x) * mine).sum().backward()  # type: ignore[no-untyped-call]
@@ -73,17 +90,28 @@ def faults_of_exchange(device: torch.device) -> list[str]:
 
 
 def groups(model: DualEncoder, pairs: Pairs) -> dict[str, list[str]]:
-    """Trainable parameters by tower, head and name. What the images' outputs depend on is the image tower, whatever its
-    library calls it; what both modalities depend on is a group of its own."""
+    """Trainable parameters by tower, head and name. What the images' outputs depend on is the image
+    tower, whatever its library calls it; what both modalities depend on is a group of its own."""
     towers = {f"towers.{name}": p for name, p in model.towers.named_parameters() if p.requires_grad}
     of_image = _reached(model.towers.image(model.normalised(pairs.image)), towers)
     of_text = _reached(model.towers.text(pairs.text), towers)
-    found: dict[str, list[str]] = {"loss": ["loss"], "image tower": [], "text tower": [], "both towers": []}
+    found: dict[str, list[str]] = {
+        "loss": ["loss"],
+        "image tower": [],
+        "text tower": [],
+        "both towers": [],
+    }
     for name in [name for name, p in model.named_parameters() if p.requires_grad]:
         first, *rest = name.split(".")
         group = f"head {rest[0]}" if first == "heads" else first
         if name in of_image | of_text:
-            group = "text tower" if name not in of_image else "both towers" if name in of_text else "image tower"
+            group = (
+                "text tower"
+                if name not in of_image
+                else "both towers"
+                if name in of_text
+                else "image tower"
+            )
         found.setdefault(group, []).append(name)
     return {group: names for group, names in found.items() if names}
 
@@ -100,14 +128,20 @@ class Difference:
     """Of one group, on the rank where it is largest."""
 
     norm: float
-    reference: float  # its norm
+    # its norm
+    reference: float
     cosine: float
-    apart: float  # norm of the difference
-    largest: float  # of one number
+    # norm of the difference
+    apart: float
+    # of one number
+    largest: float
     numbers: int
-    missing: int  # parameters that have a gradient in the reference only
-    extra: int  # and those that have none in the reference only
-    broken: int  # numbers that are not finite, in either
+    # parameters that have a gradient in the reference only
+    missing: int
+    # and those that have none in the reference only
+    extra: int
+    # numbers that are not finite, in either
+    broken: int
 
     @property
     def ratio(self) -> float:
@@ -121,21 +155,29 @@ def differences(
     mine = {group: asdict(_difference(found, reference, names)) for group, names in named.items()}
     ranks = [json.loads(data) for data in world.gather_bytes(json.dumps(mine).encode(), device)]
     made = {group: [Difference(**each[group]) for each in ranks] for group in named}
-    return {group: max(each, key=lambda d: (d.broken, d.missing + d.extra, d.apart)) for group, each in made.items()}
+    return {
+        group: max(each, key=lambda d: (d.broken, d.missing + d.extra, d.apart))
+        for group, each in made.items()
+    }
 
 
 def _difference(found: Found, reference: Found, names: Sequence[str]) -> Difference:
     missing = extra = broken = numbers = 0
-    largest, sums = 0.0, torch.zeros(4, dtype=torch.float64)
+    largest = 0.0
+    sums = torch.zeros(4, dtype=torch.float64)
     for x, y in ((found[name], reference[name]) for name in names):
         there = x if x is not None else y
         if there is None:
             continue
-        missing, extra = missing + (x is None), extra + (y is None)
+        missing = missing + (x is None)
+        extra = extra + (y is None)
         x, y = (torch.zeros_like(there) if z is None else z for z in (x, y))
-        x, y = x.double().flatten(), y.double().flatten()
-        numbers, broken = numbers + len(x), broken + int((~(x.isfinite() & y.isfinite())).sum())
-        x, y = x.nan_to_num(0.0, 0.0, 0.0), y.nan_to_num(0.0, 0.0, 0.0)
+        x = x.double().flatten()
+        y = y.double().flatten()
+        numbers = numbers + len(x)
+        broken = broken + int((~(x.isfinite() & y.isfinite())).sum())
+        x = x.nan_to_num(0.0, 0.0, 0.0)
+        y = y.nan_to_num(0.0, 0.0, 0.0)
         sums += torch.stack([x @ x, y @ y, x @ y, (x - y) @ (x - y)])
         largest = max(largest, float((x - y).abs().max()))
     norm, other, apart = sums[[0, 1, 3]].sqrt().tolist()
@@ -145,7 +187,8 @@ def _difference(found: Found, reference: Found, names: Sequence[str]) -> Differe
 
 class Verdict(NamedTuple):
     words: str
-    state: Literal["exact", "wrong", "unclear", "idle", "near"]  # idle: there is no gradient; near: lower precision
+    # idle: there is no gradient; near: lower precision
+    state: Literal["exact", "wrong", "unclear", "idle", "near"]
 
 
 @dataclass(frozen=True)
@@ -167,7 +210,9 @@ class Judge:
         if d.missing or d.extra:
             words = f"{d.missing} parameters without the gradient of one process, {d.extra} with one it has not"
             return Verdict(words, "wrong")
-        eps, noise, size = torch.finfo(self.dtype).eps, self.noise[group].apart, self._size(group)
+        eps = torch.finfo(self.dtype).eps
+        noise = self.noise[group].apart
+        size = self._size(group)
         allowed = max(FLOOR[self.dtype] * d.reference, MARGIN * noise, MARGIN * eps * size)
         if d.apart > allowed:
             return Verdict(_blame("loss" if group == "loss" else "gradient", d, mistakes), "wrong")
@@ -178,7 +223,9 @@ class Judge:
         return Verdict(f"cannot tell: rounding alone makes {noise / d.reference:.1%}", "unclear")
 
     def _size(self, group: str) -> float:
-        """What rounding is measured by: all gradients of the reference together; of the loss, 1 at least."""
+        """What rounding is measured by: all gradients of the reference together; of the loss, 1 at
+        least.
+        """
         if group == "loss":
             return max(1.0, self.noise["loss"].reference)
         return math.hypot(*(d.reference for name, d in self.noise.items() if name != "loss"))
@@ -191,20 +238,29 @@ def _blame(what: str, d: Difference, mistakes: Mapping[str, float]) -> str:
     if d.norm and math.sqrt(max(0.0, 1 - d.cosine**2)) > 0.1 * abs(factor - 1):
         near = f"{d.cosine:.4f}" if d.cosine < 0.9999 else f"1 - {1 - d.cosine:.0e}"
         return f"direction differs (cosine {near}), {d.ratio:.4g} x as long"
-    known = [words for words, value in mistakes.items() if value != 1 and abs(factor / value - 1) < 0.01]
-    return f"{factor:.4g} x the {what} of one process" + (f" ({'; or '.join(known)})" if known else "")
+    known = [
+        words for words, value in mistakes.items() if value != 1 and abs(factor / value - 1) < 0.01
+    ]
+    return f"{factor:.4g} x the {what} of one process" + (
+        f" ({'; or '.join(known)})" if known else ""
+    )
 
 
 def loose(d: Difference) -> Verdict:
-    """Of a precision that rounds more, and claims no more: wrong is only a direction that is lost."""
+    """Of a precision that rounds more, and claims no more: wrong is only a direction that is
+    lost.
+    """
     if d.broken:
         return Verdict(f"not finite: {d.broken} of {d.numbers} numbers", "wrong")
     if not d.reference:
         return Verdict("no gradient", "idle")
-    if d.numbers == 1:  # may be near 0, where its sign means nothing
+    # may be near 0, where its sign means nothing
+    if d.numbers == 1:
         return Verdict(f"{math.copysign(d.ratio, d.cosine):.4f} x", "near")
     lost = not d.cosine >= 0.9
-    return Verdict(f"cosine {d.cosine:.4f}" + ": direction lost" * lost, "wrong" if lost else "near")
+    return Verdict(
+        f"cosine {d.cosine:.4f}" + ": direction lost" * lost, "wrong" if lost else "near"
+    )
 
 
 class Row(NamedTuple):
@@ -215,11 +271,20 @@ class Row(NamedTuple):
 
 
 def table(rows: Sequence[Row]) -> str:
-    lines = [("compared with one process", "", "|g| / |g one|", "cosine", "largest diff", "verdict")]
-    for before, (compared, group, d, verdict) in zip(["", *(row.compared for row in rows)], rows, strict=False):
-        ratio, cosine = (f"{x:.6f}" if 1e-3 < abs(x) < 1e3 else f"{x:.3g}" for x in (d.ratio, d.cosine))
+    lines = [
+        ("compared with one process", "", "|g| / |g one|", "cosine", "largest diff", "verdict")
+    ]
+    for before, (compared, group, d, verdict) in zip(
+        ["", *(row.compared for row in rows)], rows, strict=False
+    ):
+        ratio, cosine = (
+            f"{x:.6f}" if 1e-3 < abs(x) < 1e3 else f"{x:.3g}" for x in (d.ratio, d.cosine)
+        )
         numbers = ratio, cosine if d.numbers > 1 else "", f"{d.largest / (d.reference or 1):.0e}"
         lines.append((compared if compared != before else "", group, *numbers, verdict.words))
     wide = [max(len(line[k]) for line in lines) for k in range(5)]
-    cells = [[f"{cell:{side}{n}}" for cell, side, n in zip(line, "<<>>>", wide, strict=False)] for line in lines]
+    cells = [
+        [f"{cell:{side}{n}}" for cell, side, n in zip(line, "<<>>>", wide, strict=False)]
+        for line in lines
+    ]
     return "\n".join("  ".join([*row, line[5]]) for row, line in zip(cells, lines, strict=True))

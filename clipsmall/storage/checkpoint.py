@@ -1,9 +1,10 @@
-"""Checkpoints: all state of a run in one folder of safetensors and JSON, complete or not there at all.
+"""Checkpoints: all state of a run in one folder of safetensors and JSON, complete or not there at
+all.
 
-A folder `step_00001234` holds the five homes of state: weights (`model.safetensors`), optimizer and schedule
-(`optimizer.*`), objective memory (`objective.safetensors`), and in `state.json` the place in the data, Progress and
-every rank's random generators. `manifest.json` is written last, with size and sha256 of every other file; a folder
-gets its final name only after that.
+A folder `step_00001234` holds the five homes of state: weights (`model.safetensors`), optimizer and
+schedule (`optimizer.*`), objective memory (`objective.safetensors`), and in `state.json` the place
+in the data, Progress and every rank's random generators. `manifest.json` is written last, with size
+and sha256 of every other file; a folder gets its final name only after that.
 """
 
 import hashlib
@@ -30,7 +31,8 @@ class CheckpointError(ValueError):
     """A checkpoint cannot be used; the message names the folder and the file."""
 
 
-# ---- random generators -----------------------------------------------------------------------------------------
+# ---- random generators
+# -----------------------------------------------------------------------------------------
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
@@ -38,7 +40,9 @@ def random_state(device: torch.device) -> dict[str, Any]:
     kind, keys, *place = np.random.get_state(legacy=True)
     return {
         "torch": torch.get_rng_state().numpy().tobytes().hex(),
-        "cuda": torch.cuda.get_rng_state(device).numpy().tobytes().hex() if device.type == "cuda" else "",
+        "cuda": torch.cuda.get_rng_state(device).numpy().tobytes().hex()
+        if device.type == "cuda"
+        else "",
         "python": random.getstate(),
         "numpy": [kind, np.asarray(keys).tolist(), *place],
     }
@@ -57,12 +61,14 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *place))
 
 
-# ---- optimizer state as tensors and JSON -----------------------------------------------------------------------
+# ---- optimizer state as tensors and JSON
+# -----------------------------------------------------------------------
 
 
 def split_optimizer(state: dict[str, Any]) -> tuple[Tensors, dict[str, Any]]:
     """`optimizer.state_dict()` -> its tensors by `parameter.name`, and the rest, which is JSON."""
-    tensors, rest = Tensors(), dict[str, dict[str, Any]]()
+    tensors = Tensors()
+    rest = dict[str, dict[str, Any]]()
     for parameter, entries in state["state"].items():
         rest[str(parameter)] = {}
         for name, value in entries.items():
@@ -74,14 +80,17 @@ def split_optimizer(state: dict[str, Any]) -> tuple[Tensors, dict[str, Any]]:
 
 
 def joined_optimizer(tensors: Tensors, rest: dict[str, Any]) -> dict[str, Any]:
-    state: dict[int, dict[str, Any]] = {int(parameter): dict(entries) for parameter, entries in rest["state"].items()}
+    state: dict[int, dict[str, Any]] = {
+        int(parameter): dict(entries) for parameter, entries in rest["state"].items()
+    }
     for key, value in tensors.items():
         parameter, _, name = key.partition(".")
         state[int(parameter)][name] = value
     return {"state": state, "param_groups": rest["param_groups"]}
 
 
-# ---- folders ---------------------------------------------------------------------------------------------------
+# ---- folders
+# ---------------------------------------------------------------------------------------------------
 
 
 def step_folder(checkpoints: Path, step: int) -> Path:
@@ -94,8 +103,8 @@ def _digest(path: Path) -> str:
 
 
 def model_digest(layers: Iterable[tuple[str, nn.Module]], tensors: Tensors, *also: object) -> str:
-    """sha256 of all that a model's outputs depend on: its weights; its layers by name, as activations have no weights;
-    and what is given beside, by its repr."""
+    """sha256 of all that a model's outputs depend on: its weights; its layers by name, as
+    activations have no weights; and what is given beside, by its repr."""
     found = hashlib.sha256(repr(also).encode())
     for name, layer in layers:
         found.update(f"{name} {type(layer).__name__} {layer.extra_repr()}".encode())
@@ -113,7 +122,9 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def save(folder: Path, tensors: dict[str, Tensors], state: dict[str, Any], extra: Callable[[Path], None]) -> None:
+def save(
+    folder: Path, tensors: dict[str, Tensors], state: dict[str, Any], extra: Callable[[Path], None]
+) -> None:
     """Write a checkpoint folder, whole or not at all.
 
     Args:
@@ -132,7 +143,10 @@ def save(folder: Path, tensors: dict[str, Tensors], state: dict[str, Any], extra
         for stem, named in tensors.items():
             if named:
                 # clone: tied weights share memory, which safetensors refuses
-                whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in named.items()}
+                whole = {
+                    name: tensor.detach().cpu().contiguous().clone()
+                    for name, tensor in named.items()
+                }
                 save_file(whole, temporary / f"{stem}.safetensors")
         (temporary / "state.json").write_text(json.dumps(state))
         extra(temporary)
@@ -142,7 +156,10 @@ def save(folder: Path, tensors: dict[str, Tensors], state: dict[str, Any], extra
         manifest = {
             "version": VERSION,
             "files": {
-                str(path.relative_to(temporary)): {"size": path.stat().st_size, "sha256": _digest(path)}
+                str(path.relative_to(temporary)): {
+                    "size": path.stat().st_size,
+                    "sha256": _digest(path),
+                }
                 for path in files
             },
         }
@@ -162,21 +179,34 @@ def save(folder: Path, tensors: dict[str, Tensors], state: dict[str, Any], extra
 
 
 def verify(folder: Path) -> None:
-    """Raises CheckpointError unless every file is there, as long and with the hash that the manifest says."""
+    """Raises CheckpointError unless every file is there, as long and with the hash that the
+    manifest says.
+    """
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
     except (OSError, json.JSONDecodeError):
-        raise CheckpointError(f"{folder}: no checkpoint of ours, or an incomplete one (no manifest.json)") from None
+        raise CheckpointError(
+            f"{folder}: no checkpoint of ours, or an incomplete one (no manifest.json)"
+        ) from None
     if manifest.get("version") != VERSION:
-        raise CheckpointError(f"{folder}: checkpoint version {manifest.get('version')}; this clipsmall reads {VERSION}")
+        raise CheckpointError(
+            f"{folder}: checkpoint version {manifest.get('version')}; this clipsmall reads {VERSION}"
+        )
     for name, facts in manifest["files"].items():
         path = folder / name
-        if not path.exists() or path.stat().st_size != facts["size"] or _digest(path) != facts["sha256"]:
-            raise CheckpointError(f"{path}: missing, cut or changed since it was saved; use another checkpoint")
+        if (
+            not path.exists()
+            or path.stat().st_size != facts["size"]
+            or _digest(path) != facts["sha256"]
+        ):
+            raise CheckpointError(
+                f"{path}: missing, cut or changed since it was saved; use another checkpoint"
+            )
 
 
 def newest(checkpoints: Path) -> Path | None:
-    """The newest complete checkpoint, None if there is no checkpoint; broken ones are named on stderr and passed over.
+    """The newest complete checkpoint, None if there is no checkpoint; broken ones are named on
+    stderr and passed over.
 
     Raises:
         CheckpointError: none of those there can be used.

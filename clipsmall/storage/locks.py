@@ -1,4 +1,6 @@
-"""Locks on files: one process holds them, with the children that were handed the file, until the last of these ends."""
+"""Locks on files: one process holds them, with the children that were handed the file, until the
+last of these ends.
+"""
 
 import fcntl
 import os
@@ -8,11 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-WAITS = (0.1, 0.2)  # seconds: somebody may just be looking
+# seconds: somebody may just be looking
+WAITS = (0.1, 0.2)
 
 
 def take(file: IO[Any] | int) -> bool:
-    """Lock an open file or folder; False if another process has it. A disk without locks (some network file systems)
+    """Lock an open file or folder; False if another process has it. A disk without locks (some
+    network file systems)
     cannot tell: True."""
     for wait in (*WAITS, 0.0):
         try:
@@ -28,8 +32,8 @@ def take(file: IO[Any] | int) -> bool:
 
 @contextmanager
 def alone(folder: Path, refusal: str) -> Iterator[None]:
-    """Inside, no other process is inside with this folder. Raises ValueError, with the words of `refusal`, if one is;
-    OSError for a folder that is not there."""
+    """Inside, no other process is inside with this folder. Raises ValueError, with the words of
+    `refusal`, if one is; OSError for a folder that is not there."""
     place = os.open(folder, os.O_RDONLY)
     try:
         if not take(place):

@@ -40,7 +40,8 @@ def versions() -> dict[str, str]:
 def _step(line: str) -> float:
     try:
         return float(json.loads(line)["step"])
-    except (json.JSONDecodeError, KeyError):  # a line cut by a kill
+    except (json.JSONDecodeError, KeyError):
+        # a line cut by a kill
         return math.inf
 
 
@@ -63,19 +64,27 @@ class RunFolder:
         """Raises ValueError when a run already lies here and it is not the one to continue."""
         continued = resume or (checkpoint is not None and self.holds(checkpoint))
         if not continued and (self.path / "run.yaml").exists():
-            raise ValueError(f"{self.path}: holds a run already; continue it with --resume=auto, or give another --out")
+            raise ValueError(
+                f"{self.path}: holds a run already; continue it with --resume=auto, or give another --out"
+            )
 
     def last_evaluation(self) -> int:
-        """The last step with a line of results (which has no `loss`) in metrics.jsonl, -1 if there is none."""
-        lines = self.metrics.read_text(errors="replace").splitlines() if self.metrics.exists() else []
+        """The last step with a line of results (which has no `loss`) in metrics.jsonl, -1 if there
+        is none.
+        """
+        lines = (
+            self.metrics.read_text(errors="replace").splitlines() if self.metrics.exists() else []
+        )
         steps = [_step(line) for line in lines if '"loss"' not in line]
         return max((int(step) for step in steps if step < math.inf), default=-1)
 
     def claim(self, config: str, step: int, launch: dict[str, Any]) -> None:
-        """Make the folder, lock it, write run.yaml, command.txt and env.json, and take back what came after `step`.
+        """Make the folder, lock it, write run.yaml, command.txt and env.json, and take back what
+        came after `step`.
 
-        A resumed run's log is then that of an uninterrupted one, and its checkpoints are the newest: later ones
-        (broken, or left behind on purpose by naming an earlier one) are renamed, not deleted.
+        A resumed run's log is then that of an uninterrupted one, and its checkpoints are the
+        newest: later ones (broken, or left behind on purpose by naming an earlier one) are renamed,
+        not deleted.
 
         Raises:
             ValueError: the folder cannot be written, or another run is using it.
@@ -84,17 +93,28 @@ class RunFolder:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / ".lock").open("w")
         except OSError as error:
-            raise ValueError(f"{self.path}: cannot be written ({error.strerror}); give another --out") from None
+            raise ValueError(
+                f"{self.path}: cannot be written ({error.strerror}); give another --out"
+            ) from None
         if not locks.take(self._lock):
-            raise ValueError(f"{self.path}: another run is writing here; wait for it, or give another --out")
+            raise ValueError(
+                f"{self.path}: another run is writing here; wait for it, or give another --out"
+            )
         if self.metrics.exists():
-            kept = [line for line in self.metrics.read_text(errors="replace").splitlines() if _step(line) <= step]
+            kept = [
+                line
+                for line in self.metrics.read_text(errors="replace").splitlines()
+                if _step(line) <= step
+            ]
             self._write(self.metrics.name, "".join(f"{line}\n" for line in kept))
         for folder in self.checkpoints.glob("step_*"):
             if int(folder.name.removeprefix("step_")) > step:
                 aside = folder.with_name(f"aside_{folder.name}_{time.time_ns()}")
                 folder.rename(aside)
-                print(f"note: {folder.name} is later than step {step}; kept as {aside.name}", file=sys.stderr)
+                print(
+                    f"note: {folder.name} is later than step {step}; kept as {aside.name}",
+                    file=sys.stderr,
+                )
         self._write("run.yaml", config)
         self._write("command.txt", shlex.join(sys.argv) + "\n")
         self._write("env.json", json.dumps(versions() | launch, indent=2) + "\n")

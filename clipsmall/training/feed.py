@@ -1,4 +1,6 @@
-"""The stream of pairs a rank trains on: counts what was skipped, measures the wait, and ends when asked to."""
+"""The stream of pairs a rank trains on: counts what was skipped, measures the wait, and ends when
+asked to.
+"""
 
 import json
 import signal
@@ -15,7 +17,8 @@ from clipsmall.data import LoadedBatch, ShardError, Skips
 from clipsmall.distributed import world
 from clipsmall.mining.online import MinedBatches
 
-ENOUGH = 10_000  # pairs before the error rate is judged: one bad pair in a first batch of 32 is 3 %
+# pairs before the error rate is judged: one bad pair in a first batch of 32 is 3 %
+ENOUGH = 10_000
 
 
 class Stop:
@@ -60,11 +63,16 @@ class Feed:
         pairs: int,
         images: bool = True,
     ) -> None:
-        self.loader, self.device, self.stop, self.images = loader, device, stop, images
+        self.loader = loader
+        self.device = device
+        self.stop = stop
+        self.images = images
         self.mining = loader if isinstance(loader, MinedBatches) else None
-        self.max_error_rate, self.enough = max_error_rate, min(ENOUGH, pairs)
+        self.max_error_rate = max_error_rate
+        self.enough = min(ENOUGH, pairs)
         self.skips = Skips()
-        self.waited = 0.0  # seconds spent waiting for data
+        # seconds spent waiting for data
+        self.waited = 0.0
         self.stopped = False
 
     def __iter__(self) -> Iterator[Pairs]:
@@ -82,7 +90,8 @@ class Feed:
                 if self.stopped:
                     return
         finally:
-            del batches  # ends the workers now: at interpreter exit they would be waited for
+            # ends the workers now: at interpreter exit they would be waited for
+            del batches
 
     @property
     def mined(self) -> float:
@@ -91,7 +100,9 @@ class Feed:
 
     def _agree(self) -> None:
         """Every rank learns whether one was told to stop, and how many bad pairs all have met."""
-        mine = torch.tensor([self.stop.signal, self.skips.total, self.skips.seen], device=self.device)
+        mine = torch.tensor(
+            [self.stop.signal, self.skips.total, self.skips.seen], device=self.device
+        )
         told, bad, seen = world.total(mine).tolist()
         self.stopped = told > 0
         if bad > self.max_error_rate * max(seen, self.enough):
@@ -109,7 +120,11 @@ class Feed:
         return together
 
     def state_dict(self) -> dict[str, Any]:
-        return {"seen": self.skips.seen, "reasons": dict(self.skips.reasons), "examples": self.skips.examples}
+        return {
+            "seen": self.skips.seen,
+            "reasons": dict(self.skips.reasons),
+            "examples": self.skips.examples,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.skips = self.read_skips(state)

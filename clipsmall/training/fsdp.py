@@ -1,6 +1,7 @@
 """Towers too large for one card: weights, gradients and moments shared out over ranks.
 
-FSDP (Zhao et al. 2023, arXiv 2304.11277), torch's second version: ZeRO 3 (arXiv 1910.02054, §5) with DTensors.
+FSDP (Zhao et al. 2023, arXiv 2304.11277), torch's second version: ZeRO 3 (arXiv 1910.02054, §5)
+with DTensors.
 """
 
 import os
@@ -16,7 +17,8 @@ from clipsmall.model.momentum import MovingAverage
 from clipsmall.model.parameter_names import BLOCK
 
 Tensors = dict[str, Tensor]
-# what Accelerate offers beside, by the names under which `accelerate launch` hands it on, and what to do instead
+# what Accelerate offers beside, by the names under which `accelerate launch` hands it on, and what
+# to do instead
 OTHERS = {
     "FSDP_OFFLOAD_PARAMS": "fsdp_offload_params: weights stay on the cards; take more ranks",
     "FSDP_CPU_RAM_EFFICIENT_LOADING": "fsdp_cpu_ram_efficient_loading: every rank loads the weights",
@@ -32,24 +34,32 @@ def asked() -> bool:
 def check(precision: str, chunk_size: int | str) -> None:
     """Raises ValueError for what does not go with sharded towers."""
     if os.environ.get("FSDP_VERSION", "1") != "2":
-        raise ValueError("fsdp_version: 1 wraps models in its own way; set fsdp_version: 2, as launch/fsdp.yaml does")
+        raise ValueError(
+            "fsdp_version: 1 wraps models in its own way; set fsdp_version: 2, as launch/fsdp.yaml does"
+        )
     for name, words in OTHERS.items():
         if parse_flag_from_env(name):
             raise ValueError(f"{words} ({name} must be false)")
     if precision == "fp16":
-        raise ValueError("run.precision=fp16: GradScaler does not take sharded gradients beside whole ones; use bf16")
+        raise ValueError(
+            "run.precision=fp16: GradScaler does not take sharded gradients beside whole ones; use bf16"
+        )
     if chunk_size == "auto":
-        raise ValueError("model.chunk_size=auto tries what fits, which ranks with sharded towers cannot; give a number")
+        raise ValueError(
+            "model.chunk_size=auto tries what fits, which ranks with sharded towers cannot; give a number"
+        )
 
 
 def shard(model: DualEncoder, device: torch.device) -> None:
-    """Towers, and averaged ones, are sharded block by block: a rank holds 1/W of them, and a block for its pass.
+    """Towers, and averaged ones, are sharded block by block: a rank holds 1/W of them, and a block
+    for its pass.
 
-    What else trains stays whole on every rank: scale, bias, heads. Call before the optimizer is made: parameters
-    become other objects.
+    What else trains stays whole on every rank: scale, bias, heads. Call before the optimizer is
+    made: parameters become other objects.
 
     Raises:
-        ValueError: adapters in an attention module of torch's, as open_clip has them: peft takes its weights out.
+        ValueError: adapters in an attention module of torch's, as open_clip has them: peft takes
+            its weights out.
     """
     if world.size() == 1:
         return
@@ -93,7 +103,9 @@ def whole(x: Any) -> Tensor:
 
 
 def gathered(tensors: Tensors, keep: bool) -> Tensors:
-    """Whole tensors, put together one by one; all ranks must call, those that `keep` get them, in host memory."""
+    """Whole tensors, put together one by one; all ranks must call, those that `keep` get them, in
+    host memory.
+    """
     found = {}
     for name, tensor in tensors.items():
         full = whole(tensor)
@@ -108,8 +120,12 @@ def scattered(tensors: Tensors, like: Tensors) -> Tensors:
 
 
 def scattered_moments(moments: Tensors, groups: list[dict[str, Any]]) -> Tensors:
-    """The same for `checkpoint.split_optimizer`'s: each as its parameter is, its count of steps as it was."""
-    parameters: list[nn.Parameter] = [parameter for group in groups for parameter in group["params"]]
+    """The same for `checkpoint.split_optimizer`'s: each as its parameter is, its count of steps as
+    it was.
+    """
+    parameters: list[nn.Parameter] = [
+        parameter for group in groups for parameter in group["params"]
+    ]
     found = {}
     for name, tensor in moments.items():
         parameter = parameters[int(name.partition(".")[0])]
@@ -122,4 +138,6 @@ def told(model: nn.Module) -> str:
     parameters = list(model.parameters())
     mine = sum(share(parameter).numel() for parameter in parameters)
     total = sum(parameter.numel() for parameter in parameters)
-    return f", {mine / 1e6:.2f}M of {total / 1e6:.2f}M weights on each (FSDP)" if mine < total else ""
+    return (
+        f", {mine / 1e6:.2f}M of {total / 1e6:.2f}M weights on each (FSDP)" if mine < total else ""
+    )

@@ -1,4 +1,6 @@
-"""What a run says while it trains: a progress bar, a JSON line every few steps, and trackers when asked."""
+"""What a run says while it trains: a progress bar, a JSON line every few steps, and trackers when
+asked.
+"""
 
 import json
 import math
@@ -16,21 +18,34 @@ from clipsmall.batch import Progress
 from clipsmall.distributed import world
 from clipsmall.training.feed import Feed
 
-LINE_EVERY = 15.0  # seconds between lines in a log file
+# seconds between lines in a log file
+LINE_EVERY = 15.0
 
 
 class Report:
-    """A job: `report(progress, losses)` every few steps. Only the main rank writes, every rank must call.
+    """A job: `report(progress, losses)` every few steps. Only the main rank writes, every rank must
+    call.
 
-    Losses are means over ranks; `chance` is ln N, softmax's loss of a model that knows nothing among the N pairs that a
-    row meets; `data_wait` is the share of the time spent waiting for pairs, `mining_time` that spent on mining; what
-    else is said of mining is about the pool that is being played.
+    Losses are means over ranks; `chance` is ln N, softmax's loss of a model that knows nothing
+    among the N pairs that a row meets; `data_wait` is the share of the time spent waiting for
+    pairs, `mining_time` that spent on mining; what else is said of mining is about the pool that is
+    being played.
     """
 
     def __init__(
-        self, accelerator: Accelerator, path: Path, model: Any, optimizer: Any, feed: Feed, pairs: int
+        self,
+        accelerator: Accelerator,
+        path: Path,
+        model: Any,
+        optimizer: Any,
+        feed: Feed,
+        pairs: int,
     ) -> None:
-        self.accelerator, self.path, self.model, self.optimizer, self.feed = accelerator, path, model, optimizer, feed
+        self.accelerator = accelerator
+        self.path = path
+        self.model = model
+        self.optimizer = optimizer
+        self.feed = feed
         shown = accelerator.is_main_process and sys.stderr.isatty()
         self.bar = tqdm(total=pairs, unit=" pairs", unit_scale=True, disable=not shown)
         self.others = 0
@@ -50,7 +65,9 @@ class Report:
     def __call__(self, progress: Progress, losses: dict[str, Tensor]) -> None:
         now, (then, pairs, waited, mined) = time.perf_counter(), self._mark
         names = sorted(losses)
-        stacked = torch.stack([losses[name].detach().float().to(losses["loss"].device) for name in names])
+        stacked = torch.stack(
+            [losses[name].detach().float().to(losses["loss"].device) for name in names]
+        )
         means = dict(zip(names, world.mean(stacked).tolist(), strict=True))
         row = {
             "step": progress.step,
@@ -65,14 +82,19 @@ class Report:
             "skipped": self.feed.skips.total,
         }
         if self.feed.mining:
-            row |= {**self.feed.mining.numbers, "mining_time": (self.feed.mined - mined) / (now - then)}
+            row |= {
+                **self.feed.mining.numbers,
+                "mining_time": (self.feed.mined - mined) / (now - then),
+            }
         self._mark = (now, progress.pairs, self.feed.waited, self.feed.mined)
         self.write(row)
         self._say(row)
 
     def _say(self, row: dict[str, Any]) -> None:
         """On the bar; where there is no terminal, as a line every LINE_EVERY seconds."""
-        met = f"{row['effective_negatives']:.0f} negatives, " if "effective_negatives" in row else ""
+        met = (
+            f"{row['effective_negatives']:.0f} negatives, " if "effective_negatives" in row else ""
+        )
         words = (
             f"loss {row['loss']:.3f} (chance {row['chance']:.2f}), lr {row['lr']:.1e}, scale {row['logit_scale']:.1f}, "
             f"{met}data wait {row['data_wait']:.0%}"
@@ -86,14 +108,21 @@ class Report:
         now = time.perf_counter()
         if self.bar.disable and self.accelerator.is_main_process and now - self._said > LINE_EVERY:
             self._said = now
-            print(f"{row['pairs']:,} pairs, {row['pairs_per_second']:,.0f}/s, {words}", file=sys.stderr, flush=True)
+            print(
+                f"{row['pairs']:,} pairs, {row['pairs_per_second']:,.0f}/s, {words}",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def write(self, row: dict[str, Any]) -> None:
         """One line of metrics.jsonl, and the trackers."""
         if self.accelerator.is_main_process:
             with self.path.open("a") as file:
-                # an overflow that fp16's scaler skips has an infinite gradient norm, which is no JSON
-                finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
+                # an overflow that fp16's scaler skips has an infinite gradient norm, which is no
+                # JSON
+                finite = {
+                    name: value if math.isfinite(value) else None for name, value in row.items()
+                }
                 file.write(json.dumps(finite) + "\n")
         self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=int(row["step"]))
 

@@ -1,4 +1,6 @@
-"""All state of a run in one place: what a checkpoint holds, and what a resumed run must share with it."""
+"""All state of a run in one place: what a checkpoint holds, and what a resumed run must share with
+it.
+"""
 
 import json
 import sys
@@ -21,44 +23,73 @@ from clipsmall.storage.checkpoint import CheckpointError
 from clipsmall.training import fsdp as sharded
 from clipsmall.training.feed import Feed
 
-# A run that changes one of these is another run: its order, its loss or its weights would not be continued.
+# A run that changes one of these is another run: its order, its loss or its weights would not be
+# continued.
 FIXED = (
-    "seed", "model.name", "objective.name", "objective.mask_duplicates", "objective.queue",
-    "data.batch_size", "data.shuffle_window", "data.crop_scale", "data.max_pixels",
-    "optim.lr", "optim.lr_scaling", "optim.accumulate", "optim.weight_decay", "optim.betas", "optim.eps",
-    "optim.layer_decay", "tune.image", "tune.text", "tune.projections", "tune.logit_scale", "tune.logit_bias",
+    "seed",
+    "model.name",
+    "objective.name",
+    "objective.mask_duplicates",
+    "objective.queue",
+    "data.batch_size",
+    "data.shuffle_window",
+    "data.crop_scale",
+    "data.max_pixels",
+    "optim.lr",
+    "optim.lr_scaling",
+    "optim.accumulate",
+    "optim.weight_decay",
+    "optim.betas",
+    "optim.eps",
+    "optim.layer_decay",
+    "tune.image",
+    "tune.text",
+    "tune.projections",
+    "tune.logit_scale",
+    "tune.logit_bias",
     "tune.lora",
-)  # fmt: skip
+)
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in tree.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        found |= (
+            flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        )
     return found
 
 
 def _known(key: str, tree: dict[str, Any]) -> bool:
     """Whether a flat tree has this option, or one inside it, or one it is inside of."""
-    return any(f"{key}.".startswith(f"{each}.") or f"{each}.".startswith(f"{key}.") for each in tree)
+    return any(
+        f"{key}.".startswith(f"{each}.") or f"{each}.".startswith(f"{key}.") for each in tree
+    )
 
 
 @dataclass
 class RunState:
-    """The five homes of state: weights, optimizer and schedule, memory, place in the data, progress and RNG."""
+    """The five homes of state: weights, optimizer and schedule, memory, place in the data, progress
+    and RNG.
+    """
 
     accelerator: Accelerator
-    model: DualEncoder  # unwrapped
+    # unwrapped
+    model: DualEncoder
     loaded: Loaded
     optimizer: Any
     scheduler: Any
     objective: Any
     feed: Feed
     progress: Progress
-    config: dict[str, Any]  # as JSON
-    fingerprint: str  # of the training shards
-    source: str = ""  # the training data in words
-    fixed: tuple[str, ...] = ()  # sections of the config that belong to this run, beside FIXED
+    # as JSON
+    config: dict[str, Any]
+    # of the training shards
+    fingerprint: str
+    # the training data in words
+    source: str = ""
+    # sections of the config that belong to this run, beside FIXED
+    fixed: tuple[str, ...] = ()
 
     @property
     def launch(self) -> dict[str, Any]:
@@ -70,14 +101,18 @@ class RunState:
         }
 
     def save(self, checkpoints: Path, keep: int) -> Path:
-        """Write `step_N`; every rank must call, the main one writes. Older ones beyond `keep` are deleted."""
+        """Write `step_N`; every rank must call, the main one writes. Older ones beyond `keep` are
+        deleted.
+        """
         device = self.accelerator.device
         mine = {"rng": checkpoint.random_state(device), "feed": self.feed.state_dict()}
         ranks = [json.loads(data) for data in world.gather_bytes(json.dumps(mine).encode(), device)]
         folder = checkpoint.step_folder(checkpoints, self.progress.step)
         moments, rest = checkpoint.split_optimizer(self.optimizer.state_dict())
         main = self.accelerator.is_main_process
-        weights, moments = (sharded.gathered(each, keep=main) for each in (self.model.state_dict(), moments))
+        weights, moments = (
+            sharded.gathered(each, keep=main) for each in (self.model.state_dict(), moments)
+        )
         if self.accelerator.is_main_process:
             memory = self.objective.state_dict() if isinstance(self.objective, nn.Module) else {}
             scaler = self.accelerator.scaler
@@ -92,9 +127,14 @@ class RunState:
             }
             plan = self.feed.mining.state_dict() if self.feed.mining else {}
             tensors = {
-                "model": weights, "optimizer": moments, "objective": memory, "mining": plan,
-            }  # fmt: skip
-            checkpoint.save(folder, tensors, state, lambda path: save_model_files(self.loaded, path))
+                "model": weights,
+                "optimizer": moments,
+                "objective": memory,
+                "mining": plan,
+            }
+            checkpoint.save(
+                folder, tensors, state, lambda path: save_model_files(self.loaded, path)
+            )
             checkpoint.tidy(checkpoints, keep)
         world.barrier()
         return folder
@@ -108,15 +148,24 @@ class RunState:
         state = checkpoint.read_state(folder)
         self._refuse_another_run(folder, state)
         device = self.accelerator.device
-        weights = sharded.scattered(checkpoint.read_tensors(folder, "model"), self.model.state_dict())
+        weights = sharded.scattered(
+            checkpoint.read_tensors(folder, "model"), self.model.state_dict()
+        )
         try:
             missing = self.model.load_state_dict(weights, strict=False)
-        except RuntimeError as error:  # of another size
-            raise CheckpointError(f"{folder}: holds another model ({str(error).splitlines()[-1].strip()})") from None
+        except RuntimeError as error:
+            # of another size
+            raise CheckpointError(
+                f"{folder}: holds another model ({str(error).splitlines()[-1].strip()})"
+            ) from None
         if missing.missing_keys or missing.unexpected_keys:
             names = (missing.missing_keys + missing.unexpected_keys)[:3]
-            raise CheckpointError(f"{folder}: holds another model (first differing weights: {', '.join(names)})")
-        moments = sharded.scattered_moments(checkpoint.read_tensors(folder, "optimizer"), self.optimizer.param_groups)
+            raise CheckpointError(
+                f"{folder}: holds another model (first differing weights: {', '.join(names)})"
+            )
+        moments = sharded.scattered_moments(
+            checkpoint.read_tensors(folder, "optimizer"), self.optimizer.param_groups
+        )
         self.optimizer.load_state_dict(checkpoint.joined_optimizer(moments, state["optimizer"]))
         self.scheduler.load_state_dict(state["scheduler"])
         if isinstance(self.objective, nn.Module):
@@ -128,7 +177,8 @@ class RunState:
                 ) from None
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.progress.step, self.progress.pairs = state["progress"]["step"], state["progress"]["pairs"]
+        self.progress.step = state["progress"]["step"]
+        self.progress.pairs = state["progress"]["pairs"]
         self._load_plan(folder)
         self._load_ranks(state["ranks"], device)
 
@@ -141,13 +191,27 @@ class RunState:
                 raise CheckpointError(f"{folder}: {error}") from None
 
     def _refuse_another_run(self, folder: Path, state: dict[str, Any]) -> None:
-        was, now = flat(state["config"]), flat({**self.config, "launch": self.launch})
-        # an option that is newer than the checkpoint has no say: without it things were as its default has them
+        was = flat(state["config"])
+        now = flat({**self.config, "launch": self.launch})
+        # an option that is newer than the checkpoint has no say: without it things were as its
+        # default has them
         known = {key for key in now | was if _known(key, was) and _known(key, now)}
-        changed = {key: (was.get(key), now.get(key)) for key in sorted(known) if was.get(key) != now.get(key)}
-        if fixed := [key for key in changed if any(f"{key}.".startswith(f"{each}.") for each in FIXED + self.fixed)]:
-            said = "; ".join(f"{key} was {changed[key][0]!r}, now {changed[key][1]!r}" for key in fixed)
-            raise CheckpointError(f"{folder}: another run: {said}. Change it back, or start anew with another --out")
+        changed = {
+            key: (was.get(key), now.get(key))
+            for key in sorted(known)
+            if was.get(key) != now.get(key)
+        }
+        if fixed := [
+            key
+            for key in changed
+            if any(f"{key}.".startswith(f"{each}.") for each in FIXED + self.fixed)
+        ]:
+            said = "; ".join(
+                f"{key} was {changed[key][0]!r}, now {changed[key][1]!r}" for key in fixed
+            )
+            raise CheckpointError(
+                f"{folder}: another run: {said}. Change it back, or start anew with another --out"
+            )
         if state["data"] != self.fingerprint:
             raise CheckpointError(
                 f"{folder}: data.train or data.plan has changed since (other pairs, sizes or batches); restore it"
@@ -163,7 +227,8 @@ class RunState:
             checkpoint.set_random_state(ranks[rank]["rng"], device)
             self.feed.load_state_dict(ranks[rank]["feed"])
             return
-        # another world size: the order of pairs does not depend on it; generators (dropout) start anew, skips are kept
+        # another world size: the order of pairs does not depend on it; generators (dropout) start
+        # anew, skips are kept
         set_seed(self.config["seed"] + self.progress.step * 1_000 + rank)
         if rank == 0:
             for each in ranks:

@@ -3,12 +3,13 @@
     python -m tests.bench.chunks [--model ViT-B-32] [--sizes 16 32 64] [--chunk 8] [--out FILE.json]
     python -m tests.bench.chunks --model ViT-S-32 --image_size 1024 --sizes 256 --chunk 4 --whole 0 --steps 1 --anew
 
-Forward, softmax, backward, with random weights and pixels; every number from a fresh process. Memory is the process's
-peak less its level when model, gradients and pixels are there (on a GPU `max_memory_allocated`); time is the better of
-two steps. "in all" is the peak itself: Python, libraries, model, gradients and pixels (one byte a colour, in host
-memory) included, an optimizer's memory not. Gradients are there before a step; with --anew each step makes its own, as
-training does, and a step in chunks then needs no second copy of them (see tests/bench/gradcache.py). Whole steps above
---whole pairs are left out.
+Forward, softmax, backward, with random weights and pixels; every number from a fresh process.
+Memory is the process's peak less its level when model, gradients and pixels are there (on a GPU
+`max_memory_allocated`); time is the better of two steps. "in all" is the peak itself: Python,
+libraries, model, gradients and pixels (one byte a colour, in host memory) included, an optimizer's
+memory not. Gradients are there before a step; with --anew each step makes its own, as training
+does, and a step in chunks then needs no second copy of them (see tests/bench/gradcache.py). Whole
+steps above --whole pairs are left out.
 """
 
 import argparse
@@ -32,12 +33,18 @@ from tests.bench.sides import ROOT
 
 
 def loaded(model: str, image_size: int) -> Loaded:
-    """open_clip's model with fresh weights; for other images than its own (0) as its `force_image_size` makes it."""
+    """open_clip's model with fresh weights; for other images than its own (0) as its
+    `force_image_size` makes it.
+    """
     if not image_size:
         return from_open_clip(model, "", weights=True)
     import open_clip
 
-    config = json.loads(Path(model).read_text()) if model.endswith(".json") else open_clip.get_model_config(model)
+    config = (
+        json.loads(Path(model).read_text())
+        if model.endswith(".json")
+        else open_clip.get_model_config(model)
+    )
     if config is None:
         raise ValueError(f"open_clip knows no model {model!r}")
     config["vision_cfg"]["image_size"] = image_size
@@ -48,17 +55,25 @@ def loaded(model: str, image_size: int) -> Loaded:
 
 
 def built(task: dict[str, Any]) -> tuple[DualEncoder, Pairs]:
-    """A model with gradients (of zero), and pairs no two of which are alike: coarse chequers, numbered captions."""
+    """A model with gradients (of zero), and pairs no two of which are alike: coarse chequers,
+    numbered captions.
+    """
     torch.manual_seed(0)
-    device, size, chunk = torch.device(task["device"]), task["size"], task["chunk"]
+    device = torch.device(task["device"])
+    size = task["size"]
+    chunk = task["chunk"]
     found = loaded(task["model"], task.get("image_size", 0))
     model = DualEncoder(found.towers, found.spec, 14.3, 0.0, False, chunk_size=chunk)
     model.to(device, getattr(torch, task.get("dtype", "float32"))).train()
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    coarse, numbers = torch.randint(0, 256, (size, 3, 8, 8), dtype=torch.uint8), torch.arange(size)
-    pixels = F.interpolate(coarse, size=found.spec.size)  # bytes stay bytes
-    pairs = Pairs(pixels, found.tokenize([f"a photo of number {i}" for i in range(size)]), numbers, numbers)
+    coarse = torch.randint(0, 256, (size, 3, 8, 8), dtype=torch.uint8)
+    numbers = torch.arange(size)
+    # bytes stay bytes
+    pixels = F.interpolate(coarse, size=found.spec.size)
+    pairs = Pairs(
+        pixels, found.tokenize([f"a photo of number {i}" for i in range(size)]), numbers, numbers
+    )
     return model, pairs.to(device, images=not chunk)
 
 
@@ -67,7 +82,8 @@ def level_now(device: str) -> int:
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew at VmRSS
+    # VmHWM starts anew at VmRSS
+    Path("/proc/self/clear_refs").write_text("5")
     return level("VmRSS")
 
 
@@ -90,7 +106,12 @@ def serve(task: dict[str, Any]) -> None:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     peak = level_at_peak(task["device"])
-    found = {"seconds": min(times), "bytes": peak - before, "bytes_in_all": peak, "loss": value.item()}
+    found = {
+        "seconds": min(times),
+        "bytes": peak - before,
+        "bytes_in_all": peak,
+        "loss": value.item(),
+    }
     print(json.dumps(found))
 
 
@@ -111,10 +132,13 @@ def picture(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for chunk in sorted({row["chunk"] for row in rows}):
         mine = [row for row in rows if row["chunk"] == chunk]
-        sizes, name = [row["size"] for row in mine], f"chunks of {chunk}" if chunk else "whole"
+        sizes = [row["size"] for row in mine]
+        name = f"chunks of {chunk}" if chunk else "whole"
         axes[0].plot(sizes, [row["bytes"] / GIB for row in mine], "o-", label=name)
         axes[1].plot(sizes, [row["seconds"] / row["size"] for row in mine], "o-", label=name)
-    for axis, label in zip(axes, ("GiB beside model, gradients and pixels", "seconds a pair"), strict=True):
+    for axis, label in zip(
+        axes, ("GiB beside model, gradients and pixels", "seconds a pair"), strict=True
+    ):
         axis.set_xlabel("batch")
         axis.set_ylabel(label)
         axis.set_ylim(bottom=0)
@@ -125,16 +149,24 @@ def picture(rows: list[dict[str, Any]], path: Path, title: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="ViT-B-32", help="of open_clip")
     parser.add_argument("--sizes", type=int, nargs="+", default=[16, 32, 64])
     parser.add_argument("--chunk", type=int, default=8)
     parser.add_argument("--whole", type=int, default=64, help="largest batch to try whole")
-    parser.add_argument("--image_size", type=int, default=0, help="pixels a side; 0 = the model's own")
+    parser.add_argument(
+        "--image_size", type=int, default=0, help="pixels a side; 0 = the model's own"
+    )
     parser.add_argument("--steps", type=int, default=2, help="of which the fastest counts")
-    parser.add_argument("--memory", type=float, default=16.0, help="GiB that the largest process is held against")
+    parser.add_argument(
+        "--memory", type=float, default=16.0, help="GiB that the largest process is held against"
+    )
     parser.add_argument("--anew", action="store_true", help="let gradients go before each step")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"]
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "bench" / "chunks.json")
     parser.add_argument("--serve", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -144,18 +176,27 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     options.out.parent.mkdir(parents=True, exist_ok=True)
     print("batch  chunk    GiB  in all  seconds    loss")
-    common = {name: getattr(options, name) for name in ("model", "image_size", "steps", "anew", "device")}
+    common = {
+        name: getattr(options, name) for name in ("model", "image_size", "steps", "anew", "device")
+    }
     for size in options.sizes:
         for chunk in (0, options.chunk):
             if chunk or size <= options.whole:
                 row = measured(size=size, chunk=chunk, **common)
                 rows.append(row)
                 gib = f"{row['bytes'] / GIB:5.2f}  {row['bytes_in_all'] / GIB:6.2f}"
-                print(f"{size:>5}  {chunk or 'whole':>5}  {gib}  {row['seconds']:7.2f}  {row['loss']:.4f}", flush=True)
-        options.out.write_text(json.dumps({"torch": torch.__version__, "results": rows}, indent=2) + "\n")
+                print(
+                    f"{size:>5}  {chunk or 'whole':>5}  {gib}  {row['seconds']:7.2f}  {row['loss']:.4f}",
+                    flush=True,
+                )
+        options.out.write_text(
+            json.dumps({"torch": torch.__version__, "results": rows}, indent=2) + "\n"
+        )
     at = f" at {options.image_size} pixels" * bool(options.image_size)
     picture(rows, options.out.with_suffix(".png"), f"{options.model}{at}, {options.device}")
-    print(f"at most {max(row['bytes_in_all'] for row in rows) / GIB:.2f} GiB in all, of {options.memory:g}")
+    print(
+        f"at most {max(row['bytes_in_all'] for row in rows) / GIB:.2f} GiB in all, of {options.memory:g}"
+    )
     print(f"{options.out} and {options.out.with_suffix('.png').name}")
 
 

@@ -1,4 +1,5 @@
-"""Ways to train on a big batch with the memory of a small one, beside the plain step: gradient, memory, time.
+"""Ways to train on a big batch with the memory of a small one, beside the plain step: gradient,
+memory, time.
 
     python -m tests.bench.gradcache [--model ViT-B-32] [--size 32] [--chunk 8] [--dtype float32] [--out FILE.json]
 
@@ -6,23 +7,27 @@ One model, the same weights, pixels and captions for all sides:
   whole        the plain step: what the others should equal
   chunked      ours: model.chunk_size
   two-pass     GradCache as its paper has it, by hand: `two_pass`
-  accum-freq   open_clip's --accum-freq k, k = size / chunk: `train_one_epoch` of the installed open_clip_train itself
-  accumulate   the mean of the small batches' losses: each pair meets the negatives of its own small batch only
+  accum-freq   open_clip's --accum-freq k, k = size / chunk: `train_one_epoch` of the installed
+  open_clip_train itself accumulate   the mean of the small batches' losses: each pair meets the
+  negatives of its own small batch only
 
-A gradient is held against `whole`'s by cosine, ratio of lengths, and length of the difference over `whole`'s length
-(float32 rounds at 1e-6; --dtype float64 tells more), for image tower, text tower and logit_scale.
+A gradient is held against `whole`'s by cosine, ratio of lengths, and length of the difference over
+`whole`'s length (float32 rounds at 1e-6; --dtype float64 tells more), for image tower, text tower
+and logit_scale.
 
-Every number is from a fresh process. Time is the best of the rounds, in which the sides take turns. Memory is the peak
-beside model, gradients and pixels. "kept": gradients are there before the step, as in tests/bench/chunks.py. "anew":
-they are let go before it, as optimizer.zero_grad() does and our trainer. It matters: where one backward pass meets a
-parameter k times, its k gradients are summed up before they join what is there. So `chunked` holds the model's
-gradients twice if they are kept, once if not.
+Every number is from a fresh process. Time is the best of the rounds, in which the sides take turns.
+Memory is the peak beside model, gradients and pixels. "kept": gradients are there before the step,
+as in tests/bench/chunks.py. "anew": they are let go before it, as optimizer.zero_grad() does and
+our trainer. It matters: where one backward pass meets a parameter k times, its k gradients are
+summed up before they join what is there. So `chunked` holds the model's gradients twice if they are
+kept, once if not.
 
-accum-freq asks for the loss of the whole batch k times, each time with other features live. A feature is live once, so
-the towers' gradient is right; logit_scale is live every time, so its gradient is k times too long. Nor are random
-numbers replayed (no such layers here, but open_clip has patch dropout, and timm towers stochastic depth): then a live
-feature and its cached self come from different masks, the k losses are those of k different batches of features, and
-their summed gradient is that of none of them. Ours and `two-pass` replay.
+accum-freq asks for the loss of the whole batch k times, each time with other features live. A
+feature is live once, so the towers' gradient is right; logit_scale is live every time, so its
+gradient is k times too long. Nor are random numbers replayed (no such layers here, but open_clip
+has patch dropout, and timm towers stochastic depth): then a live feature and its cached self come
+from different masks, the k losses are those of k different batches of features, and their summed
+gradient is that of none of them. Ours and `two-pass` replay.
 """
 
 import argparse
@@ -49,7 +54,8 @@ from tests.bench.chunks import built, level_at_peak, level_now
 from tests.bench.losses import GIB
 from tests.bench.sides import ROOT, Side
 
-Loss = Callable[..., Any]  # answers with a dict, "loss" in it
+# answers with a dict, "loss" in it
+Loss = Callable[..., Any]
 WAYS = "kept", "anew"
 
 
@@ -71,14 +77,17 @@ def accumulate(model: DualEncoder, pairs: Pairs, size: int, loss: Loss) -> None:
 
 
 def two_pass(model: DualEncoder, pairs: Pairs, size: int, loss: Loss) -> None:
-    """GradCache as its paper has it (arXiv 2101.06983, §3.2): features, their gradients, then a second pass."""
+    """GradCache as its paper has it (arXiv 2101.06983, §3.2): features, their gradients, then a
+    second pass.
+    """
 
     def image(pixels: Tensor) -> Tensor:
         return model.towers.image(model.normalised(pixels.to(model.mean.device)))  # type: ignore[no-any-return]
 
     work = [(image, part) for part in pairs.image.split(size)]
     work += [(model.towers.text, part) for part in pairs.text.split(size)]
-    states, leaves = [], []
+    states = []
+    leaves = []
     with torch.no_grad():
         for tower, part in work:
             states.append((torch.get_rng_state(), get_device_states(model.mean)))
@@ -94,19 +103,29 @@ def two_pass(model: DualEncoder, pairs: Pairs, size: int, loss: Loss) -> None:
 
 def rows_of(model: DualEncoder, pairs: Pairs, image: Tensor, text: Tensor) -> Embeddings:
     scale = model.logit_scale.exp()
-    return Embeddings(unit(image), unit(text), pairs.index, pairs.caption_hash, scale, model.logit_bias)
+    return Embeddings(
+        unit(image), unit(text), pairs.index, pairs.caption_hash, scale, model.logit_bias
+    )
 
 
 class AsOpenClips(nn.Module):
-    """Our model, called and answering as open_clip's CLIP with output_dict (open_clip 3.3, model.py, line 459)."""
+    """Our model, called and answering as open_clip's CLIP with output_dict (open_clip 3.3,
+    model.py, line 459).
+    """
 
     def __init__(self, model: DualEncoder) -> None:
         super().__init__()
-        self.towers, self.logit_scale = model.towers, model.logit_scale
+        self.towers = model.towers
+        self.logit_scale = model.logit_scale
 
     def forward(self, images: Tensor, texts: Tensor) -> dict[str, Tensor]:
-        image, text = unit(self.towers.image(images)), unit(self.towers.text(texts))
-        return {"image_features": image, "text_features": text, "logit_scale": self.logit_scale.exp()}
+        image = unit(self.towers.image(images))
+        text = unit(self.towers.text(texts))
+        return {
+            "image_features": image,
+            "text_features": text,
+            "logit_scale": self.logit_scale.exp(),
+        }
 
 
 class Loader(list[tuple[Tensor, Tensor]]):
@@ -115,7 +134,8 @@ class Loader(list[tuple[Tensor, Tensor]]):
     def __init__(self, model: DualEncoder, pairs: Pairs, size: int) -> None:
         images = (model.normalised(part.to(model.mean.device)) for part in pairs.image.split(size))
         super().__init__(zip(images, pairs.text.split(size), strict=True))
-        self.num_batches, self.num_samples = len(self), len(pairs.text)
+        self.num_batches = len(self)
+        self.num_samples = len(pairs.text)
 
 
 def accum_freq(model: DualEncoder, pairs: Pairs, size: int, loss: Loss) -> None:
@@ -123,11 +143,17 @@ def accum_freq(model: DualEncoder, pairs: Pairs, size: int, loss: Loss) -> None:
     from open_clip_train.train import train_one_epoch
 
     loader = Loader(model, pairs, size)
-    args = SimpleNamespace(accum_freq=len(loader), device=str(model.mean.device), precision="fp32", distill=False)
-    args.skip_scheduler, args.horovod, args.grad_clip_norm = True, False, None
-    args.rank = 1  # rank 0 would log
+    args = SimpleNamespace(
+        accum_freq=len(loader), device=str(model.mean.device), precision="fp32", distill=False
+    )
+    args.skip_scheduler = True
+    args.horovod = False
+    args.grad_clip_norm = None
+    # rank 0 would log
+    args.rank = 1
     data = {"train": SimpleNamespace(dataloader=loader, set_epoch=lambda epoch: None)}
-    idle = SimpleNamespace(zero_grad=lambda: None, step=lambda: None)  # gradients are zero before and stay to be seen
+    # gradients are zero before and stay to be seen
+    idle = SimpleNamespace(zero_grad=lambda: None, step=lambda: None)
     train_one_epoch(AsOpenClips(model), data, loss, 0, idle, None, None, None, args)
 
 
@@ -137,7 +163,13 @@ def clip_loss(output_dict: bool, **inputs: Tensor) -> dict[str, Tensor]:
     return {"loss": ClipLoss()(**inputs)}
 
 
-SIDES = {"whole": whole, "chunked": chunked, "two-pass": two_pass, "accum-freq": accum_freq, "accumulate": accumulate}
+SIDES = {
+    "whole": whole,
+    "chunked": chunked,
+    "two-pass": two_pass,
+    "accum-freq": accum_freq,
+    "accumulate": accumulate,
+}
 
 
 def step(side: str, model: DualEncoder, pairs: Pairs, size: int) -> list[float]:
@@ -158,7 +190,9 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 
 
 def against(found: dict[str, Tensor], whole: dict[str, Tensor]) -> dict[str, dict[str, float]]:
-    """Of image tower, text tower and logit_scale: cosine, ratio of lengths, relative difference. Sums in float64."""
+    """Of image tower, text tower and logit_scale: cosine, ratio of lengths, relative difference.
+    Sums in float64.
+    """
 
     def part_of(name: str) -> str:
         return "logit_scale" if name == "logit_scale" else "image" if ".visual." in name else "text"
@@ -166,18 +200,25 @@ def against(found: dict[str, Tensor], whole: dict[str, Tensor]) -> dict[str, dic
     assert found.keys() == whole.keys()
     answer = {}
     for part in ("image", "text", "logit_scale"):
-        both = [(found[name].double(), whole[name].double()) for name in whole if part_of(name) == part]
+        both = [
+            (found[name].double(), whole[name].double()) for name in whole if part_of(name) == part
+        ]
         mine, theirs = (sum(x[i].square().sum() for x in both) ** 0.5 for i in (0, 1))
         cosine = sum((x * y).sum() for x, y in both) / (mine * theirs)
         difference = sum((x - y).square().sum() for x, y in both) ** 0.5 / theirs
-        answer[part] = {"cosine": float(cosine), "ratio": float(mine / theirs), "difference": float(difference)}
+        answer[part] = {
+            "cosine": float(cosine),
+            "ratio": float(mine / theirs),
+            "difference": float(difference),
+        }
     return answer
 
 
 def serve(task: dict[str, Any]) -> None:
-    """Ready after the first line; then a step for every "step" on stdin, and for a file's name the gradients of the
-    last step held against those in the file, which `whole` writes."""
-    import_module("open_clip_train.train")  # before memory is counted, on every side
+    """Ready after the first line; then a step for every "step" on stdin, and for a file's name the
+    gradients of the last step held against those in the file, which `whole` writes."""
+    # before memory is counted, on every side
+    import_module("open_clip_train.train")
     model, pairs = built(task)
     before = level_now(task["device"])
     print(json.dumps("ready"), flush=True)
@@ -201,16 +242,20 @@ def serve(task: dict[str, Any]) -> None:
 
 def compare(task: dict[str, Any], rounds: int) -> list[dict[str, Any]]:
     """A row for every side."""
-    rows: dict[str, dict[str, Any]] = {name: {"side": name, "seconds": torch.inf, "bytes": {}} for name in SIDES}
+    rows: dict[str, dict[str, Any]] = {
+        name: {"side": name, "seconds": torch.inf, "bytes": {}} for name in SIDES
+    }
     words = [sys.executable, "-m", "tests.bench.gradcache", "--serve"]
     for way in WAYS:
         tasks = {name: json.dumps({**task, "side": name, "way": way}) for name in SIDES}
         sides = {name: Side([*words, tasks[name]], dict(os.environ)) for name in SIDES}
         for _ in range(rounds):
             for name, side in sides.items():
-                turn, row = side.ask("step"), rows[name]
+                turn = side.ask("step")
+                row = rows[name]
                 row |= {"seconds": min(row["seconds"], turn["seconds"]), "losses": turn["losses"]}
-                row["bytes"][way] = turn["bytes"]  # the peak so far
+                # the peak so far
+                row["bytes"][way] = turn["bytes"]
         with tempfile.TemporaryDirectory() as folder:
             for name, side in sides.items():
                 rows[name]["gradient"] = side.ask(str(Path(folder) / "whole.safetensors"))
@@ -219,20 +264,30 @@ def compare(task: dict[str, Any], rounds: int) -> list[dict[str, Any]]:
 
 
 def show(row: dict[str, Any]) -> str:
-    parts = [f"{x['cosine']:9.6f} {x['ratio']:8.5f} {x['difference']:7.0e}" for x in row["gradient"].values()]
-    losses, memory = row["losses"], "".join(f"{row['bytes'][way] / GIB:6.2f}" for way in WAYS)
+    parts = [
+        f"{x['cosine']:9.6f} {x['ratio']:8.5f} {x['difference']:7.0e}"
+        for x in row["gradient"].values()
+    ]
+    losses = row["losses"]
+    memory = "".join(f"{row['bytes'][way] / GIB:6.2f}" for way in WAYS)
     head = f"{row['side']:>10} {len(losses):>6} {sum(losses) / len(losses):8.5f}"
     return f"{head}  {'  '.join(parts)}  {memory} {row['seconds']:8.2f}"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="ViT-B-32", help="of open_clip, or a model JSON")
     parser.add_argument("--size", type=int, default=32, help="the batch")
-    parser.add_argument("--chunk", type=int, default=8, help="pairs of a chunk or micro-batch; divides the batch")
+    parser.add_argument(
+        "--chunk", type=int, default=8, help="pairs of a chunk or micro-batch; divides the batch"
+    )
     parser.add_argument("--rounds", type=int, default=1, help="steps of each side, kept and anew")
     parser.add_argument("--dtype", default="float32", choices=["float32", "float64"])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"]
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "bench" / "gradcache.json")
     parser.add_argument("--serve", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -243,11 +298,18 @@ def main() -> None:
         parser.error("--chunk must divide --size, and be smaller")
     task = {name: getattr(options, name) for name in ("model", "size", "chunk", "dtype", "device")}
     rows = compare(task, options.rounds)
-    columns = "   ".join(f"{part + ': cosine, ratio, off':>24}" for part in ("image", "text", "scale"))
+    columns = "   ".join(
+        f"{part + ': cosine, ratio, off':>24}" for part in ("image", "text", "scale")
+    )
     print(f"{'side':>10} {'losses':>6} {'mean':>8}  {columns}  {'kept':>6}{'anew':>6}  seconds")
     print("\n".join(map(show, rows)))
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    record = {**task, "rounds": options.rounds, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    record = {
+        **task,
+        "rounds": options.rounds,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
     options.out.write_text(json.dumps({**record, "results": rows}, indent=2) + "\n")
     print(options.out)
 

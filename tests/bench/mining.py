@@ -2,8 +2,9 @@
 
     python -m tests.bench.mining [--sizes 1280:32 4096:32 8192:256] [--json OUT.json]
 
-Embeddings have 20 topics, a concept for every four pairs, and noise. The paper's spectral clustering is timed as its
-authors run it (ARPACK's eigenvectors, k-means, linear assignment) and as we do (LAPACK's).
+Embeddings have 20 topics, a concept for every four pairs, and noise. The paper's spectral
+clustering is timed as its authors run it (ARPACK's eigenvectors, k-means, linear assignment) and as
+we do (LAPACK's).
 """
 
 import argparse
@@ -38,11 +39,16 @@ def unit(x: Floats) -> Floats:
     return made
 
 
-def clustered(pairs: int, scale: float = 10.0, width: int = 128, seed: int = 0) -> tuple[Scored, Ints]:
+def clustered(
+    pairs: int, scale: float = 10.0, width: int = 128, seed: int = 0
+) -> tuple[Scored, Ints]:
     """Scored pairs, and the concept of each: four pairs share one."""
     made = np.random.default_rng(seed)
     topics = unit(made.normal(size=(20, width)))
-    concepts = unit(topics[made.integers(20, size=pairs // 4)] + 0.5 * unit(made.normal(size=(pairs // 4, width))))
+    concepts = unit(
+        topics[made.integers(20, size=pairs // 4)]
+        + 0.5 * unit(made.normal(size=(pairs // 4, width)))
+    )
     concept = made.permutation(np.repeat(np.arange(pairs // 4), 4))
     image = unit(concepts[concept] + 0.5 * unit(made.normal(size=(pairs, width))))
     text = unit(image + 0.3 * unit(made.normal(size=(pairs, width))))
@@ -56,7 +62,9 @@ def distinct(pairs: int) -> Identity:
 def dealt(recipe: Recipe, scored: Scored, ranks: int = 1) -> Ints:
     """Batches of a pool whose pairs lie on `ranks` ranks by turns."""
     pairs = len(scored.image)
-    return deal(recipe, scored, distinct(pairs), np.arange(pairs) % ranks, np.random.default_rng(0), ranks).batches
+    return deal(
+        recipe, scored, distinct(pairs), np.arange(pairs) % ranks, np.random.default_rng(0), ranks
+    ).batches
 
 
 def by_arpack(scored: Scored, size: int) -> Ints:
@@ -64,15 +72,24 @@ def by_arpack(scored: Scored, size: int) -> Ints:
     pairs = len(scored.image)
     graph = affinity(softmax_weights(scored, size), np.zeros((pairs, pairs), dtype=bool))
     vectors = spectral_embedding(
-        graph, n_components=pairs // size, eigen_solver="arpack", random_state=0, norm_laplacian=True, drop_first=False
+        graph,
+        n_components=pairs // size,
+        eigen_solver="arpack",
+        random_state=0,
+        norm_laplacian=True,
+        drop_first=False,
     )
     centres = KMeans(pairs // size, random_state=0).fit(vectors).cluster_centers_
     return even_clusters(vectors, one_owner(pairs, size), centres)
 
 
 def main(words: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", default=["1280:32", "4096:32", "8192:256"], metavar="PAIRS:BATCH")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--sizes", nargs="+", default=["1280:32", "4096:32", "8192:256"], metavar="PAIRS:BATCH"
+    )
     parser.add_argument("--only", nargs="+", choices=[*RECIPES, "paper's spectral"])
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(words)
@@ -88,10 +105,24 @@ def main(words: list[str] | None = None) -> None:
             else:
                 batches = by_arpack(scored, batch)
             took = time.process_time() - start
-            mates = np.mean([(concept[b][:, None] == concept[b]).sum(axis=1).mean() - 1 for b in batches])
+            mates = np.mean(
+                [(concept[b][:, None] == concept[b]).sum(axis=1).mean() - 1 for b in batches]
+            )
             loss = batch_losses(scored, batches).mean()
-            rows.append({"pairs": pairs, "batch": batch, "method": name, "loss": loss, "mates": mates, "seconds": took})
-            print(f"{pairs:>6} {batch:>4}  {name:<22} loss {loss:.3f}  mates {mates:.2f}  {took:8.2f} s", flush=True)
+            rows.append(
+                {
+                    "pairs": pairs,
+                    "batch": batch,
+                    "method": name,
+                    "loss": loss,
+                    "mates": mates,
+                    "seconds": took,
+                }
+            )
+            print(
+                f"{pairs:>6} {batch:>4}  {name:<22} loss {loss:.3f}  mates {mates:.2f}  {took:8.2f} s",
+                flush=True,
+            )
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1))
 

@@ -1,9 +1,11 @@
-"""The planner's peaks beside true ones: bytes that the CPU's allocator had given out, from the profiler's events.
+"""The planner's peaks beside true ones: bytes that the CPU's allocator had given out, from the
+profiler's events.
 
     python -m tests.bench.plan [--only WORDS] [--out FILE.json]
 
-Each setting runs one step twice: abstractly, as `python -m clipsmall.plan --device cpu` does, and with real tensors
-through the same loop, where PyTorch's allocator reports every block it gives and takes back. Random weights.
+Each setting runs one step twice: abstractly, as `python -m clipsmall.plan --device cpu` does, and
+with real tensors through the same loop, where PyTorch's allocator reports every block it gives and
+takes back. Random weights.
 """
 
 import argparse
@@ -37,7 +39,11 @@ SETTINGS: list[tuple[str, int, list[str]]] = [
     ("hf", 32, []),
     ("hf", 32, ["--model.attention=eager"]),
     ("hf", 32, ["--tune.image=lora", "--tune.text=lora"]),
-    ("hf", 32, ["--tune.image=lora", "--tune.text=lora", "--model.chunk_size=8", "--run.precision=bf16"]),
+    (
+        "hf",
+        32,
+        ["--tune.image=lora", "--tune.text=lora", "--model.chunk_size=8", "--run.precision=bf16"],
+    ),
     ("hf", 32, ["--tune.image=lora", "--tune.text=lora", "--model.checkpoint_activations=true"]),
 ]
 
@@ -45,11 +51,11 @@ SETTINGS: list[tuple[str, int, list[str]]] = [
 def true_peak(config: Config, rows: int) -> int:
     """Bytes alive together in the second step, of all that was made since before the model was."""
     torch.manual_seed(0)
-    gc.collect()  # what a former session made must not be taken back in this one
+    # what a former session made must not be taken back in this one
+    gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        stage = Stage(
-            of_batch(config, rows), ALONE, Meter(), hollow=False
-        )  # a meter that is not entered counts nothing
+        # a meter that is not entered counts nothing
+        stage = Stage(of_batch(config, rows), ALONE, Meter(), hollow=False)
         stage.first_step()
         if hasattr(stage.objective, "past"):
             stage.objective.past.seen.fill_(stage.objective.past.size)
@@ -69,19 +75,32 @@ def true_peak(config: Config, rows: int) -> int:
 
 def compared(words: list[str], rows: int) -> dict[str, Any]:
     config = read(["--config", str(ROOT / "configs" / "demo.yaml"), *words])
-    planned, true = measure(config, ALONE, rows), true_peak(config, rows)
-    return {"options": words, "rows": rows, "planned": planned.total, "true": true, "parts": planned.bytes}
+    planned = measure(config, ALONE, rows)
+    true = true_peak(config, rows)
+    return {
+        "options": words,
+        "rows": rows,
+        "planned": planned.total,
+        "true": true,
+        "parts": planned.bytes,
+    }
 
 
 def hf_clip(folder: Path) -> str:
     """HF's CLIP of ViT-B/32's size, without its vocabulary."""
     from tests.local_clip import local_clip
 
-    return str(local_clip(folder, image_size=224, patch_size=32, width=512, layers=8, heads=8, projection=512))
+    return str(
+        local_clip(
+            folder, image_size=224, patch_size=32, width=512, layers=8, heads=8, projection=512
+        )
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", default="", help="settings whose options hold this")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "bench" / "plan.json")
     options = parser.parse_args()
@@ -99,7 +118,9 @@ def main() -> None:
             title = f"{model} {' '.join(word.removeprefix('--') for word in words)}"
             sizes = f"{row['planned'] / 2**30:8.3f} {row['true'] / 2**30:8.3f}"
             print(f"{title:<80} {rows:>5} {sizes}  {row['planned'] / row['true']:.3f}", flush=True)
-            options.out.write_text(json.dumps({"torch": torch.__version__, "results": found}, indent=2) + "\n")
+            options.out.write_text(
+                json.dumps({"torch": torch.__version__, "results": found}, indent=2) + "\n"
+            )
 
 
 if __name__ == "__main__":

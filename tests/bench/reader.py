@@ -1,17 +1,20 @@
-"""Reader throughput: our indexed reader against open_clip's own webdataset pipeline, on the same shards.
+"""Reader throughput: our indexed reader against open_clip's own webdataset pipeline, on the same
+shards.
 
     python -m tests.bench.reader [--shards FOLDER] [--size 64] [--workers 0 1 2] [--pairs N] [--out FILE.json]
 
-Same shards, batch size, workers, picture size, interpolation and tokenizer (open_clip's `SimpleTokenizer`). Ours
-delivers uint8, which the model normalises, so the normalisation of every batch to float32 is within our timed
-loop. A round times N pairs after a warm-up of N / 4; the sides take turns, round for round, each in a process of
-its own that lives through all rounds, and the first round of each is thrown away: it fills the page cache. Both
-run with OMP_NUM_THREADS=1, as loader workers do: on shared cores OpenMP's threads wait for one another by spinning
-(900 pairs/s became 100 beside one busy neighbour).
+Same shards, batch size, workers, picture size, interpolation and tokenizer (open_clip's
+`SimpleTokenizer`). Ours delivers uint8, which the model normalises, so the normalisation of every
+batch to float32 is within our timed loop. A round times N pairs after a warm-up of N / 4; the sides
+take turns, round for round, each in a process of
+its own that lives through all rounds, and the first round of each is thrown away: it fills the page
+cache. Both run with OMP_NUM_THREADS=1, as loader workers do: on shared cores OpenMP's threads wait
+for one another by spinning (900 pairs/s became 100 beside one busy neighbour).
 
-open_clip_train 3.3.0 does not run on webdataset 1.0 (its `group_by_keys_nothrow` meets the end-of-shard marker
-that 1.0 sends, and dies of a KeyError), so its side runs in `.venv-bench`: made on first use, it holds the
-webdataset 0.2.86 that open_clip pins, and finds everything else in the environment that runs the bench.
+open_clip_train 3.3.0 does not run on webdataset 1.0 (its `group_by_keys_nothrow` meets the
+end-of-shard marker that 1.0 sends, and dies of a KeyError), so its side runs in `.venv-bench`: made
+on first use, it holds the webdataset 0.2.86 that open_clip pins, and finds everything else in the
+environment that runs the bench.
 """
 
 import argparse
@@ -35,16 +38,21 @@ PINNED = "webdataset==0.2.86"
 
 
 def our_batches(shards: Path, size: int, batch: int, workers: int) -> Iterator[tuple[Any, Any]]:
-    """Endless (B, 3, H, W) float32 and (B, 77) int64, the normalisation made here, in the trainer's process."""
+    """Endless (B, 3, H, W) float32 and (B, 77) int64, the normalisation made here, in the trainer's
+    process.
+    """
     import open_clip
     import torch
 
     from clipsmall.data import GlobalBatches, Order, batch_loader, open_catalog
     from clipsmall.data.preprocess import ImageSpec, ImageTransform
 
-    catalog, spec = open_catalog(str(shards)), ImageSpec(size)
+    catalog = open_catalog(str(shards))
+    spec = ImageSpec(size)
     order = Order(catalog.sizes, seed=0)
-    batches = GlobalBatches(catalog, order, ImageTransform(spec), open_clip.SimpleTokenizer(), batch)
+    batches = GlobalBatches(
+        catalog, order, ImageTransform(spec), open_clip.SimpleTokenizer(), batch
+    )
     mean, std = (torch.tensor(values).view(3, 1, 1) * 255 for values in (spec.mean, spec.std))
     for pairs, _ in batch_loader(batches, range(1 << 40), workers):
         yield pairs.image.float().sub_(mean).div_(std), pairs.text
@@ -84,7 +92,9 @@ def serve(side: str) -> None:
     import torch
     import webdataset
 
-    print(json.dumps({"torch": torch.__version__, "webdataset": webdataset.__version__}), flush=True)
+    print(
+        json.dumps({"torch": torch.__version__, "webdataset": webdataset.__version__}), flush=True
+    )
     for line in sys.stdin:
         task = json.loads(line)
         batches = SIDES[side](Path(task["shards"]), task["size"], task["batch"], task["workers"])
@@ -122,11 +132,16 @@ def their_python() -> str:
 def started(name: str) -> Side:
     """Asked with a task, it answers pairs a second; its first words are its versions."""
     python = sys.executable if name == "ours" else their_python()
-    return Side([python, "-m", "tests.bench.reader", "--serve", name], {**os.environ, "OMP_NUM_THREADS": "1"})
+    return Side(
+        [python, "-m", "tests.bench.reader", "--serve", name],
+        {**os.environ, "OMP_NUM_THREADS": "1"},
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shards", type=Path, default=ROOT / "data" / "glyphs" / "train")
     parser.add_argument("--size", type=int, default=64, help="pixels of the pictures handed out")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
@@ -140,18 +155,33 @@ def main() -> None:
         serve(options.serve)
         return
     if not list(options.shards.glob("*.tar")):
-        raise SystemExit(f"error: {options.shards}: no shards; make some: python -m data_tools.glyphs data/glyphs")
+        raise SystemExit(
+            f"error: {options.shards}: no shards; make some: python -m data_tools.glyphs data/glyphs"
+        )
     sides = {name: started(name) for name in SIDES}
     rows = []
-    print(f"{'workers':>7}  {'ours':>8}  {'open_clip':>9}  ratio  (pairs/s, median of {options.rounds} rounds)")
+    print(
+        f"{'workers':>7}  {'ours':>8}  {'open_clip':>9}  ratio  (pairs/s, median of {options.rounds} rounds)"
+    )
     for workers in options.workers:
         task = {name: getattr(options, name) for name in ("size", "batch", "pairs")}
         task |= {"shards": str(options.shards.resolve()), "workers": workers}
-        turns = range(options.rounds + 1)  # the first only warms up
-        measured = [{name: float(side.ask(task)) for name, side in sides.items()} for _ in turns][1:]
+        # the first only warms up
+        turns = range(options.rounds + 1)
+        measured = [{name: float(side.ask(task)) for name, side in sides.items()} for _ in turns][
+            1:
+        ]
         ours, theirs = (median(row[name] for row in measured) for name in SIDES)
         print(f"{workers:>7}  {ours:>8,.0f}  {theirs:>9,.0f}  {ours / theirs:>5.2f}", flush=True)
-        rows.append({"workers": workers, "ours": ours, "theirs": theirs, "ratio": ours / theirs, "rounds": measured})
+        rows.append(
+            {
+                "workers": workers,
+                "ours": ours,
+                "theirs": theirs,
+                "ratio": ours / theirs,
+                "rounds": measured,
+            }
+        )
     versions = {name: side.hello for name, side in sides.items()}
     for side in sides.values():
         side.close()

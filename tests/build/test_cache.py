@@ -1,4 +1,5 @@
-"""Tests of cached features: a frozen tower's outputs, computed once, change no number and lose no pair.
+"""Tests of cached features: a frozen tower's outputs, computed once, change no number and lose no
+pair.
 
 Seen to fail when: see the notes of the tests.
 """
@@ -37,7 +38,11 @@ def data(glyphs: Path, tmp_path: Path) -> Path:
 
 
 def losses(out: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines() if "loss" in line]
+    return [
+        json.loads(line)["loss"]
+        for line in (out / "metrics.jsonl").read_text().splitlines()
+        if "loss" in line
+    ]
 
 
 def cached(data: Path) -> list[str]:
@@ -51,7 +56,9 @@ def test_a_cached_run_is_an_uncached_one(
 ) -> None:
     """24 steps, two and a half epochs. Fails when the rows of a shard are shifted by one."""
     for name, more in (("plain", {"tune.cache": False}), ("made", {}), ("again", {})):
-        words = config(data, tmp_path / name, **{"model.name": clip, f"tune.{frozen}": "frozen", **more})
+        words = config(
+            data, tmp_path / name, **{"model.name": clip, f"tune.{frozen}": "frozen", **more}
+        )
         assert ranks(world_size, run_trainer, words) == [0] * world_size
         assert len(cached(data)) == (0 if name == "plain" else 3)
     plain, made, again = (losses(tmp_path / name) for name in ("plain", "made", "again"))
@@ -60,15 +67,30 @@ def test_a_cached_run_is_an_uncached_one(
     assert again == made
 
 
-CAPTIONS = [["a cat"], ["a dog", "the black dog", "small dog"], ["red heart", "a heart"], ["a face"], ["the letter"]]
+CAPTIONS = [
+    ["a cat"],
+    ["a dog", "the black dog", "small dog"],
+    ["red heart", "a heart"],
+    ["a face"],
+    ["the letter"],
+]
 
 
 def test_each_caption_has_features_of_its_own(clip: str, tmp_path: Path) -> None:
-    """Fails when `first` counts pairs instead of captions, or the first caption's features serve for all."""
+    """Fails when `first` counts pairs instead of captions, or the first caption's features serve
+    for all.
+    """
     colours = zip(CAPTIONS, COLOURS, strict=False)
-    samples = [Sample(k, picture(colour), "png", texts, 12, 8) for k, (texts, colour) in enumerate(colours)]
+    samples = [
+        Sample(k, picture(colour), "png", texts, 12, 8) for k, (texts, colour) in enumerate(colours)
+    ]
     write_shard(tmp_path / "train", 0, samples)
-    changes = {"model.name": clip, "tune.text": "frozen", "data.batch_size": 4, "optim.pairs": 4 * 12}
+    changes = {
+        "model.name": clip,
+        "tune.text": "frozen",
+        "data.batch_size": 4,
+        "optim.pairs": 4 * 12,
+    }
     for name, more in (("plain", {"tune.cache": False}), ("made", {})):
         assert run_trainer(config(tmp_path, tmp_path / name, **changes, **more)) == 0
     (file,) = (tmp_path / "train").glob("*.safetensors")
@@ -78,7 +100,9 @@ def test_each_caption_has_features_of_its_own(clip: str, tmp_path: Path) -> None
     assert losses(tmp_path / "made") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
 
 
-def test_broken_images_are_replaced_and_counted_as_ever(clip: str, glyphs: Path, data: Path, tmp_path: Path) -> None:
+def test_broken_images_are_replaced_and_counted_as_ever(
+    clip: str, glyphs: Path, data: Path, tmp_path: Path
+) -> None:
     shutil.rmtree(data / "train")
     damaged(glyphs, data / "train", [3, 150, 299])
     changes = {"model.name": clip, "tune.image": "frozen", "data.max_error_rate": 0.5}
@@ -94,20 +118,27 @@ def test_broken_images_are_replaced_and_counted_as_ever(clip: str, glyphs: Path,
 def test_only_what_stays_the_same_is_cached(clip: str, data: Path, tmp_path: Path) -> None:
     for number, change in enumerate(
         (
-            {"data.crop_scale": 0.5},  # augmented
-            {"tune.projections": True},  # the projection trains
-            {"optim.pairs": 32 * 9},  # each pair comes once
+            # augmented
+            {"data.crop_scale": 0.5},
+            # the projection trains
+            {"tune.projections": True},
+            # each pair comes once
+            {"optim.pairs": 32 * 9},
             {"tune.image": 1},
             {"tune.cache": False},
         )
     ):
-        words = config(data, tmp_path / str(number), **{"model.name": clip, "tune.image": "frozen", **change})
+        words = config(
+            data, tmp_path / str(number), **{"model.name": clip, "tune.image": "frozen", **change}
+        )
         assert run_trainer(words) == 0
         assert not cached(data), change
 
 
 def test_features_belong_to_a_tower_and_a_shard(clip: str, data: Path, tmp_path: Path) -> None:
-    """Another model, another file; a cut file or a replaced shard is made anew, whole ones are left alone."""
+    """Another model, another file; a cut file or a replaced shard is made anew, whole ones are left
+    alone.
+    """
     changes = {"model.name": clip, "tune.image": "frozen"}
     assert run_trainer(config(data, tmp_path / "first", **changes)) == 0
     names = cached(data)
@@ -133,8 +164,12 @@ def metadata(file: Path) -> dict[str, str]:
         return opened.metadata()
 
 
-def test_a_resumed_run_goes_on_with_the_features_of_its_own_tower(clip: str, data: Path, tmp_path: Path) -> None:
-    """Fails when they are made before the checkpoint's weights are there: of a tower with fresh ones."""
+def test_a_resumed_run_goes_on_with_the_features_of_its_own_tower(
+    clip: str, data: Path, tmp_path: Path
+) -> None:
+    """Fails when they are made before the checkpoint's weights are there: of a tower with fresh
+    ones.
+    """
     changes = {"model.name": clip, "tune.image": "frozen", "optim.pairs": 32 * 20}
     assert run_trainer(config(data, tmp_path / "whole", **changes)) == 0
     names = cached(data)
@@ -146,10 +181,17 @@ def test_a_resumed_run_goes_on_with_the_features_of_its_own_tower(clip: str, dat
     assert cached(data) == names
 
 
-def test_sets_whose_shards_have_one_name_share_a_folder(clip: str, data: Path, tmp_path: Path) -> None:
+def test_sets_whose_shards_have_one_name_share_a_folder(
+    clip: str, data: Path, tmp_path: Path
+) -> None:
     shutil.copytree(data / "test", tmp_path / "other")
     both = f"[{data / 'train'}, {tmp_path / 'other'}]"
-    changes = {"model.name": clip, "tune.image": "frozen", "data.train": both, "tune.cache_folder": tmp_path / "made"}
+    changes = {
+        "model.name": clip,
+        "tune.image": "frozen",
+        "data.train": both,
+        "tune.cache_folder": tmp_path / "made",
+    }
     assert run_trainer(config(data, tmp_path / "made_run", **changes)) == 0
     assert len(list((tmp_path / "made").iterdir())) == 4
     assert run_trainer(config(data, tmp_path / "plain", **changes, **{"tune.cache": False})) == 0
@@ -166,11 +208,14 @@ def test_features_follow_the_pairs_that_are_good_and_max_pixels(
     file = data / "train" / cached(data)[0]
     assert check_shards.main([str(data / "train"), "--decode"]) == 0
     assert not usable(file, data / "train/00000.tar", metadata(file)["digest"])
-    with pytest.raises(SystemExit):  # every image is too large
+    # every image is too large
+    with pytest.raises(SystemExit):
         run_trainer(config(data, tmp_path / "small", **changes, **{"data.max_pixels": 100}))
 
 
-def test_an_activation_without_weights_makes_another_tower(clip: str, data: Path, tmp_path: Path) -> None:
+def test_an_activation_without_weights_makes_another_tower(
+    clip: str, data: Path, tmp_path: Path
+) -> None:
     changes = {"tune.image": "frozen", "optim.pairs": 32 * 10}
     assert run_trainer(config(data, tmp_path / "first", **changes, **{"model.name": clip})) == 0
     other = Path(shutil.copytree(clip, tmp_path / "other"))
@@ -207,7 +252,8 @@ def test_features_by_row(data: Path) -> None:
         write_features(files[-1], shard, "abcdefgh", values, torch.arange(rows + 1))
     features = Features(catalog, files)
     assert features(207).tolist() == [2007.0] * 3
-    assert copy.deepcopy(features)(207).tolist() == [2007.0] * 3  # as a spawned worker gets it
+    # as a spawned worker gets it
+    assert copy.deepcopy(features)(207).tolist() == [2007.0] * 3
     with pytest.raises(BadImage):
         features(105)
     files[1].unlink()
@@ -215,14 +261,20 @@ def test_features_by_row(data: Path) -> None:
         Features(catalog, files)
 
 
-def test_pairs_left_out_by_the_index_shift_nothing(clip: str, glyphs: Path, data: Path, tmp_path: Path) -> None:
-    """Rows of a catalog are not rows of a shard where some are known to be bad. Fails when they are taken for it."""
+def test_pairs_left_out_by_the_index_shift_nothing(
+    clip: str, glyphs: Path, data: Path, tmp_path: Path
+) -> None:
+    """Rows of a catalog are not rows of a shard where some are known to be bad. Fails when they are
+    taken for it.
+    """
     shutil.rmtree(data / "train")
     damaged(glyphs, data / "train", [3, 150, 299])
     assert check_shards.main([str(data / "train"), "--decode"]) == 0
     curves = []
     for name, more in (("plain", {"tune.cache": False}), ("made", {})):
-        words = config(data, tmp_path / name, **{"model.name": clip, "tune.image": "frozen", **more})
+        words = config(
+            data, tmp_path / name, **{"model.name": clip, "tune.image": "frozen", **more}
+        )
         assert run_trainer(words) == 0
         curves.append(losses(tmp_path / name))
     assert curves[1] == pytest.approx(curves[0], rel=1e-5)
@@ -236,7 +288,12 @@ def test_a_head_that_reads_tokens_keeps_them(clip: str, data: Path, tmp_path: Pa
 
 
 def test_mining_scores_what_is_cached(clip: str, data: Path, tmp_path: Path) -> None:
-    changes = {"model.name": clip, "tune.image": "frozen", "mining.method": "groups", "mining.pool": 128}
+    changes = {
+        "model.name": clip,
+        "tune.image": "frozen",
+        "mining.method": "groups",
+        "mining.pool": 128,
+    }
     curves = []
     for name, more in (("plain", {"tune.cache": False}), ("made", {})):
         assert run_trainer(config(data, tmp_path / name, **changes, **more)) == 0

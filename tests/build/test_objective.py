@@ -1,7 +1,7 @@
 """What a config makes of objectives: weights, options, scale and bias at the start, notes.
 
-Seen to fail when: a mix forgets its weights; options, or mask_duplicates, do not reach the objective; a loaded bias is
-not divided by the scale for `relative_bias`.
+Seen to fail when: a mix forgets its weights; options, or mask_duplicates, do not reach the
+objective; a loaded bias is not divided by the scale for `relative_bias`.
 """
 
 import math
@@ -27,18 +27,23 @@ def run(*words: str) -> Any:
 def loaded(scale: float | None = None, bias: float | None = None) -> Loaded:
     towers = SmallConfig.model_validate(TOWERS)
     found = small(towers, WordTokenizer.train(["a b"], towers.text))
-    found.logit_scale, found.logit_bias = scale, bias
+    found.logit_scale = scale
+    found.logit_bias = bias
     return found
 
 
 def test_a_mix_is_the_weighted_sum_of_its_parts() -> None:
     e = with_duplicates(embeddings(17), [(0, 5)])
-    made = build_objective.objective(run("--objective={softmax: 1, sigmoid: 0.25, vse++: 2}"), SETTING)
+    made = build_objective.objective(
+        run("--objective={softmax: 1, sigmoid: 0.25, vse++: 2}"), SETTING
+    )
     losses = made(e, e)
     parts = {name: call(name, e)["loss"] for name in ("softmax", "sigmoid", "vse++")}
     for name, value in parts.items():
         torch.testing.assert_close(losses[name], value.detach())
-    torch.testing.assert_close(losses["loss"], parts["softmax"] + 0.25 * parts["sigmoid"] + 2 * parts["vse++"])
+    torch.testing.assert_close(
+        losses["loss"], parts["softmax"] + 0.25 * parts["sigmoid"] + 2 * parts["vse++"]
+    )
     assert losses["effective_negatives"] == losses["softmax/effective_negatives"]
     assert {"softmax/accuracy", "sigmoid/positive"} <= losses.keys()
     half = build_objective.objective(run("--objective={softmax: 0.5}"), SETTING)
@@ -48,14 +53,24 @@ def test_a_mix_is_the_weighted_sum_of_its_parts() -> None:
 @pytest.mark.parametrize(
     ("name", "option", "value"),
     [
-        ("softmax", "softmax.intra_modal", "true"), ("dcl", "dcl.intra_modal", "true"), ("dclw", "dcl.sigma", "0.1"),
-        ("sigmoid", "sigmoid.relative_bias", "true"), ("triplet", "triplet.margin", "0.5"),
-        ("vse++", "triplet.warmup", "0"), ("spectral", "spectral.mu", "1"), ("align_uniform", "align_uniform.t", "1"),
-        ("sinkhorn", "sinkhorn.iterations", "1"), ("sinkhorn_targets", "sinkhorn_targets.alpha", "0.1"),
-        ("bce", "bce.mode", "one"), ("hsic", "hsic.gamma", "2"),
-        *((name, "mask_duplicates", "false") for name in ("softmax", "dcl", "sigmoid", "sinkhorn", "bce")),
+        ("softmax", "softmax.intra_modal", "true"),
+        ("dcl", "dcl.intra_modal", "true"),
+        ("dclw", "dcl.sigma", "0.1"),
+        ("sigmoid", "sigmoid.relative_bias", "true"),
+        ("triplet", "triplet.margin", "0.5"),
+        ("vse++", "triplet.warmup", "0"),
+        ("spectral", "spectral.mu", "1"),
+        ("align_uniform", "align_uniform.t", "1"),
+        ("sinkhorn", "sinkhorn.iterations", "1"),
+        ("sinkhorn_targets", "sinkhorn_targets.alpha", "0.1"),
+        ("bce", "bce.mode", "one"),
+        ("hsic", "hsic.gamma", "2"),
+        *(
+            (name, "mask_duplicates", "false")
+            for name in ("softmax", "dcl", "sigmoid", "sinkhorn", "bce")
+        ),
     ],
-)  # fmt: skip
+)
 def test_options_reach_their_objective(name: str, option: str, value: str) -> None:
     e = with_duplicates(embeddings(17), [(0, 5), (0, 6), (2, 9)])
     plain, changed = (
@@ -71,7 +86,9 @@ def test_every_option_of_the_config_is_one_of_its_objective_or_head() -> None:
 
     known: dict[str, set[str]] = {}
     for kind in OBJECTIVES.values():
-        its = set(inspect.signature(kind.make).parameters) | {o for options in kind.heads.values() for o in options}
+        its = set(inspect.signature(kind.make).parameters) | {
+            o for options in kind.heads.values() for o in options
+        }
         known[kind.section] = known.get(kind.section, set()) | its
     for section, names in known.items():
         assert set(type(getattr(run().objective, section)).model_fields) <= names, section
@@ -86,17 +103,38 @@ def test_where_scale_and_bias_start() -> None:
         (["--objective=triplet"], loaded(), 1.0, 0.0),
         (["--objective={sigmoid: 1, softmax: 1}"], loaded(), 10.0, prior),
         (["--objective={softmax: 1, sigmoid: 1}"], loaded(), 1 / 0.07, prior),
-        (["--objective=sigmoid", "--objective.sigmoid.relative_bias=true"], loaded(), 10.0, prior / 10),
-        (["--objective=sigmoid", "--objective.sigmoid.relative_bias=true"], loaded(100.0, -13.0), 100.0, -0.13),
-        (["--objective=softmax", "--objective.sigmoid.relative_bias=true"], loaded(100.0, -13.0), 100.0, -13.0),
+        (
+            ["--objective=sigmoid", "--objective.sigmoid.relative_bias=true"],
+            loaded(),
+            10.0,
+            prior / 10,
+        ),
+        (
+            ["--objective=sigmoid", "--objective.sigmoid.relative_bias=true"],
+            loaded(100.0, -13.0),
+            100.0,
+            -0.13,
+        ),
+        (
+            ["--objective=softmax", "--objective.sigmoid.relative_bias=true"],
+            loaded(100.0, -13.0),
+            100.0,
+            -13.0,
+        ),
         (
             ["--objective=sigmoid", "--objective.queue=moco", "--objective.moco.size=100"],
             loaded(),
             10.0,
             -math.log(116),
         ),
-        (["--objective=sigmoid", "--objective.queue=xbm"], loaded(), 10.0, prior),  # met later
-        (["--objective=sigmoid", "--model.logit_bias=-10", "--model.logit_scale=5"], loaded(100.0, -13.0), 5.0, -10.0),
+        # met later
+        (["--objective=sigmoid", "--objective.queue=xbm"], loaded(), 10.0, prior),
+        (
+            ["--objective=sigmoid", "--model.logit_bias=-10", "--model.logit_scale=5"],
+            loaded(100.0, -13.0),
+            5.0,
+            -10.0,
+        ),
     ):
         assert build_objective.starts(run(*words), weights, SETTING) == pytest.approx((scale, bias))
 
@@ -104,18 +142,25 @@ def test_where_scale_and_bias_start() -> None:
 @pytest.mark.parametrize(
     ("words", "scale", "bias"),
     [
-        (["--objective=softmax"], True, False), (["--objective=sigmoid"], True, True),
-        (["--objective=vicreg"], False, False), (["--objective={vicreg: 1, bce: 1}"], True, True),
-        (["--objective=gcl"], True, False), (["--objective=gcl", "--objective.gcl.variant=sogclr"], False, False),
+        (["--objective=softmax"], True, False),
+        (["--objective=sigmoid"], True, True),
+        (["--objective=vicreg"], False, False),
+        (["--objective={vicreg: 1, bce: 1}"], True, True),
+        (["--objective=gcl"], True, False),
+        (["--objective=gcl", "--objective.gcl.variant=sogclr"], False, False),
     ],
-)  # fmt: skip
+)
 def test_what_gets_no_gradient_is_frozen(words: list[str], scale: bool, bias: bool) -> None:
     weights = loaded()
-    made = build.dual_encoder(run(*words), weights, build_objective.setting(run(*words), weights, torch.arange(9)))
+    made = build.dual_encoder(
+        run(*words), weights, build_objective.setting(run(*words), weights, torch.arange(9))
+    )
     assert (made.logit_scale.requires_grad, made.logit_bias.requires_grad) == (scale, bias)
 
 
 def test_options_without_effect_are_named() -> None:
-    assert build_objective.without_effect(run("--objective=dclw", "--objective.dcl.sigma=0.1")) == []
+    assert (
+        build_objective.without_effect(run("--objective=dclw", "--objective.dcl.sigma=0.1")) == []
+    )
     words = ("--objective.gcl.gamma=0.5", "--objective.triplet.margin=0.3")
     assert build_objective.without_effect(run(*words)) == ["objective.gcl", "objective.triplet"]

@@ -1,8 +1,8 @@
 """Queues: what rows meet beside the batch, and that they learn from it as a plain formula says.
 
-Seen to fail when: the queue is pushed before it is used; a wrap-around loses or doubles an entry; a pair meets an older
-copy of itself; keys carry a gradient (moco), or the batch's columns carry none (xbm); an empty queue counts as columns;
-soft targets leave the own pair out, or are not ramped.
+Seen to fail when: the queue is pushed before it is used; a wrap-around loses or doubles an entry; a
+pair meets an older copy of itself; keys carry a gradient (moco), or the batch's columns carry none
+(xbm); an empty queue counts as columns; soft targets leave the own pair out, or are not ramped.
 """
 
 from collections import deque
@@ -23,11 +23,14 @@ from clipsmall.objectives.soft_targets import SoftTargets
 from tests.meter import Meter
 from tests.objectives.test_objectives import embeddings
 
-WIDTH, BATCH = 12, 5
+WIDTH = 12
+BATCH = 5
 
 
 def batch(step: int) -> Embeddings:
-    """5 of 9 pairs, each with one of two captions, one of which two pairs share: much is met again in a queue."""
+    """5 of 9 pairs, each with one of two captions, one of which two pairs share: much is met again
+    in a queue.
+    """
     generator = torch.Generator().manual_seed(step)
     index = torch.randperm(9, generator=generator)[:BATCH]
     captions = index // 2 * 10 + torch.randint(0, 2, (BATCH,), generator=generator)
@@ -38,13 +41,18 @@ class Plain:
     """The columns as a list, oldest first; the in-batch ones stand before them."""
 
     def __init__(self, kind: str, size: int) -> None:
-        self.kind, self.past = kind, deque[tuple[Tensor, Tensor, int, int]](maxlen=size)
+        self.kind = kind
+        self.past = deque[tuple[Tensor, Tensor, int, int]](maxlen=size)
 
     def columns(self, e: Embeddings) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         if self.kind == "moco":
-            image, text = (F.normalize(e.extra[f"{side}_target"], dim=-1).detach() for side in ("image", "text"))
+            image, text = (
+                F.normalize(e.extra[f"{side}_target"], dim=-1).detach()
+                for side in ("image", "text")
+            )
         else:
-            image, text = e.image, e.text
+            image = e.image
+            text = e.text
         mine = list(zip(image, text, e.index.tolist(), e.caption_hash.tolist(), strict=True))
         images, texts, index, captions = zip(*mine, *self.past, strict=True)
         self.past.extend((i.detach(), t.detach(), n, c) for i, t, n, c in mine)
@@ -52,7 +60,11 @@ class Plain:
 
 
 def dense(
-    name: str, e: Embeddings, columns: tuple[Tensor, Tensor, Tensor, Tensor], mask: bool, in_batch: bool = True
+    name: str,
+    e: Embeddings,
+    columns: tuple[Tensor, Tensor, Tensor, Tensor],
+    mask: bool,
+    in_batch: bool = True,
 ) -> Tensor:
     """The objective as plain autograd over the rows' two matrices."""
     images, texts, index, captions = columns
@@ -64,17 +76,22 @@ def dense(
     losses = []
     for x, y in ((e.image, texts), (e.text, images)):
         cosines = x @ y.T
-        s, c = e.logit_scale * cosines, cosines[own]
+        s = e.logit_scale * cosines
+        c = cosines[own]
         rest = s.masked_fill(~met, -torch.inf)
         hinges = (0.2 + cosines - c[:, None]).clamp(min=0) * met
         some = met.any(dim=1)
         if name == "softmax":
-            losses.append(-torch.log_softmax(s.masked_fill(~met & ~own, -torch.inf), dim=1)[own].mean() / 2)
+            losses.append(
+                -torch.log_softmax(s.masked_fill(~met & ~own, -torch.inf), dim=1)[own].mean() / 2
+            )
         elif name == "dcl":
             losses.append((rest.logsumexp(dim=1) - s[own])[some].sum() / len(x) / 2)
         elif name in ("sigmoid", "bce"):
             each = met.sum(dim=1).clamp(min=1) if name == "bce" else 1
-            costs = (F.softplus(s + e.logit_bias) * met).sum(dim=1) / each + F.softplus(-s - e.logit_bias)[own]
+            costs = (F.softplus(s + e.logit_bias) * met).sum(dim=1) / each + F.softplus(
+                -s - e.logit_bias
+            )[own]
             losses.append(costs.mean() / 2)
         elif name == "triplet":
             losses.append(hinges.sum(dim=1).mean())
@@ -82,12 +99,16 @@ def dense(
             losses.append(hinges.amax(dim=1).mean())
         else:
             assert name == "spectral"
-            losses.append((-2 * c + 10 * (cosines**2 * met).sum(dim=1) / met.sum(dim=1).clamp(min=1)).mean() / 2)
+            losses.append(
+                (-2 * c + 10 * (cosines**2 * met).sum(dim=1) / met.sum(dim=1).clamp(min=1)).mean()
+                / 2
+            )
     return torch.stack(losses).sum()
 
 
 def objective(name: str, mask: bool) -> Any:
-    make, setting = OBJECTIVES[name].make, Setting(width=WIDTH, batch_size=BATCH, steps=10)
+    make = OBJECTIVES[name].make
+    setting = Setting(width=WIDTH, batch_size=BATCH, steps=10)
     if isinstance(make, type):
         return make(setting, mask_duplicates=mask, **({"warmup": 0.0} if name == "vse++" else {}))
     return lambda rows, columns: make(rows, columns, mask)
@@ -96,18 +117,25 @@ def objective(name: str, mask: bool) -> Any:
 def gradients(loss: Tensor, e: Embeddings) -> list[Tensor]:
     leaves = [e.extra["raw_image"], e.extra["raw_text"], e.logit_scale, e.logit_bias]
     found = torch.autograd.grad(loss, leaves, allow_unused=True, retain_graph=True)
-    return [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, found, strict=True)]
+    return [
+        torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, found, strict=True)
+    ]
 
 
 SERVED = [name for name, kind in OBJECTIVES.items() if kind.queue and name not in ("dclw", "gcl")]
 
 
-@pytest.mark.parametrize("size", [3, 5, 13])  # shorter than a batch, as long, and wrapping around within one
+@pytest.mark.parametrize(
+    "size",
+    [3, 5, 13],
+    # shorter than a batch, as long, and wrapping around within one
+)
 @pytest.mark.parametrize("mask", [True, False])
 @pytest.mark.parametrize("kind", ["moco", "xbm"])
 @pytest.mark.parametrize("name", SERVED)
 def test_rows_meet_the_batch_and_the_past(name: str, kind: Any, mask: bool, size: int) -> None:
-    queued, plain = Queued(objective(name, mask), kind, size, WIDTH).double(), Plain(kind, size)
+    queued = Queued(objective(name, mask), kind, size, WIDTH).double()
+    plain = Plain(kind, size)
     for step in range(6):
         e = batch(step)
         found = queued(e, e)
@@ -124,7 +152,8 @@ def test_the_queue_alone_may_give_the_negatives(name: str) -> None:
     plain = Plain("moco", 13)
     for step in range(4):
         e = batch(step)
-        found, expected = queued(e, e), dense(name, e, plain.columns(e), True, in_batch=False)
+        found = queued(e, e)
+        expected = dense(name, e, plain.columns(e), True, in_batch=False)
         torch.testing.assert_close(found["loss"], expected, rtol=1e-9, atol=1e-13)
         for ours, theirs in zip(gradients(found["loss"], e), gradients(expected, e), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
@@ -132,7 +161,8 @@ def test_the_queue_alone_may_give_the_negatives(name: str) -> None:
 
 def test_effective_negatives_are_those_met() -> None:
     for in_batch in (True, False):
-        queued, plain = Queued(objective("softmax", True), "moco", 13, WIDTH, in_batch), Plain("moco", 13)
+        queued = Queued(objective("softmax", True), "moco", 13, WIDTH, in_batch)
+        plain = Plain("moco", 13)
         for step in range(4):
             e = batch(step)
             _, _, index, captions = plain.columns(e)
@@ -146,7 +176,8 @@ def test_effective_negatives_are_those_met() -> None:
 def test_an_empty_xbm_queue_is_the_plain_objective() -> None:
     e = embeddings(9)
     plain = objective("softmax", True)
-    found, expected = Queued(plain, "xbm", 4, WIDTH).double()(e, e)["loss"], plain(e, e)["loss"]
+    found = Queued(plain, "xbm", 4, WIDTH).double()(e, e)["loss"]
+    expected = plain(e, e)["loss"]
     for ours, theirs in zip(gradients(found, e), gradients(expected, e), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
 
@@ -180,7 +211,10 @@ def soft(e: Embeddings, columns: tuple[Tensor, Tensor, Tensor, Tensor], alpha: f
     losses = []
     for x, target, y in ((e.image, "image_target", texts), (e.text, "text_target", images)):
         teacher = F.normalize(e.extra[target], dim=-1) @ y.T * e.logit_scale
-        q = alpha * teacher.masked_fill(~kept, -torch.inf).softmax(dim=1).detach() + (1 - alpha) * own.double()
+        q = (
+            alpha * teacher.masked_fill(~kept, -torch.inf).softmax(dim=1).detach()
+            + (1 - alpha) * own.double()
+        )
         log_p = (e.logit_scale * x @ y.T).masked_fill(~kept, -torch.inf).log_softmax(dim=1)
         losses.append(-(q * log_p.masked_fill(~kept, 0.0)).sum(dim=1).mean() / 2)
     return losses[0] + losses[1]
@@ -192,7 +226,8 @@ def test_soft_targets_are_albefs_and_grow() -> None:
     plain = Plain("moco", 13)
     for step in range(6):
         e = batch(step)
-        found, expected = queued(e, e), soft(e, plain.columns(e), 0.4 * min(step / 4, 1))
+        found = queued(e, e)
+        expected = soft(e, plain.columns(e), 0.4 * min(step / 4, 1))
         torch.testing.assert_close(found["loss"], expected, rtol=1e-9, atol=1e-13)
         for ours, theirs in zip(gradients(found["loss"], e), gradients(expected, e), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
@@ -204,7 +239,8 @@ def test_a_long_queue_is_exact_and_takes_no_more_than_tiles() -> None:
     queued = Queued(objective("softmax", True), "moco", 200_000, WIDTH).double()
     generator = torch.Generator().manual_seed(0)
     stuff = [
-        F.normalize(torch.randn(200_000, WIDTH, generator=generator, dtype=torch.float64), dim=-1) for _ in range(2)
+        F.normalize(torch.randn(200_000, WIDTH, generator=generator, dtype=torch.float64), dim=-1)
+        for _ in range(2)
     ]
     index, captions = (torch.randint(10**6, (200_000,), generator=generator) for _ in range(2))
     queued.past.push(index, captions, image=stuff[0], text=stuff[1])
@@ -215,7 +251,8 @@ def test_a_long_queue_is_exact_and_takes_no_more_than_tiles() -> None:
         found = queued(e, e)["loss"]
         found.backward(retain_graph=True)
     assert meter.largest <= 200_032 * WIDTH
-    expected = dense("softmax", e, columns, True)  # over many of the wide tiles that few rows get
+    # over many of the wide tiles that few rows get
+    expected = dense("softmax", e, columns, True)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=0)
     for ours, theirs in zip(gradients(found, e), gradients(expected, e), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-9)
@@ -228,11 +265,13 @@ def run(*words: str) -> Any:
 @pytest.mark.parametrize(
     ("words", "pairs", "size"),
     [
-        (["--objective.queue=moco"], None, 3_200),  # 0.5 · 32 / 0.005
+        # 0.5 · 32 / 0.005
+        (["--objective.queue=moco"], None, 3_200),
         (["--objective.queue=moco", "--objective.moco.momentum=0.999"], None, 16_000),
         (["--objective.queue=moco", "--objective.moco.momentum=0.99999"], None, 65_536),
         (["--objective.queue=moco", "--objective.moco.momentum=0.5"], None, 32),
-        (["--objective.queue=moco"], 1_000, 992),  # of a small data set all but what fills no batch
+        # of a small data set all but what fills no batch
+        (["--objective.queue=moco"], 1_000, 992),
         (["--objective.queue=moco", "--objective.moco.size=77"], 1_000, 77),
         (["--objective.queue=xbm"], None, 128),
         (["--objective.queue=xbm", "--objective.xbm.size=5"], None, 5),
@@ -244,18 +283,32 @@ def test_the_size_of_a_queue(words: list[str], pairs: int | None, size: int) -> 
 
 
 def test_a_queue_of_stale_keys_is_told_and_what_would_do() -> None:
-    (said,) = build_queue.warnings(run("--objective.queue=moco", "--objective.moco.size=65536"), fresh=True)
+    (said,) = build_queue.warnings(
+        run("--objective.queue=moco", "--objective.moco.size=65536"), fresh=True
+    )
     assert "2,048 steps old" in said
     assert "remember 200 " in said
     assert "take 3200 or fewer, or momentum 0.9998" in said
     for fine in (["3200", "0.995"], ["65536", "0.9998"], ["32", "0.4"], ["auto", "0.3"]):
-        words = ["--objective.queue=moco", f"--objective.moco.size={fine[0]}", f"--objective.moco.momentum={fine[1]}"]
+        words = [
+            "--objective.queue=moco",
+            f"--objective.moco.size={fine[0]}",
+            f"--objective.moco.momentum={fine[1]}",
+        ]
         assert not build_queue.warnings(run(*words), fresh=True)
-    for size in (3_232, 6_000, 6_720, 999_999):  # the momentum that is offered is no cause for another warning
+    # the momentum that is offered is no cause for another warning
+    for size in (
+        3_232,
+        6_000,
+        6_720,
+        999_999,
+    ):
         words = ["--objective.queue=moco", f"--objective.moco.size={size}"]
         (said,) = build_queue.warnings(run(*words), fresh=True)
         offered = said.rpartition(" ")[2]
-        assert not build_queue.warnings(run(*words, f"--objective.moco.momentum={offered}"), fresh=True), said
+        assert not build_queue.warnings(
+            run(*words, f"--objective.moco.momentum={offered}"), fresh=True
+        ), said
 
 
 def test_features_that_age_are_told() -> None:
@@ -263,7 +316,9 @@ def test_features_that_age_are_told() -> None:
     assert "told apart by its age" in build_queue.warnings(run(*long), fresh=True)[0]
     assert not build_queue.warnings(run(*long), fresh=False)
     assert not build_queue.warnings(run("--objective.queue=xbm"), fresh=True)
-    (said,) = build_queue.warnings(run("--objective.queue=xbm", "--data.streaming=true"), fresh=True)
+    (said,) = build_queue.warnings(
+        run("--objective.queue=xbm", "--data.streaming=true"), fresh=True
+    )
     assert "streamed pairs have no number" in said
 
 
@@ -285,17 +340,23 @@ def test_features_that_age_are_told() -> None:
             ],
             "use mode balanced",
         ),
-        (["--objective=dcl", "--objective.queue=moco", "--objective.moco.alpha=0.4"], "soft targets are softmax's"),
+        (
+            ["--objective=dcl", "--objective.queue=moco", "--objective.moco.alpha=0.4"],
+            "soft targets are softmax's",
+        ),
         (["--objective.queue=xbm", "--objective.moco.alpha=0.4"], ""),
         (["--objective.queue=moco", "--optim.accumulate=4"], "take model.chunk_size"),
     ],
 )
 def test_what_a_queue_refuses(words: list[str], said: str) -> None:
     setting = Setting(width=WIDTH, batch_size=32, steps=10)
-    if not said:  # an option of the other queue: a note, no error
+    # an option of the other queue: a note, no error
+    if not said:
         build_objective.objective(run(*words), setting)
         assert build_objective.without_effect(run(*words)) == ["objective.moco"]
-        assert build_objective.objective(run(*words, "--objective.moco.in_batch=false"), setting).in_batch
+        assert build_objective.objective(
+            run(*words, "--objective.moco.in_batch=false"), setting
+        ).in_batch
         return
     with pytest.raises(ValueError, match=said):
         build_objective.objective(run(*words), setting)
@@ -303,13 +364,21 @@ def test_what_a_queue_refuses(words: list[str], said: str) -> None:
 
 def test_beside_a_queue_sinkhorn_compares_the_batch() -> None:
     e = embeddings(32)
-    mixed = run("--objective={sinkhorn: 0.5, softmax: 2}", "--objective.queue=xbm", "--objective.xbm.start=0")
+    mixed = run(
+        "--objective={sinkhorn: 0.5, softmax: 2}",
+        "--objective.queue=xbm",
+        "--objective.xbm.start=0",
+    )
     made = build_objective.objective(mixed, Setting(width=WIDTH, batch_size=32, steps=10)).double()
-    plain = build_objective.objective(run("--objective=sinkhorn"), Setting(width=WIDTH, batch_size=32, steps=10))
+    plain = build_objective.objective(
+        run("--objective=sinkhorn"), Setting(width=WIDTH, batch_size=32, steps=10)
+    )
     for _ in range(2):
         found = made(e, e)
         torch.testing.assert_close(found["sinkhorn"], plain(e, e)["loss"].detach())
     assert found["sinkhorn/effective_negatives"] == 31
-    assert found["effective_negatives"] == 62  # the most that one of them meets
-    assert found["softmax/effective_negatives"] == 62  # the others twice: as they are, and as they were
+    # the most that one of them meets
+    assert found["effective_negatives"] == 62
+    # the others twice: as they are, and as they were
+    assert found["softmax/effective_negatives"] == 62
     assert found["queue"] == 32

@@ -54,7 +54,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def config_of(name: str, **sections: Any) -> Config:
-    tree = {"data": {"train": ["x"], "batch_size": BATCH}, "optim": {"pairs": 600}, "model": {"name": name}}
+    tree = {
+        "data": {"train": ["x"], "batch_size": BATCH},
+        "optim": {"pairs": 600},
+        "model": {"name": name},
+    }
     for section, value in sections.items():
         tree[section] = {**tree.get(section, {}), **value}
     return validated(tree)
@@ -65,17 +69,27 @@ def built(config: Config) -> DualEncoder:
     loaded = build.loaded_towers(config, SimpleNamespace(captions=list), None)  # type: ignore[arg-type]
     if config.model.checkpoint_activations is True:
         build_tuning.checkpoint_activations(loaded)
-    encoder = build.dual_encoder(config, loaded, build_objective.setting(config, loaded, None)).train()
+    encoder = build.dual_encoder(
+        config, loaded, build_objective.setting(config, loaded, None)
+    ).train()
     encoder.chunk_size = config.model.chunk_size  # type: ignore[assignment]
     encoder.tokenize = loaded.tokenize  # type: ignore[assignment]
     return encoder
 
 
 def pairs_for(encoder: DualEncoder) -> Pairs:
-    generator, numbers = torch.Generator().manual_seed(1), torch.arange(BATCH)
+    generator = torch.Generator().manual_seed(1)
+    numbers = torch.arange(BATCH)
     size = encoder.spec.size
     pixels = torch.randint(0, 256, (BATCH, 3, size, size), dtype=torch.uint8, generator=generator)
-    captions = ["a cat", "a dog", "the letter e", "a red heart", "a black face", "a photo of the small dog"]
+    captions = [
+        "a cat",
+        "a dog",
+        "the letter e",
+        "a red heart",
+        "a black face",
+        "a photo of the small dog",
+    ]
     return Pairs(pixels, encoder.tokenize(captions), numbers, numbers)  # type: ignore[operator]
 
 
@@ -94,7 +108,8 @@ def stirred(encoder: DualEncoder) -> DualEncoder:
     return encoder
 
 
-# ---- gradients -----------------------------------------------------------------------------------------------------
+# ---- gradients
+# -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip", "open_clip"])
@@ -115,28 +130,35 @@ def test_every_trainable_tensor_gets_the_same_gradient_whole_chunked_and_checkpo
             found.append(gradients(stirred(built(config)).double(), config))
     assert len(found[0]) > 10
     for name, reference in found[0].items():
-        # positions that no caption reaches, and SigLIP's keys' biases, which softmax ignores, have gradients of 0
+        # positions that no caption reaches, and SigLIP's keys' biases, which softmax ignores, have
+        # gradients of 0
         assert reference is not None, name
         assert reference.abs().max() > 0 or "k_proj.bias" in name, name
         for other in found[1:]:
             torch.testing.assert_close(other[name], reference, rtol=1e-9, atol=1e-12)
 
 
-def test_a_tensor_that_trains_without_a_gradient_stops_the_first_step(models: dict[str, str]) -> None:
+def test_a_tensor_that_trains_without_a_gradient_stops_the_first_step(
+    models: dict[str, str],
+) -> None:
     encoder = built(config_of(models["clip"]))
     encoder.towers.register_parameter("idle", nn.Parameter(torch.zeros(2)))
     adamw = build.optimizer(config_of(models["clip"]), encoder)
     gradients(encoder, config_of(models["clip"]))
-    with pytest.raises(ValueError, match=r"1 of \d+ tensors that train got no gradient: towers\.idle"):
+    with pytest.raises(
+        ValueError, match=r"1 of \d+ tensors that train got no gradient: towers\.idle"
+    ):
         adamw.step()
     encoder.towers.idle.requires_grad_(False)
     adamw = build.optimizer(config_of(models["clip"]), encoder)
     adamw.step()
     encoder.zero_grad()
-    adamw.step()  # looked at once
+    # looked at once
+    adamw.step()
 
 
-# ---- what trains ---------------------------------------------------------------------------------------------------
+# ---- what trains
+# ---------------------------------------------------------------------------------------------------
 
 
 def trained(encoder: DualEncoder) -> set[str]:
@@ -159,12 +181,18 @@ def test_each_amount_trains_what_it_says(models: dict[str, str], kind: str) -> N
     assert of(image="frozen", text=1) == {n for n in text if place(n).block >= 1} | {"logit_scale"}
     last = {n for n in image if place(n).projection}
     assert of(image="frozen", projections=True) == text | last | {"logit_scale"}
-    assert of(projections=False) == {n for n in image | text if not place(n).projection} | {"logit_scale"}
+    assert of(projections=False) == {n for n in image | text if not place(n).projection} | {
+        "logit_scale"
+    }
     adapters = of(image="lora", text="frozen") - {"logit_scale"}
     assert adapters
-    assert all(".lora_" in n and place(n).tower == "image" and 0 <= place(n).block < LAST for n in adapters)
+    assert all(
+        ".lora_" in n and place(n).tower == "image" and 0 <= place(n).block < LAST for n in adapters
+    )
     both = of(image="lora", text=1)
-    assert {n for n in both if ".lora_" not in n} == {n for n in text if place(n).block >= 1} | {"logit_scale"}
+    assert {n for n in both if ".lora_" not in n} == {n for n in text if place(n).block >= 1} | {
+        "logit_scale"
+    }
 
 
 def test_a_name_tells_its_place() -> None:
@@ -188,9 +216,12 @@ def test_a_name_tells_its_place() -> None:
         "model.visual_projection.base_layer.weight": ("image", LAST, True),
     }.items():
         assert tuple(place(name)) == expected, name
-    assert depths(["model.visual.transformer.resblocks.11.x.w", "model.transformer.resblocks.2.w"]) == {
-        "image": 12, "text": 3,
-    }  # fmt: skip
+    assert depths(
+        ["model.visual.transformer.resblocks.11.x.w", "model.transformer.resblocks.2.w"]
+    ) == {
+        "image": 12,
+        "text": 3,
+    }
 
 
 def test_lr_falls_block_by_block(models: dict[str, str]) -> None:
@@ -202,9 +233,11 @@ def test_lr_falls_block_by_block(models: dict[str, str]) -> None:
     assert len(lrs) == len(trained(encoder))
     for name, lr in lrs.items():
         here = place(name)
-        follows = 0 if name == "logit_scale" or here.block == LAST else 2 - here.block  # two blocks
+        # two blocks
+        follows = 0 if name == "logit_scale" or here.block == LAST else 2 - here.block
         assert lr == pytest.approx(1e-3 * 0.5**follows), name
-    assert adamw.param_groups[0]["lr"] == 1e-3  # what the log shows
+    # what the log shows
+    assert adamw.param_groups[0]["lr"] == 1e-3
 
 
 def test_what_is_frozen_has_no_dropout(models: dict[str, str], tmp_path: Path) -> None:
@@ -215,7 +248,8 @@ def test_what_is_frozen_has_no_dropout(models: dict[str, str], tmp_path: Path) -
     (folder / "config.json").write_text(json.dumps(settings))
     encoder = built(config_of(str(folder), tune={"image": "frozen"}, model={"attention": "eager"}))
     pairs = pairs_for(encoder)
-    first, second = encoder(pairs), encoder(pairs)
+    first = encoder(pairs)
+    second = encoder(pairs)
     assert torch.equal(first.image, second.image)
     assert not torch.equal(first.text, second.text)
     assert not first.image.requires_grad
@@ -230,21 +264,30 @@ def test_frozen_batch_norm_may_be_cut_into_chunks(tmp_path: Path) -> None:
     for amount in ("full", "frozen"):
         config = config_of(name, model={"chunk_size": 2}, tune={"image": amount})
         loaded = build.loaded_towers(config, SimpleNamespace(captions=list), None)  # type: ignore[arg-type]
-        encoder = build.dual_encoder(config, loaded, build_objective.setting(config, loaded, None)).train()
+        encoder = build.dual_encoder(
+            config, loaded, build_objective.setting(config, loaded, None)
+        ).train()
         if amount == "full":
             with pytest.raises(ValueError, match="BatchNorm"):
                 build_chunks.chunk_size(config, alone, loaded, encoder)
         else:
             assert build_chunks.chunk_size(config, alone, loaded, encoder) == 2
-            before = {name: buffer.clone() for name, buffer in encoder.towers.named_buffers() if "running" in name}
+            before = {
+                name: buffer.clone()
+                for name, buffer in encoder.towers.named_buffers()
+                if "running" in name
+            }
             encoder.towers.image(torch.randn(4, 3, 32, 32))
             assert before
             assert all(
-                torch.equal(before[name], buffer) for name, buffer in encoder.towers.named_buffers() if name in before
+                torch.equal(before[name], buffer)
+                for name, buffer in encoder.towers.named_buffers()
+                if name in before
             )
 
 
-# ---- adapters --------------------------------------------------------------------------------------------------------
+# ---- adapters
+# --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip", "open_clip"])
@@ -252,7 +295,8 @@ def test_frozen_batch_norm_may_be_cut_into_chunks(tmp_path: Path) -> None:
 def test_merged_equals_unmerged(models: dict[str, str], kind: str, option: str) -> None:
     options = {"rank": 4, option: True} if option else {"rank": 4}
     tune = {"image": "lora", "text": "lora", "lora": options}
-    if (kind, option) == ("open_clip", "dora"):  # peft has none for attention modules of one tensor
+    # peft has none for attention modules of one tensor
+    if (kind, option) == ("open_clip", "dora"):
         with pytest.raises(ValueError, match=r"peft refuses these targets or options: .* DoRA"):
             built(config_of(models[kind], tune=tune))
         return
@@ -260,7 +304,8 @@ def test_merged_equals_unmerged(models: dict[str, str], kind: str, option: str) 
     encoder = built(config_of(models[kind], tune=tune)).eval()
     pairs = pairs_for(encoder)
     with torch.no_grad():
-        torch.testing.assert_close(encoder(pairs).image, plain(pairs).image, rtol=0, atol=1e-5)  # no change at first
+        # no change at first
+        torch.testing.assert_close(encoder(pairs).image, plain(pairs).image, rtol=0, atol=1e-5)
         unmerged = stirred(encoder)(pairs)
         assert (unmerged.image - plain(pairs).image).abs().max() > 1e-2
         lora.merge(encoder.towers.model)
@@ -275,7 +320,9 @@ def test_peft_itself_loads_what_adapter_gives(models: dict[str, str], tmp_path: 
     from safetensors.torch import save_file
     from transformers import CLIPModel
 
-    encoder = stirred(built(config_of(models["clip"], tune={"image": "lora", "text": "lora"}))).eval()
+    encoder = stirred(
+        built(config_of(models["clip"], tune={"image": "lora", "text": "lora"}))
+    ).eval()
     content, tensors = lora.adapter(encoder.towers.model)
     (tmp_path / "adapter_config.json").write_text(json.dumps(content))
     save_file(tensors, tmp_path / "adapter_model.safetensors")
@@ -283,7 +330,9 @@ def test_peft_itself_loads_what_adapter_gives(models: dict[str, str], tmp_path: 
     pairs = pairs_for(encoder)
     with torch.no_grad():
         expected = encoder.towers.image(encoder.normalised(pairs.image))
-        found = theirs.get_image_features(pixel_values=encoder.normalised(pairs.image)).pooler_output
+        found = theirs.get_image_features(
+            pixel_values=encoder.normalised(pairs.image)
+        ).pooler_output
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
@@ -301,16 +350,24 @@ def test_targets_by_name_and_expression(models: dict[str, str]) -> None:
 @pytest.mark.parametrize(
     ("tune", "message"),
     [
-        ({"image": "lora", "lora": {"targets": ["q_prok"]}}, "no module is named 'q_prok'; do you mean 'q_proj'"),
+        (
+            {"image": "lora", "lora": {"targets": ["q_prok"]}},
+            "no module is named 'q_prok'; do you mean 'q_proj'",
+        ),
         ({"image": "lora", "lora": {"targets": "vision.*q"}}, "matches no module whole"),
         ({"image": "lora", "lora": {"targets": "("}}, "no regular expression"),
-        ({"image": "lora", "text": "lora", "lora": {"targets": "vision_model.*fc1"}}, "nothing in the text tower"),
+        (
+            {"image": "lora", "text": "lora", "lora": {"targets": "vision_model.*fc1"}},
+            "nothing in the text tower",
+        ),
         ({"image": "lora", "lora": {"targets": ["self_attn"]}}, "peft refuses"),
         ({"image": 3}, "the image tower has 2 blocks"),
         ({"image": "frozen", "text": "frozen", "logit_scale": False}, "nothing would train"),
     ],
 )
-def test_what_cannot_train_is_refused(models: dict[str, str], tune: dict[str, Any], message: str) -> None:
+def test_what_cannot_train_is_refused(
+    models: dict[str, str], tune: dict[str, Any], message: str
+) -> None:
     config = config_of(models["clip"], tune=tune)
     with pytest.raises(ValueError, match=message):
         build.optimizer(config, built(config))
@@ -329,7 +386,8 @@ def test_our_small_towers_have_no_adapters_nor_checkpoints(glyphs: Path, tmp_pat
     assert not (tmp_path / "none").exists()
 
 
-# ---- runs ------------------------------------------------------------------------------------------------------------
+# ---- runs
+# ------------------------------------------------------------------------------------------------------------
 
 
 def weights(out: Path, step: int) -> dict[str, Tensor]:
@@ -346,7 +404,8 @@ def test_a_lora_run_changes_adapters_and_scale_alone_and_resumes(
         "tune.lora.dropout": 0.1,
         "optim.pairs": 32 * 10,
     }
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    whole = tmp_path / "whole"
+    cut = tmp_path / "cut"
     assert train.main(config(glyphs, whole, **changes)) == 0
     said = capsys.readouterr().err
     assert "image tower  adapters" in said
@@ -355,7 +414,9 @@ def test_a_lora_run_changes_adapters_and_scale_alone_and_resumes(
     for later in (cut / "checkpoints").glob("*10"):
         later.rename(tmp_path / "later")
     assert train.main([*config(glyphs, cut, **changes), "--resume=auto"]) == 0
-    first, last, again = weights(whole, 5), weights(whole, 10), weights(cut, 10)
+    first = weights(whole, 5)
+    last = weights(whole, 10)
+    again = weights(cut, 10)
     assert all(torch.equal(last[name], again[name]) for name in last)
     changed = {name for name in last if not torch.equal(first[name], last[name])}
     assert changed == {name for name in last if ".lora_" in name} | {"logit_scale"}
@@ -370,7 +431,8 @@ def test_a_lora_run_changes_adapters_and_scale_alone_and_resumes(
     assert torch.equal(model.state_dict()["logit_scale"], last["logit_scale"])
     pairs = pairs_for_loaded(model, loaded.tokenize)
     with torch.no_grad():
-        tuned, before = model.eval().encode_image(pairs.image), base.eval().encode_image(pairs.image)
+        tuned = model.eval().encode_image(pairs.image)
+        before = base.eval().encode_image(pairs.image)
     assert (tuned - before).abs().max() > 1e-3
 
 
@@ -379,28 +441,45 @@ def pairs_for_loaded(model: DualEncoder, tokenize: Any) -> Pairs:
     return pairs_for(model)
 
 
-def test_a_relative_bias_is_told_to_others_as_a_plain_one(models: dict[str, str], glyphs: Path, tmp_path: Path) -> None:
-    changes = {"model.name": models["clip"], "objective": "sigmoid", "objective.sigmoid.relative_bias": True}
+def test_a_relative_bias_is_told_to_others_as_a_plain_one(
+    models: dict[str, str], glyphs: Path, tmp_path: Path
+) -> None:
+    changes = {
+        "model.name": models["clip"],
+        "objective": "sigmoid",
+        "objective.sigmoid.relative_bias": True,
+    }
     assert train.main(config(glyphs, tmp_path / "run", **changes, **{"optim.pairs": 32 * 5})) == 0
     raw = weights(tmp_path / "run", 5)
     model, _ = load_model(str(tmp_path / "run"))
     assert raw["logit_bias"] != 0
-    assert model.logit_bias.item() == pytest.approx((raw["logit_bias"] * raw["logit_scale"].exp()).item())
+    assert model.logit_bias.item() == pytest.approx(
+        (raw["logit_bias"] * raw["logit_scale"].exp()).item()
+    )
 
 
 def test_another_tuning_is_another_run(
     models: dict[str, str], glyphs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    changes = {"model.name": models["clip"], "tune.image": "lora", "tune.text": "frozen", "optim.pairs": 32 * 5}
+    changes = {
+        "model.name": models["clip"],
+        "tune.image": "lora",
+        "tune.text": "frozen",
+        "optim.pairs": 32 * 5,
+    }
     assert train.main(config(glyphs, tmp_path / "run", **changes)) == 0
     for change in ({"tune.lora.rank": 4}, {"tune.text": "full"}, {"optim.layer_decay": 0.5}):
         with pytest.raises(SystemExit):
-            train.main([*config(glyphs, tmp_path / "run", **{**changes, **change}), "--resume=auto"])
+            train.main(
+                [*config(glyphs, tmp_path / "run", **{**changes, **change}), "--resume=auto"]
+            )
         assert f"another run: {next(iter(change))} was" in capsys.readouterr().err
 
 
 def test_files_of_a_checkpoint_rebuild_the_adapters(models: dict[str, str], tmp_path: Path) -> None:
-    config = config_of(models["siglip"], tune={"image": "lora", "text": "frozen", "lora": {"rank": 3}})
+    config = config_of(
+        models["siglip"], tune={"image": "lora", "text": "frozen", "lora": {"rank": 3}}
+    )
     loaded = build.loaded_towers(config, SimpleNamespace(captions=list), None)  # type: ignore[arg-type]
     save_model_files(loaded, tmp_path)
     again = rebuild(tmp_path)
@@ -409,13 +488,18 @@ def test_files_of_a_checkpoint_rebuild_the_adapters(models: dict[str, str], tmp_
 
 
 def test_a_fresh_siglip_starts_with_a_sane_bias(models: dict[str, str]) -> None:
-    """HF starts the bias at 0 and the scale at 1; beside 10 and 0 a batch of 6 would lose about 6·5·ln 2 and more."""
-    config = config_of(models["siglip"], model={"pretrained": "none"}, objective={"name": "sigmoid"})
+    """HF starts the bias at 0 and the scale at 1; beside 10 and 0 a batch of 6 would lose about
+    6·5·ln 2 and more.
+    """
+    config = config_of(
+        models["siglip"], model={"pretrained": "none"}, objective={"name": "sigmoid"}
+    )
     encoder = built(config)
     assert encoder.logit_bias.item() == pytest.approx(-math.log(BATCH - 1))
     rows = encoder(pairs_for(encoder))
     loss = build_objective.objective(config, Setting(8, BATCH, 10))(rows, rows)["loss"].item()
-    assert loss < 5.5  # about 1 for the positive at scale 10, 1 for all negatives
+    # about 1 for the positive at scale 10, 1 for all negatives
+    assert loss < 5.5
 
 
 @pytest.mark.parametrize("learned", [True, False])
@@ -427,7 +511,12 @@ def test_a_scale_beyond_100_stays_what_it_was(tmp_path: Path, learned: bool) -> 
     tensors = load_file(folder / "model.safetensors")
     tensors["logit_scale"] = torch.tensor([math.log(117.0)])
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    config = config_of(str(folder), tune={"logit_scale": learned}, optim={"lr": 1e-5}, objective={"name": "sigmoid"})
+    config = config_of(
+        str(folder),
+        tune={"logit_scale": learned},
+        optim={"lr": 1e-5},
+        objective={"name": "sigmoid"},
+    )
     encoder = built(config)
     adamw = build.optimizer(config, encoder)
     gradients(encoder, config)
@@ -448,7 +537,9 @@ def test_a_checkpoint_of_ours_and_a_folder_without_weights_are_no_start(
     changes = {"model.name": models["clip"], "optim.pairs": 32 * 5}
     assert train.main(config(glyphs, tmp_path / "run", **changes)) == 0
     for name in (tmp_path / "run", tmp_path / "run/checkpoints/step_00000005"):
-        with pytest.raises(ValueError, match="a run or checkpoint of ours; continue it with --resume"):
+        with pytest.raises(
+            ValueError, match="a run or checkpoint of ours; continue it with --resume"
+        ):
             load_towers(str(name), "", list)
     folder = local_clip(tmp_path / "lacking")
     tensors = load_file(folder / "model.safetensors")
@@ -463,23 +554,28 @@ def test_code_of_a_model_is_not_run(tmp_path: Path) -> None:
 
     text = {"hf_tokenizer_name": str(tmp_path), "tokenizer_kwargs": {"trust_remote_code": True}}
     description = {"embed_dim": 8, "vision_cfg": {"width": 8}, "text_cfg": text}
-    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": description, "preprocess_cfg": {}}))
+    (tmp_path / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": description, "preprocess_cfg": {}})
+    )
     with pytest.raises(ValueError, match="trust_remote_code"):
         load_towers(str(tmp_path), "", list)
 
 
-# ---- devices ---------------------------------------------------------------------------------------------------------
+# ---- devices
+# ---------------------------------------------------------------------------------------------------------
 
 
 def test_kernels_are_known_by_architecture() -> None:
     wheel = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"]
     assert not devices.has_kernels((7, 0), wheel)
     assert devices.has_kernels((7, 5), wheel)
-    assert devices.has_kernels((8, 9), wheel)  # sm_86 code
+    # sm_86 code
+    assert devices.has_kernels((8, 9), wheel)
     assert devices.has_kernels((9, 0), ["sm_90a"])
     assert devices.has_kernels((12, 1), wheel)
     assert not devices.has_kernels((8, 0), ["sm_86"])
-    assert devices.has_kernels((13, 0), wheel)  # PTX
+    # PTX
+    assert devices.has_kernels((13, 0), wheel)
     assert not devices.has_kernels((13, 0), wheel[:-1])
 
 
@@ -499,7 +595,9 @@ def test_precision_is_what_the_launcher_or_the_card_says(monkeypatch: pytest.Mon
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla V100")
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80"])
-    with pytest.raises(ValueError, match=r"no kernels for Tesla V100 \(sm_70\), only for sm_75.*cu126"):
+    with pytest.raises(
+        ValueError, match=r"no kernels for Tesla V100 \(sm_70\), only for sm_75.*cu126"
+    ):
         devices.check_kernels()
 
 
@@ -511,7 +609,9 @@ def test_blocks_are_made_anew_where_a_batch_does_not_fit(
         loaded = build.loaded_towers(config, SimpleNamespace(captions=list), None)  # type: ignore[arg-type]
         monkeypatch.setattr(build_chunks, "fits", lambda *_, fits=fits: fits)
         gpu: Any = SimpleNamespace(device=torch.device("cuda"))
-        monkeypatch.setattr(build_chunks.torch, "tensor", lambda value, device: torch.as_tensor(value))
+        monkeypatch.setattr(
+            build_chunks.torch, "tensor", lambda value, device: torch.as_tensor(value)
+        )
         build_chunks.checkpoint_blocks(config, gpu, loaded, None)  # type: ignore[arg-type]
         monkeypatch.undo()
         assert loaded.checkpointed == expected

@@ -1,4 +1,6 @@
-"""A comparison's pictures and page: of any half-done study, nothing hidden, nothing from outside, the same twice."""
+"""A comparison's pictures and page: of any half-done study, nothing hidden, nothing from outside,
+the same twice.
+"""
 
 import itertools
 import math
@@ -34,23 +36,41 @@ METRICS = {"recall@1": "here/image_retrieval_recall@1", "top-1": "here/acc1"}
 GRID = {"objective": ["softmax", "sigmoid", "dcl"], "batch_size": [16, 32, 64]}
 
 
-def comparison(axes: dict[str, Any] = GRID, seeds: int = 3, metrics: dict[str, str] = METRICS) -> Comparison:
-    given = {"title": "A study", "out": "x", "config": "x", "axes": axes, "seeds": list(range(seeds))}
+def comparison(
+    axes: dict[str, Any] = GRID, seeds: int = 3, metrics: dict[str, str] = METRICS
+) -> Comparison:
+    given = {
+        "title": "A study",
+        "out": "x",
+        "config": "x",
+        "axes": axes,
+        "seeds": list(range(seeds)),
+    }
     return Comparison.model_validate(given | {"budget": {"pairs": 4000}, "metrics": metrics})
 
 
 def frames(study: Comparison) -> tuple[pd.DataFrame, pd.DataFrame]:
     """All runs done, with made-up numbers; sigmoid alone has a bias."""
-    dice, rows, lines = np.random.default_rng(0), [], []
-    for at, (levels, seed) in enumerate(itertools.product(itertools.product(*study.axes.values()), study.seeds)):
+    dice = np.random.default_rng(0)
+    rows = []
+    lines = []
+    for at, (levels, seed) in enumerate(
+        itertools.product(itertools.product(*study.axes.values()), study.seeds)
+    ):
         first = {**dict(zip(study.axes, levels, strict=True)), "seed": seed}
         bias = -10.0 if "sigmoid" in levels else 0.0
-        numbers = dict.fromkeys(NUMBERS, 1.0) | {"seconds": 9.0 + at, "memory": 0.1 + at // 3 / 9, "logit_bias": bias}
+        numbers = dict.fromkeys(NUMBERS, 1.0) | {
+            "seconds": 9.0 + at,
+            "memory": 0.1 + at // 3 / 9,
+            "logit_bias": bias,
+        }
         results = {metric: dice.uniform(0.2, 0.6) for metric in study.metrics}
         rows.append(first | {"state": "done", "error": "", "folder": "x"} | results | numbers)
         for pairs in (1000.0, 2000.0, 4000.0):
             measured = {metric: value * pairs / 4000 for metric, value in results.items()}
-            lines.append(first | dict.fromkeys(CURVES, 1.0) | {"pairs": pairs, "logit_bias": bias} | measured)
+            lines.append(
+                first | dict.fromkeys(CURVES, 1.0) | {"pairs": pairs, "logit_bias": bias} | measured
+            )
     return pd.DataFrame(rows), pd.DataFrame(lines)
 
 
@@ -58,7 +78,12 @@ def shown(study: Comparison, runs: pd.DataFrame, curves: pd.DataFrame) -> Page:
     summary = summarise(runs, study.axes, study.metrics)
     tested = contrasts(runs, study.axes, study.metric, study.against)
     return Page(
-        *(study.title, study.budget.words, compare_page.facts(study, runs), verdict(study, runs, summary, tested)),
+        *(
+            study.title,
+            study.budget.words,
+            compare_page.facts(study, runs),
+            verdict(study, runs, summary, tested),
+        ),
         tables=compare_page.tables(study, summary, tested),
         failures=compare_page.failures(study, runs),
         figures=plots.figures(study, runs, curves),
@@ -83,7 +108,10 @@ def full(text: str = "a glyph") -> Page:
         tables=[page.Table(text, text, [text], [[text]])],
         failures=[(text, "failed", text), (text, text, "")],
         figures={"a": (f"{text}: {text}", figure)},
-        samples=[*(Sample(text, asked, np.eye(2), [text] * 2) for _ in range(2)), Sample(text, error=text)],
+        samples=[
+            *(Sample(text, asked, np.eye(2), [text] * 2) for _ in range(2)),
+            Sample(text, error=text),
+        ],
         config=text,
         command=text,
     )
@@ -92,7 +120,10 @@ def full(text: str = "a glyph") -> Page:
 def lines(figure: Figure) -> list[list[float]]:
     """The heights of a figure's lines that have points and are drawn."""
     found = [
-        np.asarray(line.get_ydata()) for panel in figure.axes for line in panel.lines if line.get_linestyle() != "None"
+        np.asarray(line.get_ydata())
+        for panel in figure.axes
+        for line in panel.lines
+        if line.get_linestyle() != "None"
     ]
     return [np.round(line, 6).tolist() for line in found if len(line) > 1]
 
@@ -120,16 +151,20 @@ def test_pictures_of_a_whole_grid_and_what_they_show() -> None:
     best = settings[pareto(settings["memory"], settings["recall@1"])].sort_values("memory")
     (panel,) = drawn["recall-1-against-memory-of-a-training-step"][1].axes
     (front,) = [line.get_xydata() for line in panel.lines if line.get_drawstyle() == "steps-post"]
-    np.testing.assert_allclose(front, best * [1024, 1])  # MiB
+    # MiB
+    np.testing.assert_allclose(front, best * [1024, 1])
     (panel,) = drawn["logit-bias-at-the-end-against-batch-size"][1].axes
-    assert {float(y) for line in panel.lines for y in line.get_ydata()} == {-10.0}  # those without a bias are left out
-    assert "pyplot" not in Path(plots.__file__).read_text()  # it would keep every figure
+    # those without a bias are left out
+    assert {float(y) for line in panel.lines for y in line.get_ydata()} == {-10.0}
+    # it would keep every figure
+    assert "pyplot" not in Path(plots.__file__).read_text()
 
 
 def test_what_is_not_done_is_in_no_picture() -> None:
     study = comparison()
     runs, curves = frames(study)
-    runs.loc[runs["objective"] == "dcl", "state"] = "running"  # with results of its last attempt
+    # with results of its last attempt
+    runs.loc[runs["objective"] == "dcl", "state"] = "running"
     figure = plots.figures(study, runs, curves)["recall-1-against-batch-size"][1]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["softmax", "sigmoid"]
     means = runs[runs["objective"] == "dcl"].groupby("batch_size", sort=False)["recall@1"].mean()
@@ -139,12 +174,15 @@ def test_what_is_not_done_is_in_no_picture() -> None:
 def test_a_learning_curve_is_the_mean_where_all_its_seeds_are() -> None:
     study = comparison({"objective": ["softmax"], "batch_size": [16]})
     runs, curves = frames(study)
-    curves = curves[(curves["seed"] != 2) | (curves["pairs"] < 4000)]  # seed 2 is still under way
+    # seed 2 is still under way
+    curves = curves[(curves["seed"] != 2) | (curves["pairs"] < 4000)]
     drawn = lines(plots.figures(study, runs, curves)["recall-1-while-training"][1])
     means = curves.groupby("pairs")["recall@1"].mean().round(6).tolist()
     assert means[:2] in drawn
     assert means not in drawn
-    once = curves.assign(**{metric: curves[metric].where(curves["pairs"] == 1000) for metric in METRICS})
+    once = curves.assign(
+        **{metric: curves[metric].where(curves["pairs"] == 1000) for metric in METRICS}
+    )
     assert "recall-1-while-training" not in plots.figures(study, runs, once)
 
 
@@ -155,8 +193,22 @@ def test_a_learning_curve_is_the_mean_where_all_its_seeds_are() -> None:
         ({"batch_size": [32, 16]}, 2),
         ({"trick": {"$x_$": None, "_": None, "\x00": None, "": None}, "batch_size": [0, 16]}, 1),
         ({"batch_size": ["nan", 16], "objective": ["softmax", "dcl"]}, 2),
-        ({"objective": ["softmax", "dcl"], "batch_size": [16, 32], "trick": ["none", "queue"], "width": [1, 2]}, 1),
-        ({"objective": [f"objective number {number} of many" for number in range(12)], "batch_size": [32]}, 1),
+        (
+            {
+                "objective": ["softmax", "dcl"],
+                "batch_size": [16, 32],
+                "trick": ["none", "queue"],
+                "width": [1, 2],
+            },
+            1,
+        ),
+        (
+            {
+                "objective": [f"objective number {number} of many" for number in range(12)],
+                "batch_size": [32],
+            },
+            1,
+        ),
     ],
 )
 def test_any_grid_half_done_has_its_page(axes: dict[str, Any], seeds: int) -> None:
@@ -174,16 +226,26 @@ def test_any_grid_half_done_has_its_page(axes: dict[str, Any], seeds: int) -> No
 
 def test_levels_keep_their_look_and_no_two_share_it() -> None:
     study = comparison({"objective": [f"{number}" for number in range(20)]})
-    looks = [Frames(study, *frames(study)).look({"objective": level}) for level in study.axes["objective"]]
+    looks = [
+        Frames(study, *frames(study)).look({"objective": level})
+        for level in study.axes["objective"]
+    ]
     assert len({tuple(look.values()) for look in looks}) == 20
-    assert len({look["color"] for look in looks[:8]}) == len({look["marker"] for look in looks[:8]}) == 8
+    assert (
+        len({look["color"] for look in looks[:8]})
+        == len({look["marker"] for look in looks[:8]})
+        == 8
+    )
 
 
 def test_runs_that_are_not_done_stand_in_a_table_of_their_own() -> None:
     study = comparison()
     runs, _ = frames(study)
     states = [("missing", ""), ("failed", f"{EVIL} at line 9"), ("failed", "killed"), ("unfit", "")]
-    parts = [unfinished(runs.iloc[[at]], state, error) for at, (state, error) in zip((0, 3, 4, 8), states, strict=True)]
+    parts = [
+        unfinished(runs.iloc[[at]], state, error)
+        for at, (state, error) in zip((0, 3, 4, 8), states, strict=True)
+    ]
     some = pd.concat([runs.drop(index=[0, 3, 4, 8]), *parts]).sort_index()
     assert compare_page.failures(study, some) == [
         ("objective softmax, batch size 32, seed 0", "failed", f"{EVIL} at line 9"),
@@ -199,9 +261,19 @@ def test_runs_that_are_not_done_stand_in_a_table_of_their_own() -> None:
 def test_the_tables_say_mean_spread_best_and_difference() -> None:
     study = comparison(seeds=2)
     runs, curves = frames(study)
-    runs["recall@1"] = 0.4 + 0.01 * runs["seed"] + 0.1 * (runs["objective"] == "dcl") * (runs["batch_size"] == "32")
-    runs.loc[(runs["objective"] == "dcl") & (runs["batch_size"] == "32"), "recall@1"] += [0.0, 0.001]
-    runs.loc[(runs["objective"] == "softmax") & (runs["seed"] == 1), ["state", "recall@1"]] = ["failed", math.nan]
+    runs["recall@1"] = (
+        0.4
+        + 0.01 * runs["seed"]
+        + 0.1 * (runs["objective"] == "dcl") * (runs["batch_size"] == "32")
+    )
+    runs.loc[(runs["objective"] == "dcl") & (runs["batch_size"] == "32"), "recall@1"] += [
+        0.0,
+        0.001,
+    ]
+    runs.loc[(runs["objective"] == "softmax") & (runs["seed"] == 1), ["state", "recall@1"]] = [
+        "failed",
+        math.nan,
+    ]
     glance, every = shown(study, runs.assign(memory=0.5), curves).tables
     assert glance.rows[2] == [
         "dcl",
@@ -210,7 +282,9 @@ def test_the_tables_say_mean_spread_best_and_difference() -> None:
         ("40.5 ± 0.7", "number best"),
     ]
     assert glance.rows[0][1:] == [("40.0", "number")] * 3
-    rows = {(row[0].text, row[1].text): dict(zip(every.columns, row, strict=True)) for row in every.rows}
+    rows = {
+        (row[0].text, row[1].text): dict(zip(every.columns, row, strict=True)) for row in every.rows
+    }
     assert [row["recall@1"].look for row in rows.values()].count("number best") == 1
     best = rows["dcl", "32"]
     assert (best["runs"].text, best["recall@1 against softmax"].text, best["memory, MiB"].text) == (
@@ -221,11 +295,15 @@ def test_the_tables_say_mean_spread_best_and_difference() -> None:
     assert best["p"].text.endswith(" *")
     assert [rows["softmax", "32"][name].text for name in ("runs", "p")] == ["1 of 2", DASH]
     for cell in (cell for row in every.rows for cell in row if cell.look and cell.text != DASH):
-        assert re.match(r"[-+]?[\d.]", cell.text), "the page sorts by the number that a cell begins with"
+        assert re.match(r"[-+]?[\d.]", cell.text), (
+            "the page sorts by the number that a cell begins with"
+        )
     bootstrap = summarise(runs, study.axes, study.metrics, "bootstrap")
     assert (
         "(50.0 to 51.1)"
-        in compare_page.tables(study, bootstrap, contrasts(runs, study.axes, "recall@1", {}))[0].rows[2][2].text
+        in compare_page.tables(study, bootstrap, contrasts(runs, study.axes, "recall@1", {}))[0]
+        .rows[2][2]
+        .text
     )
 
 
@@ -250,25 +328,40 @@ def test_nothing_is_loaded_from_outside_and_every_link_has_its_section() -> None
     assert {link["href"] for link in reader.all("a")} == targets
     assert len(reader.all("h2")) == len(targets) == 7
     empty = Reader(compare_page.render(Page("Nothing yet")))
-    assert not [tag for tag, _ in empty.tags if tag in {"a", "h2", "h3", "table", "img", "figure", "ul", "dl"}]
+    assert not [
+        tag
+        for tag, _ in empty.tags
+        if tag in {"a", "h2", "h3", "table", "img", "figure", "ul", "dl"}
+    ]
 
 
 def test_the_same_study_gives_the_same_bytes(tmp_path: Path) -> None:
-    study = comparison({"objective": ["softmax", "dcl"], "batch_size": [16, 32]}, metrics={"recall@1": "here/acc1"})
+    study = comparison(
+        {"objective": ["softmax", "dcl"], "batch_size": [16, 32]}, metrics={"recall@1": "here/acc1"}
+    )
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         made = shown(study, *frames(study))
         plots.save(made.figures, tmp_path / name)
         compare_page.write(made, tmp_path / name / "compare.html")
     one, two = (sorted((tmp_path / name).iterdir()) for name in ("one", "two"))
-    assert [file.name for file in one] == sorted([*(f"{stem}.png" for stem in made.figures), "compare.html"])
+    assert [file.name for file in one] == sorted(
+        [*(f"{stem}.png" for stem in made.figures), "compare.html"]
+    )
     assert [file.read_bytes() for file in one] == [file.read_bytes() for file in two]
 
 
 def test_models_answer_the_same_queries_side_by_side(glyphs: Path, tmp_path: Path) -> None:
-    test = f"[{{name: unseen face, data: [{glyphs / 'test'}], classes: {glyphs / 'classnames.txt'}}}]"
+    test = (
+        f"[{{name: unseen face, data: [{glyphs / 'test'}], classes: {glyphs / 'classnames.txt'}}}]"
+    )
     for name, seed, size in (("one", 0, 32), ("two", 1, 16)):
-        changes = {"evaluate.zero_shot": test, "seed": seed, "data.batch_size": size, "optim.pairs": 128}
+        changes = {
+            "evaluate.zero_shot": test,
+            "seed": seed,
+            "data.batch_size": size,
+            "optim.pairs": 128,
+        }
         assert train.main(config(glyphs, tmp_path / name, **changes)) == 0
     models = [(name, tmp_path / name) for name in ("one", "two", "gone")]
     one, two, gone = samples.samples(models)
@@ -283,7 +376,9 @@ def test_models_answer_the_same_queries_side_by_side(glyphs: Path, tmp_path: Pat
     assert one.matrix.shape == (32, 32)
     assert not np.allclose(one.matrix, two.matrix)
     assert np.abs(one.matrix).max() <= one.scale * 1.0001
-    rights = [one.labels[int(np.argmax(row))] == one.labels[at] for at, row in enumerate(one.matrix)]
+    rights = [
+        one.labels[int(np.argmax(row))] == one.labels[at] for at, row in enumerate(one.matrix)
+    ]
     assert one.found == sum(rights)
     html = compare_page.render(Page("Two models", samples=[one, two, gone]))
     assert len(Reader(html).all("article")) == 6
@@ -291,7 +386,8 @@ def test_models_answer_the_same_queries_side_by_side(glyphs: Path, tmp_path: Pat
     assert "holds no checkpoints" in html
     assert samples.samples([]) == []
     model, loaded = load_model(str(tmp_path / "one"))
-    encoder, catalog = Encoder(model, loaded.tokenize, torch.device("cpu")), open_catalog([str(glyphs / "test")])
+    encoder = Encoder(model, loaded.tokenize, torch.device("cpu"))
+    catalog = open_catalog([str(glyphs / "test")])
     matrix, captions = logit_matrix(encoder, catalog, [7, 2, 5], torch.tensor(10.0))
     other, others = logit_matrix(encoder, catalog, [2, 5, 7], torch.tensor(10.0))
     assert captions == [others[2], others[0], others[1]]

@@ -1,8 +1,9 @@
-"""Tests of the config: what wins over what, what is refused in which words, and that a refusal writes nothing.
+"""Tests of the config: what wins over what, what is refused in which words, and that a refusal
+writes nothing.
 
-Seen to fail when: `lay_over` replaces whole sections; `_StrictLoader` lets the second of two keys win; `read` takes
-`yaml.Loader`; 1e5 is read as a word, or a quoted '2024' as a number; `train.run` claims its folder before it opens
-the shards.
+Seen to fail when: `lay_over` replaces whole sections; `_StrictLoader` lets the second of two keys
+win; `read` takes `yaml.Loader`; 1e5 is read as a word, or a quoted '2024' as a number; `train.run`
+claims its folder before it opens the shards.
 """
 
 import signal
@@ -37,7 +38,8 @@ def refusal(*words: str) -> list[str]:
     return str(caught.value).splitlines()
 
 
-# ---- what wins --------------------------------------------------------------------------------------------------
+# ---- what wins
+# --------------------------------------------------------------------------------------------------
 
 
 def test_only_the_shards_must_be_given() -> None:
@@ -48,7 +50,11 @@ def test_only_the_shards_must_be_given() -> None:
 
 
 def test_the_command_line_wins_over_later_files_which_win_over_earlier_ones(tmp_path: Path) -> None:
-    one = file(tmp_path, "data: {train: [a], batch_size: 64, workers: 3}\noptim: {lr: 0.1}\nseed: 1\n", "one.yaml")
+    one = file(
+        tmp_path,
+        "data: {train: [a], batch_size: 64, workers: 3}\noptim: {lr: 0.1}\nseed: 1\n",
+        "one.yaml",
+    )
     two = file(tmp_path, "data: {batch_size: 32}\noptim: {lr: 0.2, clip: 2.0}\n", "two.yaml")
     config = read(["--config", one, "--optim.lr=0.3", f"--config={two}"])
     assert (config.data.train, config.data.batch_size, config.data.workers) == (["a"], 32, 3)
@@ -58,7 +64,16 @@ def test_the_command_line_wins_over_later_files_which_win_over_earlier_ones(tmp_
 
 def test_words_take_equals_or_a_space_and_the_last_one_wins() -> None:
     config = read(
-        ["--data.train", "[a, 'b c']", "--optim.lr", "0.5", "--seed=1", "--seed=2", "--model.logit_bias", "-7"]
+        [
+            "--data.train",
+            "[a, 'b c']",
+            "--optim.lr",
+            "0.5",
+            "--seed=1",
+            "--seed=2",
+            "--model.logit_bias",
+            "-7",
+        ]
     )
     assert config.data.train == ["a", "b c"]
     assert (config.optim.lr, config.seed, config.model.logit_bias) == (0.5, 2, -7)
@@ -77,8 +92,14 @@ def test_numbers_with_an_exponent_are_numbers(number: str, tmp_path: Path) -> No
 
 
 def test_whole_numbers_may_have_an_exponent_too() -> None:
-    config = read([DATA, "--optim.pairs=3e5", "--optim.betas=[0.8, 9e-1]", "--model.logit_scale=1e1"])
-    assert (config.optim.pairs, config.optim.betas, config.model.logit_scale) == (300_000, (0.8, 0.9), 10.0)
+    config = read(
+        [DATA, "--optim.pairs=3e5", "--optim.betas=[0.8, 9e-1]", "--model.logit_scale=1e1"]
+    )
+    assert (config.optim.pairs, config.optim.betas, config.model.logit_scale) == (
+        300_000,
+        (0.8, 0.9),
+        10.0,
+    )
 
 
 def test_a_section_may_be_merged_from_an_anchor(tmp_path: Path) -> None:
@@ -89,7 +110,8 @@ def test_a_section_may_be_merged_from_an_anchor(tmp_path: Path) -> None:
     assert (optim.lr, optim.clip) == (0.2, 3.0)
 
 
-# ---- what is refused --------------------------------------------------------------------------------------------
+# ---- what is refused
+# --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -100,7 +122,10 @@ def test_a_section_may_be_merged_from_an_anchor(tmp_path: Path) -> None:
         ("--lr=1", "lr: no such key; did you mean optim.lr?"),
         ("--run.lr=1", "run.lr: no such key; did you mean optim.lr?"),
         ("--warmup_pairs=1", "warmup_pairs: no such key; did you mean optim.warmup_pairs?"),
-        ("--objective.temprature=1", "objective.temprature: no such key; did you mean objective.triplet?"),
+        (
+            "--objective.temprature=1",
+            "objective.temprature: no such key; did you mean objective.triplet?",
+        ),
         ("--xyzzy=1", "xyzzy: no such key"),
         ("--=1", "config: no such key"),
     ],
@@ -108,13 +133,15 @@ def test_a_section_may_be_merged_from_an_anchor(tmp_path: Path) -> None:
 def test_an_unknown_key_is_refused_with_the_nearest(word: str, line: str) -> None:
     (found,) = refusal(DATA, word)
     assert found.split(";")[0] == line.split(";")[0]
-    if "temprature" not in word:  # whatever is near: only that there is one is promised
+    # whatever is near: only that there is one is promised
+    if "temprature" not in word:
         assert found == line
 
 
 def test_unknown_keys_in_files_are_refused_alike(tmp_path: Path) -> None:
     path = file(
-        tmp_path, "data: {train: [a], batchsize: 3}\nopt: {lr: 1}\nevaluate: {zero_shot: [{nam: x, data: [b]}]}\n"
+        tmp_path,
+        "data: {train: [a], batchsize: 3}\nopt: {lr: 1}\nevaluate: {zero_shot: [{nam: x, data: [b]}]}\n",
     )
     lines = refusal("--config", path)
     assert any(line.startswith("data.batchsize: no such key") for line in lines)
@@ -125,23 +152,52 @@ def test_unknown_keys_in_files_are_refused_alike(tmp_path: Path) -> None:
 
 
 def test_all_that_is_wrong_is_said_at_once() -> None:
-    lines = refusal("--optim.lr=-1", "--data.batch_size=1", "--objective.name=sotfmax", "--seed=x", "--nonsense=1")
+    lines = refusal(
+        "--optim.lr=-1",
+        "--data.batch_size=1",
+        "--objective.name=sotfmax",
+        "--seed=x",
+        "--nonsense=1",
+    )
     assert [line.split(":")[0] for line in sorted(lines)] == [
-        "data.batch_size", "data.train", "nonsense", "objective.name", "optim.lr", "seed",
-    ]  # fmt: skip
-    assert "objective.name: there is no objective 'sotfmax'; did you mean softmax? (got 'sotfmax')" in lines
+        "data.batch_size",
+        "data.train",
+        "nonsense",
+        "objective.name",
+        "optim.lr",
+        "seed",
+    ]
+    assert (
+        "objective.name: there is no objective 'sotfmax'; did you mean softmax? (got 'sotfmax')"
+        in lines
+    )
     assert "optim.lr: Input should be greater than 0 (got -1)" in lines
 
 
 @pytest.mark.parametrize(
     "word",
     [
-        "data.batch_size=two", "data.batch_size=2.5", "data.batch_size=[2]", "data.batch_size=", "data.train=7",
-        "data.train=[]", "data.train=[[a]]", "data.streaming=perhaps", "optim.betas=[0.9]", "optim.betas=0.9",
-        "out=[a]", "optim=3", "run=", "evaluate.retrieval={name: a}", "evaluate.retrieval=[a]", "model.logit_scale=hot",
-        "run.trackers=tensorboard", "seed={a: 1}", "model.name=",
+        "data.batch_size=two",
+        "data.batch_size=2.5",
+        "data.batch_size=[2]",
+        "data.batch_size=",
+        "data.train=7",
+        "data.train=[]",
+        "data.train=[[a]]",
+        "data.streaming=perhaps",
+        "optim.betas=[0.9]",
+        "optim.betas=0.9",
+        "out=[a]",
+        "optim=3",
+        "run=",
+        "evaluate.retrieval={name: a}",
+        "evaluate.retrieval=[a]",
+        "model.logit_scale=hot",
+        "run.trackers=tensorboard",
+        "seed={a: 1}",
+        "model.name=",
     ],
-)  # fmt: skip
+)
 def test_wrong_types_are_refused_by_name(word: str) -> None:
     lines = refusal(DATA, f"--{word}")
     assert all(line.startswith(word.partition("=")[0]) for line in lines)
@@ -150,16 +206,39 @@ def test_wrong_types_are_refused_by_name(word: str) -> None:
 @pytest.mark.parametrize(
     "word",
     [
-        "optim.lr=0", "optim.lr=-1e-3", "optim.lr=.nan", "optim.lr=nan", "optim.lr=.inf", "optim.lr=inf",
-        "optim.clip=.inf", "optim.eps=0", "optim.weight_decay=-0.1", "optim.pairs=0", "optim.betas=[0.9, 1.0]",
-        "optim.betas=[-0.1, 0.9]", "optim.betas=[.nan, 0.9]", "data.batch_size=1", "data.batch_size=0",
-        "data.batch_size=-4", "data.workers=-1", "data.crop_scale=0", "data.crop_scale=1.01", "data.max_error_rate=2",
-        "model.logit_scale=0.5", "model.logit_scale=101", "model.logit_scale=.nan", "model.logit_bias=.inf",
-        "objective.sinkhorn.iterations=-1", "objective.sinkhorn.tolerance=.nan",
-        "run.log_every=0", "run.keep_checkpoints=1", "seed=-1",
-        "seed=9223372036854775808", "evaluate.batch_size=0",
+        "optim.lr=0",
+        "optim.lr=-1e-3",
+        "optim.lr=.nan",
+        "optim.lr=nan",
+        "optim.lr=.inf",
+        "optim.lr=inf",
+        "optim.clip=.inf",
+        "optim.eps=0",
+        "optim.weight_decay=-0.1",
+        "optim.pairs=0",
+        "optim.betas=[0.9, 1.0]",
+        "optim.betas=[-0.1, 0.9]",
+        "optim.betas=[.nan, 0.9]",
+        "data.batch_size=1",
+        "data.batch_size=0",
+        "data.batch_size=-4",
+        "data.workers=-1",
+        "data.crop_scale=0",
+        "data.crop_scale=1.01",
+        "data.max_error_rate=2",
+        "model.logit_scale=0.5",
+        "model.logit_scale=101",
+        "model.logit_scale=.nan",
+        "model.logit_bias=.inf",
+        "objective.sinkhorn.iterations=-1",
+        "objective.sinkhorn.tolerance=.nan",
+        "run.log_every=0",
+        "run.keep_checkpoints=1",
+        "seed=-1",
+        "seed=9223372036854775808",
+        "evaluate.batch_size=0",
     ],
-)  # fmt: skip
+)
 def test_values_out_of_range_are_refused_by_name(word: str) -> None:
     name = word.partition("=")[0]
     lines = refusal(DATA, f"--{word}")
@@ -185,7 +264,10 @@ def test_less_than_a_batch_of_pairs_is_refused() -> None:
         ("seed: *nowhere\n", "undefined alias"),
         ("seed: 1\n---\nseed: 2\n", "single document"),
         ("[a]: 1\n", "unhashable"),
-        ("seed: !!python/object/apply:os.system ['touch PWNED']\n", "could not determine a constructor"),
+        (
+            "seed: !!python/object/apply:os.system ['touch PWNED']\n",
+            "could not determine a constructor",
+        ),
         ("seed: !!python/name:os.system\n", "could not determine a constructor"),
     ],
 )
@@ -201,20 +283,26 @@ def test_a_file_that_is_no_config_is_refused_by_name(
 
 
 def test_a_file_that_cannot_be_read_is_refused_by_name(tmp_path: Path) -> None:
-    assert refusal("--config", str(tmp_path / "no.yaml")) == [f"{tmp_path / 'no.yaml'}: No such file or directory"]
+    assert refusal("--config", str(tmp_path / "no.yaml")) == [
+        f"{tmp_path / 'no.yaml'}: No such file or directory"
+    ]
     assert refusal("--config", str(tmp_path)) == [f"{tmp_path}: Is a directory"]
     path = tmp_path / "latin.yaml"
     path.write_bytes("out: café".encode("latin-1"))
     assert refusal("--config", str(path))[0].startswith(f"{path}: not UTF-8")
 
 
-@pytest.mark.parametrize("words", [["nonsense"], ["--seed"], ["--seed", "--out=a"], ["-seed=1"], ["--"]])
+@pytest.mark.parametrize(
+    "words", [["nonsense"], ["--seed"], ["--seed", "--out=a"], ["-seed=1"], ["--"]]
+)
 def test_words_that_set_nothing_are_refused(words: list[str]) -> None:
     assert refusal(DATA, *words) == [f"{words[0]}: expected --section.field=value"]
 
 
 def test_a_word_may_bring_no_objects() -> None:
-    assert refusal(DATA, "--seed=!!python/object/apply:os.getcwd []")[0].startswith("--seed: not YAML")
+    assert refusal(DATA, "--seed=!!python/object/apply:os.getcwd []")[0].startswith(
+        "--seed: not YAML"
+    )
     assert refusal(DATA, "--optim={lr: 1, lr: 2}") == ["--optim: key 'lr' stands twice (line 1)"]
 
 
@@ -223,7 +311,8 @@ def test_abbreviations_are_no_options(tmp_path: Path) -> None:
     assert refusal(DATA, f"--conf={path}")[0].startswith("conf: no such key")
 
 
-# ---- what is written --------------------------------------------------------------------------------------------
+# ---- what is written
+# --------------------------------------------------------------------------------------------
 
 
 def everything(tmp_path: Path) -> list[str]:
@@ -233,11 +322,21 @@ def everything(tmp_path: Path) -> list[str]:
         "  retrieval: [{name: r, data: [y, z]}]\n",
     )
     return [
-        "--config", path, "--data.train=['a b', '2024', 'c{0..3}.tar']", "--out=läufe/eins", "--optim.lr=1e-7",
-        "--optim.eps=1e-12", "--model.logit_bias=-10", "--model.logit_scale=20", "--run.trackers=[tensorboard]",
-        "--objective.name=sigmoid", "--data.streaming=true", "--optim.betas=[0.1, 0.2]", "--resume=auto",
+        "--config",
+        path,
+        "--data.train=['a b', '2024', 'c{0..3}.tar']",
+        "--out=läufe/eins",
+        "--optim.lr=1e-7",
+        "--optim.eps=1e-12",
+        "--model.logit_bias=-10",
+        "--model.logit_scale=20",
+        "--run.trackers=[tensorboard]",
+        "--objective.name=sigmoid",
+        "--data.streaming=true",
+        "--optim.betas=[0.1, 0.2]",
+        "--resume=auto",
         "--model.pretrained=none",
-    ]  # fmt: skip
+    ]
 
 
 def test_a_written_config_reads_back_equal(tmp_path: Path) -> None:
@@ -246,7 +345,9 @@ def test_a_written_config_reads_back_equal(tmp_path: Path) -> None:
         assert read(["--config", file(tmp_path, written(config), "written.yaml")]) == config
 
 
-def test_print_config_prints_what_reads_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_print_config_prints_what_reads_back(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = everything(tmp_path)
     with pytest.raises(SystemExit) as left:
         read([*words, "--print_config"])
@@ -254,7 +355,8 @@ def test_print_config_prints_what_reads_back(tmp_path: Path, capsys: pytest.Capt
     printed = capsys.readouterr().out
     assert read(["--config", file(tmp_path, printed, "printed.yaml")]) == read(words)
     assert yaml.safe_load(printed)["optim"]["lr"] == 1e-7
-    assert refusal("--print_config", "--optim.lr=-1", DATA)  # a bad config is not printed
+    # a bad config is not printed
+    assert refusal("--print_config", "--optim.lr=-1", DATA)
     assert not capsys.readouterr().out
 
 
@@ -278,14 +380,17 @@ def test_the_configs_are_good(name: str) -> None:
     assert config.out.startswith("runs/")
 
 
-@pytest.mark.parametrize("name", [path.name for path in sorted((ROOT / "configs" / "compare").glob("*.yaml"))])
+@pytest.mark.parametrize(
+    "name", [path.name for path in sorted((ROOT / "configs" / "compare").glob("*.yaml"))]
+)
 def test_the_grids_are_good(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     grid = load(str(Path("configs") / "compare" / name))
     assert grid.out == f"runs/compare/{Path(name).stem}"
 
 
-# ---- a refusal writes nothing -----------------------------------------------------------------------------------
+# ---- a refusal writes nothing
+# -----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -304,7 +409,10 @@ def signals() -> Iterator[None]:
         ({"optim.lrr": 1}, ["error: optim.lrr: no such key; did you mean optim.lr?"]),
         ({"optim.lr": -1, "seed": "x"}, ["error: optim.lr: ", "error: seed: "]),
         ({"data.train": "[nowhere]"}, ["nowhere: no shards there"]),
-        ({"data.batch_size": 512, "optim.pairs": 1024}, ["data.batch_size=512 is more than the 300 pairs"]),
+        (
+            {"data.batch_size": 512, "optim.pairs": 1024},
+            ["data.batch_size=512 is more than the 300 pairs"],
+        ),
         ({"resume": "."}, ["no checkpoint of ours"]),
         ({"resume": "nowhere"}, ["nowhere: no checkpoint of ours"]),
         ({"model.name": "nothing"}, ["'nothing' is no tower JSON"]),
@@ -363,9 +471,13 @@ def test_words_that_look_like_something_else_stay_words() -> None:
         (["--objective={softmax: 1}", "--objective=hsic"], {"hsic": 1.0}),
     ],
 )
-def test_objectives_are_mixed_by_weight(words: list[str], mix: dict[str, float], tmp_path: Path) -> None:
+def test_objectives_are_mixed_by_weight(
+    words: list[str], mix: dict[str, float], tmp_path: Path
+) -> None:
     """The last mix named replaces the one before, and leaves the options alone."""
-    base = file(tmp_path, "objective: {name: softmax, mask_duplicates: false, sinkhorn: {iterations: 3}}\n")
+    base = file(
+        tmp_path, "objective: {name: softmax, mask_duplicates: false, sinkhorn: {iterations: 3}}\n"
+    )
     config = read([DATA, "--config", base, *words])
     assert config.objective.mix == mix
     assert (config.objective.mask_duplicates, config.objective.sinkhorn.iterations) == (False, 3)

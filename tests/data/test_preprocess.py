@@ -1,4 +1,6 @@
-"""Tests of decode on awkward and broken pictures: made here, and Pillow's own ones if they lie beside."""
+"""Tests of decode on awkward and broken pictures: made here, and Pillow's own ones if they lie
+beside.
+"""
 
 import random
 import struct
@@ -14,7 +16,9 @@ from clipsmall.data.preprocess import BadImage, decode
 from tests import ROOT
 
 COLLECTION = ROOT.parent / "shared" / "data" / "bad_inputs"
-beside = pytest.mark.skipif(not COLLECTION.exists(), reason="the collection of bad inputs is not here")
+beside = pytest.mark.skipif(
+    not COLLECTION.exists(), reason="the collection of bad inputs is not here"
+)
 
 
 def saved(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -29,7 +33,12 @@ def quarters(size: int = 64) -> Image.Image:
     for box, colour in (((1, 0), "lime"), ((0, 1), "blue"), ((1, 1), "yellow")):
         image.paste(
             colour,
-            (box[0] * size // 2, box[1] * size // 4, (box[0] + 1) * size // 2, (box[1] + 1) * size // 4),
+            (
+                box[0] * size // 2,
+                box[1] * size // 4,
+                (box[0] + 1) * size // 2,
+                (box[1] + 1) * size // 4,
+            ),
         )
     return image
 
@@ -97,11 +106,14 @@ def test_shares_of_light_are_no_black_picture() -> None:
 def turned(image: Image.Image, orientation: int) -> bytes:
     """The picture as a camera stores it: turned, with the tag that says how to turn it back."""
     steps = {
-        2: [Image.Transpose.FLIP_LEFT_RIGHT], 3: [Image.Transpose.ROTATE_180],
+        2: [Image.Transpose.FLIP_LEFT_RIGHT],
+        3: [Image.Transpose.ROTATE_180],
         4: [Image.Transpose.FLIP_TOP_BOTTOM],
-        5: [Image.Transpose.TRANSPOSE], 6: [Image.Transpose.ROTATE_90], 7: [Image.Transpose.TRANSVERSE],
+        5: [Image.Transpose.TRANSPOSE],
+        6: [Image.Transpose.ROTATE_90],
+        7: [Image.Transpose.TRANSVERSE],
         8: [Image.Transpose.ROTATE_270],
-    }.get(orientation, [])  # fmt: skip
+    }.get(orientation, [])
     for step in steps:
         image = image.transpose(step)
     exif = Image.Exif()
@@ -125,7 +137,8 @@ def test_broken_exif_leaves_the_pixels_good() -> None:
 
 
 def test_the_first_frame_of_an_animation() -> None:
-    red, blue = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue")
+    red = Image.new("RGB", (8, 8), "red")
+    blue = Image.new("RGB", (8, 8), "blue")
     for kind in ("GIF", "WEBP", "PNG"):
         pixel = decode(saved(red, kind, save_all=True, append_images=[blue, blue])).getpixel((4, 4))
         assert np.abs(np.subtract(pixel, (255, 0, 0))).max() < 12
@@ -159,15 +172,24 @@ def test_what_is_no_picture_has_a_reason(data: bytes, reason: str) -> None:
 
 def png_claiming(width: int, height: int) -> bytes:
     def chunk(name: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        return (
+            struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        )
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b""))
+        + chunk(b"IEND", b"")
+    )
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("size", [(10_000, 10_000), (20_000, 20_000), (60_000, 60_000)])
-def test_bombs_are_refused_from_the_header(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bombs_are_refused_from_the_header(
+    size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def load(self: Image.Image) -> None:
         raise AssertionError("pixels were made")
 
@@ -198,14 +220,19 @@ def test_the_collection_fails_where_its_table_says() -> None:
         image = decode(data)
         width, height = map(int, row.size.split("x"))
         turned_over = row.exif_orientation >= 5
-        assert (image.mode, image.size) == ("RGB", (height, width) if turned_over else (width, height)), row.filename
+        assert (image.mode, image.size) == (
+            "RGB",
+            (height, width) if turned_over else (width, height),
+        ), row.filename
 
 
 @beside
 def test_the_collections_eight_orientations_are_one_picture() -> None:
     upright = decode((COLLECTION / "hopper.jpg").read_bytes())
     for orientation in range(2, 9):
-        assert close(decode((COLLECTION / f"hopper_orientation_{orientation}.jpg").read_bytes()), upright, 8)
+        assert close(
+            decode((COLLECTION / f"hopper_orientation_{orientation}.jpg").read_bytes()), upright, 8
+        )
     assert close(decode((COLLECTION / "hopper_orientation_6.webp").read_bytes()), upright, 8)
 
 
@@ -217,7 +244,8 @@ def test_the_collections_cmyk_and_16_bit_pictures() -> None:
     grey = decode((COLLECTION / "hopper.jpg").read_bytes()).convert("L")
     assert close(decode((COLLECTION / "hopper_16bit.pgm").read_bytes()), grey, 4)
     pixels = np.asarray(decode((COLLECTION / "uint16_1_4660.tif").read_bytes()))
-    assert pixels.max() < 30  # 4660 of 65535 is dark
+    # 4660 of 65535 is dark
+    assert pixels.max() < 30
 
 
 @pytest.mark.parametrize("size", [(1, 60), (20_000, 1)])

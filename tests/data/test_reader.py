@@ -1,7 +1,8 @@
-"""Order and batches: every pair once an epoch, the same global batches for any ranks and workers, bad pairs told.
+"""Order and batches: every pair once an epoch, the same global batches for any ranks and workers,
+bad pairs told.
 
-Seen to fail when: the window's seed leaves out the epoch; a rank takes every W-th pair of its own shuffle; the
-substitute of a bad pair is the next position instead of the next batch's.
+Seen to fail when: the window's seed leaves out the epoch; a rank takes every W-th pair of its own
+shuffle; the substitute of a bad pair is the next position instead of the next batch's.
 """
 
 import hashlib
@@ -44,7 +45,9 @@ def batches(
 ) -> GlobalBatches:
     catalog = open_catalog(str(folder))
     order = Order(catalog.sizes, seed=3, window=window, block=8)
-    return GlobalBatches(catalog, order, ImageTransform(ImageSpec(16), crop), TOKENIZE, size, rank, world)
+    return GlobalBatches(
+        catalog, order, ImageTransform(ImageSpec(16), crop), TOKENIZE, size, rank, world
+    )
 
 
 @settings(max_examples=60, deadline=None)
@@ -54,17 +57,28 @@ def batches(
     block=st.integers(1, 20),
     epoch=st.integers(0, 3),
 )
-def test_an_epoch_shows_every_pair_once(sizes: list[int], window: int, block: int, epoch: int) -> None:
+def test_an_epoch_shows_every_pair_once(
+    sizes: list[int], window: int, block: int, epoch: int
+) -> None:
     order = Order(sizes, 1, window, block)
     rows = order.rows(epoch, np.arange(order.length))
     assert sorted(rows.tolist()) == list(range(sum(sizes)))
     backwards = [int(order.rows(epoch, np.array([p]))[0]) for p in reversed(range(order.length))]
-    assert backwards[::-1] == rows.tolist()  # whatever was asked before
+    # whatever was asked before
+    assert backwards[::-1] == rows.tolist()
     if window:
-        pieces = [piece for w in range(-(-order.length // window)) for piece in order.window_blocks(epoch, w)]
+        pieces = [
+            piece
+            for w in range(-(-order.length // window))
+            for piece in order.window_blocks(epoch, w)
+        ]
         assert sum(size for _, size in pieces) == order.length
         for w in range(-(-order.length // window)):
-            inside = {row for start, size in order.window_blocks(epoch, w) for row in range(start, start + size)}
+            inside = {
+                row
+                for start, size in order.window_blocks(epoch, w)
+                for row in range(start, start + size)
+            }
             assert set(rows[w * window : (w + 1) * window].tolist()) == inside
 
 
@@ -74,7 +88,8 @@ def test_epochs_and_seeds_differ_and_a_window_mixes_the_whole_set() -> None:
     assert len(set(first.tolist()) & set(second.tolist())) < 300
     assert Order([5_000, 5_000], 1, 1_024, 64).rows(0, np.arange(1_024)).tolist() != first.tolist()
     assert 0.2 < (first < 5_000).mean() < 0.8
-    assert len(order.window_blocks(0, 0)) <= 1_024 // 64 + 4  # few contiguous reads
+    # few contiguous reads
+    assert len(order.window_blocks(0, 0)) <= 1_024 // 64 + 4
 
 
 def test_the_permutation_is_frozen() -> None:
@@ -87,10 +102,16 @@ FROZEN = [7, 4, 5, 1, 6, 2, 0, 3]
 
 @pytest.mark.parametrize("world", [1, 2, 4, 8])
 @pytest.mark.parametrize("workers", [0, 3])
-def test_ranks_and_workers_see_the_same_global_batches(glyphs: Path, world: int, workers: int) -> None:
+def test_ranks_and_workers_see_the_same_global_batches(
+    glyphs: Path, world: int, workers: int
+) -> None:
     whole = batches(glyphs / "train", crop=0.7)
     parts = [
-        list(batch_loader(batches(glyphs / "train", rank=r, world=world, crop=0.7), range(17, 22), workers))
+        list(
+            batch_loader(
+                batches(glyphs / "train", rank=r, world=world, crop=0.7), range(17, 22), workers
+            )
+        )
         for r in range(world)
     ]
     for step, number in enumerate(range(17, 22)):
@@ -114,7 +135,9 @@ def test_an_epoch_of_batches_repeats_nothing(glyphs: Path) -> None:
     reader = batches(glyphs / "train")
     seen = [int(i) for k in range(reader.per_epoch) for i in reader[k].pairs.index]
     assert len(seen) == len(set(seen)) == len(reader.catalog) // 16 * 16
-    again = [int(i) for k in range(reader.per_epoch, 2 * reader.per_epoch) for i in reader[k].pairs.index]
+    again = [
+        int(i) for k in range(reader.per_epoch, 2 * reader.per_epoch) for i in reader[k].pairs.index
+    ]
     assert again != seen
 
 
@@ -122,7 +145,8 @@ def test_augmentation_leaves_the_global_generator_alone_and_changes_by_epoch(gly
     reader = batches(glyphs / "train", crop=0.3, window=0)
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    first, later = reader[0].pairs, reader[reader.per_epoch].pairs
+    first = reader[0].pairs
+    later = reader[reader.per_epoch].pairs
     assert torch.equal(before, torch.get_rng_state())
     assert torch.equal(first.index, later.index)
     assert not torch.equal(first.image, later.image)
@@ -132,7 +156,9 @@ def test_augmentation_leaves_the_global_generator_alone_and_changes_by_epoch(gly
 def test_images_are_hashed_for_mining_only(glyphs: Path, asked: bool) -> None:
     catalog = open_catalog(str(glyphs / "train"))
     order = Order(catalog.sizes, 0, 128)
-    made = GlobalBatches(catalog, order, ImageTransform(ImageSpec(16)), TOKENIZE, 32, hash_images=asked)
+    made = GlobalBatches(
+        catalog, order, ImageTransform(ImageSpec(16)), TOKENIZE, 32, hash_images=asked
+    )
     known = [
         int.from_bytes(hashlib.sha256(catalog.read(row).image).digest()[:8], "little", signed=True)
         for row in made.rows(0).tolist()
@@ -187,9 +213,11 @@ def test_a_set_of_bad_pairs_ends_with_a_word(glyphs: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("record", "status"),
     [
-        (b'{"index": %s}' % (b"9" * 5_000), "broken json"),  # more digits than Python reads
+        # more digits than Python reads
+        (b'{"index": %s}' % (b"9" * 5_000), "broken json"),
         (b"[" * 50_000, "broken json"),
-        (b'{"captions": ["\\ud800 a"]}', ""),  # half a surrogate pair
+        # half a surrogate pair
+        (b'{"captions": ["\\ud800 a"]}', ""),
         (b'["no", "object"]', ""),
         (b'{"index": 99999999999999999999}', ""),
         (b'{"captions": [" "]}', "empty caption"),
@@ -218,7 +246,10 @@ def test_a_shard_that_changed_is_refused(glyphs: Path, tmp_path: Path) -> None:
     shutil.copy(folder / "00000.tar", shard)
     os.truncate(shard, size := os.stat(folder / "00000.tar").st_size)
     index = read_index(folder / "00000.tar")
-    write_index(shard, index.replace_schema_metadata({**index.schema.metadata, b"tar_proof": b"of another file"}))
+    write_index(
+        shard,
+        index.replace_schema_metadata({**index.schema.metadata, b"tar_proof": b"of another file"}),
+    )
     assert shard.stat().st_size == size
     with pytest.raises(ShardError, match="is another file than the one"):
         open_catalog(str(folder))
@@ -245,7 +276,8 @@ def test_what_is_no_local_shard_is_refused(pattern: str) -> None:
 
 
 def test_numbers_come_from_the_json_or_from_the_place(glyphs: Path, tmp_path: Path) -> None:
-    catalog = open_catalog([str(glyphs / "train"), str(glyphs / "test")])  # both number from 0
+    # both number from 0
+    catalog = open_catalog([str(glyphs / "train"), str(glyphs / "test")])
     assert catalog.index.tolist() == list(range(360))
     assert open_catalog(str(glyphs / "train" / "00002.tar")).index.tolist() == list(range(200, 300))
 
@@ -278,5 +310,7 @@ def test_as_many_files_may_be_open_as_there_are_shards(monkeypatch: pytest.Monke
     assert not asked
     catalog._allow_files(1240)
     assert asked == [(4096, 4096)]
-    with pytest.raises(ShardError, match=r"4000 shards, but a process may open 4096 files .*ulimit -n 8256"):
+    with pytest.raises(
+        ShardError, match=r"4000 shards, but a process may open 4096 files .*ulimit -n 8256"
+    ):
         catalog._allow_files(4000)

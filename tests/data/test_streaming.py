@@ -1,4 +1,6 @@
-"""Tests of the streaming reader: right pairs, unique numbers, everything bad counted, nothing executed."""
+"""Tests of the streaming reader: right pairs, unique numbers, everything bad counted, nothing
+executed.
+"""
 
 import http.server
 import json
@@ -46,7 +48,9 @@ def good(shard: int, pairs: int = 40) -> list[tuple[str, bytes]]:
     found = []
     for pair in range(pairs):
         colour = NAMES[pair % len(NAMES)]
-        found += pair_members(f"{shard:05d}{pair:04d}", picture(colour), f"{colour} {shard * pairs + pair}")
+        found += pair_members(
+            f"{shard:05d}{pair:04d}", picture(colour), f"{colour} {shard * pairs + pair}"
+        )
     return found
 
 
@@ -59,15 +63,20 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def streamed(urls: object, rank: int = 0, world: int = 1, batch: int = 8, **options: object) -> StreamedBatches:
+def streamed(
+    urls: object, rank: int = 0, world: int = 1, batch: int = 8, **options: object
+) -> StreamedBatches:
     where = [str(url) for url in urls] if isinstance(urls, list) else str(urls)
-    image = ImageTransform(ImageSpec(4), options.pop("crop_scale", 1.0), options.pop("max_pixels", 10_000))
+    image = ImageTransform(
+        ImageSpec(4), options.pop("crop_scale", 1.0), options.pop("max_pixels", 10_000)
+    )
     return StreamedBatches(where, image, numbers, batch, rank, world, **{"shuffle": 16, **options})
 
 
 def first(batches: Iterator[LoadedBatch], count: int) -> tuple[Pairs, Skips]:
     """The first `count` batches as one."""
-    loaded, skips = list(islice(batches, count)), Skips()
+    loaded = list(islice(batches, count))
+    skips = Skips()
     for batch in loaded:
         skips.merge(batch.skips)
     return Pairs(*map(torch.cat, zip(*[batch.pairs for batch in loaded], strict=True))), skips
@@ -91,7 +100,8 @@ def test_captions_belong_to_their_pictures(shards: Path) -> None:
     check_colours(pairs)
     assert pairs.index.tolist() == list(range(320))
     assert (skips.seen, skips.total) == (320, 0)
-    assert len(set(pairs.text[:, 1].tolist())) > 80  # of 160: several shards, drawn with replacement
+    # of 160: several shards, drawn with replacement
+    assert len(set(pairs.text[:, 1].tolist())) > 80
 
 
 def test_ranks_and_workers_stream_apart(shards: Path) -> None:
@@ -106,10 +116,18 @@ def test_ranks_and_workers_stream_apart(shards: Path) -> None:
     places = torch.cat([pairs.index for flow in flows for pairs in flow])
     assert len(places.unique()) == len(places) == 128
     # loaders take turns among workers: streams are rank x worker
-    orders = [tuple(torch.cat([p.text[:, 1] for p in flow[w::2]]).tolist()) for flow in flows for w in range(2)]
+    orders = [
+        tuple(torch.cat([p.text[:, 1] for p in flow[w::2]]).tolist())
+        for flow in flows
+        for w in range(2)
+    ]
     assert len(set(orders)) == 4
     again = flow(1, 2)
-    assert all(torch.equal(a, b) for x, y in zip(flows[1], again, strict=True) for a, b in zip(x, y, strict=True))
+    assert all(
+        torch.equal(a, b)
+        for x, y in zip(flows[1], again, strict=True)
+        for a, b in zip(x, y, strict=True)
+    )
 
 
 def test_seed_and_start_change_the_draws(shards: Path) -> None:
@@ -129,7 +147,8 @@ def test_random_crops_leave_the_global_generator_alone(shards: Path) -> None:
 
 def test_bad_members_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "MAX_IMAGE_BYTES", 4_000)
-    white, deep = picture("white"), b"[" * 100_000
+    white = picture("white")
+    deep = b"[" * 100_000
     write_tar(
         tmp_path / "0.tar",
         [
@@ -194,8 +213,14 @@ def test_any_of_several_captions(tmp_path: Path) -> None:
 @pytest.mark.parametrize("cut", ["end mark", "header", "data", "between jpg and txt"])
 def test_cut_shard_is_counted_and_passed(tmp_path: Path, shards: Path, cut: str) -> None:
     whole = (shards / "00000.tar").read_bytes()
-    last = whole.rindex(b"000000039.png")  # headers stand at multiples of 512; each member here fills two blocks
-    size = {"end mark": last + 512 * 6, "header": last + 100, "data": last + 600, "between jpg and txt": last + 1024}
+    # headers stand at multiples of 512; each member here fills two blocks
+    last = whole.rindex(b"000000039.png")
+    size = {
+        "end mark": last + 512 * 6,
+        "header": last + 100,
+        "data": last + 600,
+        "between jpg and txt": last + 1024,
+    }
     (tmp_path / "cut.tar").write_bytes(whole[: size[cut]])
     pairs, skips = of([tmp_path, shards / "00001.tar"], 40)
     check_colours(pairs)
@@ -209,7 +234,8 @@ def test_cut_shard_is_counted_and_passed(tmp_path: Path, shards: Path, cut: str)
 def test_broken_header_in_the_middle_is_a_cut(tmp_path: Path, shards: Path) -> None:
     broken = bytearray((shards / "00000.tar").read_bytes())
     middle = broken.index(b"000000020.png")
-    broken[middle : middle + 4] = b"????"  # the header's checksum is wrong now
+    # the header's checksum is wrong now
+    broken[middle : middle + 4] = b"????"
     (tmp_path / "broken.tar").write_bytes(broken)
     pairs, skips = of([tmp_path], 20)
     assert skips.reasons["cut shard"] > 0
@@ -248,7 +274,9 @@ def test_all_shards_failing_ends_the_stream(tmp_path: Path) -> None:
         ("nostore://a/0.tar", "Protocol not known"),
     ],
 )
-def test_unusable_urls_are_refused(url: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unusable_urls_are_refused(
+    url: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ShardError, match=told):
         streamed(url)
@@ -270,14 +298,17 @@ def test_web_server(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def log_message(self, *args: object) -> None: ...
 
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=shards)) as server:
+    with http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), partial(Quiet, directory=shards)
+    ) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         here = f"http://127.0.0.1:{server.server_port}"
         pairs, skips = of([f"{here}/{{00000..00003}}.tar", f"{here}/none.tar?signature=secret"], 40)
         server.shutdown()
     check_colours(pairs)
     assert set(skips.reasons) == {"unreachable shard"}
-    assert skips.examples["unreachable shard"][0] == f"{here}/none.tar"  # signed queries are not printed
+    # signed queries are not printed
+    assert skips.examples["unreachable shard"][0] == f"{here}/none.tar"
 
 
 def test_nothing_is_unpickled(tmp_path: Path) -> None:
@@ -292,7 +323,9 @@ def test_nothing_is_unpickled(tmp_path: Path) -> None:
     assert not (tmp_path / "hacked").exists()
 
 
-def test_promises_are_told_once_on_the_main_rank(shards: Path, recwarn: pytest.WarningsRecorder) -> None:
+def test_promises_are_told_once_on_the_main_rank(
+    shards: Path, recwarn: pytest.WarningsRecorder
+) -> None:
     for rank in range(2):
         streamed(shards, rank, 2)
     assert ["not exactly" in str(warning.message) for warning in recwarn] == [True]

@@ -32,10 +32,15 @@ def report(folder: Path) -> dict:
 
 def three_pairs() -> list[tuple[str, bytes]]:
     keys = zip(("a", "b", "c"), COLOURS, strict=False)
-    return [member for key, colour in keys for member in pair_members(key, picture(colour), f"a {colour} box")]
+    return [
+        member
+        for key, colour in keys
+        for member in pair_members(key, picture(colour), f"a {colour} box")
+    ]
 
 
-CUTS = {  # where in the third member's neighbourhood the file ends
+# where in the third member's neighbourhood the file ends
+CUTS = {
     "between samples": lambda m: m["c.png"] - 512,
     "in a header": lambda m: m["c.png"] - 100,
     "between image and text": lambda m: m["c.txt"] - 512,
@@ -50,13 +55,16 @@ def test_cut_tars_are_noticed(tmp_path: Path, cut: str, capsys: pytest.CaptureFi
     shard = write_tar(tmp_path / "00000.tar", three_pairs())
     write_tar(tmp_path / "00001.tar", three_pairs())
     data = shard.read_bytes()
-    shard.write_bytes(data[: CUTS[cut]({member.name: member.offset for member in tar_members(shard)})])
+    shard.write_bytes(
+        data[: CUTS[cut]({member.name: member.offset for member in tar_members(shard)})]
+    )
     with pytest.raises(ShardError, match=r"00000\.tar"):
         build_index(shard)
     assert check(tmp_path) == 1
     assert "00000.tar" in capsys.readouterr().out
     assert not index_path(shard).exists()
-    assert (report(tmp_path)["shards"], report(tmp_path)["good"]) == (1, 3)  # the other one is used
+    # the other one is used
+    assert (report(tmp_path)["shards"], report(tmp_path)["good"]) == (1, 3)
 
 
 @pytest.mark.parametrize("longer", [0, 3])
@@ -79,7 +87,8 @@ def test_all_unusable_shards_are_named(tmp_path: Path, capsys: pytest.CaptureFix
         write_tar(tmp_path / f"{number}.tar", three_pairs())
     (tmp_path / "1.tar").write_bytes(b"")
     (tmp_path / "3.tar").write_text("<html>not found</html>")
-    (tmp_path / "4_stats.json").write_text(json.dumps({"successes": 3}))  # its tar was not copied
+    # its tar was not copied
+    (tmp_path / "4_stats.json").write_text(json.dumps({"successes": 3}))
     (tmp_path / "2_stats.json").write_text(json.dumps({"successes": 4}))
     assert check(tmp_path) == 1
     unusable = report(tmp_path)["unusable"]
@@ -108,13 +117,19 @@ def test_wrong_use(tmp_path: Path, arg: str, capsys: pytest.CaptureFixture) -> N
 
 
 def test_img2dataset_shards(tmp_path: Path) -> None:
-    """Text "" where the caption is None; gaps in the keys; `sha256` of the picture before resizing."""
+    """Text "" where the caption is None; gaps in the keys; `sha256` of the picture before
+    resizing.
+    """
     members = []
     for number, colour in enumerate(COLOURS[:6]):
         caption = None if number == 2 else f"a {colour}\nbox"
-        members += pair_members(f"00003{number * 7:04d}", picture(colour), caption, sha256="0" * 64, url="http://x/y")
+        members += pair_members(
+            f"00003{number * 7:04d}", picture(colour), caption, sha256="0" * 64, url="http://x/y"
+        )
     write_tar(tmp_path / "00003.tar", members)
-    (tmp_path / "00003_stats.json").write_text(json.dumps({"count": 9, "successes": 6, "failed_to_download": 3}))
+    (tmp_path / "00003_stats.json").write_text(
+        json.dumps({"count": 9, "successes": 6, "failed_to_download": 3})
+    )
     assert check(tmp_path, "--decode") == 0
     found = report(tmp_path)
     assert {why: left["pairs"] for why, left in found["left_out"].items()} == {"empty caption": 1}
@@ -127,18 +142,29 @@ def test_datacomp_shards(tmp_path: Path) -> None:
         members = []
         for place, colour in enumerate(COLOURS[:4]):
             uid = f"{number * 4 + place:032x}"
-            members += pair_members(f"{number:08d}{place:04d}", picture(colour), f"{colour} {number}", uid=uid)
+            members += pair_members(
+                f"{number:08d}{place:04d}", picture(colour), f"{colour} {number}", uid=uid
+            )
         write_tar(tmp_path / f"{number:08d}.tar", members)
     assert check(tmp_path) == 0
-    assert open_catalog(str(tmp_path)).index.tolist() == list(range(8))  # no `index` in the json: the place
+    # no `index` in the json: the place
+    assert open_catalog(str(tmp_path)).index.tolist() == list(range(8))
 
 
 def test_clip_benchmark_shards(tmp_path: Path) -> None:
     """Split folders; classes in .cls and no text; several captions a picture, one a line."""
-    classes = [m for i, c in enumerate(COLOURS) for m in ((f"s{i}.png", picture(c)), (f"s{i}.cls", str(i).encode()))]
+    classes = [
+        m
+        for i, c in enumerate(COLOURS)
+        for m in ((f"s{i}.png", picture(c)), (f"s{i}.cls", str(i).encode()))
+    ]
     write_tar(tmp_path / "classes/test/0.tar", classes)
     (tmp_path / "classes/test/nshards.txt").write_text("2\n")
-    texts = [m for i, c in enumerate(COLOURS) for m in ((f"s{i}.png", picture(c)), (f"s{i}.txt", f"a {c}\nb".encode()))]
+    texts = [
+        m
+        for i, c in enumerate(COLOURS)
+        for m in ((f"s{i}.png", picture(c)), (f"s{i}.txt", f"a {c}\nb".encode()))
+    ]
     write_tar(tmp_path / "texts/test/0.tar", texts)
     (tmp_path / "texts/test/nshards.txt").write_text("1")
     assert check(tmp_path / "classes") == 1
@@ -157,39 +183,63 @@ def test_decode_marks_bad_pairs_and_training_leaves_them_out(tmp_path: Path) -> 
     names = [name for name, _ in members]
     members[names.index("0001.png")] = ("0001.png", b"<html>404</html>")
     members[names.index("0004.png")] = ("0004.png", picture("pink")[:-25])
-    members[names.index("0006.png")] = ("0006.png", picture("lime"))  # a good picture, but another one
+    # a good picture, but another one
+    members[names.index("0006.png")] = (
+        "0006.png",
+        picture("lime"),
+    )
     shard = write_tar(tmp_path / "0.tar", members)
     assert check(tmp_path) == 0
-    assert len(open_catalog(str(tmp_path))) == 12  # nobody has looked yet
+    # nobody has looked yet
+    assert len(open_catalog(str(tmp_path))) == 12
     assert check(tmp_path, "--decode") == 0
-    status = dict(zip(*(read_index(shard)[name].to_pylist() for name in ("key", "status")), strict=True))
+    status = dict(
+        zip(*(read_index(shard)[name].to_pylist() for name in ("key", "status")), strict=True)
+    )
     assert {key: why for key, why in status.items() if why} == {
-        "0001": "not an image", "0004": "truncated or broken image", "0006": "sha256 differs",
-    }  # fmt: skip
+        "0001": "not an image",
+        "0004": "truncated or broken image",
+        "0006": "sha256 differs",
+    }
     catalog = open_catalog(str(tmp_path))
     assert sorted(catalog.index.tolist()) == [0, 2, 3, 5, 7, 8, 9, 10, 11]
-    assert catalog.left_out == {"not an image": 1, "truncated or broken image": 1, "sha256 differs": 1}
-    assert check(tmp_path) == 0  # a later look without --decode keeps what is known
+    assert catalog.left_out == {
+        "not an image": 1,
+        "truncated or broken image": 1,
+        "sha256 differs": 1,
+    }
+    # a later look without --decode keeps what is known
+    assert check(tmp_path) == 0
     assert report(tmp_path)["good"] == 9
 
 
 def test_odd_members(tmp_path: Path) -> None:
     """Hostile or broken text never ends the check, and never becomes a caption."""
     members = [
-        ("a.png", picture("red")), ("a.txt", b"caf\xe9"),
-        ("b.png", picture("red")), ("b.json", b"[" * 100_000),
-        ("c.png", picture("red")), ("c.txt", b"x" * (1 << 20) + b"y"),
+        ("a.png", picture("red")),
+        ("a.txt", b"caf\xe9"),
+        ("b.png", picture("red")),
+        ("b.json", b"[" * 100_000),
+        ("c.png", picture("red")),
+        ("c.txt", b"x" * (1 << 20) + b"y"),
         ("d.txt", b"no picture"),
-        ("e.png", picture("red")), ("e.txt", b"  \n "),
-        ("f.PNG", picture("red")), ("f.txt", b"good"), ("f.json", b'{"index": true}'),
-        ("caf\udce9.png", picture("red")), ("caf\udce9.txt", b"good"),
-    ]  # fmt: skip
+        ("e.png", picture("red")),
+        ("e.txt", b"  \n "),
+        ("f.PNG", picture("red")),
+        ("f.txt", b"good"),
+        ("f.json", b'{"index": true}'),
+        ("caf\udce9.png", picture("red")),
+        ("caf\udce9.txt", b"good"),
+    ]
     write_tar(tmp_path / "0.tar", members)
     assert check(tmp_path, "--decode") == 0
     assert {why: left["pairs"] for why, left in report(tmp_path)["left_out"].items()} == {
-        "caption is not UTF-8": 1, "broken json": 1, "caption or json over 1 MiB": 1, "no image": 1,
+        "caption is not UTF-8": 1,
+        "broken json": 1,
+        "caption or json over 1 MiB": 1,
+        "no image": 1,
         "empty caption": 1,
-    }  # fmt: skip
+    }
     assert report(tmp_path)["good"] == 2
 
 
@@ -200,7 +250,9 @@ def test_duplicates(tmp_path: Path) -> None:
         for colour, caption in zip(COLOURS, ["Calendar", "calendar ", *COLOURS[2:]], strict=True)
     ]
     (photos / "images/copy.png").write_bytes(picture("gold"))
-    (photos / "photos.csv").write_text("\n".join(["image,caption", *rows, "images/copy.png,CALENDAR"]))
+    (photos / "photos.csv").write_text(
+        "\n".join(["image,caption", *rows, "images/copy.png,CALENDAR"])
+    )
     assert run(photos / "photos.csv", tmp_path / "out") == 0
     assert check(tmp_path / "out") == 0
     found = report(tmp_path / "out")
@@ -214,7 +266,11 @@ def test_report_of_nothing_and_of_numbers(tmp_path: Path) -> None:
     shard = write_tar(tmp_path / "0.tar", three_pairs())
     frame = build_index(shard).to_pandas().assign(shard="0.tar", caption_chars=[1, 2, 9])
     found = report_of(frame, [Problem(Path("1.tar"), "gone")], 1, 1234, lambda row: [row["key"]])
-    assert (found.caption_chars.least, found.caption_chars.median, found.caption_chars.most) == (1, 2, 9)
+    assert (found.caption_chars.least, found.caption_chars.median, found.caption_chars.most) == (
+        1,
+        2,
+        9,
+    )
     assert (found.caption_chars.mean, found.bytes, found.unusable) == (4.0, 1234, {"1.tar": "gone"})
     (tmp_path / "0.tar").write_bytes(b"")
     assert check(tmp_path) == 1

@@ -1,4 +1,6 @@
-"""The embedded data set: the same bytes every time, whole faces and a tenth of the names held out."""
+"""The embedded data set: the same bytes every time, whole faces and a tenth of the names held
+out.
+"""
 
 import hashlib
 from io import BytesIO
@@ -32,7 +34,11 @@ def test_held_out_names_are_made_of_known_words(everything: list[Glyph]) -> None
 
 def test_held_out_faces_are_never_trained_on(everything: list[Glyph]) -> None:
     parts = splits(everything)
-    assert {g.face for g in parts["test_seen"]} == {g.face for g in parts["test_unseen"]} == set(glyphs.HELD_OUT_FACES)
+    assert (
+        {g.face for g in parts["test_seen"]}
+        == {g.face for g in parts["test_unseen"]}
+        == set(glyphs.HELD_OUT_FACES)
+    )
     assert not {g.face for g in parts["train"]} & set(glyphs.HELD_OUT_FACES)
     assert len(everything) > 50_000
     assert len({g.name for g in everything}) > 7_000
@@ -40,7 +46,9 @@ def test_held_out_faces_are_never_trained_on(everything: list[Glyph]) -> None:
 
 def test_a_glyph_is_drawn_whole_and_in_the_middle() -> None:
     for character in "ÅgWjﷺ":
-        image = np.asarray(Image.open(BytesIO(draw(Glyph("DejaVuSans", ord(character), "")) or b"")))
+        image = np.asarray(
+            Image.open(BytesIO(draw(Glyph("DejaVuSans", ord(character), "")) or b""))
+        )
         ink = np.argwhere(image < 128)
         assert image.shape == (32, 32)
         assert ink.min() >= 1
@@ -49,14 +57,19 @@ def test_a_glyph_is_drawn_whole_and_in_the_middle() -> None:
     assert draw(Glyph("DejaVuSans", ord(" "), "space")) is None
 
 
-def test_the_same_bytes_for_any_number_of_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_bytes_for_any_number_of_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(glyphs, "faces", lambda: ["STIXGeneralItalic", "STIXGeneralBolIta"])
     monkeypatch.setattr(glyphs, "SHARD", 400)
     counts = [glyphs.make(tmp_path / str(workers), workers) for workers in (1, 2)]
     assert counts[0] == counts[1]
     names = sorted(path.relative_to(tmp_path / "1") for path in (tmp_path / "1").rglob("*.tar"))
     assert len(names) >= 4
-    digests = [[hashlib.sha256((tmp_path / w / n).read_bytes()).hexdigest() for n in names] for w in ("1", "2")]
+    digests = [
+        [hashlib.sha256((tmp_path / w / n).read_bytes()).hexdigest() for n in names]
+        for w in ("1", "2")
+    ]
     assert digests[0] == digests[1]
     train = open_catalog(str(tmp_path / "1" / "train"))
     assert len(train) == counts[0]["train"]

@@ -22,7 +22,9 @@ def photos(tmp_path: Path) -> Path:
     return make_photos(tmp_path)
 
 
-def test_numbers_and_bytes_do_not_depend_on_workers_or_the_shuffle(photos: Path, tmp_path: Path) -> None:
+def test_numbers_and_bytes_do_not_depend_on_workers_or_the_shuffle(
+    photos: Path, tmp_path: Path
+) -> None:
     size = ("--pairs_per_shard", 3)
     assert run(photos / "photos.csv", tmp_path / "one", *size, "--workers", 1) == 0
     assert run(photos / "photos.csv", tmp_path / "four", *size, "--workers", 4) == 0
@@ -39,12 +41,15 @@ def test_numbers_and_bytes_do_not_depend_on_workers_or_the_shuffle(photos: Path,
     assert len({tuple(order) for order in orders.values()}) == 3
 
 
-def test_unusable_pairs_are_left_out_and_counted(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_unusable_pairs_are_left_out_and_counted(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     table = pd.read_csv(photos / "photos.csv")
     table.loc[1, "caption"] = "  \t "
     table.loc[2, "caption"] = None
     table.loc[3, "path"] = "images/nowhere.png"
-    table.loc[4, "caption"] = "null"  # a word, not a missing value
+    # a word, not a missing value
+    table.loc[4, "caption"] = "null"
     table.loc[5, "caption"] = "007"
     (photos / "images/black.png").write_bytes(b"<html>404</html>")
     (photos / "images/pink.png").write_bytes(picture("pink")[:-30])
@@ -55,9 +60,12 @@ def test_unusable_pairs_are_left_out_and_counted(photos: Path, tmp_path: Path, c
     assert run(*args, "--max_error_rate", 0.5) == 0
     stats = json.loads((tmp_path / "out/00000_stats.json").read_text())
     assert stats["status_dict"] == {
-        "success": 7, "empty caption": 2, "no such image file": 1, "not an image": 1,
+        "success": 7,
+        "empty caption": 2,
+        "no such image file": 1,
+        "not an image": 1,
         "truncated or broken image": 1,
-    }  # fmt: skip
+    }
     found = by_index(tmp_path / "out")
     assert sorted(found) == [0, 4, 5, 6, 8, 10, 11]
     assert (found[4]["caption"], found[5]["caption"]) == ("null", "007")
@@ -89,7 +97,8 @@ def test_formats_and_sizes(tmp_path: Path) -> None:
         with Image.open(BytesIO(sample[".image"])) as image:
             assert (image.format, image.size) == ("WEBP", (20, 10))
         assert (sample["width"], sample["height"]) == (20, 10)
-    assert run(folder / "t.csv", tmp_path / "same", "--resize", 300) == 0  # never enlarged
+    # never enlarged
+    assert run(folder / "t.csv", tmp_path / "same", "--resize", 300) == 0
     assert {(s["width"], s["height"]) for s in samples(tmp_path / "same").values()} == {(60, 30)}
 
 
@@ -99,11 +108,14 @@ def test_goes_on_after_a_kill(photos: Path, tmp_path: Path) -> None:
     assert run(*args) == 0
     whole = {path.name: path.read_bytes() for path in out.glob("*.tar")}
     times = {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")}
-    (out / "00001_stats.json").unlink()  # killed before the mark was set
-    (out / "00002.tar").write_bytes(whole["00002.tar"][:1000])  # cut later on
+    # killed before the mark was set
+    (out / "00001_stats.json").unlink()
+    # cut later on
+    (out / "00002.tar").write_bytes(whole["00002.tar"][:1000])
     (out / "00003.index.parquet").unlink()
     stats = json.loads((out / "00004_stats.json").read_text())
-    (out / "00004_stats.json").write_text(json.dumps(stats | {"successes": 1}))  # not of this tar
+    # not of this tar
+    (out / "00004_stats.json").write_text(json.dumps(stats | {"successes": 1}))
     (out / ".tmp-4711-00001.tar").write_bytes(b"half a shard")
     assert run(*args) == 0
     assert {path.name: path.read_bytes() for path in out.glob("*.tar")} == whole
@@ -113,7 +125,9 @@ def test_goes_on_after_a_kill(photos: Path, tmp_path: Path) -> None:
     check_colours(out)
 
 
-def test_other_arguments_or_inputs_are_refused(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_other_arguments_or_inputs_are_refused(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     out = tmp_path / "out"
     assert run(photos / "photos.csv", out, "--pairs_per_shard", 3) == 0
     before = {path.name: path.read_bytes() for path in out.iterdir()}
@@ -129,10 +143,13 @@ def test_other_arguments_or_inputs_are_refused(photos: Path, tmp_path: Path, cap
     assert sorted(path.name for path in out.glob("*.tar")) == ["00000.tar", "00001.tar"]
     assert {s["caption"] for s in samples(out).values()} == {"other"}
     (out / "make_shards.json").unlink()
-    assert run(photos / "photos.csv", out, "--pairs_per_shard", 6) == 2  # somebody else's shards, for all we know
+    # somebody else's shards, for all we know
+    assert run(photos / "photos.csv", out, "--pairs_per_shard", 6) == 2
 
 
-def test_zip_members_that_claim_too_much_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_zip_members_that_claim_too_much_are_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import data_tools.stores
 
     monkeypatch.setattr(data_tools.stores, "MAX_FILE_BYTES", 10_000)
@@ -217,7 +234,8 @@ def test_repaired_images_are_taken_by_the_same_command(
 ) -> None:
     hidden = (photos / "images").rename(photos / "not mounted")
     args = (photos / "photos.csv", tmp_path / "out", "--pairs_per_shard", 6)
-    for _ in range(2):  # a second time it is no success either
+    # a second time it is no success either
+    for _ in range(2):
         assert run(*args) == 1
         assert "no such image file" in capsys.readouterr().err
     hidden.rename(photos / "images")
@@ -229,10 +247,13 @@ def test_repaired_images_are_taken_by_the_same_command(
     assert run(*args) == 0
     check_colours(tmp_path / "out")
     after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.tar")}
-    assert sum(before[name] != after[name] for name in before) == 1  # the other shard lacked nothing
+    # the other shard lacked nothing
+    assert sum(before[name] != after[name] for name in before) == 1
 
 
-def test_a_stopped_run_is_no_whole_data_set(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_stopped_run_is_no_whole_data_set(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     out = tmp_path / "out"
     assert run(photos / "photos.csv", out, "--pairs_per_shard", 4) == 0
     for path in out.glob("00002*"):
@@ -243,11 +264,15 @@ def test_a_stopped_run_is_no_whole_data_set(photos: Path, tmp_path: Path, capsys
     assert check_shards.main([str(out)]) == 1
     output = capsys.readouterr()
     assert said in output.out + output.err
-    assert len(open_catalog(f"{out}/*.tar")) == 8  # named one by one they are what is wanted
-    assert len(open_catalog([f"{out}/*.tar", f"{out}/00000.tar"])) == 8  # twice named, there once
+    # named one by one they are what is wanted
+    assert len(open_catalog(f"{out}/*.tar")) == 8
+    # twice named, there once
+    assert len(open_catalog([f"{out}/*.tar", f"{out}/00000.tar"])) == 8
 
 
-def test_the_name_of_the_only_folder_is_no_caption(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_the_name_of_the_only_folder_is_no_caption(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     (tmp_path / "in" / "Images").mkdir(parents=True)
     for name in ("red", "blue"):
         (tmp_path / "in" / "Images" / f"{name}.png").write_bytes(picture(name))
@@ -257,7 +282,9 @@ def test_the_name_of_the_only_folder_is_no_caption(tmp_path: Path, capsys: pytes
     assert "'Images', would be every caption; give a table by --table (captions.csv?)" in said
 
 
-def test_a_table_inside_a_zipped_folder_is_found(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_table_inside_a_zipped_folder_is_found(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     with zipfile.ZipFile(tmp_path / "in.zip", "w") as file:
         file.writestr("photos/metadata.csv", "file_name,caption\na/red.png,red\na/blue.png,blue\n")
         for name in ("red", "blue"):
@@ -279,7 +306,8 @@ def test_texts_that_are_no_text_are_named(tmp_path: Path, capsys: pytest.Capture
     assert "1 captions cannot be read, as blue.txt: not UTF-8; convert" in capsys.readouterr().err
     (tmp_path / "in" / "blue.txt").write_text("blue")
     assert run(tmp_path / "in", tmp_path / "out") == 0
-    assert set(colours(tmp_path / "out")) == {"red", "blue"}  # no byte order mark
+    # no byte order mark
+    assert set(colours(tmp_path / "out")) == {"red", "blue"}
 
 
 def test_rows_without_an_image_are_left_out_one_by_one(photos: Path, tmp_path: Path) -> None:
@@ -302,11 +330,19 @@ def test_numbers_beside_empty_cells_stay_what_they_are(
     args = (photos / "photos.csv", tmp_path / "out", "--group", "group", "--label", "kind")
     assert run(*args) == 0
     assert {number: sample["label"] for number, sample in by_index(tmp_path / "out").items()} == {
-        **{i: i for i in range(11)}, 11: None
-    }  # fmt: skip
-    assert all(type(sample["label"]) is int for number, sample in by_index(tmp_path / "out").items() if number < 11)
+        **{i: i for i in range(11)},
+        11: None,
+    }
+    assert all(
+        type(sample["label"]) is int
+        for number, sample in by_index(tmp_path / "out").items()
+        if number < 11
+    )
     assert run(*args, "--keep", "id", "--overwrite") == 2
-    assert "column id: long numbers beside empty cells lose their last digits" in capsys.readouterr().err
+    assert (
+        "column id: long numbers beside empty cells lose their last digits"
+        in capsys.readouterr().err
+    )
 
 
 def test_pictures_that_a_format_cannot_hold_are_counted(tmp_path: Path) -> None:
@@ -337,7 +373,8 @@ def test_two_commands_do_not_make_shards_in_one_folder(
     with locks.alone(out, "this one"):
         assert run(photos / "photos.csv", out) == 2
     assert f"error: {out}: another command makes shards there; wait" in capsys.readouterr().err
-    assert [file.name for file in out.iterdir()] == [".tmp-1-00000_stats.json"]  # not swept
+    # not swept
+    assert [file.name for file in out.iterdir()] == [".tmp-1-00000_stats.json"]
     assert run(photos / "photos.csv", out) == 0
 
 

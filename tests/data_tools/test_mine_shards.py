@@ -1,9 +1,11 @@
-"""Scores, plans and repacked shards: each pair scored once by whichever rank, hard batches of all of them, in order.
+"""Scores, plans and repacked shards: each pair scored once by whichever rank, hard batches of all
+of them, in order.
 
-Seen to fail when: a sidecar is written in place; a cut, replaced or other model's one is kept; the last caption is
-scored; broken images shift the rows; a rank scores all shards, or encodes a share of each; a pair's place in its shard
-is taken for its number; windows overflow, or batches come out of one window; the other half of a plan stays mined;
-copies meet in a group; repack goes on into another plan's folder, or takes a half-written shard for done.
+Seen to fail when: a sidecar is written in place; a cut, replaced or other model's one is kept; the
+last caption is scored; broken images shift the rows; a rank scores all shards, or encodes a share
+of each; a pair's place in its shard is taken for its number; windows overflow, or batches come out
+of one window; the other half of a plan stays mined; copies meet in a group; repack goes on into
+another plan's folder, or takes a half-written shard for done.
 """
 
 import json
@@ -90,7 +92,9 @@ def tables(folder: Path) -> list[pa.Table]:
 
 
 def shard_of(*names: str, folder: Path, colour: str = "red") -> Path:
-    """A shard without json: captions and one-coloured pictures; as of img2dataset, but for the numbers."""
+    """A shard without json: captions and one-coloured pictures; as of img2dataset, but for the
+    numbers.
+    """
     folder.mkdir(exist_ok=True)
     out = BytesIO()
     Image.new("RGB", (20, 16), colour).save(out, "PNG")
@@ -103,28 +107,37 @@ def shard_of(*names: str, folder: Path, colour: str = "red") -> Path:
     return shard
 
 
-# ---- scores ----------------------------------------------------------------------------------------------------
+# ---- scores
+# ----------------------------------------------------------------------------------------------------
 
 
 def test_a_sidecar_holds_what_the_model_makes_of_each_pair(scored: Path, model: Path) -> None:
     encoder, loaded = load_model(str(model))
     encoder.eval()
     shard = scored / "00001.tar"
-    catalog, index, table = open_catalog(str(shard)), read_index(shard), tables(scored)[1]
+    catalog = open_catalog(str(shard))
+    index = read_index(shard)
+    table = tables(scored)[1]
     assert table["row"].to_pylist() == list(range(100))
     for name in ("key", "index", "caption_hash"):
         assert table[name].to_pylist() == index[name].to_pylist()
-    assert table["image_hash"].to_pylist() == [image_hash(catalog.read(row).image) for row in range(100)]
+    assert table["image_hash"].to_pylist() == [
+        image_hash(catalog.read(row).image) for row in range(100)
+    ]
     assert table.schema.field("image").type == pa.list_(pa.float16(), 16)
     with torch.no_grad():
         members = [catalog.read(row) for row in range(100)]
         transform = ImageTransform(encoder.spec)
         image = encoder.encode_image(torch.stack([transform(each.image) for each in members]))
-        text = encoder.encode_text(loaded.tokenize([captions_of(m.text, fields_of(m.json))[0] for m in members]))
+        text = encoder.encode_text(
+            loaded.tokenize([captions_of(m.text, fields_of(m.json))[0] for m in members])
+        )
     for name, wanted in (("image", image), ("text", text)):
         found = np.stack(table[name].to_numpy())
         np.testing.assert_allclose(found, wanted.numpy(), atol=1e-3)
-    np.testing.assert_allclose(table["similarity"].to_numpy(), (image * text).sum(1).numpy(), atol=1e-5)
+    np.testing.assert_allclose(
+        table["similarity"].to_numpy(), (image * text).sum(1).numpy(), atol=1e-5
+    )
     said = {key.decode(): value.decode() for key, value in table.schema.metadata.items()}
     assert said["tar_proof"] == proof(shard)
     assert said["clipsmall"] == __version__
@@ -172,20 +185,26 @@ def test_another_scorers_sidecar_stays_unless_told(
     assert "00000.scores.parquet: scores of another model" in said
     assert "--rescore" in said
     assert tables(shards) == before
-    sidecar(shards / "00000.tar").unlink()  # one is missing, others are another's: nothing is begun
+    # one is missing, others are another's: nothing is begun
+    sidecar(shards / "00000.tar").unlink()
     refused(capsys, "score", other, "--data", shards)
     assert not sidecar(shards / "00000.tar").exists()
     assert run("score", other, "--data", shards, "--rescore") == 0
     written = [path.stat().st_mtime_ns for path in sorted(shards.glob("*.scores.parquet"))]
-    assert run("score", other, "--data", shards, "--rescore") == 0  # goes on: nothing is left to do
+    # goes on: nothing is left to do
+    assert run("score", other, "--data", shards, "--rescore") == 0
     assert [path.stat().st_mtime_ns for path in sorted(shards.glob("*.scores.parquet"))] == written
     assert tables(shards)[1]["image"] != before[1]["image"]
     assert tables(shards)[1]["image_hash"] == before[1]["image_hash"]
     assert run("score", other, "--data", shards, "--scores", shards / "mine") == 0
-    assert [table["text"] for table in tables(shards / "mine")] == [table["text"] for table in tables(shards)]
+    assert [table["text"] for table in tables(shards / "mine")] == [
+        table["text"] for table in tables(shards)
+    ]
 
 
-def test_the_same_weights_by_another_name_are_the_same_scorer(shards: Path, model: Path, tmp_path: Path) -> None:
+def test_the_same_weights_by_another_name_are_the_same_scorer(
+    shards: Path, model: Path, tmp_path: Path
+) -> None:
     shutil.copytree(model, tmp_path / "moved")
     assert run("score", tmp_path / "moved", "--data", shards) == 0
     assert all(str(model).encode() in table.schema.metadata[b"scorer"] for table in tables(shards))
@@ -196,7 +215,8 @@ def test_a_sidecar_is_written_whole_or_not_at_all(
 ) -> None:
     for path in shards.glob("*.scores.parquet"):
         path.unlink()
-    real, written = pq.write_table, list[Path]()
+    real = pq.write_table
+    written = list[Path]()
 
     def failing(table: pa.Table, path: Path, **options: Any) -> None:
         real(table, path, **options)
@@ -207,7 +227,9 @@ def test_a_sidecar_is_written_whole_or_not_at_all(
 
     monkeypatch.setattr(pq, "write_table", failing)
     assert "disk full" in refused(capsys, "score", model, "--data", shards)
-    assert [path.name for path in shards.iterdir() if "scores" in path.name] == ["00000.scores.parquet"]
+    assert [path.name for path in shards.iterdir() if "scores" in path.name] == [
+        "00000.scores.parquet"
+    ]
 
 
 def test_broken_images_are_left_out_and_counted(
@@ -223,7 +245,20 @@ def test_broken_images_are_left_out_and_counted(
     table = tables(tmp_path / "some")[0]
     assert table["row"].to_pylist() == [0, 2]
     assert table["key"].to_pylist() == ["00000_0", "00000_2"]
-    assert run("plan", "--data", tmp_path / "some", "--out", tmp_path / "p", "--batch_size", 2, "--group", 2) == 0
+    assert (
+        run(
+            "plan",
+            "--data",
+            tmp_path / "some",
+            "--out",
+            tmp_path / "p",
+            "--batch_size",
+            2,
+            "--group",
+            2,
+        )
+        == 0
+    )
     assert "1 have no scores" in capsys.readouterr().out
     # a shard without one good image does not keep the others from being scored
     shard_of("broken", folder=tmp_path / "some")
@@ -231,7 +266,20 @@ def test_broken_images_are_left_out_and_counted(
     assert run("score", model, "--data", tmp_path / "some") == 0
     assert "scored 1 pairs of 2 shards" in capsys.readouterr().out
     assert [len(table) for table in tables(tmp_path / "some")] == [2, 2, 0, 1]
-    assert run("plan", "--data", tmp_path / "some", "--out", tmp_path / "p", "--batch_size", 2, "--group", 2) == 0
+    assert (
+        run(
+            "plan",
+            "--data",
+            tmp_path / "some",
+            "--out",
+            tmp_path / "p",
+            "--batch_size",
+            2,
+            "--group",
+            2,
+        )
+        == 0
+    )
     assert "2 have no scores" in capsys.readouterr().out
 
 
@@ -239,7 +287,9 @@ def test_the_first_of_several_captions_is_scored(model: Path, glyphs: Path, tmp_
     catalog = open_catalog(str(glyphs / "train"))
     captions = [catalog.read(row).text.decode() for row in range(4)]
     for folder, each in (("one", captions[:1]), ("four", captions)):
-        write_shard(tmp_path / folder, 0, [Sample(0, catalog.read(0).image, "png", each, 32, 32)] * 2)
+        write_shard(
+            tmp_path / folder, 0, [Sample(0, catalog.read(0).image, "png", each, 32, 32)] * 2
+        )
         assert run("score", model, "--data", tmp_path / folder) == 0
     assert tables(tmp_path / "one")[0]["text"] == tables(tmp_path / "four")[0]["text"]
 
@@ -251,7 +301,10 @@ def score_in_ranks(words: list[str]) -> list[str]:
     done = list[str]()
     real = mine_shards.score_shard
     try:
-        mine_shards.score_shard = lambda e, c, place: (done.append(c.shards[place].name), real(e, c, place))[1]
+        mine_shards.score_shard = lambda e, c, place: (
+            done.append(c.shards[place].name),
+            real(e, c, place),
+        )[1]
         assert mine_shards.main(words) == 0
         return done
     finally:
@@ -259,25 +312,34 @@ def score_in_ranks(words: list[str]) -> list[str]:
         PartialState._reset_state()
 
 
-def test_two_ranks_score_each_shard_once_and_alike(ranks: Any, scored: Path, shards: Path, model: Path) -> None:
+def test_two_ranks_score_each_shard_once_and_alike(
+    ranks: Any, scored: Path, shards: Path, model: Path
+) -> None:
     for path in shards.glob("*.scores.parquet"):
         path.unlink()
     words = ["score", str(model), "--data", str(shards)]
     done = ranks(2, score_in_ranks, words)
     assert done == [["00000.tar", "00002.tar"], ["00001.tar"]]
     for mine, theirs in zip(tables(shards), tables(scored), strict=True):
-        assert mine.drop(["image", "text", "similarity"]) == theirs.drop(["image", "text", "similarity"])
+        assert mine.drop(["image", "text", "similarity"]) == theirs.drop(
+            ["image", "text", "similarity"]
+        )
         for name in ("image", "text"):
-            np.testing.assert_allclose(np.stack(mine[name].to_numpy()), np.stack(theirs[name].to_numpy()), atol=1e-3)
+            np.testing.assert_allclose(
+                np.stack(mine[name].to_numpy()), np.stack(theirs[name].to_numpy()), atol=1e-3
+            )
     for name in ("00001", "00002"):
         (shards / f"{name}.scores.parquet").unlink()
     assert ranks(2, score_in_ranks, words) == [["00001.tar"], ["00002.tar"]]
 
 
-# ---- plans -----------------------------------------------------------------------------------------------------
+# ---- plans
+# -----------------------------------------------------------------------------------------------------
 
 
-def test_a_plan_has_every_pair_once(scored: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_plan_has_every_pair_once(
+    scored: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     catalog = open_catalog(str(scored))
     made = ("plan", "--data", scored, *SMALL, "--out")
     assert run(*made, tmp_path / "all", "--fraction", 1) == 0
@@ -300,25 +362,34 @@ def test_a_plan_has_every_pair_once(scored: Path, tmp_path: Path, capsys: pytest
 def topics(pairs: int) -> Scores:
     """Scores of pairs of twelve topics, and a little of each pair's own."""
     random = np.random.default_rng(0)
-    topic = np.tile(random.normal(size=(12, 16)), (pairs // 12, 1)) + 0.5 * random.normal(size=(pairs, 16))
+    topic = np.tile(random.normal(size=(12, 16)), (pairs // 12, 1)) + 0.5 * random.normal(
+        size=(pairs, 16)
+    )
     sides = [topic + 0.2 * random.normal(size=(pairs, 16)) for _ in range(2)]
-    image, text = ((side / np.linalg.norm(side, axis=1, keepdims=True)).astype(np.float16) for side in sides)
+    image, text = (
+        (side / np.linalg.norm(side, axis=1, keepdims=True)).astype(np.float16) for side in sides
+    )
     return Scores(np.arange(pairs), np.arange(pairs), image, text, SCORER)
 
 
 def hardness(table: Scores, batches: Any) -> np.ndarray[Any, Any]:
     """Of each batch: the mean cosine of images with the captions of the same four slots."""
     groups = batches.reshape(-1, 4)
-    cosines = np.einsum("gid,gjd->gij", table.image[groups].astype(float), table.text[groups].astype(float))
+    cosines = np.einsum(
+        "gid,gjd->gij", table.image[groups].astype(float), table.text[groups].astype(float)
+    )
     of_groups = (cosines.sum(axis=(1, 2)) - np.trace(cosines, axis1=1, axis2=2)) / 12
     return of_groups.reshape(len(batches), -1).mean(axis=1)
 
 
 def test_mined_batches_are_hard_and_half_a_plan_is_random(scored: Path) -> None:
-    catalog, table = open_catalog(str(scored)), topics(300)
+    catalog = open_catalog(str(scored))
+    table = topics(300)
     mined = {}
     for fraction in (1, 0.5):
-        batches, numbers = plans.plan(catalog, table, Recipe(batch_size=16, guard=0, near=1), fraction, 300, 0)
+        batches, numbers = plans.plan(
+            catalog, table, Recipe(batch_size=16, guard=0, near=1), fraction, 300, 0
+        )
         assert np.unique(batches).size == batches.size == 288
         assert numbers["mined_batches"] == round(18 * fraction)
         assert numbers["mined_loss"] > 1.3 * numbers["random_loss"]
@@ -326,12 +397,14 @@ def test_mined_batches_are_hard_and_half_a_plan_is_random(scored: Path) -> None:
     assert hardness(table, np.random.default_rng(0).permutation(288).reshape(18, 16)).max() < 0.4
     assert mined[1].all()
     assert mined[0.5].sum() == 9
-    assert 0 < mined[0.5][:9].sum() < 9  # all in one shuffled list
+    # all in one shuffled list
+    assert 0 < mined[0.5][:9].sum() < 9
 
 
 def test_a_batch_is_made_of_groups_from_all_windows(scored: Path) -> None:
     """Windows of 64 alike pairs: a batch out of one of them would be hard as a whole."""
-    catalog, table = open_catalog(str(scored)), topics(300)
+    catalog = open_catalog(str(scored))
+    table = topics(300)
     recipe = Recipe(batch_size=16, guard=0, near=1)
     batches, _ = plans.plan(catalog, table, recipe, 1, 64, 0)
     generator = np.random.default_rng(0)
@@ -348,7 +421,8 @@ def test_a_batch_is_made_of_groups_from_all_windows(scored: Path) -> None:
 
 def test_copies_are_kept_apart_in_a_group(scored: Path) -> None:
     """Alike as can be: the same caption, or the same image."""
-    catalog, table = open_catalog(str(scored)), topics(240)
+    catalog = open_catalog(str(scored))
+    table = topics(240)
     catalog.caption_hash[:240] = np.arange(240) % 48
     for copies in (catalog.caption_hash, table.image_hash):
         batches, _ = plans.plan(catalog, table, Recipe(batch_size=16, guard=0, near=1), 1, 120, 0)
@@ -360,11 +434,27 @@ def test_copies_are_kept_apart_in_a_group(scored: Path) -> None:
 
 def test_pairs_without_numbers_are_named_by_their_place(model: Path, tmp_path: Path) -> None:
     folder = tmp_path / "some"
-    shard_of("one", "two", "", "three", folder=folder)  # an empty caption: left out of the catalog
+    # an empty caption: left out of the catalog
+    shard_of("one", "two", "", "three", folder=folder)
     shard_of("four", "five", "broken", "six", folder=folder)
     assert run("score", model, "--data", folder) == 0
     assert tables(folder)[1]["index"].to_pylist() == [-1, -1, -1]
-    assert run("plan", "--data", folder, "--out", tmp_path / "p", "--batch_size", 2, "--group", 2, "--window", 4) == 0
+    assert (
+        run(
+            "plan",
+            "--data",
+            folder,
+            "--out",
+            tmp_path / "p",
+            "--batch_size",
+            2,
+            "--group",
+            2,
+            "--window",
+            4,
+        )
+        == 0
+    )
     catalog = open_catalog(str(folder))
     rows = np.sort(read_plan(tmp_path / "p", catalog).rows.reshape(-1))
     assert rows.tolist() == [0, 1, 2, 3, 4, 6]
@@ -376,7 +466,21 @@ def test_pairs_found_bad_after_scoring_are_in_no_plan(shards: Path, tmp_path: Pa
     status = ["" if row not in (3, 50) else "broken" for row in range(100)]
     place = index.column_names.index("status")
     write_index(shards / "00001.tar", index.set_column(place, "status", pa.array(status)))
-    assert run("plan", "--data", shards, "--out", tmp_path / "p", *SMALL, "--batch_size", 2, "--group", 2) == 0
+    assert (
+        run(
+            "plan",
+            "--data",
+            shards,
+            "--out",
+            tmp_path / "p",
+            *SMALL,
+            "--batch_size",
+            2,
+            "--group",
+            2,
+        )
+        == 0
+    )
     catalog = open_catalog(str(shards))
     found = catalog.index[read_plan(tmp_path / "p", catalog).rows]
     assert found.size == 298
@@ -414,9 +518,15 @@ def test_windows_are_exactly_full_and_hold_pairs_alike() -> None:
     ],
 )
 def test_unusable_scores_make_no_plan(
-    shards: Path, model: Path, tmp_path: Path, how: str, says: str, capsys: pytest.CaptureFixture[str]
+    shards: Path,
+    model: Path,
+    tmp_path: Path,
+    how: str,
+    says: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    path, shard = sidecar(shards / "00001.tar"), shards / "00001.tar"
+    path = sidecar(shards / "00001.tar")
+    shard = shards / "00001.tar"
     if how == "missing":
         path.unlink()
     elif how == "cut":
@@ -443,7 +553,10 @@ def test_unusable_scores_make_no_plan(
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--batch_size", 512], "--batch_size=512: must be at least 2, and at most the 300 scored pairs"),
+        (
+            ["--batch_size", 512],
+            "--batch_size=512: must be at least 2, and at most the 300 scored pairs",
+        ),
         (["--group", 3], "--group=3: must be 0, or 2 to --batch_size=16 and divide it"),
         (["--group", 1], "--group=1"),
         (["--window", 3], "--window=3: must hold at least one group of 4"),
@@ -456,11 +569,14 @@ def test_unusable_scores_make_no_plan(
 def test_a_plan_that_cannot_be_made(
     scored: Path, tmp_path: Path, words: list[object], says: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert says in refused(capsys, "plan", "--data", scored, "--out", tmp_path / "p", *SMALL, *words)
+    assert says in refused(
+        capsys, "plan", "--data", scored, "--out", tmp_path / "p", *SMALL, *words
+    )
     assert not (tmp_path / "p").exists()
 
 
-# ---- repacked shards -------------------------------------------------------------------------------------------
+# ---- repacked shards
+# -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -469,10 +585,16 @@ def plan_file(scored: Path, tmp_path: Path) -> Path:
     return tmp_path / "plan"
 
 
-def test_repacked_shards_play_the_plan_as_they_lie(scored: Path, plan_file: Path, tmp_path: Path) -> None:
+def test_repacked_shards_play_the_plan_as_they_lie(
+    scored: Path, plan_file: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "mined"
-    assert run("repack", "--data", scored, "--plan", plan_file, "--out", out, "--pairs_per_shard", 100) == 0
-    old, new = open_catalog(str(scored)), open_catalog(str(out))
+    assert (
+        run("repack", "--data", scored, "--plan", plan_file, "--out", out, "--pairs_per_shard", 100)
+        == 0
+    )
+    old = open_catalog(str(scored))
+    new = open_catalog(str(out))
     plan = read_plan(plan_file, old)
     assert new.sizes == [96, 96, 96]
     order = Order(new.sizes, seed=7, window=0)
@@ -480,26 +602,38 @@ def test_repacked_shards_play_the_plan_as_they_lie(scored: Path, plan_file: Path
         rows = order.rows(0, np.arange(number * 16, number * 16 + 16))
         assert new.index[rows].tolist() == old.index[plan.rows[number]].tolist()
     for place, row in enumerate(plan.rows.reshape(-1).tolist()):
-        mine, theirs = new.read(place), old.read(row)
+        mine = new.read(place)
+        theirs = old.read(row)
         assert (mine.image, mine.text) == (theirs.image, theirs.text)
-        fields, kept = json.loads(mine.json), json.loads(theirs.json)
+        fields = json.loads(mine.json)
+        kept = json.loads(theirs.json)
         assert fields.pop("key") == f"{place // 96:05d}{place % 96:04d}"
         kept.pop("key")
         assert fields == kept
     assert new.caption_hash.tolist() == old.caption_hash[plan.rows].reshape(-1).tolist()
 
 
-def test_a_loader_of_ours_plays_repacked_shards(scored: Path, plan_file: Path, tmp_path: Path) -> None:
+def test_a_loader_of_ours_plays_repacked_shards(
+    scored: Path, plan_file: Path, tmp_path: Path
+) -> None:
     assert run("repack", "--data", scored, "--plan", plan_file, "--out", tmp_path / "mined") == 0
-    old, new = open_catalog(str(scored)), open_catalog(str(tmp_path / "mined"))
+    old = open_catalog(str(scored))
+    new = open_catalog(str(tmp_path / "mined"))
     order = Order(new.sizes, 0, window=0)
-    parts = [GlobalBatches(new, order, ImageTransform(ImageSpec(16)), TOKENIZE, 16, rank, 2) for rank in (0, 1)]
+    parts = [
+        GlobalBatches(new, order, ImageTransform(ImageSpec(16)), TOKENIZE, 16, rank, 2)
+        for rank in (0, 1)
+    ]
     assert parts[0].per_epoch == 18
     wanted = old.index[read_plan(plan_file, old).rows].tolist()
-    assert [torch.cat([part[k].pairs.index for part in parts]).tolist() for k in range(18)] == wanted
+    assert [
+        torch.cat([part[k].pairs.index for part in parts]).tolist() for k in range(18)
+    ] == wanted
 
 
-def test_suffixes_captions_and_sizes_of_foreign_shards_are_kept(model: Path, tmp_path: Path) -> None:
+def test_suffixes_captions_and_sizes_of_foreign_shards_are_kept(
+    model: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "some"
     folder.mkdir()
     pictures = []
@@ -509,11 +643,15 @@ def test_suffixes_captions_and_sizes_of_foreign_shards_are_kept(model: Path, tmp
         pictures.append((suffix, out.getvalue()))
     with webdataset.TarWriter(str(folder / "00000.tar"), encoder=False) as tar:
         for place, (suffix, data) in enumerate(pictures):
-            tar.write({"__key__": f"a{place}", suffix: data, "txt": f"one {place}\ntwo {place}".encode()})
+            tar.write(
+                {"__key__": f"a{place}", suffix: data, "txt": f"one {place}\ntwo {place}".encode()}
+            )
     write_index(folder / "00000.tar", build_index(folder / "00000.tar"))
     catalog = open_catalog(str(folder))
     write_plan(tmp_path / "p", np.array([[1, 0]]), catalog.fingerprint, {})
-    assert run("repack", "--data", folder, "--plan", tmp_path / "p", "--out", tmp_path / "mined") == 0
+    assert (
+        run("repack", "--data", folder, "--plan", tmp_path / "p", "--out", tmp_path / "mined") == 0
+    )
     new = open_catalog(str(tmp_path / "mined"))
     assert read_index(new.shards[0])["image_suffix"].to_pylist() == ["webp", "jpeg"]
     assert new.index.tolist() == [1, 0]
@@ -523,9 +661,14 @@ def test_suffixes_captions_and_sizes_of_foreign_shards_are_kept(model: Path, tmp
 
 
 def test_repack_goes_on_where_it_stopped(
-    scored: Path, plan_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    scored: Path,
+    plan_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    out, written = tmp_path / "mined", list[int]()
+    out = tmp_path / "mined"
+    written = list[int]()
     words = ("repack", "--data", scored, "--plan", plan_file, "--out", out, "--pairs_per_shard", 64)
 
     def failing(folder: Path, number: int, samples: Any) -> int:
@@ -536,7 +679,8 @@ def test_repack_goes_on_where_it_stopped(
 
     monkeypatch.setattr(repack, "write_shard", failing)
     assert "disk full" in refused(capsys, *words)
-    (out / "00000_stats.json").unlink()  # as if killed just before
+    # as if killed just before
+    (out / "00000_stats.json").unlink()
     assert run(*words) == 0
     assert written == [0, 1, 2, 0, 2, 3, 4]
     assert open_catalog(str(out)).sizes == [64, 64, 64, 64, 32]
@@ -551,12 +695,18 @@ def test_repack_refuses_another_plan_and_other_shards(
 
     assert run(*words(plan_file, tmp_path / "mined")) == 0
     assert run("plan", "--data", scored, "--out", tmp_path / "other", *SMALL, "--seed", 5) == 0
-    assert "holds shards of another plan" in refused(capsys, *words(tmp_path / "other", tmp_path / "mined"))
+    assert "holds shards of another plan" in refused(
+        capsys, *words(tmp_path / "other", tmp_path / "mined")
+    )
     assert "not made by repack" in refused(capsys, *words(plan_file, scored))
     catalog = open_catalog(str(scored))
     write_plan(tmp_path / "twice", np.array([[0, 1], [1, 2]]), catalog.fingerprint, {})
-    assert "has pair 1 twice" in refused(capsys, *words(tmp_path / "twice", tmp_path / "twice shards"))
-    said = refused(capsys, "repack", "--data", glyphs / "test", "--plan", plan_file, "--out", tmp_path / "new")
+    assert "has pair 1 twice" in refused(
+        capsys, *words(tmp_path / "twice", tmp_path / "twice shards")
+    )
+    said = refused(
+        capsys, "repack", "--data", glyphs / "test", "--plan", plan_file, "--out", tmp_path / "new"
+    )
     assert "a plan for other shards" in said
     assert not (tmp_path / "new").exists()
 
@@ -586,7 +736,9 @@ def test_the_hardest_groups_are_shown(
             )
     drawn: dict[str, Any] = {}
     monkeypatch.setattr(
-        hard_pairs, "draw_sheet", lambda path, cells, spread, what, title: drawn.update(cells=cells, spread=spread)
+        hard_pairs,
+        "draw_sheet",
+        lambda path, cells, spread, what, title: drawn.update(cells=cells, spread=spread),
     )
     assert run("score", model, "--data", glyphs / "train", "--scores", tmp_path / "s") == 0
     words = [
@@ -607,7 +759,9 @@ def test_the_hardest_groups_are_shown(
     rows = read_plan(tmp_path / "plan.parquet", catalog).rows.reshape(-1, 4)
     own, negative = hard_pairs.closeness(scores, np.searchsorted(scores.row, rows))
     first = rows[(negative - own).max(axis=1).argmax()]
-    assert [each.caption for each in drawn["cells"][:4]] == [catalog.read(int(row)).text.decode() for row in first]
+    assert [each.caption for each in drawn["cells"][:4]] == [
+        catalog.read(int(row)).text.decode() for row in first
+    ]
     monkeypatch.undo()
     assert run("plan", *words) == 0
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")

@@ -75,13 +75,17 @@ def test_image_folders_and_zips(tmp_path: Path, layout: str, zipped: bool) -> No
     assert {(s["caption"], s[".image"]) for s in found} == {
         (f"{c} box" if layout == "classes" else f"a {c} box", picture(c)) for c in COLOURS
     }
-    assert {s.get("label") for s in found} == ({f"{c}_box" for c in COLOURS} if layout == "classes" else {None})
+    assert {s.get("label") for s in found} == (
+        {f"{c}_box" for c in COLOURS} if layout == "classes" else {None}
+    )
     if layout == "txt":
         assert all(s["captions"] == [s["caption"], "a second line"] for s in found)
 
 
 @pytest.mark.parametrize("kind", ["disk", "dict", "parquet", "hf_parquet", "plain_bytes"])
-def test_datasets_and_bytes_in_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+def test_datasets_and_bytes_in_parquet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
@@ -102,7 +106,8 @@ def test_datasets_and_bytes_in_parquet(tmp_path: Path, monkeypatch: pytest.Monke
         made.save_to_disk(source)
     elif kind == "dict":
         datasets.DatasetDict(train=made, test=made.select([0])).save_to_disk(source)
-        assert run(f"hf:{source}", tmp_path / "out", *options) == 2  # which split?
+        # which split?
+        assert run(f"hf:{source}", tmp_path / "out", *options) == 2
         options += ["--split", "train"]
     elif kind == "plain_bytes":
         source = tmp_path / "plain.parquet"
@@ -121,7 +126,8 @@ def test_datasets_and_bytes_in_parquet(tmp_path: Path, monkeypatch: pytest.Monke
         assert found[number][".image"] == picture(colour)
         assert found[number]["label"] == "ab"[number % 2]
     before = (tmp_path / "out/00000.tar").stat().st_mtime_ns
-    assert run(name, tmp_path / "out", *options) == 0  # the fingerprint of a data set does not change by itself
+    # the fingerprint of a data set does not change by itself
+    assert run(name, tmp_path / "out", *options) == 0
     assert (tmp_path / "out/00000.tar").stat().st_mtime_ns == before
 
 
@@ -143,7 +149,11 @@ def test_rows_of_one_image_become_one_pair(photos: Path, tmp_path: Path) -> None
     options = ["--caption_split", "|", "--keep", "set", "--shuffle", "none"]
     assert run(photos / "many.csv", tmp_path / "path", *options) == 0
     found = by_index(tmp_path / "path")
-    assert [found[i].get("captions") for i in range(3)] == [["red one", "red two", "red three"], None, None]
+    assert [found[i].get("captions") for i in range(3)] == [
+        ["red one", "red two", "red three"],
+        None,
+        None,
+    ]
     assert [found[i]["caption"] for i in range(3)] == ["red one", "blue one", "pink"]
     assert [found[i]["set"] for i in range(3)] == ["x", "x", "y"]
     assert run(photos / "many.csv", tmp_path / "set", "--group", "set") == 0
@@ -151,13 +161,23 @@ def test_rows_of_one_image_become_one_pair(photos: Path, tmp_path: Path) -> None
 
 
 def test_several_caption_columns_kept_fields_and_where(photos: Path, tmp_path: Path) -> None:
-    table = pd.read_csv(photos / "photos.csv").assign(alt=[f"{c}?" for c in COLOURS], index=range(100, 112))
+    table = pd.read_csv(photos / "photos.csv").assign(
+        alt=[f"{c}?" for c in COLOURS], index=range(100, 112)
+    )
     table.loc[0, "kind"] = None
     table.to_csv(photos / "photos.csv", index=False)
     where = "size % 3 == 0 and caption.str.contains('box')"
     options = ("--caption", "alt,caption", "--keep", "kind,index", "--where", where)
     assert run(photos / "photos.csv", tmp_path / "out", *options) == 0
     found = by_index(tmp_path / "out")
-    assert [found[i]["captions"] for i in range(4)] == [[f"{c}?", f"a {c} box"] for c in COLOURS[::3]]
+    assert [found[i]["captions"] for i in range(4)] == [
+        [f"{c}?", f"a {c} box"] for c in COLOURS[::3]
+    ]
     assert [found[i]["kind"] for i in range(4)] == [None, "b", "a", "b"]
-    assert [found[i]["input_index"] for i in range(4)] == [100, 103, 106, 109]  # never our own `index`
+    # never our own `index`
+    assert [found[i]["input_index"] for i in range(4)] == [
+        100,
+        103,
+        106,
+        109,
+    ]

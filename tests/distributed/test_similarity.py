@@ -1,10 +1,11 @@
-"""The streamed pair matrix against the dense one and its autograd, on one rank and on several, gathered and in a ring.
+"""The streamed pair matrix against the dense one and its autograd, on one rank and on several,
+gathered and in a ring.
 
-Seen to fail when: a tile forgets the sums of those before it, or a gradient those of other tiles; the last, smaller
-tile is skipped; u or v is that of the first tile; a row with no entry divides by its zero; an own column counts among
-its group, or is left out against `keep_own`; `chosen` is counted backwards; half precision is not raised; ranks keep
-their column sums, maxima or gradients to themselves; a ring's gradients stop one rank too early; its order decides
-between equals.
+Seen to fail when: a tile forgets the sums of those before it, or a gradient those of other tiles;
+the last, smaller tile is skipped; u or v is that of the first tile; a row with no entry divides by
+its zero; an own column counts among its group, or is left out against `keep_own`; `chosen` is
+counted backwards; half precision is not raised; ranks keep their column sums, maxima or gradients
+to themselves; a ring's gradients stop one rank too early; its order decides between equals.
 """
 
 from collections.abc import Callable
@@ -27,7 +28,9 @@ LAYOUTS = ["plain", "groups", "own", "chosen", "all at once", "two lonely rows",
 
 
 def small_tiles(height: int = 5, width: int = 7) -> Any:
-    """Tiles that cut every matrix here into uneven parts, set in whichever process the test runs."""
+    """Tiles that cut every matrix here into uneven parts, set in whichever process the test
+    runs.
+    """
     return mock.patch.dict(similarity.TILE, cpu=(height, width))
 
 
@@ -38,17 +41,21 @@ def layout(kind: str, b: int, n: int, **changes: Any) -> Layout:
     groups = torch.randint(0, max(n // 2, 1), (n,), generator=generator)
     row_groups = groups[own]
     if kind == "two lonely rows":
-        groups, row_groups = torch.zeros_like(groups), 1 + torch.arange(b)
+        groups = torch.zeros_like(groups)
+        row_groups = 1 + torch.arange(b)
         row_groups[:2] = 0
     if kind == "nothing":
-        groups, row_groups = torch.zeros_like(groups), torch.zeros_like(row_groups)
+        groups = torch.zeros_like(groups)
+        row_groups = torch.zeros_like(row_groups)
     grouped = kind in ("groups", "all at once", "two lonely rows", "nothing")
     return Layout(
         own=own,
         columns=n,
         groups=((row_groups, groups),) if grouped else (),
         keep_own=kind in ("own", "all at once"),
-        chosen=torch.rand(n, generator=generator) < 0.6 if kind in ("chosen", "all at once") else None,
+        chosen=torch.rand(n, generator=generator) < 0.6
+        if kind in ("chosen", "all at once")
+        else None,
         **changes,
     )
 
@@ -62,15 +69,21 @@ def counts(place: Layout) -> Tensor:
                 out[i, j] = place.keep_own
                 continue
             same = any(bool(mine[i] == theirs[j]) for mine, theirs in place.groups)
-            out[i, j] = not same and (place.chosen is None or bool(place.chosen[(j - own) % place.columns]))
+            out[i, j] = not same and (
+                place.chosen is None or bool(place.chosen[(j - own) % place.columns])
+            )
     return out
 
 
-def inputs(b: int, n: int, width: int = 3, scale: float = 1.0, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+def inputs(
+    b: int, n: int, width: int = 3, scale: float = 1.0, dtype: torch.dtype = torch.float64
+) -> list[Tensor]:
     """x, y, u, v."""
     generator = torch.Generator().manual_seed(b + n)
     shapes = [(b, width), (n, width), (b,), (n,)]
-    made = [scale * torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    made = [
+        scale * torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes
+    ]
     return [tensor.to(dtype).requires_grad_() for tensor in made]
 
 
@@ -88,17 +101,24 @@ def close(found: Any, expected: Any, rtol: float = 1e-11) -> None:
 def gradients(outputs: list[Tensor], leaves: list[Tensor]) -> list[Tensor]:
     """Of a weighted sum of all that is given, the −inf of rows without entries not left out."""
     generator = torch.Generator().manual_seed(7)
-    weights = [torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.dtype) for out in outputs]
+    weights = [
+        torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.dtype)
+        for out in outputs
+    ]
     return list(torch.autograd.grad(outputs, leaves, weights, retain_graph=True))
 
 
-# --- one rank -------------------------------------------------------------------------------------------------------
+# --- one rank
+# -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", LAYOUTS)
 @pytest.mark.parametrize(("b", "n"), SHAPES)
-def test_log_sums_and_their_gradients_are_those_of_the_dense_matrix(b: int, n: int, kind: str) -> None:
-    place, leaves = layout(kind, b, n), inputs(b, n)
+def test_log_sums_and_their_gradients_are_those_of_the_dense_matrix(
+    b: int, n: int, kind: str
+) -> None:
+    place = layout(kind, b, n)
+    leaves = inputs(b, n)
     matrix = dense(*leaves, place)  # type: ignore[arg-type]
     expected = [matrix.logsumexp(dim=1), matrix.logsumexp(dim=0)]
     with small_tiles():
@@ -112,7 +132,8 @@ def test_log_sums_and_their_gradients_are_those_of_the_dense_matrix(b: int, n: i
 @pytest.mark.parametrize("offsets", ["none", "u", "v"])
 def test_rows_or_columns_alone_with_either_offset(rows: bool, offsets: str) -> None:
     place, (x, y, u, v) = layout("groups", 12, 31), inputs(12, 31)
-    u_or_none, v_or_none = (u if offsets == "u" else None), (v if offsets == "v" else None)
+    u_or_none = u if offsets == "u" else None
+    v_or_none = v if offsets == "v" else None
     leaves = [x, y, *([u] if offsets == "u" else []), *([v] if offsets == "v" else [])]
     expected = dense(x, y, u_or_none, v_or_none, place).logsumexp(dim=1 if rows else 0)
     with small_tiles():
@@ -126,7 +147,8 @@ def test_rows_or_columns_alone_with_either_offset(rows: bool, offsets: str) -> N
 
 @pytest.mark.parametrize("kind", ["two lonely rows", "nothing"])
 def test_rows_without_an_entry_are_minus_infinity_and_move_nothing(kind: str) -> None:
-    place, leaves = layout(kind, 12, 31), inputs(12, 31)
+    place = layout(kind, 12, 31)
+    leaves = inputs(12, 31)
     lonely = ~counts(place).any(dim=1)
     with small_tiles():
         sums = similarity.logsumexp(leaves[0], leaves[1], place, leaves[2], leaves[3])
@@ -176,7 +198,9 @@ def test_totals_and_row_sums_are_those_of_the_dense_matrix(
 @pytest.mark.parametrize(("b", "n"), SHAPES)
 def test_nearest_is_the_first_of_the_largest(b: int, n: int, kind: str) -> None:
     place, (x, y, u, _) = layout(kind, b, n), inputs(b, n)
-    x, y = (2 * x).round(), (2 * y).round()  # few values: many equals
+    # few values: many equals
+    x = (2 * x).round()
+    y = (2 * y).round()
     best, where = dense(x, y, u, None, place).detach().max(dim=1)
     with small_tiles():
         found, column = similarity.nearest(x, y, place, u)
@@ -192,8 +216,11 @@ def test_nearest_is_the_first_of_the_largest(b: int, n: int, kind: str) -> None:
     tile=st.tuples(st.integers(1, 4), st.integers(1, 4)),
     kind=st.sampled_from(LAYOUTS),
 )
-def test_gradients_by_finite_differences(b: int, more: int, width: int, tile: tuple[int, int], kind: str) -> None:
-    place, leaves = layout(kind, b, b + more), inputs(b, b + more, width)
+def test_gradients_by_finite_differences(
+    b: int, more: int, width: int, tile: tuple[int, int], kind: str
+) -> None:
+    place = layout(kind, b, b + more)
+    leaves = inputs(b, b + more, width)
     weights = torch.linspace(0.5, 2.0, b, dtype=torch.float64)
 
     def outputs(x: Tensor, y: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, ...]:
@@ -206,14 +233,21 @@ def test_gradients_by_finite_differences(b: int, more: int, width: int, tile: tu
 
 
 def test_outputs_may_serve_twice_and_graphs_be_walked_twice() -> None:
-    place, leaves = layout("plain", 12, 31), inputs(12, 31)
+    place = layout("plain", 12, 31)
+    leaves = inputs(12, 31)
     matrix = dense(*leaves, place)  # type: ignore[arg-type]
-    rows, columns = matrix.logsumexp(dim=1), matrix.logsumexp(dim=0)
-    expected = (rows.exp().mean() + rows.square().mean() + columns[place.own].mean() + columns.sum(),)
+    rows = matrix.logsumexp(dim=1)
+    columns = matrix.logsumexp(dim=0)
+    expected = (
+        rows.exp().mean() + rows.square().mean() + columns[place.own].mean() + columns.sum(),
+    )
     with small_tiles():
         sums = similarity.logsumexp(leaves[0], leaves[1], place, leaves[2], leaves[3])
         found = (
-            sums.rows.exp().mean() + sums.rows.square().mean() + sums.columns[place.own].mean() + sums.columns.sum(),
+            sums.rows.exp().mean()
+            + sums.rows.square().mean()
+            + sums.columns[place.own].mean()
+            + sums.columns.sum(),
         )
         total = similarity.total(leaves[0], leaves[1], place, softplus, torch.ones(12))
         for _ in range(2):
@@ -226,7 +260,10 @@ def test_without_gradients_the_values_are_the_same() -> None:
     weights = torch.ones(12)
 
     def outputs() -> list[Tensor]:
-        return [*similarity.logsumexp(x, y, place, u, v), similarity.total(x, y, place, softplus, weights, u)]
+        return [
+            *similarity.logsumexp(x, y, place, u, v),
+            similarity.total(x, y, place, softplus, weights, u),
+        ]
 
     with small_tiles():
         expected = outputs()
@@ -238,20 +275,25 @@ def test_without_gradients_the_values_are_the_same() -> None:
 
 def test_without_gradients_none_is_made() -> None:
     place, (x, y, u, _) = layout("groups", 12, 31), inputs(12, 31)
-    made = mock.patch.object(similarity._Gradients, "add", side_effect=AssertionError("a gradient that nobody wants"))
+    made = mock.patch.object(
+        similarity._Gradients, "add", side_effect=AssertionError("a gradient that nobody wants")
+    )
     with small_tiles(), made, torch.no_grad():
         similarity.total(x, y, place, softplus, torch.ones(12), u)
 
 
-# --- numbers at their limits ----------------------------------------------------------------------------------------
+# --- numbers at their limits
+# ----------------------------------------------------------------------------------------
 
 
 def test_float32_logits_of_200_are_those_of_float64() -> None:
     """Cosines of ±1 at scale 200, in tiles: as near as float32 can hold a number of 200."""
     place = layout("groups", 40, 40)
     unit = [F.normalize(tensor.detach(), dim=1) for tensor in inputs(40, 40, width=4)[:2]]
-    unit[1][:20] = unit[0][place.own.argsort()][:20]  # true pairs at +200
-    unit[1][20:30] = -unit[0][:10]  # and others at −200
+    # true pairs at +200
+    unit[1][:20] = unit[0][place.own.argsort()][:20]
+    # and others at −200
+    unit[1][20:30] = -unit[0][:10]
     high = [(200 * unit[0]).requires_grad_(), unit[1].clone().requires_grad_()]
     low = [tensor.detach().float().requires_grad_() for tensor in high]
     matrix = dense(*high, None, None, place)  # type: ignore[arg-type]
@@ -263,7 +305,9 @@ def test_float32_logits_of_200_are_those_of_float64() -> None:
     for found, exact in zip([sums.rows, sums.columns], expected, strict=True):
         torch.testing.assert_close(found.double(), exact, rtol=0, atol=1e-4)
     for found, exact in zip(grads, gradients(expected, high), strict=True):
-        torch.testing.assert_close(found.double(), exact, rtol=1e-3, atol=1e-3 * exact.abs().max().item())
+        torch.testing.assert_close(
+            found.double(), exact, rtol=1e-3, atol=1e-3 * exact.abs().max().item()
+        )
 
 
 def test_offsets_of_minus_infinity_leave_rows_and_columns_out() -> None:
@@ -280,14 +324,18 @@ def test_offsets_of_minus_infinity_leave_rows_and_columns_out() -> None:
 
 @pytest.mark.parametrize("broken", range(4))
 def test_a_nan_is_never_a_silent_number(broken: int) -> None:
-    """In x or u it spoils that row and all columns, in y or v that column and all rows; likewise the gradients."""
-    place, leaves = layout("own", 12, 31), inputs(12, 31)
+    """In x or u it spoils that row and all columns, in y or v that column and all rows; likewise
+    the gradients.
+    """
+    place = layout("own", 12, 31)
+    leaves = inputs(12, 31)
     with torch.no_grad():
         leaves[broken].view(len(leaves[broken]), -1)[10, 0] = torch.nan
     with small_tiles():
         sums = similarity.logsumexp(leaves[0], leaves[1], place, leaves[2], leaves[3])
         total = similarity.total(leaves[0], leaves[1], place, softplus, torch.ones(12), leaves[2])
-        of_row, of_column = sums.rows.isnan(), sums.columns.isnan()
+        of_row = sums.rows.isnan()
+        of_column = sums.columns.isnan()
         dx, dy, _, _ = gradients([sums.rows, sums.columns], leaves)
     if broken in (0, 2):
         assert of_row.nonzero().tolist() == [[10]]
@@ -321,13 +369,17 @@ def test_half_precision_features_are_summed_as_float32(dtype: torch.dtype, autoc
 
     def outputs(x: Tensor, y: Tensor, u: Tensor, v: Tensor) -> list[list[Tensor]]:
         sums = similarity.logsumexp(x, y, place, u, v)
-        return [[sums.rows, sums.columns], [similarity.total(x, y, place, softplus, torch.ones(12), u)]]
+        return [
+            [sums.rows, sums.columns],
+            [similarity.total(x, y, place, softplus, torch.ones(12), u)],
+        ]
 
     with small_tiles():
         expected = outputs(*high)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
             found = outputs(*low)
-            # a backward inside autocast is bad manners, and must not matter; v is no part of the total
+            # a backward inside autocast is bad manners, and must not matter; v is no part of the
+            # total
             grads = [*gradients(found[0], low), *gradients(found[1], [low[0], low[2]])]
             nearest = similarity.nearest(low[0], low[1], place)[0]
             row_sums = similarity.row_sums(low[0], low[1], place, softplus)
@@ -343,7 +395,8 @@ def test_half_precision_features_are_summed_as_float32(dtype: torch.dtype, autoc
 def test_half_precision_offsets_get_gradients_summed_in_float32() -> None:
     """In 2,000 tiles a sum of ones in bf16 stands still at 256."""
     place = layout("own", 4, 2000)
-    x, y = torch.zeros(4, 1), torch.zeros(2000, 1)
+    x = torch.zeros(4, 1)
+    y = torch.zeros(2000, 1)
     u = torch.zeros(4, dtype=torch.bfloat16, requires_grad=True)
     with small_tiles(4, 1):
         (found,) = torch.autograd.grad(similarity.total(x, y, place, itself, torch.ones(4), u), [u])
@@ -356,7 +409,9 @@ def test_a_loss_scaled_up_saves_the_gradient_of_fp16_columns() -> None:
     low = inputs(12, 31, dtype=torch.float16)[:2]
     high = [tensor.detach().float().requires_grad_() for tensor in low]
     found, exact = (
-        torch.autograd.grad(2**16 * similarity.total(x, y, place, itself, torch.full((12,), 1e-9)), [x, y])
+        torch.autograd.grad(
+            2**16 * similarity.total(x, y, place, itself, torch.full((12,), 1e-9)), [x, y]
+        )
         for x, y in (low, high)
     )
     torch.testing.assert_close(found, tuple(grad.half() for grad in exact), rtol=1e-3, atol=1e-7)
@@ -378,7 +433,9 @@ def test_autocast_is_as_it_was_after_a_sweep_and_after_an_error() -> None:
 
 
 def test_columns_may_have_another_dtype_than_rows() -> None:
-    """bf16 columns, as in a queue: they are raised to the rows' dtype and get their gradient in their own."""
+    """bf16 columns, as in a queue: they are raised to the rows' dtype and get their gradient in
+    their own.
+    """
     place, (x, y, _, _) = layout("groups", 12, 31), inputs(12, 31, dtype=torch.float32)
     half = y.detach().bfloat16().requires_grad_()
     full = half.detach().float().requires_grad_()
@@ -386,14 +443,18 @@ def test_columns_may_have_another_dtype_than_rows() -> None:
         found = similarity.logsumexp(x, half, place)
         exact = similarity.logsumexp(x, full, place)
         close([found.rows, found.columns], [exact.rows, exact.columns], rtol=0.0)
-        mine, true = (gradients([s.rows, s.columns], [x, y]) for s, y in ((found, half), (exact, full)))
+        mine, true = (
+            gradients([s.rows, s.columns], [x, y]) for s, y in ((found, half), (exact, full))
+        )
     assert torch.equal(mine[0], true[0])
     assert torch.equal(mine[1], true[1].bfloat16())
 
 
-# --- several ranks --------------------------------------------------------------------------------------------------
+# --- several ranks
+# --------------------------------------------------------------------------------------------------
 
-B = 24  # rows and columns over all ranks: 3 a rank on eight of them
+# rows and columns over all ranks: 3 a rank on eight of them
+B = 24
 
 
 def mine(x: Tensor) -> Tensor:
@@ -401,7 +462,9 @@ def mine(x: Tensor) -> Tensor:
 
 
 def over_ranks(kind: str, ring: bool, dtype: torch.dtype, offsets: bool) -> list[Tensor]:
-    """Loss, maxima and all gradients of one global batch; each rank's part in the convention of world.gather."""
+    """Loss, maxima and all gradients of one global batch; each rank's part in the convention of
+    world.gather.
+    """
     place = layout(kind, B, B)
     part = Layout(
         own=mine(place.own),
@@ -412,9 +475,12 @@ def over_ranks(kind: str, ring: bool, dtype: torch.dtype, offsets: bool) -> list
         ring=ring,
     )
     leaves = [mine(tensor.detach()).clone().requires_grad_() for tensor in inputs(B, B)]
-    x, y = leaves[0], leaves[1].to(dtype)
+    x = leaves[0]
+    y = leaves[1].to(dtype)
     u, v = (leaves[2], world.gather(leaves[3])) if offsets else (None, None)
-    by_row, by_column = (mine(torch.linspace(start, 2.0, B, dtype=torch.float64)) for start in (-1.0, 0.3))
+    by_row, by_column = (
+        mine(torch.linspace(start, 2.0, B, dtype=torch.float64)) for start in (-1.0, 0.3)
+    )
     columns = y if ring else world.gather(y)
     with small_tiles():
         sums = similarity.logsumexp(x, columns, part, u, v)
@@ -423,9 +489,12 @@ def over_ranks(kind: str, ring: bool, dtype: torch.dtype, offsets: bool) -> list
         total = similarity.total(x, columns, part, softplus, by_row / len(x), u)
         loss = ours.mean() + total
         grads = torch.autograd.grad(loss, leaves if offsets else leaves[:2])
-        best, where = similarity.nearest(x.detach().round(), columns.detach().round(), part, u)  # many equals
+        # many equals
+        best, where = similarity.nearest(x.detach().round(), columns.detach().round(), part, u)
         negative = similarity.row_sums(x, columns, part, softplus, u)
-    gathered = [world.gather(tensor.detach()) for tensor in (sums.rows, sums.row_max, best, where, negative)]
+    gathered = [
+        world.gather(tensor.detach()) for tensor in (sums.rows, sums.row_max, best, where, negative)
+    ]
     mean = [world.gather(grad) / world.size() for grad in grads]
     return [world.mean(loss), sums.columns.detach(), sums.column_max, *gathered, *mean]
 
@@ -441,7 +510,8 @@ def test_ranks_make_the_sums_and_gradients_of_one_process(
             expected = over_ranks(kind, False, dtype, offsets)
             results = ranks(world_size, over_ranks, kind, ring, dtype, offsets)
             for found in results:
-                y_gradient, y_expected = found.pop(-3 if offsets else -1), expected[-3 if offsets else -1]
+                y_gradient = found.pop(-3 if offsets else -1)
+                y_expected = expected[-3 if offsets else -1]
                 close(found, [tensor for tensor in expected if tensor is not y_expected], 1e-10)
                 # each rank rounds its part of y's gradient to y's dtype before they are added
                 close(y_gradient, y_expected, 1e-10 if dtype == torch.float64 else 0.02)
@@ -449,10 +519,13 @@ def test_ranks_make_the_sums_and_gradients_of_one_process(
 
 def from_transposed_columns() -> Tensor:
     x, y = (mine(tensor.detach()) for tensor in inputs(B, B)[:2])
-    turned = y.T.contiguous().T.requires_grad_()  # as `weights.T` has it: no copy, another order in memory
+    # as `weights.T` has it: no copy, another order in memory
+    turned = y.T.contiguous().T.requires_grad_()
     place = Layout(own=mine(torch.arange(B)), columns=B, ring=True)
     sums = similarity.logsumexp(x, turned, place)
-    return world.gather(torch.autograd.grad(sums.rows.sum() + sums.columns.mean() / world.size(), turned)[0])
+    return world.gather(
+        torch.autograd.grad(sums.rows.sum() + sums.columns.mean() / world.size(), turned)[0]
+    )
 
 
 def test_columns_of_any_memory_order_go_round_the_ring(ranks: Any) -> None:
@@ -463,7 +536,8 @@ def test_columns_of_any_memory_order_go_round_the_ring(ranks: Any) -> None:
 
 def carried() -> tuple[list[list[float]], list[float]]:
     """Every rank adds 100 times its number to each row that comes by, and 1."""
-    rank, size = world.rank(), world.size()
+    rank = world.rank()
+    size = world.size()
     x = torch.arange(3 * rank, 3 * rank + 3.0)
     bag = torch.zeros(3)
     seen = []
@@ -476,10 +550,15 @@ def carried() -> tuple[list[list[float]], list[float]]:
 
 
 @pytest.mark.parametrize("world_size", WORLDS)
-def test_a_ring_shows_every_row_once_and_brings_its_baggage_home(ranks: Any, world_size: int) -> None:
+def test_a_ring_shows_every_row_once_and_brings_its_baggage_home(
+    ranks: Any, world_size: int
+) -> None:
     for rank, (seen, bag) in enumerate(ranks(world_size, carried)):
-        assert seen[0][0] == 3 * rank  # mine first
-        assert sorted(seen) == [[3.0 * r, 3.0 * r, 3.0 * r + 1, 3.0 * r + 2] for r in range(world_size)]
+        # mine first
+        assert seen[0][0] == 3 * rank
+        assert sorted(seen) == [
+            [3.0 * r, 3.0 * r, 3.0 * r + 1, 3.0 * r + 2] for r in range(world_size)
+        ]
         everyones = sum(10.0**r for r in range(world_size))
         assert bag == [world_size * (3.0 * rank + k) + everyones for k in range(3)]
 
@@ -494,7 +573,8 @@ def added() -> tuple[float, list[float]]:
 
 @pytest.mark.parametrize("world_size", WORLDS)
 def test_add_is_a_sum_whose_gradient_is_what_all_ranks_ask_for(ranks: Any, world_size: int) -> None:
-    whole = world_size * (world_size + 1) / 2  # of 1 ... W
+    # of 1 ... W
+    whole = world_size * (world_size + 1) / 2
     for rank, (loss, grad) in enumerate(ranks(world_size, added)):
         assert loss == (rank + 1) * 5 * whole**2
         assert grad == [2 * whole * whole, 4 * whole * whole]
@@ -503,8 +583,10 @@ def test_add_is_a_sum_whose_gradient_is_what_all_ranks_ask_for(ranks: Any, world
 def log_summed() -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(world.rank())
     x = 200 * torch.randn(4, 3, generator=generator, dtype=torch.float64)
-    x[0] = -torch.inf  # on all ranks
-    x[1, world.rank() % 3] = -torch.inf  # on some
+    # on all ranks
+    x[0] = -torch.inf
+    # on some
+    x[1, world.rank() % 3] = -torch.inf
     x[2, 1] = torch.nan if world.rank() == 0 else 1.0
     return world.logsumexp(x), world.gather(x[None]).logsumexp(dim=0)
 
@@ -531,8 +613,14 @@ def test_the_maximum_over_ranks_of_a_nan_is_nan(ranks: Any, world_size: int) -> 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("host", [False, True], ids=["all on the device", "columns in host memory"])
 def test_on_a_gpu_the_numbers_are_those_of_the_cpu(host: bool) -> None:
-    place, leaves = layout("all at once", 12, 31), inputs(12, 31)
-    there = Layout(**{name: part.cuda() if isinstance(part, Tensor) else part for name, part in vars(place).items()})
+    place = layout("all at once", 12, 31)
+    leaves = inputs(12, 31)
+    there = Layout(
+        **{
+            name: part.cuda() if isinstance(part, Tensor) else part
+            for name, part in vars(place).items()
+        }
+    )
     copies = [tensor.detach().cuda().requires_grad_() for tensor in leaves]
     if host:
         copies[1] = leaves[1].detach().clone().requires_grad_()
@@ -540,10 +628,14 @@ def test_on_a_gpu_the_numbers_are_those_of_the_cpu(host: bool) -> None:
     def outputs(x: Tensor, y: Tensor, u: Tensor, v: Tensor, at: Layout) -> list[Tensor]:
         sums = similarity.logsumexp(x, y, at, u, v)
         total = similarity.total(x, y, at, softplus, torch.ones(12, device=x.device), u)
-        return [sums.rows.sum() + sums.columns.square().sum() + total, *similarity.nearest(x, y, at, u)]
+        return [
+            sums.rows.sum() + sums.columns.square().sum() + total,
+            *similarity.nearest(x, y, at, u),
+        ]
 
     with small_tiles(), mock.patch.dict(similarity.TILE, cuda=(5, 7)):
-        expected, found = outputs(*leaves, place), outputs(*copies, there)
+        expected = outputs(*leaves, place)
+        found = outputs(*copies, there)
         close([tensor.cpu() for tensor in found], expected)
         grads = torch.autograd.grad(found[0], copies)
         assert [grad.device for grad in grads] == [copy.device for copy in copies]

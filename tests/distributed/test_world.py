@@ -1,7 +1,7 @@
 """The headline: W ranks with 256/W pairs each train exactly as one process with the 256×256 matrix.
 
-Seen to fail when: `_AllGather.backward` drops its all_reduce, or returns the first rank's chunk on all; a loss is
-summed instead of averaged over rows; sinkhorn's column sums stay on the rank.
+Seen to fail when: `_AllGather.backward` drops its all_reduce, or returns the first rank's chunk on
+all; a loss is summed instead of averaged over rows; sinkhorn's column sums stay on the rank.
 """
 
 import json
@@ -23,25 +23,37 @@ from clipsmall.model.towers import small
 from clipsmall.objectives import OBJECTIVES
 from tests.shards_for_tests import TOWERS, config
 
-B, STEPS = 64, 3
+B = 64
+STEPS = 3
 ALL: list[tuple[str, dict[str, Any]]] = [
-    *((name, {}) for name in OBJECTIVES if name not in ("sinkhorn", "vse++", "swav", "nn", "superclass")),
+    *(
+        (name, {})
+        for name in OBJECTIVES
+        if name not in ("sinkhorn", "vse++", "swav", "nn", "superclass")
+    ),
     ("softmax", {"softmax": {"intra_modal": True}}),
     ("softmax", {"exchange": "ring"}),
     *((name, {"exchange": "ring"}) for name in ("sigmoid", "triplet", "gcl", "hsic")),
     ("align_uniform", {"exchange": "ring"}),
     ("sinkhorn", {"exchange": "ring"}),
-    ("sinkhorn", {"sinkhorn": {"iterations": 500, "tolerance": 1e-6}}),  # stops by itself
+    # stops by itself
+    ("sinkhorn", {"sinkhorn": {"iterations": 500, "tolerance": 1e-6}}),
     ("sinkhorn", {"sinkhorn": {"iterations": 3, "unrolled": True}}),
     ("vse++", {"triplet": {"warmup": 0.5}}),
     ("bce", {"bce": {"mode": "warmup"}}),
-    *(("gcl", {"gcl": {"variant": name}}) for name in ("isogclr", "fastclip_v0", "fastclip_v1", "fastclip_v2")),
+    *(
+        ("gcl", {"gcl": {"variant": name}})
+        for name in ("isogclr", "fastclip_v0", "fastclip_v1", "fastclip_v2")
+    ),
     ("nn", {"nn": {"size": 100, "start": 60}}),
     ("swav", {"swav": {"prototypes": 40, "queue": 70, "freeze_steps": 1}}),
     ("vicreg", {"vicreg": {"widths": [24, 12]}}),
     ({"softmax": 1, "superclass": 0.3, "byol": 0.2}, {}),
     ("softmax", {"queue": "moco", "moco": {"size": 100}}),
-    ("softmax", {"queue": "moco", "moco": {"size": 50, "alpha": 0.4, "ramp": 0.0, "in_batch": False}}),
+    (
+        "softmax",
+        {"queue": "moco", "moco": {"size": 50, "alpha": 0.4, "ramp": 0.0, "in_batch": False}},
+    ),
     ("dcl", {"queue": "xbm", "xbm": {"size": 100}}),
     ("gcl", {"queue": "moco", "moco": {"size": 100, "schedule": "cosine", "momentum": 0.9}}),
     ({"sinkhorn": 0.5, "sigmoid": 0.5}, {"queue": "xbm", "xbm": {"size": 100}}),
@@ -53,7 +65,9 @@ ALL: list[tuple[str, dict[str, Any]]] = [
 
 
 def global_batch(step: int) -> Pairs:
-    """64 of 100 pairs, some of them in every step; a quarter repeats captions, so that duplicates cross ranks."""
+    """64 of 100 pairs, some of them in every step; a quarter repeats captions, so that duplicates
+    cross ranks.
+    """
     generator = torch.Generator().manual_seed(step + 1)
     text = torch.randint(1, 512, (B, 8), generator=generator)
     text[-B // 4 :] = text[: B // 4]
@@ -66,23 +80,28 @@ def global_batch(step: int) -> Pairs:
 def trained(
     name: Any, options: dict[str, Any], mask: bool, chunk_size: int = 0
 ) -> tuple[list[float], dict[str, Any], dict[str, Any]]:
-    """A few steps in float64, all of them built from a config: losses, the last gradients, the objective's memory."""
+    """A few steps in float64, all of them built from a config: losses, the last gradients, the
+    objective's memory.
+    """
     torch.manual_seed(0)
     given = {"name": name, "mask_duplicates": mask, **options}
     optim = {"pairs": B * STEPS, "accumulate": given.pop("accumulate", 1)}
     run = validated({"data": {"train": ["x"], "batch_size": B}, "objective": given, "optim": optim})
     loaded = small(
-        SmallConfig.model_validate(TOWERS), WordTokenizer.train(["a b c"], SmallConfig.model_validate(TOWERS).text)
+        SmallConfig.model_validate(TOWERS),
+        WordTokenizer.train(["a b c"], SmallConfig.model_validate(TOWERS).text),
     )
     setting = build_objective.setting(run, loaded, torch.arange(100) * 3)
     model = build.dual_encoder(run, loaded, setting).double().train()
     model.chunk_size = chunk_size
-    objective, columns = build_objective.objective(run, setting), build_objective.columns(run)
+    objective = build_objective.objective(run, setting)
+    columns = build_objective.columns(run)
     memory = objective if isinstance(objective, torch.nn.Module) else torch.nn.Module()
     memory.double()
     wrapped = DDP(model) if world.size() > 1 else model
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
-    local, losses = B // world.size(), []
+    local = B // world.size()
+    losses = []
     mine = slice(world.rank() * local, (world.rank() + 1) * local)
     for step in range(STEPS):
         optimizer.zero_grad()
@@ -93,10 +112,15 @@ def trained(
         optimizer.step()
         model.after_step()
     gradients = {n: p.grad.numpy() for n, p in model.named_parameters() if p.grad is not None}
-    return losses, gradients, {n: b.numpy() for n, b in [*memory.state_dict().items(), *model.named_buffers()]}
+    return (
+        losses,
+        gradients,
+        {n: b.numpy() for n, b in [*memory.state_dict().items(), *model.named_buffers()]},
+    )
 
 
-EXPECTED: dict[str, Any] = {}  # what one process finds, by case
+# what one process finds, by case
+EXPECTED: dict[str, Any] = {}
 
 
 @pytest.mark.parametrize(("world_size", "mask"), [(1, True), (2, True), (4, False), (8, True)])
@@ -123,7 +147,11 @@ def assert_same_training(found: Any, expected: Any, rtol: float) -> None:
             # a bias in front of batch normalisation has no gradient but rounding: 1e-15
             size = max(abs(value).max(initial=0.0), 1e-3)
             torch.testing.assert_close(
-                torch.from_numpy(ours[key]), torch.from_numpy(value), rtol=rtol, atol=rtol * size, msg=key
+                torch.from_numpy(ours[key]),
+                torch.from_numpy(value),
+                rtol=rtol,
+                atol=rtol * size,
+                msg=key,
             )
 
 
@@ -156,10 +184,14 @@ def test_ranks_that_are_not_joined_are_refused(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_columns_in_host_memory_go_back_in_one_thread() -> None:
-    """Two devices' backward passes in two threads would start their collectives in an order of chance (on GPUs)."""
+    """Two devices' backward passes in two threads would start their collectives in an order of
+    chance (on GPUs).
+    """
     with torch.autograd.set_multithreading_enabled(True):
         for exchange, threads in (("gather", True), ("host", False)):
-            run = validated({"data": {"train": ["x"], "batch_size": B}, "objective": {"exchange": exchange}})
+            run = validated(
+                {"data": {"train": ["x"], "batch_size": B}, "objective": {"exchange": exchange}}
+            )
             build_objective.columns(run)
             assert torch._C._is_multithreading_enabled() == threads
 
@@ -185,14 +217,17 @@ def run_trainer(words: list[str]) -> int:
 
     try:
         return train.main(words)
-    finally:  # Accelerate's state outlives a run; the next one in this worker has another world
+    finally:
+        # Accelerate's state outlives a run; the next one in this worker has another world
         AcceleratorState._reset_state(True)
         GradientState._reset_state()
         PartialState._reset_state()
 
 
 def test_eight_ranks_log_the_loss_curve_of_one(ranks: Any, glyphs: Path, tmp_path: Path) -> None:
-    """The whole trainer, float32: 12 steps at one global batch of 64, ranks of 8 pairs against one of 64."""
+    """The whole trainer, float32: 12 steps at one global batch of 64, ranks of 8 pairs against one
+    of 64.
+    """
     changes = {"data.batch_size": 64, "optim.pairs": 64 * 12, "optim.lr": 1e-2}
     for name in ("softmax", "sigmoid", "sinkhorn"):
         curves = []

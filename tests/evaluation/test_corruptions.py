@@ -1,8 +1,10 @@
-"""Tests of corruptions: the same every time, worse with severity, and met by the model before its own preprocessing.
+"""Tests of corruptions: the same every time, worse with severity, and met by the model before its
+own preprocessing.
 
-Seen to fail when: dice depend on the moment; a strength of one table is out of order; large pictures are not made small
-first; corruption comes after the model's own resizing, or not at all; robustness measures clean pictures again; all
-pictures get the same dice; strengths in between lie on another line; the probe is learned anew for each corruption.
+Seen to fail when: dice depend on the moment; a strength of one table is out of order; large
+pictures are not made small first; corruption comes after the model's own resizing, or not at all;
+robustness measures clean pictures again; all pictures get the same dice; strengths in between lie
+on another line; the probe is learned anew for each corruption.
 """
 
 from io import BytesIO
@@ -35,7 +37,9 @@ from tests.evaluation.test_evaluation import COLOURS, small_encoder, write_pictu
 def scene(width: int, height: int, seed: int = 0) -> Image.Image:
     """Soft noise with sharp discs."""
     random = np.random.default_rng(seed)
-    soft = Image.fromarray(random.integers(40, 216, (5, 5, 3), dtype=np.uint8)).resize((width, height), 3)
+    soft = Image.fromarray(random.integers(40, 216, (5, 5, 3), dtype=np.uint8)).resize(
+        (width, height), 3
+    )
     x, y = np.meshgrid(np.linspace(0, 1, width), np.linspace(0, 1, height))
     pixels = np.asarray(soft).copy()
     for _ in range(6):
@@ -50,33 +54,54 @@ def test_a_corruption_is_always_the_same_and_worse_with_severity(name: str, side
     scenes = [scene(side, side + side // 4, seed) for seed in range(3)]
     distances = []
     for severity in SEVERITIES:
-        change, found = Corruption(name, severity, side), []
+        change = Corruption(name, severity, side)
+        found = []
         for number, image in enumerate(scenes):
             changed = change(image, number)
             assert changed.size == image.size
             assert changed.mode == "RGB"
-            assert changed.tobytes() == Corruption(name, severity, side)(image.copy(), number).tobytes()
+            assert (
+                changed.tobytes()
+                == Corruption(name, severity, side)(image.copy(), number).tobytes()
+            )
             found.append(np.abs(np.asarray(changed, dtype=float) - np.asarray(image)).mean())
         distances.append(np.mean(found))
     assert distances == sorted(distances)
-    assert distances[0] > 0.3  # of 255
+    # of 255
+    assert distances[0] > 0.3
     assert min(np.diff(distances)) > 0.02
 
 
-@pytest.mark.parametrize("name", ["gaussian_noise", "snow", "motion_blur", "elastic_transform", "glass_blur"])
+@pytest.mark.parametrize(
+    "name", ["gaussian_noise", "snow", "motion_blur", "elastic_transform", "glass_blur"]
+)
 def test_dice_are_thrown_anew_for_each_picture_and_family(name: str) -> None:
     image = scene(48, 48)
     change = Corruption(name, 3, 48)
     assert change(image, 1).tobytes() != change(image, 2).tobytes()
-    assert change(image, 2**62).tobytes() != change(image, -1).tobytes()  # any number a pair may have
+    # any number a pair may have
+    assert change(image, 2**62).tobytes() != change(image, -1).tobytes()
 
 
 def test_the_tables_are_those_of_the_benchmark() -> None:
     assert len(FAMILIES) == 19
     assert COMMON == (
-        "gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur", "zoom_blur",
-        "snow", "frost", "fog", "brightness", "contrast", "elastic_transform", "pixelate", "jpeg_compression",
-    )  # fmt: skip
+        "gaussian_noise",
+        "shot_noise",
+        "impulse_noise",
+        "defocus_blur",
+        "glass_blur",
+        "motion_blur",
+        "zoom_blur",
+        "snow",
+        "frost",
+        "fog",
+        "brightness",
+        "contrast",
+        "elastic_transform",
+        "pixelate",
+        "jpeg_compression",
+    )
     for name, (_, small, large) in FAMILIES.items():
         assert list(small) == sorted(set(small)), name
         assert list(large) == sorted(set(large)), name
@@ -88,7 +113,8 @@ def test_the_tables_are_those_of_the_benchmark() -> None:
 
 def test_distortions_do_what_they_say() -> None:
     random = np.random.default_rng(0)
-    grey, x = np.full((200, 200, 3), 0.5), np.asarray(scene(50, 40), dtype=float) / 255
+    grey = np.full((200, 200, 3), 0.5)
+    x = np.asarray(scene(50, 40), dtype=float) / 255
     assert np.std(gaussian_noise(grey, 0.1, random) - grey) == pytest.approx(0.1, rel=0.02)
     hit = impulse_noise(grey, 0.2, random)
     assert (hit == 1).mean() == pytest.approx(0.1, abs=0.01)
@@ -126,7 +152,8 @@ def test_no_such_corruption(name: str, severity: int) -> None:
 
 
 def test_the_model_sees_the_corrupted_picture_through_its_own_preprocessing(tmp_path: Path) -> None:
-    catalog, encoder = open_catalog(str(write_pictures(tmp_path / "p", 12, broken=(3,)))), small_encoder()
+    catalog = open_catalog(str(write_pictures(tmp_path / "p", 12, broken=(3,))))
+    encoder = small_encoder()
     change = Corruption("gaussian_noise", 5, 16)
     found, rows = encoder.images(catalog, change=change)
     assert rows.tolist() == [row for row in range(12) if row != 3]
@@ -137,7 +164,9 @@ def test_the_model_sees_the_corrupted_picture_through_its_own_preprocessing(tmp_
     changed = change(image, int(catalog.index[5]))
     from torchvision.transforms import v2
 
-    steps = v2.Compose([v2.Resize(16, interpolation=v2.InterpolationMode.BICUBIC), v2.CenterCrop(16)])
+    steps = v2.Compose(
+        [v2.Resize(16, interpolation=v2.InterpolationMode.BICUBIC), v2.CenterCrop(16)]
+    )
     pixels = torch.from_numpy(np.array(steps(changed))).permute(2, 0, 1)[None]
     torch.testing.assert_close(encoder.model.eval().encode_image(pixels)[0], found[4])
 
@@ -150,8 +179,13 @@ def view_of(folder: Path) -> View:
 
 
 def test_robustness_is_the_mean_of_the_tasks_on_corrupted_pictures(tmp_path: Path) -> None:
-    view, names, severities = view_of(tmp_path), ("contrast", "fog"), (2, 5)
-    tasks = {task: suite.evaluations(suite.Settings(k=3), [])[task] for task in ("zero_shot", "retrieval", "knn")}
+    view = view_of(tmp_path)
+    names = ("contrast", "fog")
+    severities = (2, 5)
+    tasks = {
+        task: suite.evaluations(suite.Settings(k=3), [])[task]
+        for task in ("zero_shot", "retrieval", "knn")
+    }
     cell = robustness(view, tasks, names, severities)
     for task, measure in tasks.items():
 
@@ -162,7 +196,9 @@ def test_robustness_is_the_mean_of_the_tasks_on_corrupted_pictures(tmp_path: Pat
             return (metrics["image_retrieval_recall@1"] + metrics["text_retrieval_recall@1"]) / 2
 
         fresh = {
-            (name, severity): main(View(view.encoder, view.data, change=Corruption(name, severity, 16)))
+            (name, severity): main(
+                View(view.encoder, view.data, change=Corruption(name, severity, 16))
+            )
             for name in names
             for severity in severities
         }
@@ -170,16 +206,24 @@ def test_robustness_is_the_mean_of_the_tasks_on_corrupted_pictures(tmp_path: Pat
         assert cell.metrics[f"{task}_clean"] == pytest.approx(clean)
         assert cell.metrics[f"{task}_corrupted"] == pytest.approx(np.mean([*fresh.values()]))
         if clean:
-            assert cell.metrics[f"{task}_relative"] == pytest.approx(np.mean([*fresh.values()]) / clean)
-        assert cell.details[task] == {name: [pytest.approx(fresh[name, s]) for s in severities] for name in names}
+            assert cell.metrics[f"{task}_relative"] == pytest.approx(
+                np.mean([*fresh.values()]) / clean
+            )
+        assert cell.details[task] == {
+            name: [pytest.approx(fresh[name, s]) for s in severities] for name in names
+        }
     assert cell.details["severities"] == [2, 5]
 
 
-def test_the_probe_is_learned_once_and_from_clean_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    view, seen = view_of(tmp_path), []
+def test_the_probe_is_learned_once_and_from_clean_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    view = view_of(tmp_path)
+    seen = []
     real = Encoder.images
     monkeypatch.setattr(Encoder, "images", lambda *a, **k: seen.append((a, k)) or real(*a, **k))
-    fitted, real_fit = [], probe.fit
+    fitted = []
+    real_fit = probe.fit
     monkeypatch.setattr(probe, "fit", lambda *a: fitted.append(a) or real_fit(*a))
     robustness(view, {"linear_probe": suite.linear_probe}, ("fog",), (1, 3))
     train = [k for a, k in seen if a[1] is view.data.training]

@@ -1,9 +1,11 @@
-"""Tests of multi-label sets against scikit-learn, CLIP_benchmark's own loop and the definition, on several ranks.
+"""Tests of multi-label sets against scikit-learn, CLIP_benchmark's own loop and the definition, on
+several ranks.
 
-Seen to fail when: targets are taken in the tar's order; pickles, NaN, other shapes, long members pass; a promise of
-terabytes ends the run; ties are taken in the order of a sort; a class scores by another's column; classes without
-an image count as 0, or in the chance; broken images keep their targets; the kind of a set is no part of a key;
-DataComp's line wants acc1; tasks that need one class an image are not refused.
+Seen to fail when: targets are taken in the tar's order; pickles, NaN, other shapes, long members
+pass; a promise of terabytes ends the run; ties are taken in the order of a sort; a class scores by
+another's column; classes without an image count as 0, or in the chance; broken images keep their
+targets; the kind of a set is no part of a key; DataComp's line wants acc1; tasks that need one
+class an image are not refused.
 """
 
 import json
@@ -31,7 +33,8 @@ from tests.evaluation.test_suite import cells, load, run, write_model
 from tests.shard_samples import write_tar
 
 NAMES = COLOURS[:5]
-SHOWN = np.random.default_rng(3).integers(0, 2, (20, 5))  # of 20 images; each class has some
+# of 20 images; each class has some
+SHOWN = np.random.default_rng(3).integers(0, 2, (20, 5))
 
 
 def npy(array: Any, **options: Any) -> bytes:
@@ -40,12 +43,18 @@ def npy(array: Any, **options: Any) -> bytes:
     return out.getvalue()
 
 
-def write_voc(folder: Path, targets: dict[int, bytes] | None = None, broken: tuple[int, ...] = ()) -> Path:
-    """CLIP_benchmark's layout, nothing indexed: 20 images in two tars, webdataset's order of members."""
+def write_voc(
+    folder: Path, targets: dict[int, bytes] | None = None, broken: tuple[int, ...] = ()
+) -> Path:
+    """CLIP_benchmark's layout, nothing indexed: 20 images in two tars, webdataset's order of
+    members.
+    """
     for number in range(2):
         members: list[tuple[str, bytes]] = []
         for i in range(10 * number, 10 * number + 10):
-            told = (targets or {}).get(i, npy(SHOWN[i].astype([np.int64, np.float32, np.bool_][i % 3])))
+            told = (targets or {}).get(
+                i, npy(SHOWN[i].astype([np.int64, np.float32, np.bool_][i % 3]))
+            )
             members += [(f"s{i:07d}.npy", told)] if told else []
             members += [(f"s{i:07d}.png", BROKEN if i in broken else picture(i))]
         write_tar(folder / "test" / f"{number}.tar", members)
@@ -61,11 +70,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("models") / "model")
 
 
-# ---- average precision ------------------------------------------------------------------------------------------
+# ---- average precision
+# ------------------------------------------------------------------------------------------
 
 
 def by_definition(values: list[float], truth: list[bool]) -> float:
-    """The sum over distinct scores, from the highest down, of precision times the recall that is gained there."""
+    """The sum over distinct scores, from the highest down, of precision times the recall that is
+    gained there.
+    """
     total = gained = 0.0
     for score in sorted(set(values), reverse=True):
         taken = [true for value, true in zip(values, truth, strict=True) if value >= score]
@@ -84,9 +96,11 @@ def clip_benchmarks(values: Tensor, truth: Tensor) -> float:
 @pytest.mark.parametrize("ties", [False, True])
 def test_average_precision_is_scikit_learns(ties: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(multilabel, "chunk_rows", lambda columns: 3)
-    images, classes = unit_rows(60, 8, seed=1), unit_rows(7, 8, seed=2)
+    images = unit_rows(60, 8, seed=1)
+    classes = unit_rows(7, 8, seed=2)
     if ties:
-        images = images[torch.arange(60) // 4]  # fours of equal images
+        # fours of equal images
+        images = images[torch.arange(60) // 4]
     targets = torch.rand(60, 7, generator=torch.Generator().manual_seed(3)) < 0.3
     targets[:, 4] = False
     values = scores(images, classes)
@@ -94,10 +108,14 @@ def test_average_precision_is_scikit_learns(ties: bool, monkeypatch: pytest.Monk
     here = [0, 1, 2, 3, 5, 6]
     assert found.isnan().nonzero().flatten().tolist() == [4]
     for c in here:
-        assert found[c] == pytest.approx(by_definition(values[:, c].tolist(), targets[:, c].tolist()))
+        assert found[c] == pytest.approx(
+            by_definition(values[:, c].tolist(), targets[:, c].tolist())
+        )
         if not ties:
             assert found[c] == pytest.approx(clip_benchmarks(values[:, c], targets[:, c]))
-    theirs = average_precision_score(targets[:, here].numpy(), values[:, here].numpy(), average="macro")
+    theirs = average_precision_score(
+        targets[:, here].numpy(), values[:, here].numpy(), average="macro"
+    )
     assert found[here].mean().item() == pytest.approx(theirs)
 
 
@@ -107,18 +125,21 @@ def test_a_collapsed_model_gets_the_share_of_positives() -> None:
     assert found.tolist() == pytest.approx([0.4, 0.6])
 
 
-# ---- the whole way ----------------------------------------------------------------------------------------------
+# ---- the whole way
+# ----------------------------------------------------------------------------------------------
 
 
 def test_a_multi_label_set_has_clip_benchmarks_cell(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder, out = write_voc(tmp_path / "voc", broken=(3, 17)), tmp_path / "out"
+    folder = write_voc(tmp_path / "voc", broken=(3, 17))
+    out = tmp_path / "out"
     assert run(model, "--data", folder, "--out", out) == 0
     (path,) = out.glob("*.json")
     cell = json.loads(path.read_text())
     assert path.name == f"voc_{cell['pretrained']}_model_en_zeroshot_classification.json"
-    encoder, rows = load(model), [i for i in range(20) if i not in (3, 17)]
+    encoder = load(model)
+    rows = [i for i in range(20) if i not in (3, 17)]
     images = encoder.images(open_catalog(str(folder / "test"), captions=False))[0]
     parts = [encoder.texts([f"a picture {name}", name]).mean(dim=0) for name in NAMES]
     values = images.double() @ torch.nn.functional.normalize(torch.stack(parts), dim=1).double().T
@@ -144,11 +165,17 @@ def test_a_multi_label_set_has_clip_benchmarks_cell(
 
 
 def test_targets_are_told_by_their_own_images(tmp_path: Path) -> None:
-    """Some samples are left out of the catalog, names repeat in both tars, members stand in any order."""
+    """Some samples are left out of the catalog, names repeat in both tars, members stand in any
+    order.
+    """
     for number in range(2):
         members = []
         for i in range(6):
-            mine = [("npy", npy(SHOWN[6 * number + i])), ("png", b"" if i == 2 else picture(i)), ("json", b"{}")]
+            mine = [
+                ("npy", npy(SHOWN[6 * number + i])),
+                ("png", b"" if i == 2 else picture(i)),
+                ("json", b"{}"),
+            ]
             members += [(f"{i}.{suffix}", data) for suffix, data in (mine if i % 2 else mine[::-1])]
         write_tar(tmp_path / "voc" / f"{number}.tar", members)
     catalog = open_set(str(tmp_path / "voc")).catalog
@@ -162,11 +189,17 @@ BAD_TARGETS: dict[str, tuple[bytes, str]] = {
     "a count": (npy(np.array([0, 1, 2, 0, 0])), r"holds 2, neither 0 nor 1"),
     "too few": (npy(np.ones(4)), r"has shape \(4,\) for 5 classes"),
     "another shape": (npy(np.ones((1, 5))), r"has shape \(1, 5\) for 5 classes"),
-    "a pickle": (npy(np.array([0, 1, None, 0, 0]), allow_pickle=True), "Object arrays cannot be loaded"),
+    "a pickle": (
+        npy(np.array([0, 1, None, 0, 0]), allow_pickle=True),
+        "Object arrays cannot be loaded",
+    ),
     "no array": (b"nothing that NumPy wrote", "magic string"),
     "too big": (npy(np.ones(200_000)), "has 1,600,128 bytes"),
     "none": (b"", "is not there"),
-    "promises": (npy(np.ones(5)).replace(b"(5,), }", b"(9000000000000,), }"), "Unable to allocate|EOF"),
+    "promises": (
+        npy(np.ones(5)).replace(b"(5,), }", b"(9000000000000,), }"),
+        "Unable to allocate|EOF",
+    ),
 }
 
 
@@ -186,7 +219,8 @@ def test_classes_without_an_image_are_refused_or_left_out(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shown = SHOWN * [1, 1, 0, 1, 1]
-    folder, out = write_voc(tmp_path / "voc", {i: npy(shown[i]) for i in range(20)}), tmp_path / "out"
+    folder = write_voc(tmp_path / "voc", {i: npy(shown[i]) for i in range(20)})
+    out = tmp_path / "out"
     assert run(model, "--data", folder, "--out", out) == 1
     assert "class 'blue' has no image, like 1 of 5 classes in" in capsys.readouterr().err
     assert run(model, "--data", folder, "--out", out, "--empty_classes") == 0
@@ -210,23 +244,29 @@ def test_classes_without_an_image_are_refused_or_left_out(
 def test_tasks_that_need_one_class_an_image_say_so(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder, out = write_voc(tmp_path / "voc"), tmp_path / "out"
+    folder = write_voc(tmp_path / "voc")
+    out = tmp_path / "out"
     few = ["--corruptions", "contrast", "--severities", "1"]
     assert run(model, "--data", folder, "--out", out, "--tasks", *suite.TASKS, *few) == 1
     failed = [line for line in capsys.readouterr().err.splitlines() if line.startswith("failed: ")]
     others = [task for task in suite.TASKS if task not in suite.OF_SEVERAL_LABELS]
     assert failed == [
-        f"failed: model on voc, {task}: a multi-label set has no such cell, only zero_shot and top1" for task in others
+        f"failed: model on voc, {task}: a multi-label set has no such cell, only zero_shot and top1"
+        for task in others
     ]
     assert set(cells(out)) == {"zeroshot_classification", "top1"}
     assert set(cells(out)["top1"]["metrics"]) == {"top1_accuracy", "corrupted_top1_accuracy/1"}
 
 
 def on_a_rank(folder: Path, out: Path) -> list[str]:
-    return suite.evaluate(Model("m", "", small_encoder(7)), [open_set(str(folder))], [], Settings(), out)
+    return suite.evaluate(
+        Model("m", "", small_encoder(7)), [open_set(str(folder))], [], Settings(), out
+    )
 
 
-def test_the_cell_is_the_same_on_any_number_of_ranks(ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
+def test_the_cell_is_the_same_on_any_number_of_ranks(
+    ranks: Callable[..., list[Any]], tmp_path: Path
+) -> None:
     folder = write_voc(tmp_path / "voc", broken=(0, 9))
     for world in (1, 3):
         assert ranks(world, on_a_rank, folder, tmp_path / str(world)) == [[]] * world

@@ -1,10 +1,12 @@
-"""Tests of the suite: cells once and for all, tables others can read, failures told, the same on several ranks.
+"""Tests of the suite: cells once and for all, tables others can read, failures told, the same on
+several ranks.
 
-Seen to fail when: a file that exists is a cell that is done; a key forgets weights, data, preprocessing or
-settings; features are made anew for each task; every rank writes, or encodes all; a failing cell ends the run, or
-the exit code is 0; classes without images pass; features that are not finite pass; nshards.txt or dataset_type.txt
-is not read; tars without an index are refused; metrics of ours are left out of the CSV; a block of scores is the
-whole matrix; two models share a file; images that are no shards are refused without the commands that make them.
+Seen to fail when: a file that exists is a cell that is done; a key forgets weights, data,
+preprocessing or settings; features are made anew for each task; every rank writes, or encodes all;
+a failing cell ends the run, or the exit code is 0; classes without images pass; features that are
+not finite pass; nshards.txt or dataset_type.txt is not read; tars without an index are refused;
+metrics of ours are left out of the CSV; a block of scores is the whole matrix; two models share a
+file; images that are no shards are refused without the commands that make them.
 """
 
 import json
@@ -38,13 +40,21 @@ from clipsmall.model.small import SmallConfig, WordTokenizer
 from clipsmall.model.towers import small
 from clipsmall.storage import checkpoint
 from data_tools import make_shards
-from tests.evaluation.test_evaluation import COLOURS, picture, small_encoder, spoilt, unit_rows, write_pictures
+from tests.evaluation.test_evaluation import (
+    COLOURS,
+    picture,
+    small_encoder,
+    spoilt,
+    unit_rows,
+    write_pictures,
+)
 from tests.meter import Meter
 from tests.model.test_towers import write_clip, write_open_clip_folder
 from tests.shard_samples import write_tar
 from tests.shards_for_tests import TOWERS
 
-SEEN = COLOURS[:-1]  # no picture is pink
+# no picture is pink
+SEEN = COLOURS[:-1]
 ALL = [*suite.TASKS]
 FEW = Settings(k=5, corruptions=("contrast", "jpeg_compression"), severities=(1, 5), candidates=6)
 
@@ -53,9 +63,13 @@ def write_model(folder: Path, seed: int = 0, bias: float = 0.0) -> Path:
     """A checkpoint of ours."""
     torch.manual_seed(seed)
     config = SmallConfig.model_validate(TOWERS)
-    loaded = small(config, WordTokenizer.train([*COLOURS, "picture", *map(str, range(100))], config.text))
+    loaded = small(
+        config, WordTokenizer.train([*COLOURS, "picture", *map(str, range(100))], config.text)
+    )
     model = DualEncoder(loaded.towers, loaded.spec, 10.0, bias, False)
-    checkpoint.save(folder, {"model": model.state_dict()}, {}, lambda there: save_model_files(loaded, there))
+    checkpoint.save(
+        folder, {"model": model.state_dict()}, {}, lambda there: save_model_files(loaded, there)
+    )
     return folder
 
 
@@ -76,16 +90,34 @@ def run(*words: object) -> int:
 
 
 def options(home: Path, out: Path) -> list[str]:
-    return ["--data", str(home / "pictures"), "--label", "kind", "--out", str(out), "--corruptions", "contrast",
-            "--severities", "1", "5", "--k", "5", "--candidates", "6"]  # fmt: skip
+    return [
+        "--data",
+        str(home / "pictures"),
+        "--label",
+        "kind",
+        "--out",
+        str(out),
+        "--corruptions",
+        "contrast",
+        "--severities",
+        "1",
+        "5",
+        "--k",
+        "5",
+        "--candidates",
+        "6",
+    ]
 
 
 def cells(out: Path) -> dict[str, dict[str, Any]]:
     """By task; of one model and data set."""
-    return {cell["task"]: cell for cell in (json.loads(path.read_text()) for path in out.glob("*.json"))}
+    return {
+        cell["task"]: cell for cell in (json.loads(path.read_text()) for path in out.glob("*.json"))
+    }
 
 
-# ---- what it writes ---------------------------------------------------------------------------------------------
+# ---- what it writes
+# ---------------------------------------------------------------------------------------------
 
 
 def test_cells_and_tables_are_clip_benchmarks_and_datacomps(
@@ -94,7 +126,9 @@ def test_cells_and_tables_are_clip_benchmarks_and_datacomps(
     assert run(home / "model", home / "other", *options(home, tmp_path), "--tasks", *ALL) == 0
     digest = {name: load(home / name).digest()[:8] for name in ("model", "other")}
     assert {path.name for path in tmp_path.glob("*.json")} == {
-        f"pictures_{digest[name]}_{name}_en_{task}.json" for name in digest for task in suite.TASKS.values()
+        f"pictures_{digest[name]}_{name}_en_{task}.json"
+        for name in digest
+        for task in suite.TASKS.values()
     }
     pngs = {path.name for path in tmp_path.glob("*.png")}
     assert pngs == {f"pictures_{digest[name]}_{name}_en_calibration.png" for name in digest}
@@ -104,18 +138,28 @@ def test_cells_and_tables_are_clip_benchmarks_and_datacomps(
     assert len(table) == 2 * len(ALL)
     for path in tmp_path.glob("*.json"):
         cell = json.loads(path.read_text())
-        (row,) = table[(table.task == cell["task"]) & (table.model == cell["model"])].to_dict("records")
+        (row,) = table[(table.task == cell["task"]) & (table.model == cell["model"])].to_dict(
+            "records"
+        )
         assert (row["dataset"], row["language"]) == ("pictures", "en")
         assert row["model_fullname"] == f"{cell['model']} {cell['pretrained']}"
         for name, value in cell["metrics"].items():
             assert row[name] == pytest.approx(value, abs=1e-12)
 
-    lines = [*map(json.loads, (tmp_path / f"model_{digest['model']}" / "eval_results.jsonl").read_text().splitlines())]
+    lines = [
+        *map(
+            json.loads,
+            (tmp_path / f"model_{digest['model']}" / "eval_results.jsonl").read_text().splitlines(),
+        )
+    ]
     by_key = {line["key"]: line for line in lines}
     assert set(by_key) == {"pictures", "retrieval/pictures"}
     assert by_key["pictures"]["metrics"]["main_metric"] == by_key["pictures"]["metrics"]["acc1"]
     found = by_key["retrieval/pictures"]["metrics"]
-    assert found["main_metric"] == (found["image_retrieval_recall@1"] + found["text_retrieval_recall@1"]) / 2
+    assert (
+        found["main_metric"]
+        == (found["image_retrieval_recall@1"] + found["text_retrieval_recall@1"]) / 2
+    )
     said = capsys.readouterr().out
     assert all(task in said for task in suite.TASKS.values())
     assert f"{table.acc1.dropna().iloc[0]:.4f}" in said
@@ -128,22 +172,41 @@ def load(folder: Path) -> Encoder:
 
 def test_the_suite_measures_what_the_single_commands_do(home: Path) -> None:
     """Those are held to open_clip's own classifier and to a count by hand in test_evaluation.py."""
-    encoder, data = load(home / "model"), open_set(str(home / "pictures"), label="kind")
+    encoder = load(home / "model")
+    data = open_set(str(home / "pictures"), label="kind")
     catalog = open_catalog(str(home / "pictures" / "test"))
-    view, classes = View(encoder, data), str(home / "pictures" / "classnames.txt")
-    assert suite.zero_shot(view) == measure_zero_shot(encoder, catalog, "pictures", classes, "plain", "kind")
+    view = View(encoder, data)
+    classes = str(home / "pictures" / "classnames.txt")
+    assert suite.zero_shot(view) == measure_zero_shot(
+        encoder, catalog, "pictures", classes, "plain", "kind"
+    )
     assert suite.retrieval(view) == measure_retrieval(encoder, catalog, "pictures")
 
 
-def test_features_are_made_once_for_all_tasks(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    images, texts = [], []
-    real_images, real_texts = Encoder.images, Encoder.texts
+def test_features_are_made_once_for_all_tasks(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = []
+    texts = []
+    real_images = Encoder.images
+    real_texts = Encoder.texts
     monkeypatch.setattr(Encoder, "images", lambda *a, **k: images.append(a) or real_images(*a, **k))
     monkeypatch.setattr(Encoder, "texts", lambda *a: texts.append(a) or real_texts(*a))
-    tasks = ["zero_shot", "retrieval", "knn", "linear_probe", "robustness", "calibration", "geometry", "matching"]
+    tasks = [
+        "zero_shot",
+        "retrieval",
+        "knn",
+        "linear_probe",
+        "robustness",
+        "calibration",
+        "geometry",
+        "matching",
+    ]
     assert run(home / "model", *options(home, tmp_path), "--tasks", *tasks) == 0
-    assert len(images) == 2 + 2  # test, train; contrast at two severities
-    assert len(texts) == 2  # captions, prompts
+    # test, train; contrast at two severities
+    assert len(images) == 2 + 2
+    # captions, prompts
+    assert len(texts) == 2
 
 
 @pytest.mark.parametrize("kind", ["hf", "open_clip"])
@@ -151,7 +214,19 @@ def test_models_of_other_libraries_have_cells_too(kind: str, home: Path, tmp_pat
     folder = tmp_path / "my model"
     write_clip(folder) if kind == "hf" else write_open_clip_folder(folder, {})
     out = tmp_path / "out"
-    assert run(folder, *options(home, out), "--tasks", "zero_shot", "robustness", "calibration", "--workers", "2") == 0
+    assert (
+        run(
+            folder,
+            *options(home, out),
+            "--tasks",
+            "zero_shot",
+            "robustness",
+            "calibration",
+            "--workers",
+            "2",
+        )
+        == 0
+    )
     found = cells(out)
     assert {cell["model"] for cell in found.values()} == {"my model"}
     clean = found["zeroshot_classification"]["metrics"]["acc1"]
@@ -159,7 +234,8 @@ def test_models_of_other_libraries_have_cells_too(kind: str, home: Path, tmp_pat
     assert found["calibration"]["metrics"]["softmax_accuracy"] == pytest.approx(clean)
 
 
-# ---- once and for all -------------------------------------------------------------------------------------------
+# ---- once and for all
+# -------------------------------------------------------------------------------------------
 
 
 def test_done_cells_are_not_made_again_and_lost_or_changed_ones_are(
@@ -169,12 +245,17 @@ def test_done_cells_are_not_made_again_and_lost_or_changed_ones_are(
     assert run(home / "model", *words) == 0
     before = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")}
     with monkeypatch.context() as patch:
-        patch.setattr(Encoder, "images", None)  # nothing may be encoded
+        # nothing may be encoded
+        patch.setattr(Encoder, "images", None)
         assert run(home / "model", *words) == 0
     assert {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")} == before
 
     def renewed() -> set[str]:
-        return {cell for cell, path in paths(tmp_path) if before.get(path.name) != path.stat().st_mtime_ns}
+        return {
+            cell
+            for cell, path in paths(tmp_path)
+            if before.get(path.name) != path.stat().st_mtime_ns
+        }
 
     def paths(out: Path) -> list[tuple[str, Path]]:
         return [(json.loads(path.read_text())["task"], path) for path in out.glob("*.json")]
@@ -182,13 +263,16 @@ def test_done_cells_are_not_made_again_and_lost_or_changed_ones_are(
     next(tmp_path.glob("*_knn.json")).unlink()
     assert run(home / "model", *words) == 0
     assert renewed() == {"knn"}
-    next(tmp_path.glob("*_geometry.json")).write_text("{")  # cut
+    # cut
+    next(tmp_path.glob("*_geometry.json")).write_text("{")
     assert run(home / "model", *words) == 0
     assert renewed() == {"knn", "geometry"}
     before = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")}
-    assert run(home / "model", *words, "knn", "--k", "6") == 0  # named twice, measured once
+    # named twice, measured once
+    assert run(home / "model", *words, "knn", "--k", "6") == 0
     assert cells(tmp_path)["knn"]["counts"]["k"] == 6
-    assert renewed() == {"knn"}  # what does not depend on k stays
+    # what does not depend on k stays
+    assert renewed() == {"knn"}
     for order in (["knn", "zero_shot", "robustness"], ["robustness", "zero_shot", "knn"]):
         before = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")}
         assert run(home / "model", *options(home, tmp_path), "--tasks", *order, "--k", "6") == 0
@@ -218,7 +302,8 @@ def test_other_weights_other_data_other_classes_are_other_cells(home: Path, tmp_
     shutil.rmtree(tmp_path / "model")
     write_model(tmp_path / "model", seed=5)
     expect(5)
-    assert len(list(out.glob("*.json"))) == 2  # the model of before has its cell still
+    # the model of before has its cell still
+    assert len(list(out.glob("*.json"))) == 2
 
 
 def test_a_failing_cell_is_told_and_the_others_are_made(
@@ -258,9 +343,13 @@ def test_a_list_that_is_no_text_fails_its_task_with_its_name(
     ],
 )
 def test_what_cannot_be_is_told_before_a_model_is_loaded(
-    words: list[str], said: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    words: list[str],
+    said: str,
+    home: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(evaluate, "load_model", None)
     (tmp_path / "file").touch()
@@ -271,7 +360,8 @@ def test_what_cannot_be_is_told_before_a_model_is_loaded(
     assert not (tmp_path / "out").exists()
 
 
-# ---- data sets --------------------------------------------------------------------------------------------------
+# ---- data sets
+# --------------------------------------------------------------------------------------------------
 
 
 def write_wds(folder: Path, kind: str = "", captions: bool = False) -> Path:
@@ -279,7 +369,11 @@ def write_wds(folder: Path, kind: str = "", captions: bool = False) -> Path:
     for number in range(2):
         members: list[tuple[str, bytes]] = []
         for i in range(10 * number, 10 * number + 10):
-            words = ("txt", f"picture {i}\n{COLOURS[i % 8]} {i}".encode()) if captions else ("cls", str(i % 7).encode())
+            words = (
+                ("txt", f"picture {i}\n{COLOURS[i % 8]} {i}".encode())
+                if captions
+                else ("cls", str(i % 7).encode())
+            )
             members += [(f"s{i:07d}.png", picture(i)), (f"s{i:07d}.{words[0]}", words[1])]
         write_tar(folder / "test" / f"{number}.tar", members)
     (folder / "test" / "nshards.txt").write_text("2\n")
@@ -291,18 +385,25 @@ def write_wds(folder: Path, kind: str = "", captions: bool = False) -> Path:
 
 
 def test_clip_benchmarks_layout_is_read_as_it_is(home: Path, tmp_path: Path) -> None:
-    named, paired = write_wds(tmp_path / "cifar"), write_wds(tmp_path / "coco", "retrieval", captions=True)
+    named = write_wds(tmp_path / "cifar")
+    paired = write_wds(tmp_path / "coco", "retrieval", captions=True)
     assert run(home / "model", "--data", named, paired, "--out", tmp_path / "out") == 0
     found = {
-        cell["dataset"]: cell for cell in map(json.loads, (p.read_text() for p in (tmp_path / "out").glob("*.json")))
+        cell["dataset"]: cell
+        for cell in map(json.loads, (p.read_text() for p in (tmp_path / "out").glob("*.json")))
     }
     assert {name: cell["task"] for name, cell in found.items()} == {
-        "cifar": "zeroshot_classification", "coco": "zeroshot_retrieval",
-    }  # fmt: skip
+        "cifar": "zeroshot_classification",
+        "coco": "zeroshot_retrieval",
+    }
     assert found["coco"]["counts"] == {"images": 20, "captions": 40, "skipped": 0}
-    names, templates = str(named / "classnames.txt"), str(named / "zeroshot_classification_templates.txt")
+    names = str(named / "classnames.txt")
+    templates = str(named / "zeroshot_classification_templates.txt")
     catalog = open_catalog(str(named / "test"), captions=False)
-    assert found["cifar"]["metrics"] == measure_zero_shot(load(home / "model"), catalog, "x", names, templates).metrics
+    assert (
+        found["cifar"]["metrics"]
+        == measure_zero_shot(load(home / "model"), catalog, "x", names, templates).metrics
+    )
 
 
 def test_what_a_data_set_is_called_and_made_for(home: Path, tmp_path: Path) -> None:
@@ -312,7 +413,8 @@ def test_what_a_data_set_is_called_and_made_for(home: Path, tmp_path: Path) -> N
     assert part.train == str(home / "pictures" / "train")
     assert part.classes == str(home / "pictures" / "classnames.txt")
     assert (
-        open_set(str(home / "pictures" / "test" / "{00000..00001}.tar")).catalog.fingerprint == part.catalog.fingerprint
+        open_set(str(home / "pictures" / "test" / "{00000..00001}.tar")).catalog.fingerprint
+        == part.catalog.fingerprint
     )
     write_pictures(tmp_path / "plain")
     assert open_set(str(tmp_path / "plain")).tasks == ["retrieval"]
@@ -320,7 +422,9 @@ def test_what_a_data_set_is_called_and_made_for(home: Path, tmp_path: Path) -> N
     (write_wds(tmp_path / "nameless") / "classnames.txt").unlink()
     nameless = open_set(str(tmp_path / "nameless"))
     assert nameless.tasks == ["zero_shot"]
-    with pytest.raises(ValueError, match=r"classes=captions: labels are numbers here; give a classnames\.txt"):
+    with pytest.raises(
+        ValueError, match=r"classes=captions: labels are numbers here; give a classnames\.txt"
+    ):
         suite.zero_shot(View(small_encoder(), nameless))
     with pytest.raises(ValueError, match=r"no images to learn from beside it .* --train"):
         _ = open_set(str(tmp_path / "plain")).training
@@ -328,12 +432,19 @@ def test_what_a_data_set_is_called_and_made_for(home: Path, tmp_path: Path) -> N
 
 def test_images_are_not_learned_from_and_asked_about(home: Path) -> None:
     data = open_set(str(home / "pictures" / "train"), label="kind")
-    with pytest.raises(ValueError, match=r"pictures/train: would learn from the images it is asked about \(.*--train"):
+    with pytest.raises(
+        ValueError,
+        match=r"pictures/train: would learn from the images it is asked about \(.*--train",
+    ):
         _ = data.training
 
 
-def test_no_image_is_left_out_in_silence(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Of ten, one has no caption, one a blank one, one a caption that is no text; all have a class."""
+def test_no_image_is_left_out_in_silence(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of ten, one has no caption, one a blank one, one a caption that is no text; all have a
+    class.
+    """
     words = {3: b" \n", 4: "caf\xe9".encode("latin-1")}
     members: list[tuple[str, bytes]] = []
     for i in range(10):
@@ -342,10 +453,21 @@ def test_no_image_is_left_out_in_silence(home: Path, tmp_path: Path, capsys: pyt
         members += [(f"{i}.txt", caption)] if i != 5 else []
     write_tar(tmp_path / "set" / "test" / "0.tar", members)
     (tmp_path / "set" / "classnames.txt").write_text("\n".join(SEEN))
-    words = ["--data", tmp_path / "set", "--out", tmp_path / "out", "--empty_classes", "--corruptions", "contrast"]
+    words = [
+        "--data",
+        tmp_path / "set",
+        "--out",
+        tmp_path / "out",
+        "--empty_classes",
+        "--corruptions",
+        "contrast",
+    ]
     assert run(home / "model", *words, "--tasks", "zero_shot", "retrieval", "matching", "top1") == 0
     found = {task: cell["counts"] for task, cell in cells(tmp_path / "out").items()}
-    assert (found["zeroshot_classification"]["images"], found["zeroshot_classification"]["skipped"]) == (9, 1)
+    assert (
+        found["zeroshot_classification"]["images"],
+        found["zeroshot_classification"]["skipped"],
+    ) == (9, 1)
     assert (found["zeroshot_retrieval"]["images"], found["zeroshot_retrieval"]["skipped"]) == (7, 3)
     assert (found["matching"]["skipped"], found["top1"]["skipped"]) == (3, 1)
     assert "zeroshot_retrieval (3 images could not be used" in capsys.readouterr().out
@@ -359,7 +481,9 @@ def trained_from_nothing(folder: Path) -> str:
     return str(error.value)
 
 
-def test_where_there_is_nothing_to_learn_from_no_rank_waits(home: Path, ranks: Any, tmp_path: Path) -> None:
+def test_where_there_is_nothing_to_learn_from_no_rank_waits(
+    home: Path, ranks: Any, tmp_path: Path
+) -> None:
     shutil.copytree(home / "pictures" / "test", tmp_path / "set" / "test")
     (tmp_path / "set" / "train").mkdir()
     assert len(ranks(2, trained_from_nothing, tmp_path / "set")) == 2
@@ -372,7 +496,10 @@ def drop_tar(folder: Path) -> None:
 BAD_SETS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a missing tar": (drop_tar, r"nshards.txt says 2, 1 tars are there"),
     "no shards": (shutil.rmtree, "no shards there"),
-    "cut": (lambda f: (f / "test" / "1.tar").write_bytes((f / "test" / "1.tar").read_bytes()[:3000]), r"1\.tar: .*cut"),
+    "cut": (
+        lambda f: (f / "test" / "1.tar").write_bytes((f / "test" / "1.tar").read_bytes()[:3000]),
+        r"1\.tar: .*cut",
+    ),
 }
 
 
@@ -391,7 +518,9 @@ def test_a_bad_data_set_ends_with_2_before_a_model_is_loaded(
 
 def command(said: str) -> tuple[list[str], list[str]]:
     """The words of make_shards and of evaluate that a refusal names."""
-    made = re.search(r"make them: python -m data_tools\.make_shards (.*); then evaluate with (.*)", said)
+    made = re.search(
+        r"make them: python -m data_tools\.make_shards (.*); then evaluate with (.*)", said
+    )
     assert made
     return shlex.split(made[1]), shlex.split(made[2])
 
@@ -411,9 +540,17 @@ def test_a_folder_of_class_folders_is_two_commands_away(
         run("no-model", "--data", "my pets")
     assert left.value.code == 2
     making, data = command(capsys.readouterr().err)
-    assert making == [str(tmp_path / "my pets" / "test"), "data/my pets-shards/test", "--label", "class"]
+    assert making == [
+        str(tmp_path / "my pets" / "test"),
+        "data/my pets-shards/test",
+        "--label",
+        "class",
+    ]
     assert make_shards.main([*making, "--workers", "1"]) == 0
-    assert make_shards.main([re.sub("/test$", "/train", word) for word in [*making, "--workers", "1"]]) == 0
+    assert (
+        make_shards.main([re.sub("/test$", "/train", word) for word in [*making, "--workers", "1"]])
+        == 0
+    )
     assert data == ["--data", "data/my pets-shards/test", "--label", "label"]
     out = tmp_path / "out"
     assert run(home / "model", *data, "--out", out, "--tasks", "zero_shot", "knn", "--k", "5") == 0
@@ -422,18 +559,22 @@ def test_a_folder_of_class_folders_is_two_commands_away(
     assert found["knn"]["counts"] == {"images": 21, "train": 42, "classes": 7, "skipped": 0, "k": 5}
 
 
-def test_what_has_to_become_shards_first_is_told_how(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_has_to_become_shards_first_is_told_how(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "cats" / "a").mkdir(parents=True)
     with pytest.raises(ValueError, match=r"^cats: no shards there \(\*\.tar\)$"):
         open_set("cats")
     (tmp_path / "cats" / "a" / "1.JPG").touch()
     (tmp_path / "photos.csv").touch()
-    column, columns = "--label COLUMN", "--split test --caption COLUMN --label COLUMN"
+    column = "--label COLUMN"
+    columns = "--split test --caption COLUMN --label COLUMN"
     for given, out, how in (
-        ("cats", "cats-shards", "--label class"), ("photos.csv", "photos-shards", column),
+        ("cats", "cats-shards", "--label class"),
+        ("photos.csv", "photos-shards", column),
         ("hf:org/pets", "pets-shards", columns),
-    ):  # fmt: skip
+    ):
         with pytest.raises(ValueError, match=rf"^{given}: no shards ") as error:
             open_set(given)
         making, data = command(str(error.value))
@@ -441,14 +582,21 @@ def test_what_has_to_become_shards_first_is_told_how(tmp_path: Path, monkeypatch
         assert data == ["--data", f"data/{out}", "--label", "label"]
 
 
-@pytest.mark.parametrize("what", ["a class without images", "a template without {c}", "a label without a class"])
+@pytest.mark.parametrize(
+    "what", ["a class without images", "a template without {c}", "a label without a class"]
+)
 def test_bad_words_fail_with_one_clear_message(
-    what: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    what: str,
+    home: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     folder = write_wds(tmp_path / "cifar")
     said = ""
     encode = Encoder.images
-    monkeypatch.setattr(Encoder, "images", None)  # told before anything is encoded
+    # told before anything is encoded
+    monkeypatch.setattr(Encoder, "images", None)
     if what == "a class without images":
         (folder / "classnames.txt").write_text("\n".join([*SEEN, "pink", "puce"]))
         said = "class 'pink' has no image, like 2 of 9 classes in"
@@ -463,12 +611,16 @@ def test_bad_words_fail_with_one_clear_message(
     assert said in line
     monkeypatch.setattr(Encoder, "images", encode)
     if what == "a class without images":
-        assert run(home / "model", "--data", folder, "--out", tmp_path / "out", "--empty_classes") == 0
+        assert (
+            run(home / "model", "--data", folder, "--out", tmp_path / "out", "--empty_classes") == 0
+        )
         assert cells(tmp_path / "out")["zeroshot_classification"]["counts"]["classes"] == 9
 
 
 @pytest.mark.parametrize("side", ["image", "text"])
-def test_features_that_are_not_finite_fail_every_task_that_needs_them(side: str, home: Path, tmp_path: Path) -> None:
+def test_features_that_are_not_finite_fail_every_task_that_needs_them(
+    side: str, home: Path, tmp_path: Path
+) -> None:
     encoder = load(home / "model")
     spoilt(encoder.model, side)
     data = open_set(str(home / "pictures"), label="kind")
@@ -478,13 +630,15 @@ def test_features_that_are_not_finite_fail_every_task_that_needs_them(side: str,
     assert all("features are not finite" in line for line in failures)
 
 
-# ---- ranks and memory -------------------------------------------------------------------------------------------
+# ---- ranks and memory
+# -------------------------------------------------------------------------------------------
 
 
 def on_a_rank(home: Path, out: Path) -> list[str]:
     encoder = small_encoder(7)
     data = open_set(str(home / "pictures"), label="kind")
-    writes = suite.write_cell if world.rank() == 0 else None  # nobody else may
+    # nobody else may
+    writes = suite.write_cell if world.rank() == 0 else None
     with mock.patch.object(suite, "write_cell", writes):
         return suite.evaluate(Model("m", "", encoder), [data], ALL, FEW, out)
 
@@ -501,14 +655,16 @@ def test_cells_are_the_same_on_any_number_of_ranks(home: Path, ranks: Any, tmp_p
 
 def test_retrieval_among_100_000_takes_half_a_gib() -> None:
     """A few hundred of the queries: the others would take as much again, later."""
-    n, own = 100_000, torch.arange(100_000)
+    n = 100_000
+    own = torch.arange(100_000)
     answers = unit_rows(n, 16)
     belongs = Relevance(own, own, n, n)
     with Meter() as meter:
         found = recalls(answers[:400], answers, belongs, "image")
     assert found[1] == 1.0
     assert meter.peak_bytes < 512 << 20
-    assert meter.largest < 1 << 25  # of a matrix of 1e10
+    # of a matrix of 1e10
+    assert meter.largest < 1 << 25
 
 
 def test_a_spec_is_part_of_a_models_digest() -> None:
@@ -527,18 +683,33 @@ def test_models_that_share_a_name_are_told_apart(home: Path, tmp_path: Path) -> 
         (tmp_path / name).mkdir(parents=True)
     given = [str(tmp_path / name) for name in ("a/run", "b/run", "c/alone")]
     assert evaluate.titles([*given, "ViT-B-32,openai", "org/name"]) == [
-        (given[0].strip("/"), ""), (given[1].strip("/"), ""), ("alone", ""), ("ViT-B-32", "openai"), ("org/name", ""),
-    ]  # fmt: skip
+        (given[0].strip("/"), ""),
+        (given[1].strip("/"), ""),
+        ("alone", ""),
+        ("ViT-B-32", "openai"),
+        ("org/name", ""),
+    ]
 
 
 def test_a_cell_of_another_task_is_no_line_of_datacomps() -> None:
-    cell = {"dataset": "d", "model": "m", "pretrained": "p", "task": "geometry", "metrics": {"alignment": 1.0}}
+    cell = {
+        "dataset": "d",
+        "model": "m",
+        "pretrained": "p",
+        "task": "geometry",
+        "metrics": {"alignment": 1.0},
+    }
     assert eval_results([cell]) == []
 
 
 def test_cells_of_clip_benchmark_and_cut_ones_do_not_stop_a_table(tmp_path: Path) -> None:
-    cell = {"dataset": "d", "model": "m", "pretrained": "p", "task": "zeroshot_retrieval",
-            "metrics": {"image_retrieval_recall@5": 0.5, "text_retrieval_recall@5": 0.25}}  # fmt: skip
+    cell = {
+        "dataset": "d",
+        "model": "m",
+        "pretrained": "p",
+        "task": "zeroshot_retrieval",
+        "metrics": {"image_retrieval_recall@5": 0.5, "text_retrieval_recall@5": 0.25},
+    }
     (tmp_path / "d_p_m_en_zeroshot_retrieval.json").write_text(json.dumps(cell))
     (tmp_path / ".tmp-1-d_p_m_en_zeroshot_retrieval.json").write_text(json.dumps(cell))
     write_tables(tmp_path)

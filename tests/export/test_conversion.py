@@ -1,12 +1,14 @@
-"""Tests of conversion against both libraries: equal features from converted weights, and the weights back bit for bit.
+"""Tests of conversion against both libraries: equal features from converted weights, and the
+weights back bit for bit.
 
-Seen to fail when: a projection is not transposed; queries and keys change places, or the pool's thirds are cut
-wrongly; weights without a place are passed over; int(width * mlp_ratio) is one row short; eps, act_kwargs or
-head_width are lost (either way); options that transformers lacks are let through; two towers' quick_gelu differ; the
-pooled id is always the largest, or never (eos_token_id 2); a text tower apart has no prefix; timm's tanh, or its
-nearest but unequal model, is taken for ours; pos_embed has no batch axis; a SigLIP without head, or with CLIP's text
-tower, is let through; the learned bias is not in the config, or goes into a CLIPModel; the tokenizer's two marks
-change places, or it cuts at 77 always.
+Seen to fail when: a projection is not transposed; queries and keys change places, or the pool's
+thirds are cut wrongly; weights without a place are passed over; int(width * mlp_ratio) is one row
+short; eps, act_kwargs or head_width are lost (either way); options that transformers lacks are let
+through; two towers' quick_gelu differ; the pooled id is always the largest, or never (eos_token_id
+2); a text tower apart has no prefix; timm's tanh, or its nearest but unequal model, is taken for
+ours; pos_embed has no batch axis; a SigLIP without head, or with CLIP's text tower, is let through;
+the learned bias is not in the config, or goes into a CLIPModel; the tokenizer's two marks change
+places, or it cuts at 77 always.
 """
 
 from typing import Any
@@ -19,25 +21,51 @@ from clipsmall.export import Inexpressible, to_open_clip, to_transformers
 from clipsmall.export.tokenizer import clip_tokenizer
 from tests.local_clip import scatter, timm_siglip
 
-CLIP_TEXT = {"hidden_size": 48, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 3,
-             "vocab_size": 99, "max_position_embeddings": 12, "eos_token_id": 98, "bos_token_id": 97,
-             "pad_token_id": 98}  # fmt: skip
-CLIP_VISION = {"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 2,
-               "image_size": 32, "patch_size": 8}  # fmt: skip
+CLIP_TEXT = {
+    "hidden_size": 48,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "vocab_size": 99,
+    "max_position_embeddings": 12,
+    "eos_token_id": 98,
+    "bos_token_id": 97,
+    "pad_token_id": 98,
+}
+CLIP_VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 8,
+}
 SIGLIP_TEXT = {**CLIP_TEXT, "hidden_size": 64, "num_attention_heads": 4}
-SIGLIP_VISION = {**CLIP_VISION, "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2,
-                 "num_attention_heads": 4}  # fmt: skip
+SIGLIP_VISION = {
+    **CLIP_VISION,
+    "hidden_size": 64,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 OPEN_CLIP_TEXT = {"context_length": 12, "vocab_size": 99, "width": 48, "heads": 3, "layers": 2}
 OPEN_CLIP_VISION = {"image_size": 32, "patch_size": 8, "width": 32, "layers": 3, "head_width": 16}
-OPEN_SIGLIP_TEXT = {**OPEN_CLIP_TEXT, "no_causal_mask": True, "pool_type": "last", "proj_bias": True,
-                    "norm_kwargs": {"eps": 1e-6}}  # fmt: skip
+OPEN_SIGLIP_TEXT = {
+    **OPEN_CLIP_TEXT,
+    "no_causal_mask": True,
+    "pool_type": "last",
+    "proj_bias": True,
+    "norm_kwargs": {"eps": 1e-6},
+}
 
 
 def hf(config: dict[str, Any], seed: int = 0) -> Any:
     from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
 
     torch.manual_seed(seed)
-    kinds = (SiglipModel, SiglipConfig) if config["model_type"] == "siglip" else (CLIPModel, CLIPConfig)
+    kinds = (
+        (SiglipModel, SiglipConfig) if config["model_type"] == "siglip" else (CLIPModel, CLIPConfig)
+    )
     model = kinds[0](kinds[1].from_dict(config))
     scatter(model)
     return model.double().eval()
@@ -70,13 +98,20 @@ def images(size: int = 32) -> Tensor:
 
 @torch.no_grad()
 def same(theirs: Any, model: Any, size: int = 32, tokens: Tensor | None = None) -> None:
-    """open_clip's and transformers' features, scale and bias; in float64, so that a forgotten 1e-6 shows."""
+    """open_clip's and transformers' features, scale and bias; in float64, so that a forgotten 1e-6
+    shows.
+    """
     tokens = ids() if tokens is None else tokens
     for found, expected in (
-        (model.get_image_features(pixel_values=images(size)).pooler_output, theirs.encode_image(images(size))),
+        (
+            model.get_image_features(pixel_values=images(size)).pooler_output,
+            theirs.encode_image(images(size)),
+        ),
         (model.get_text_features(input_ids=tokens).pooler_output, theirs.encode_text(tokens)),
     ):
-        assert expected.std(dim=0).min() > 1e-3, "features that do not depend on the input prove nothing"
+        assert expected.std(dim=0).min() > 1e-3, (
+            "features that do not depend on the input prove nothing"
+        )
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
     assert model.logit_scale.item() == theirs.logit_scale.item()
     if hasattr(model, "logit_bias"):
@@ -90,10 +125,13 @@ def equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         assert torch.equal(found[key], value), key
 
 
-# ---- transformers -> open_clip -> transformers ------------------------------------------------------------------
+# ---- transformers -> open_clip -> transformers
+# ------------------------------------------------------------------
 
 
-def clip_config(text: dict[str, Any], vision: dict[str, Any], projection: int = 24) -> dict[str, Any]:
+def clip_config(
+    text: dict[str, Any], vision: dict[str, Any], projection: int = 24
+) -> dict[str, Any]:
     return {
         "model_type": "clip",
         "projection_dim": projection,
@@ -107,7 +145,10 @@ CLIPS = {
     "gelu": ({"hidden_act": "gelu"}, {"hidden_act": "gelu"}),
     "an activation each": ({"hidden_act": "gelu_pytorch_tanh"}, {"hidden_act": "gelu"}),
     "image not a multiple": ({}, {"image_size": 37}),
-    "odd MLPs": ({"hidden_size": 88, "intermediate_size": 98, "num_attention_heads": 4}, {"intermediate_size": 97}),
+    "odd MLPs": (
+        {"hidden_size": 88, "intermediate_size": 98, "num_attention_heads": 4},
+        {"intermediate_size": 97},
+    ),
     "eps": ({"layer_norm_eps": 1e-3}, {"layer_norm_eps": 1e-6}),
     "an end in the middle": ({"eos_token_id": 50}, {}),
     "first configs": ({"eos_token_id": 2}, {}),
@@ -123,9 +164,11 @@ def test_a_clip_of_transformers_in_open_clip(case: str) -> None:
     cfg, tensors = to_open_clip(config, model.state_dict(), "x")
     theirs = opened(cfg, seed=1)
     theirs.load_state_dict(tensors)
-    eos, length = config["text_config"]["eos_token_id"], config["text_config"]["max_position_embeddings"]
+    eos = config["text_config"]["eos_token_id"]
+    length = config["text_config"]["max_position_embeddings"]
     tokens = ids(98 if eos == 2 else eos, 12)
-    tokens[-1, 3:] = 97  # after an end below the largest id: argmax would pool there
+    # after an end below the largest id: argmax would pool there
+    tokens[-1, 3:] = 97
     tokens[-1, 2] = 98 if eos == 2 else eos
     tokens = tokens[:2] if length == 5 else tokens
     same(theirs, model, config["vision_config"]["image_size"], tokens[:, :length])
@@ -133,7 +176,8 @@ def test_a_clip_of_transformers_in_open_clip(case: str) -> None:
     equal(weights, model.state_dict())
     restored = hf(back, seed=2)
     restored.load_state_dict(weights)
-    if eos != 98:  # 98 came as "the largest id", and goes back as such: 2
+    # 98 came as "the largest id", and goes back as such: 2
+    if eos != 98:
         assert back["text_config"]["eos_token_id"] == eos
     for key in ("hidden_act", "layer_norm_eps", "intermediate_size", "num_attention_heads"):
         for side in ("text_config", "vision_config"):
@@ -175,7 +219,8 @@ def test_a_siglip_of_transformers_in_open_clip(case: str) -> None:
     same(theirs, restored, size)
 
 
-# ---- open_clip -> transformers -> open_clip ---------------------------------------------------------------------
+# ---- open_clip -> transformers -> open_clip
+# ---------------------------------------------------------------------
 
 
 def open_config(text: dict[str, Any], vision: dict[str, Any], **top: Any) -> dict[str, Any]:
@@ -191,7 +236,9 @@ OPEN: dict[str, dict[str, Any]] = {
     "gelu": open_config({}, {}),
     "quick_gelu, a text tower apart": open_config({}, {}, quick_gelu=True, custom_text=True),
     "sides": open_config(
-        {"width": 40, "heads": 5, "mlp_ratio": 2.7}, {"width": 64, "head_width": 8, "mlp_ratio": 1.3}, embed_dim=96
+        {"width": 40, "heads": 5, "mlp_ratio": 2.7},
+        {"width": 64, "head_width": 8, "mlp_ratio": 1.3},
+        embed_dim=96,
     ),
     "an end": open_config({"pool_type": "eos", "eos_id": 50}, {}),
     "activations, eps, dropped patches": open_config(
@@ -208,7 +255,8 @@ def test_a_clip_of_open_clip_in_transformers(case: str) -> None:
     config, tensors = to_transformers(cfg, theirs.state_dict(), "x")
     model = hf(config, seed=1)
     model.load_state_dict(tensors)
-    size, eos = cfg["vision_cfg"]["image_size"], cfg["text_cfg"].get("eos_id", 98)
+    size = cfg["vision_cfg"]["image_size"]
+    eos = cfg["text_cfg"].get("eos_id", 98)
     same(theirs, model, size, ids(eos))
     back, weights = to_open_clip(config, tensors, "x")
     expected = {key.removeprefix("text."): value for key, value in theirs.state_dict().items()}
@@ -220,9 +268,20 @@ def test_a_clip_of_open_clip_in_transformers(case: str) -> None:
 
 @pytest.mark.parametrize("tanh", [True, False])
 def test_a_siglip_of_open_clip_in_transformers(tanh: bool) -> None:
-    vision = {"image_size": 32, "timm_model_name": timm_siglip(), "timm_pool": "map", "timm_proj": "none"}
+    vision = {
+        "image_size": 32,
+        "timm_model_name": timm_siglip(),
+        "timm_pool": "map",
+        "timm_proj": "none",
+    }
     text = {**OPEN_SIGLIP_TEXT, **({"act_kwargs": {"approximate": "tanh"}} if tanh else {})}
-    cfg = {"embed_dim": 64, "init_logit_bias": -7, "custom_text": True, "vision_cfg": vision, "text_cfg": text}
+    cfg = {
+        "embed_dim": 64,
+        "init_logit_bias": -7,
+        "custom_text": True,
+        "vision_cfg": vision,
+        "text_cfg": text,
+    }
     theirs = opened(cfg)
     config, tensors = to_transformers(cfg, theirs.state_dict(), "x")
     assert config["text_config"]["hidden_act"] == ("gelu_pytorch_tanh" if tanh else "gelu")
@@ -245,13 +304,25 @@ def test_a_bias_stays_with_open_clip() -> None:
     assert theirs.logit_bias.item() == back["init_logit_bias"] == -2.5
 
 
-# ---- what cannot be said ----------------------------------------------------------------------------------------
+# ---- what cannot be said
+# ----------------------------------------------------------------------------------------
 
-SIGLIP_IMAGE = {"timm_model_name": "vit_base_patch16_siglip_224", "timm_pool": "map", "timm_proj": "none"}
+SIGLIP_IMAGE = {
+    "timm_model_name": "vit_base_patch16_siglip_224",
+    "timm_pool": "map",
+    "timm_proj": "none",
+}
 NOT_IN_TRANSFORMERS = [
-    ({"embed_dim": 768, "vision_cfg": SIGLIP_IMAGE, "text_cfg": OPEN_CLIP_TEXT}, "towers unlike SigLIP's"),
     (
-        {"embed_dim": 768, "vision_cfg": {**SIGLIP_IMAGE, "timm_proj": "linear"}, "text_cfg": OPEN_SIGLIP_TEXT},
+        {"embed_dim": 768, "vision_cfg": SIGLIP_IMAGE, "text_cfg": OPEN_CLIP_TEXT},
+        "towers unlike SigLIP's",
+    ),
+    (
+        {
+            "embed_dim": 768,
+            "vision_cfg": {**SIGLIP_IMAGE, "timm_proj": "linear"},
+            "text_cfg": OPEN_SIGLIP_TEXT,
+        },
         "'linear'",
     ),
     (open_config({}, {"layers": [1, 1, 1, 1]}), "a ResNet"),
@@ -263,13 +334,18 @@ NOT_IN_TRANSFORMERS = [
     (open_config({}, {"pool_type": "avg"}), "pool_type='avg'"),
     (open_config({}, {"ls_init_value": 0.1}), "ls_init_value=0.1"),
     (open_config({}, {"image_size": [32, 48]}), "square images"),
-    (open_config({"act_kwargs": {"approximate": "tanh"}}, {}, quick_gelu=True), "activation for quick_gelu=True"),
+    (
+        open_config({"act_kwargs": {"approximate": "tanh"}}, {}, quick_gelu=True),
+        "activation for quick_gelu=True",
+    ),
     (open_config({}, {}, multimodal_cfg={}), "multimodal_cfg"),
 ]
 
 
 @pytest.mark.parametrize(
-    ("config", "reason"), NOT_IN_TRANSFORMERS, ids=lambda value: value if isinstance(value, str) else ""
+    ("config", "reason"),
+    NOT_IN_TRANSFORMERS,
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_what_transformers_cannot_say_is_refused(config: dict[str, Any], reason: str) -> None:
     with pytest.raises(Inexpressible, match=rf"^some model: .*{reason}"):
@@ -288,7 +364,9 @@ NOT_IN_OPEN_CLIP = [
 
 
 @pytest.mark.parametrize(
-    ("config", "reason"), NOT_IN_OPEN_CLIP, ids=lambda value: value if isinstance(value, str) else ""
+    ("config", "reason"),
+    NOT_IN_OPEN_CLIP,
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_what_open_clip_cannot_say_is_refused(config: dict[str, Any], reason: str) -> None:
     timm_siglip()
@@ -312,7 +390,10 @@ def test_weights_without_a_place_are_refused() -> None:
         ("ViT-B-32", {}),
         ("ViT-L-14-336-quickgelu", {"hidden_act": "quick_gelu"}),
         ("ViT-B-16-SigLIP", {"hidden_act": "gelu"}),
-        ("ViT-SO400M-16-SigLIP2-384", {"hidden_act": "gelu_pytorch_tanh", "intermediate_size": 4304}),
+        (
+            "ViT-SO400M-16-SigLIP2-384",
+            {"hidden_act": "gelu_pytorch_tanh", "intermediate_size": 4304},
+        ),
     ],
 )
 def test_the_librarys_own_models_fit_on_paper(name: str, ours: dict[str, Any]) -> None:
@@ -323,11 +404,15 @@ def test_the_librarys_own_models_fit_on_paper(name: str, ours: dict[str, Any]) -
     cfg = open_clip.get_model_config(name)
     with torch.device("meta"):
         theirs = opened_on_meta(cfg)
-        tensors = {key: value for key, value in theirs.state_dict().items() if not key.startswith("logit")}
+        tensors = {
+            key: value for key, value in theirs.state_dict().items() if not key.startswith("logit")
+        }
         config, found = to_transformers(cfg, tensors, name)
         kind = SiglipConfig if config["model_type"] == "siglip" else CLIPConfig
         model = AutoModel.from_config(kind.from_dict(config))
-    expected = {key: value.shape for key, value in model.state_dict().items() if not key.startswith("logit")}
+    expected = {
+        key: value.shape for key, value in model.state_dict().items() if not key.startswith("logit")
+    }
     assert {key: value.shape for key, value in found.items()} == expected
     assert ours.items() <= config["vision_config"].items()
 
@@ -339,13 +424,25 @@ def opened_on_meta(cfg: dict[str, Any]) -> Any:
     return kind(**{key: value for key, value in cfg.items() if key != "custom_text"})
 
 
-# ---- tokenizer --------------------------------------------------------------------------------------------------
+# ---- tokenizer
+# --------------------------------------------------------------------------------------------------
 
 CAPTIONS = [
-    "a photo of a cat", "The DOG's, of the HOUSE!!! can't we'll", "", "é 猫 🐈 🏳️‍🌈 👨‍👩‍👧", "word " * 200,
-    "  spaces \t and\nnewlines ", "1234 56.7% a_b#c", "ÅÄÖ ß Straße İstanbul", "don't; it's -- [x] {y} ~`^",
-    "한국어 العربية हिन्दी", "a\u00adb zero\u200bwidth", "½ ² ①", "cafe\u0301 as two letters", "http://x.y/z?a=b&c=d",
-]  # fmt: skip
+    "a photo of a cat",
+    "The DOG's, of the HOUSE!!! can't we'll",
+    "",
+    "é 猫 🐈 🏳️‍🌈 👨‍👩‍👧",
+    "word " * 200,
+    "  spaces \t and\nnewlines ",
+    "1234 56.7% a_b#c",
+    "ÅÄÖ ß Straße İstanbul",
+    "don't; it's -- [x] {y} ~`^",
+    "한국어 العربية हिन्दी",
+    "a\u00adb zero\u200bwidth",
+    "½ ² ①",
+    "cafe\u0301 as two letters",
+    "http://x.y/z?a=b&c=d",
+]
 
 
 @pytest.mark.parametrize("length", [77, 16])
@@ -356,7 +453,9 @@ def test_the_tokenizer_is_open_clips(length: int, tmp_path_factory: pytest.TempP
     folder = tmp_path_factory.mktemp("tokenizer")
     clip_tokenizer(length).save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    found = tokenizer(CAPTIONS, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    found = tokenizer(
+        CAPTIONS, padding="max_length", truncation=True, return_tensors="pt"
+    ).input_ids
     expected = open_clip.SimpleTokenizer(context_length=length)(CAPTIONS)
     assert found.shape == expected.shape
     ended = expected.argmax(dim=1)

@@ -1,9 +1,10 @@
 """Even spectral clustering on planted clusters, under quotas, at the edges of size and scale.
 
-Seen to fail when: the affinity is not exponential, not shifted, shifted by the diagonal, or links what must not be;
-the Laplacian is not normalised; eigenvectors are the last ones; a rank's pairs are assigned to all seats, or a
-group's seats counted for another; seats go to the farthest; k-means is not seeded, or always alike; groups or their
-members come in another order; conflicts are not separated; warnings of k-means are shown.
+Seen to fail when: the affinity is not exponential, not shifted, shifted by the diagonal, or links
+what must not be; the Laplacian is not normalised; eigenvectors are the last ones; a rank's pairs
+are assigned to all seats, or a group's seats counted for another; seats go to the farthest; k-means
+is not seeded, or always alike; groups or their members come in another order; conflicts are not
+separated; warnings of k-means are shown.
 """
 
 import warnings
@@ -24,12 +25,16 @@ def unit(rows: Floats) -> Floats:
     return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
 
 
-def planted(groups: int, size: int, noise: float = 0.3, scale: float = 5.0, seed: int = 0) -> tuple[Scored, Ints]:
+def planted(
+    groups: int, size: int, noise: float = 0.3, scale: float = 5.0, seed: int = 0
+) -> tuple[Scored, Ints]:
     """Pairs around `groups` directions, and the (n,) direction of each."""
     rng = np.random.default_rng(seed)
     topic = rng.permutation(np.repeat(np.arange(groups), size))
     centres = unit(rng.standard_normal((groups, 32)))[topic]
-    image, text = (unit(centres + noise * rng.standard_normal(centres.shape) / np.sqrt(32)) for _ in range(2))
+    image, text = (
+        unit(centres + noise * rng.standard_normal(centres.shape) / np.sqrt(32)) for _ in range(2)
+    )
     return Scored(image, text, scale), topic
 
 
@@ -37,7 +42,13 @@ def freely(pairs: int) -> Bools:
     return np.zeros((pairs, pairs), dtype=bool)
 
 
-def dealt(scored: Scored, quotas: Quotas, cannot: Bools | None = None, seed: int = 0, kind: str = "softmax") -> Ints:
+def dealt(
+    scored: Scored,
+    quotas: Quotas,
+    cannot: Bools | None = None,
+    seed: int = 0,
+    kind: str = "softmax",
+) -> Ints:
     weights = WEIGHTS[kind](scored, int(quotas.sizes[0]))
     cannot = freely(len(weights)) if cannot is None else cannot
     return spectral(scored, quotas, cannot, np.random.default_rng(seed), weights)
@@ -56,7 +67,9 @@ def test_planted_clusters_are_found(shape: tuple[int, int], kind: str) -> None:
 def test_the_cut_is_much_harder_than_chance_where_clusters_are_uneven() -> None:
     rng = np.random.default_rng(0)
     centres = rng.standard_normal((20, 32))[rng.integers(20, size=320)]
-    scored = Scored(*(unit(centres + 0.7 * rng.standard_normal(centres.shape)) for _ in range(2)), 10.0)
+    scored = Scored(
+        *(unit(centres + 0.7 * rng.standard_normal(centres.shape)) for _ in range(2)), 10.0
+    )
     groups = dealt(scored, one_owner(320, 16))
     assert sorted(groups.ravel()) == list(range(320))
     chance = batch_losses(scored, rng.permutation(320).reshape(-1, 16)).mean()
@@ -67,14 +80,19 @@ def test_the_embedding_is_scikit_learns() -> None:
     scored, _ = planted(6, 8, noise=2.0)
     graph = affinity(softmax_weights(scored, 8), freely(48))
     ours = embedding(graph, 6)
-    theirs = spectral_embedding(graph, n_components=6, eigen_solver="arpack", drop_first=False, random_state=0)
-    assert np.allclose(cdist(ours, ours), cdist(theirs, theirs), rtol=1e-6), "k-means sees distances only"
+    theirs = spectral_embedding(
+        graph, n_components=6, eigen_solver="arpack", drop_first=False, random_state=0
+    )
+    assert np.allclose(cdist(ours, ours), cdist(theirs, theirs), rtol=1e-6), (
+        "k-means sees distances only"
+    )
 
 
 def test_the_affinity_is_the_exponential_whatever_is_added_to_it() -> None:
     weights = np.random.default_rng(0).uniform(0, 5, (12, 12)).astype(np.float32)
     weights += weights.T
-    np.fill_diagonal(weights, 1e4)  # is ignored
+    # is ignored
+    np.fill_diagonal(weights, 1e4)
     cannot = freely(12)
     cannot[0, 1] = cannot[1, 0] = True
     graph = affinity(weights, cannot)
@@ -103,7 +121,8 @@ def test_every_rank_fills_its_own_seats(shape: tuple[int, int], ranks: int) -> N
 def test_uneven_quotas_are_kept_row_by_row_and_pairs_without_a_seat_left_out() -> None:
     scored, _ = planted(6, 4, noise=1.5)
     counts = np.array([[3, 0], [1, 2], [2, 1], [0, 3], [2, 1]])
-    owner = (np.arange(24) >= 12).astype(np.int64)  # 12 each, for 8 and 7 seats
+    # 12 each, for 8 and 7 seats
+    owner = (np.arange(24) >= 12).astype(np.int64)
     groups = dealt(scored, Quotas(owner, counts))
     assert len(set(groups.ravel())) == groups.size == 15
     assert ((owner[groups] == 1).sum(axis=1) == counts[:, 1]).all()
@@ -111,7 +130,8 @@ def test_uneven_quotas_are_kept_row_by_row_and_pairs_without_a_seat_left_out() -
 
 def test_pairs_are_seated_at_the_least_total_distance() -> None:
     """Each rank alone wants one centre for both of its pairs."""
-    features, centres = np.array([[0.0], [1], [0.2], [5]]), np.array([[0.0], [10]])
+    features = np.array([[0.0], [1], [0.2], [5]])
+    centres = np.array([[0.0], [10]])
     assert even_clusters(features, one_owner(4, 2), centres).tolist() == [[0, 2], [1, 3]]
     quotas = Quotas(np.array([0, 0, 1, 1]), np.ones((2, 2), np.int64))
     assert even_clusters(features, quotas, centres).tolist() == [[0, 2], [1, 3]]
@@ -137,7 +157,9 @@ def test_what_cannot_link_is_apart() -> None:
 @pytest.mark.parametrize("scale", [100.0, 1000.0])
 @pytest.mark.parametrize("kind", WEIGHTS)
 def test_a_large_logit_scale_is_finite(scale: float, kind: str) -> None:
-    """Opposite pairs: weights of 4·2·scale, beyond what an exponential holds from scale 89 on, in float64 too."""
+    """Opposite pairs: weights of 4·2·scale, beyond what an exponential holds from scale 89 on, in
+    float64 too.
+    """
     images = unit(np.random.default_rng(0).standard_normal((48, 8)))
     scored = Scored(images, -images, scale)
     weights = WEIGHTS[kind](scored, 4)
@@ -177,6 +199,9 @@ def test_only_the_generator_decides() -> None:
     scored, _ = planted(20, 8, noise=3.0, scale=10.0)
     quotas = one_owner(160, 8)
     first = dealt(scored, quotas)
-    KMeans(3).fit(scored.image)  # draws from numpy's global state
+    # draws from numpy's global state
+    KMeans(3).fit(scored.image)
     assert (dealt(scored, quotas) == first).all()
-    assert any((dealt(scored, quotas, seed=seed) != first).any() for seed in range(1, 4)), "k-means starts elsewhere"
+    assert any((dealt(scored, quotas, seed=seed) != first).any() for seed in range(1, 4)), (
+        "k-means starts elsewhere"
+    )

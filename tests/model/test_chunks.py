@@ -1,6 +1,7 @@
 """Towers in chunks train exactly as whole ones, at the memory of one chunk.
 
-Seen to fail when: the generators are not replayed; a chunk is left out; activations are kept (no checkpoint).
+Seen to fail when: the generators are not replayed; a chunk is left out; activations are kept (no
+checkpoint).
 """
 
 from collections.abc import Iterator
@@ -41,12 +42,18 @@ def test_chunks_train_as_the_whole(ranks: Any, case: int, world_size: int) -> No
 
 
 class Noisy(nn.Module):
-    """Towers with dropout and whole samples dropped at random, as patch dropout and stochastic depth do."""
+    """Towers with dropout and whole samples dropped at random, as patch dropout and stochastic
+    depth do.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.picture = nn.Sequential(nn.Flatten(), nn.Linear(48, 64), nn.GELU(), nn.Dropout(0.3), nn.Linear(64, 8))
-        self.words = nn.Sequential(nn.Embedding(50, 16), nn.Flatten(), nn.Dropout(0.2), nn.Linear(64, 8))
+        self.picture = nn.Sequential(
+            nn.Flatten(), nn.Linear(48, 64), nn.GELU(), nn.Dropout(0.3), nn.Linear(64, 8)
+        )
+        self.words = nn.Sequential(
+            nn.Embedding(50, 16), nn.Flatten(), nn.Dropout(0.2), nn.Linear(64, 8)
+        )
 
     def image(self, pixels: Tensor) -> Tensor:
         kept = torch.rand(len(pixels), 1, dtype=pixels.dtype) > 0.1 if self.training else 1
@@ -71,7 +78,9 @@ def parts(x: Tensor, size: int) -> Iterator[Tensor]:
 def plain(model: DualEncoder, pairs: Pairs, size: int) -> dict[str, Tensor]:
     """The same chunks, all activations kept: what checkpoints must equal with random layers on."""
     torch.manual_seed(1)
-    image = torch.cat([model.towers.image(model.normalised(part)) for part in parts(pairs.image, size)])
+    image = torch.cat(
+        [model.towers.image(model.normalised(part)) for part in parts(pairs.image, size)]
+    )
     text = torch.cat([model.towers.text(part) for part in parts(pairs.text, size)])
     model.zero_grad()
     rows = rows_of(model, pairs, image, text)
@@ -81,7 +90,9 @@ def plain(model: DualEncoder, pairs: Pairs, size: int) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("size", [1, 5, 6])
 def test_random_layers_are_replayed(size: int) -> None:
-    """As the same chunks without checkpoints, and as the literal two passes of GradCache: scale included."""
+    """As the same chunks without checkpoints, and as the literal two passes of GradCache: scale
+    included.
+    """
     model, pairs = noisy()
     expected = plain(model, pairs, size)
     torch.manual_seed(1)
@@ -100,7 +111,8 @@ def test_random_layers_are_replayed(size: int) -> None:
         torch.testing.assert_close(value, two_passes[name], rtol=1e-10, atol=1e-14, msg=name)
 
 
-@pytest.mark.filterwarnings("ignore")  # torch's own, of its compiler
+# torch's own, of its compiler
+@pytest.mark.filterwarnings("ignore")
 def test_compiled_towers_may_be_chunked() -> None:
     model, pairs = noisy()
     model.towers.image = torch.compile(model.towers.image, backend="aot_eager")
@@ -128,7 +140,9 @@ def test_generators_go_on_after_a_step_as_if_nothing_was_replayed() -> None:
 
 def test_memory_is_that_of_one_chunk() -> None:
     torch.manual_seed(0)
-    tower = nn.Sequential(nn.Linear(8, 512), nn.GELU(), nn.Linear(512, 512), nn.GELU(), nn.Linear(512, 8))
+    tower = nn.Sequential(
+        nn.Linear(8, 512), nn.GELU(), nn.Linear(512, 512), nn.GELU(), nn.Linear(512, 8)
+    )
 
     def peak(rows: int, size: int) -> int:
         x = torch.randn(rows, 8)
@@ -136,10 +150,14 @@ def test_memory_is_that_of_one_chunk() -> None:
             in_chunks(tower, x, size, CPU).square().sum().backward()
         return meter.peak_bytes
 
-    tower(torch.zeros(1, 8)).sum().backward()  # gradients are there
-    whole, chunked, more = peak(1024, 0), peak(1024, 32), peak(4096, 32)
+    # gradients are there
+    tower(torch.zeros(1, 8)).sum().backward()
+    whole = peak(1024, 0)
+    chunked = peak(1024, 32)
+    more = peak(4096, 32)
     assert chunked < whole / 3
-    assert more < chunked + 3072 * 8 * 4 * 6  # features and their gradients alone
+    # features and their gradients alone
+    assert more < chunked + 3072 * 8 * 4 * 6
 
 
 def test_frozen_towers_and_evaluation_go_in_chunks_too() -> None:
@@ -165,7 +183,9 @@ def test_half_precision_is_replayed_in_half_precision() -> None:
         softmax(rows, rows)["loss"].backward()
         made.append(gradients(model))
     for name, value in made[0].items():
-        torch.testing.assert_close(made[1][name], value, rtol=2e-2, atol=2e-2 * value.abs().max().item(), msg=name)
+        torch.testing.assert_close(
+            made[1][name], value, rtol=2e-2, atol=2e-2 * value.abs().max().item(), msg=name
+        )
 
 
 def test_the_largest_chunk_is_found_by_halving() -> None:
@@ -177,7 +197,8 @@ def test_the_largest_chunk_is_found_by_halving() -> None:
 
     assert largest_chunk(96, fits) == 12
     assert tried == [96, 48, 24, 12]
-    assert largest_chunk(20, fits) == 0  # all at once
+    # all at once
+    assert largest_chunk(20, fits) == 0
     with pytest.raises(ValueError, match="not even one pair"):
         largest_chunk(7, lambda size: False)
 
@@ -195,7 +216,11 @@ def test_a_chunk_that_runs_out_of_memory_does_not_fit(monkeypatch: pytest.Monkey
         return DualEncoder.outputs(model, pairs, towers)
 
     monkeypatch.setattr(model, "outputs", outputs)
-    loaded: Any = type("Loaded", (), {"spec": model.spec, "tokenize": lambda words: torch.zeros(len(words), 4).long()})
+    loaded: Any = type(
+        "Loaded",
+        (),
+        {"spec": model.spec, "tokenize": lambda words: torch.zeros(len(words), 4).long()},
+    )
     accelerator = Accelerator(cpu=True)
     assert build_chunks.fits(9, accelerator, loaded, model)
     assert not build_chunks.fits(10, accelerator, loaded, model)

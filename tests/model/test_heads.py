@@ -34,21 +34,34 @@ def small_towers() -> SmallTowers:
 
 
 def setting(towers: Any = None, **given: Any) -> Setting:
-    return Setting(**{"width": WIDTH, "batch_size": 8, "steps": 10, "towers": towers, "vocabulary": 512, **given})
+    return Setting(
+        **{
+            "width": WIDTH,
+            "batch_size": 8,
+            "steps": 10,
+            "towers": towers,
+            "vocabulary": 512,
+            **given,
+        }
+    )
 
 
 def test_batch_norm_is_torchs() -> None:
     generator = torch.Generator().manual_seed(1)
-    ours, theirs = GlobalBatchNorm(5).double(), nn.BatchNorm1d(5).double()
+    ours = GlobalBatchNorm(5).double()
+    theirs = nn.BatchNorm1d(5).double()
     for norm in (ours, theirs):
-        norm.weight.data, norm.bias.data = torch.arange(1.0, 6.0).double(), torch.arange(5.0).double()
+        norm.weight.data = torch.arange(1.0, 6.0).double()
+        norm.bias.data = torch.arange(5.0).double()
     for _ in range(3):
         x = 3 + torch.randn(7, 5, generator=generator, dtype=torch.float64)
         seen = []
         for norm in (ours, theirs):
             leaf = x.clone().requires_grad_()
             out = norm(leaf)
-            seen.append([out, *torch.autograd.grad(out.sin().sum(), [leaf, norm.weight, norm.bias])])
+            seen.append(
+                [out, *torch.autograd.grad(out.sin().sum(), [leaf, norm.weight, norm.bias])]
+            )
         torch.testing.assert_close(seen[0], seen[1], rtol=1e-11, atol=1e-13)
     torch.testing.assert_close(ours.running_mean, theirs.running_mean, rtol=1e-12, atol=0)
     torch.testing.assert_close(ours.running_var, theirs.running_var, rtol=1e-12, atol=0)
@@ -57,18 +70,23 @@ def test_batch_norm_is_torchs() -> None:
 
 def test_variances_keep_their_digits_far_from_zero() -> None:
     x = 10_000 + torch.randn(64, 3, generator=torch.Generator().manual_seed(2))
-    torch.testing.assert_close(moments(x)[2], x.double().var(dim=0, correction=0).float(), rtol=1e-3, atol=0)
+    torch.testing.assert_close(
+        moments(x)[2], x.double().var(dim=0, correction=0).float(), rtol=1e-3, atol=0
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_batch_norm_sums_half_precision_in_float32(dtype: torch.dtype) -> None:
-    x = (300 * torch.randn(512, 4, generator=torch.Generator().manual_seed(3))).to(dtype)  # squares overflow fp16
+    # squares overflow fp16
+    x = (300 * torch.randn(512, 4, generator=torch.Generator().manual_seed(3))).to(dtype)
     norm = GlobalBatchNorm(4)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = norm(x)
     assert out.dtype == dtype
     torch.testing.assert_close(out.float(), nn.BatchNorm1d(4)(x.float()), rtol=1e-2, atol=1e-2)
-    torch.testing.assert_close(norm.running_var, 0.9 + 0.1 * x.float().var(dim=0), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        norm.running_var, 0.9 + 0.1 * x.float().var(dim=0), rtol=1e-5, atol=0
+    )
 
 
 def test_a_single_row_has_no_variance() -> None:
@@ -77,7 +95,8 @@ def test_a_single_row_has_no_variance() -> None:
 
 
 def test_projectors_default_to_the_towers_outputs() -> None:
-    image, text = torch.randn(4, WIDTH), torch.randn(4, WIDTH)
+    image = torch.randn(4, WIDTH)
+    text = torch.randn(4, WIDTH)
     plain = HEADS["projectors"](setting())(pairs(4), image, text, none)
     assert plain["image_projected"] is image
     assert plain["text_projected"] is text
@@ -94,16 +113,22 @@ def none(towers: Any) -> Any:
 
 
 def test_a_model_retrieves_through_its_predictors_one_pair_at_a_time() -> None:
-    towers, batch = small_towers(), pairs(6)
+    towers = small_towers()
+    batch = pairs(6)
     head = HEADS["predictors"](setting(), hidden=0.25)
     assert head.image[0].out_features == WIDTH // 4  # type: ignore[index, union-attr]
-    model = DualEncoder(towers, ImageSpec(16), 10.0, 0.0, False, heads={"predictors": head}, through="predictors")
+    model = DualEncoder(
+        towers, ImageSpec(16), 10.0, 0.0, False, heads={"predictors": head}, through="predictors"
+    )
     extra = model.train()(batch).extra
     assert extra["image_predicted"].shape == extra["text_raw"].shape == (6, WIDTH)
     model.eval()
-    whole, single = model.encode_image(batch.image), model.encode_image(batch.image[:1])
+    whole = model.encode_image(batch.image)
+    single = model.encode_image(batch.image[:1])
     torch.testing.assert_close(single, whole[:1], rtol=1e-5, atol=1e-6)
-    expected = nn.functional.cosine_similarity(model(batch).extra["image_predicted"], model(batch).text)
+    expected = nn.functional.cosine_similarity(
+        model(batch).extra["image_predicted"], model(batch).text
+    )
     found = 2 * (whole * model.encode_text(batch.text)).sum(dim=1)
     back = nn.functional.cosine_similarity(model(batch).extra["text_predicted"], model(batch).image)
     torch.testing.assert_close(found, expected + back, rtol=1e-5, atol=1e-6)
@@ -130,7 +155,8 @@ def test_a_moving_average_averages_parameters_and_buffers() -> None:
         towers.layer.weight += 1
         towers.norm(torch.randn(4, 3) + 5)
     head.after_step(towers)
-    torch.testing.assert_close(mine.layer.weight, old + 0.25)  # once, though it has two names
+    # once, though it has two names
+    torch.testing.assert_close(mine.layer.weight, old + 0.25)
     torch.testing.assert_close(mine.norm.running_mean, towers.norm.running_mean / 4)
     assert mine.norm.num_batches_tracked == 1
     assert mine.mask.tolist() == [0.0, -math.inf]
@@ -152,7 +178,8 @@ def test_the_average_slows_down_along_half_a_cosine() -> None:
 
 
 def test_targets_are_the_averaged_towers_outputs_without_gradient_or_dropout() -> None:
-    towers, batch = small_towers(), pairs(4)
+    towers = small_towers()
+    batch = pairs(4)
     towers.visual.append(nn.Dropout(0.5))
     head = HEADS["momentum"](setting(towers)).train()
     assert not any(p.requires_grad for p in head.parameters())
@@ -175,7 +202,8 @@ def test_prototypes_stay_on_the_sphere() -> None:
 
 
 def test_tokens_need_a_vocabulary() -> None:
-    batch, image = pairs(3), torch.randn(3, WIDTH)
+    batch = pairs(3)
+    image = torch.randn(3, WIDTH)
     extra = HEADS["tokens"](setting())(batch, image, image, none)
     assert extra["token_logits"].shape == (3, 512)
     assert extra["token_ids"] is batch.text

@@ -1,8 +1,10 @@
-"""Tests of towers against the libraries they come from: features, tokens, preprocessing, gradients, and their files.
+"""Tests of towers against the libraries they come from: features, tokens, preprocessing, gradients,
+and their files.
 
-Seen to fail when: `encode_image` forgets the std; a folder's resize, interpolation or crop is not taken over; HF
-weights stay in their file's dtype, or captions are cut one token early; `save` leaves out an open_clip model's HF
-tokenizer; `taken_over` leaves logit_scale in the library's model; the clamp moves into forward.
+Seen to fail when: `encode_image` forgets the std; a folder's resize, interpolation or crop is not
+taken over; HF weights stay in their file's dtype, or captions are cut one token early; `save`
+leaves out an open_clip model's HF tokenizer; `taken_over` leaves logit_scale in the library's
+model; the clamp moves into forward.
 """
 
 import json
@@ -39,13 +41,26 @@ OPEN_CLIP = {
     "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "patch_size": 8, "head_width": 16},
     "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
 }
-CAPTIONS = ["a photo of a cat", "The DOG, of the house!", "", "latin small letter e with circumflex " * 9, "é 猫 🐈"]
-SIDES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-LANDSCAPE, PORTRAIT = (101, 60), (60, 101)
+CAPTIONS = [
+    "a photo of a cat",
+    "The DOG, of the house!",
+    "",
+    "latin small letter e with circumflex " * 9,
+    "é 猫 🐈",
+]
+SIDES = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+LANDSCAPE = (101, 60)
+PORTRAIT = (60, 101)
 SIZES = [LANDSCAPE, PORTRAIT, (32, 32), (33, 32), (32, 47), (10, 20), (1, 1), (3, 90), (400, 301)]
 
 
-# ---- models made here, also for other tests ---------------------------------------------------------------------
+# ---- models made here, also for other tests
+# ---------------------------------------------------------------------
 
 
 def write_open_clip_json(folder: Path, name: str = "tiny-open-clip.json", **changes: Any) -> Path:
@@ -74,13 +89,20 @@ def write_open_clip_folder(folder: Path, preprocess: dict[str, Any]) -> Any:
 
 
 def clip_tokenizer() -> Any:
-    """CLIP's own byte-level BPE, of the first 2000 merges of the vocabulary that open_clip ships."""
+    """CLIP's own byte-level BPE, of the first 2000 merges of the vocabulary that open_clip
+    ships.
+    """
     from open_clip.tokenizer import SimpleTokenizer
     from transformers import CLIPTokenizer
 
     whole = SimpleTokenizer()
-    merges, letters = list(whole.bpe_ranks)[:2000], list(whole.byte_encoder.values())
-    words = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(pair) for pair in merges)]
+    merges = list(whole.bpe_ranks)[:2000]
+    letters = list(whole.byte_encoder.values())
+    words = [
+        *letters,
+        *(f"{letter}</w>" for letter in letters),
+        *("".join(pair) for pair in merges),
+    ]
     words += ["<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(vocab={word: place for place, word in enumerate(words)}, merges=merges)
 
@@ -90,7 +112,9 @@ def word_tokenizer() -> Any:
     from transformers import PreTrainedTokenizerFast
 
     words = ["[PAD]", "[UNK]", "a", "photo", "of", "cat", "the", "dog", "letter", "small"]
-    made = Tokenizer(models.WordLevel({word: place for place, word in enumerate(words)}, unk_token="[UNK]"))
+    made = Tokenizer(
+        models.WordLevel({word: place for place, word in enumerate(words)}, unk_token="[UNK]")
+    )
     made.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="[PAD]", unk_token="[UNK]")
 
@@ -100,7 +124,9 @@ def write_clip(folder: Path, **processor: Any) -> Any:
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
     tokenizer = clip_tokenizer()
-    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    special = {
+        name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+    }
     text = {**SIDES, **special, "vocab_size": len(tokenizer), "max_position_embeddings": 16}
     vision = {**SIDES, "image_size": 32, "patch_size": 8}
     torch.manual_seed(2)
@@ -120,7 +146,9 @@ def write_siglip(folder: Path) -> Any:
     special = {"bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0, "projection_size": 32}
     text = {**SIDES, **special, "vocab_size": len(tokenizer), "max_position_embeddings": 12}
     torch.manual_seed(3)
-    config = SiglipConfig(text_config=text, vision_config={**SIDES, "image_size": 32, "patch_size": 8})
+    config = SiglipConfig(
+        text_config=text, vision_config={**SIDES, "image_size": 32, "patch_size": 8}
+    )
     model = SiglipModel(config).eval()
     model.logit_scale.data.fill_(math.log(7.0))
     model.logit_bias.data.fill_(-3.0)
@@ -152,13 +180,18 @@ def no_captions() -> list[str]:
 
 
 def encoder(loaded: Loaded, learn_bias: bool = False) -> DualEncoder:
-    return DualEncoder(loaded.towers, loaded.spec, loaded.logit_scale or 10.0, 0.0, learn_bias).eval()
+    return DualEncoder(
+        loaded.towers, loaded.spec, loaded.logit_scale or 10.0, 0.0, learn_bias
+    ).eval()
 
 
 def pictures(sizes: list[tuple[int, int]] = SIZES, mode: str = "RGB") -> list[Image.Image]:
     """Noise in every pixel: the least difference in resizing shows."""
     random = np.random.default_rng(0)
-    return [Image.fromarray(random.integers(0, 256, (h, w, 3), dtype=np.uint8)).convert(mode) for w, h in sizes]
+    return [
+        Image.fromarray(random.integers(0, 256, (h, w, 3), dtype=np.uint8)).convert(mode)
+        for w, h in sizes
+    ]
 
 
 def png(image: Image.Image) -> bytes:
@@ -173,11 +206,14 @@ def pixels(spec: ImageSpec, images: list[Image.Image]) -> Tensor:
 
 
 def close(found: Tensor, expected: Tensor) -> None:
-    assert len({tuple(row.tolist()) for row in expected}) > 1, "features that do not depend on the input prove nothing"
+    assert len({tuple(row.tolist()) for row in expected}) > 1, (
+        "features that do not depend on the input prove nothing"
+    )
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
-# ---- open_clip --------------------------------------------------------------------------------------------------
+# ---- open_clip
+# --------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -189,12 +225,15 @@ def test_an_open_clip_model_gives_the_librarys_features(open_clip_json: Path) ->
     theirs, _, preprocess = open_clip.create_model_and_transforms(open_clip_json.stem)
     theirs.eval()
     loaded = load_towers(str(open_clip_json), "", no_captions)
-    assert (loaded.logit_scale, loaded.logit_bias) == (None, None)  # fresh: the objective's start
+    # fresh: the objective's start
+    assert (loaded.logit_scale, loaded.logit_bias) == (None, None)
     state = {name: tensor for name, tensor in theirs.state_dict().items() if name != "logit_scale"}
     loaded.towers.model.load_state_dict(state)
     model = encoder(loaded)
     images = pictures()
-    expected = theirs.encode_image(torch.stack([preprocess(image) for image in images]), normalize=True)
+    expected = theirs.encode_image(
+        torch.stack([preprocess(image) for image in images]), normalize=True
+    )
     close(model.encode_image(pixels(loaded.spec, images)), expected)
     tokens = open_clip.get_tokenizer(open_clip_json.stem)(CAPTIONS)
     assert torch.equal(loaded.tokenize(CAPTIONS), tokens)
@@ -202,8 +241,20 @@ def test_an_open_clip_model_gives_the_librarys_features(open_clip_json: Path) ->
 
 
 PREPROCESSING = [
-    {"size": 32, "mean": CLIP_MEAN, "std": CLIP_STD, "interpolation": "bicubic", "resize_mode": "shortest"},
-    {"size": 32, "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "interpolation": "bicubic", "resize_mode": "squash"},
+    {
+        "size": 32,
+        "mean": CLIP_MEAN,
+        "std": CLIP_STD,
+        "interpolation": "bicubic",
+        "resize_mode": "shortest",
+    },
+    {
+        "size": 32,
+        "mean": (0.5, 0.5, 0.5),
+        "std": (0.5, 0.5, 0.5),
+        "interpolation": "bicubic",
+        "resize_mode": "squash",
+    },
     {
         "size": 20,
         "mean": (0.4, 0.5, 0.6),
@@ -215,30 +266,51 @@ PREPROCESSING = [
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])
-@pytest.mark.parametrize("found", PREPROCESSING, ids=lambda found: f"{found['resize_mode']}-{found['interpolation']}")
-def test_pixels_are_those_of_open_clips_validation_transform(found: dict[str, Any], mode: str) -> None:
+@pytest.mark.parametrize(
+    "found", PREPROCESSING, ids=lambda found: f"{found['resize_mode']}-{found['interpolation']}"
+)
+def test_pixels_are_those_of_open_clips_validation_transform(
+    found: dict[str, Any], mode: str
+) -> None:
     from open_clip.transform import image_transform
 
     theirs = image_transform(
-        found["size"], False, found["mean"], found["std"], found["resize_mode"], found["interpolation"]
+        found["size"],
+        False,
+        found["mean"],
+        found["std"],
+        found["resize_mode"],
+        found["interpolation"],
     )
-    spec = ImageSpec(found["size"], found["mean"], found["std"], found["interpolation"], found["resize_mode"])
+    spec = ImageSpec(
+        found["size"], found["mean"], found["std"], found["interpolation"], found["resize_mode"]
+    )
     model = DualEncoder(torch.nn.Identity(), spec, 10.0, 0.0, False)
     images = pictures(mode=mode)
     ours = pixels(spec, images)
     expected = torch.stack([theirs(image) for image in images])
-    torch.testing.assert_close((ours.float() - model.mean) / model.std, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        (ours.float() - model.mean) / model.std, expected, rtol=1e-5, atol=1e-5
+    )
     mean, std = (torch.tensor(found[name]).view(3, 1, 1) for name in ("mean", "std"))
     assert torch.equal(ours, ((expected * std + mean) * 255).round().to(torch.uint8))
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("preprocess", PREPROCESSING, ids=lambda f: f"{f['resize_mode']}-{f['interpolation']}")
-def test_an_open_clip_folder_brings_weights_scale_and_preprocessing(preprocess: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "preprocess", PREPROCESSING, ids=lambda f: f"{f['resize_mode']}-{f['interpolation']}"
+)
+def test_an_open_clip_folder_brings_weights_scale_and_preprocessing(
+    preprocess: dict[str, Any], tmp_path: Path
+) -> None:
     theirs = write_open_clip_folder(tmp_path / "model", preprocess)
     loaded = load_towers(str(tmp_path / "model"), "", no_captions)
     assert loaded.spec == ImageSpec(
-        32, preprocess["mean"], preprocess["std"], preprocess["interpolation"], preprocess["resize_mode"]
+        32,
+        preprocess["mean"],
+        preprocess["std"],
+        preprocess["interpolation"],
+        preprocess["resize_mode"],
     )
     assert loaded.logit_scale == pytest.approx(33.0)
     close(
@@ -247,10 +319,14 @@ def test_an_open_clip_folder_brings_weights_scale_and_preprocessing(preprocess: 
     )
     fresh = load_towers(str(tmp_path / "model"), "none", no_captions)
     assert fresh.logit_scale is None
-    assert not torch.equal(fresh.towers.model.visual.conv1.weight, loaded.towers.model.visual.conv1.weight)
+    assert not torch.equal(
+        fresh.towers.model.visual.conv1.weight, loaded.towers.model.visual.conv1.weight
+    )
 
 
-def test_an_open_clip_folder_without_weights_is_not_evaluated_with_random_ones(tmp_path: Path) -> None:
+def test_an_open_clip_folder_without_weights_is_not_evaluated_with_random_ones(
+    tmp_path: Path,
+) -> None:
     write_open_clip_folder(tmp_path / "model", PREPROCESSING[0])
     (tmp_path / "model" / "open_clip_model.safetensors").unlink()
     with pytest.raises(ValueError, match="model' with pretrained=''"):
@@ -264,7 +340,8 @@ def test_open_clips_longest_resize_is_refused(tmp_path: Path) -> None:
         load_towers(str(tmp_path / "model"), "", no_captions)
 
 
-# ---- transformers -----------------------------------------------------------------------------------------------
+# ---- transformers
+# -----------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -275,9 +352,11 @@ def test_a_hf_model_gives_the_librarys_features(kind: str, request: pytest.Fixtu
     folder, theirs = request.getfixturevalue(kind)
     loaded = load_towers(str(folder), "", no_captions)
     model = encoder(loaded)
-    # transformers crops 47 to 32 from the 7th column, torchvision, and so OpenAI's and open_clip's CLIP, from the 8th
+    # transformers crops 47 to 32 from the 7th column, torchvision, and so OpenAI's and open_clip's
+    # CLIP, from the 8th
     images = pictures([size for size in SIZES if size != (32, 47)])
-    # transformers' default resizes tensors, a grey level off here and there from Pillow, which CLIP was trained with
+    # transformers' default resizes tensors, a grey level off here and there from Pillow, which CLIP
+    # was trained with
     processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
     assert type(processor).__name__.endswith("Pil")
     expected = theirs.get_image_features(**processor(images, return_tensors="pt")).pooler_output
@@ -291,7 +370,8 @@ def test_a_hf_model_gives_the_librarys_features(kind: str, request: pytest.Fixtu
     tokens = AutoTokenizer.from_pretrained(folder)(
         CAPTIONS, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
     )
-    if kind == "siglip":  # trained with its padding in sight; its own tokenizer makes no mask
+    # trained with its padding in sight; its own tokenizer makes no mask
+    if kind == "siglip":
         tokens = {"input_ids": tokens["input_ids"]}
     close(
         model.encode_text(loaded.tokenize(CAPTIONS)),
@@ -307,7 +387,9 @@ def test_clips_padding_changes_nothing(clip: tuple[Path, Any]) -> None:
     loaded = load_towers(str(folder), "", no_captions)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     alone = [
-        theirs.get_text_features(**tokenizer([c], return_tensors="pt", truncation=True, max_length=16))
+        theirs.get_text_features(
+            **tokenizer([c], return_tensors="pt", truncation=True, max_length=16)
+        )
         for c in CAPTIONS
     ]
     expected = F.normalize(torch.cat([features.pooler_output for features in alone]), dim=-1)
@@ -324,7 +406,10 @@ def test_scale_and_bias_are_taken_over(clip: tuple[Path, Any], siglip: tuple[Pat
     loaded = load_towers(str(siglip[0]), "", no_captions)
     assert (loaded.logit_scale, loaded.logit_bias) == (pytest.approx(7.0), pytest.approx(-3.0))
     model = build.dual_encoder(config, loaded, build_objective.setting(config, loaded, None))
-    assert (model.logit_scale.exp().item(), model.logit_bias.item()) == (pytest.approx(7.0), pytest.approx(-3.0))
+    assert (model.logit_scale.exp().item(), model.logit_bias.item()) == (
+        pytest.approx(7.0),
+        pytest.approx(-3.0),
+    )
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
@@ -332,9 +417,13 @@ def test_none_gives_fresh_weights_and_no_scale(kind: str, request: pytest.Fixtur
     folder, theirs = request.getfixturevalue(kind)
     loaded = load_towers(str(folder), "none", no_captions)
     assert (loaded.logit_scale, loaded.logit_bias) == (None, None)
-    name, trained = next((n, p) for n, p in theirs.named_parameters() if n.endswith("q_proj.weight"))
+    name, trained = next(
+        (n, p) for n, p in theirs.named_parameters() if n.endswith("q_proj.weight")
+    )
     assert not torch.equal(loaded.towers.model.get_parameter(name), trained)
-    assert torch.equal(load_towers(str(folder), "", no_captions).towers.model.get_parameter(name), trained)
+    assert torch.equal(
+        load_towers(str(folder), "", no_captions).towers.model.get_parameter(name), trained
+    )
 
 
 def test_half_precision_files_are_read_as_float32(clip: tuple[Path, Any], tmp_path: Path) -> None:
@@ -381,12 +470,15 @@ def test_a_processor_saved_whole_is_found(clip: tuple[Path, Any], tmp_path: Path
     assert torch.equal(loaded.tokenize(CAPTIONS), plain.tokenize(CAPTIONS))
 
 
-# ---- training ---------------------------------------------------------------------------------------------------
+# ---- training
+# ---------------------------------------------------------------------------------------------------
 
 
 def towers_of(kind: str, request: pytest.FixtureRequest) -> Loaded:
     if kind == "small":
-        loaded = load_towers(str(write_small(request.getfixturevalue("tmp_path"))), "", lambda: CAPTIONS)
+        loaded = load_towers(
+            str(write_small(request.getfixturevalue("tmp_path"))), "", lambda: CAPTIONS
+        )
     elif kind == "open_clip":
         loaded = load_towers(str(request.getfixturevalue("open_clip_json")), "", no_captions)
     else:
@@ -402,12 +494,16 @@ def write_small(folder: Path, **changes: Any) -> Path:
 
 @pytest.mark.parametrize("name", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("kind", ["small", "open_clip", "clip", "siglip"])
-def test_every_trainable_parameter_gets_a_gradient(kind: str, name: str, request: pytest.FixtureRequest) -> None:
+def test_every_trainable_parameter_gets_a_gradient(
+    kind: str, name: str, request: pytest.FixtureRequest
+) -> None:
     loaded = towers_of(kind, request)
     model = encoder(loaded, learn_bias=OBJECTIVES[name].bias is not None).train()
     images = pictures([(32, 32)] * 4)
     captions = ["a photo of a cat", "the dog", "small letter", "of the house"]
-    pairs = Pairs(pixels(loaded.spec, images), loaded.tokenize(captions), torch.arange(4), torch.arange(4))
+    pairs = Pairs(
+        pixels(loaded.spec, images), loaded.tokenize(captions), torch.arange(4), torch.arange(4)
+    )
     rows = model(pairs)
     assert rows.logit_scale.item() == pytest.approx(loaded.logit_scale or 10.0)
     torch.testing.assert_close(rows.image.norm(dim=1), torch.ones(4))
@@ -416,22 +512,28 @@ def test_every_trainable_parameter_gets_a_gradient(kind: str, name: str, request
     assert without == set(), "DDP refuses parameters that nothing uses"
     assert model.logit_bias.requires_grad is (name == "sigmoid")
     assert (model.logit_bias.grad is not None) is (name == "sigmoid")
-    assert sum("logit_" in n for n, _ in model.named_parameters()) == 2  # the library's own are gone
+    # the library's own are gone
+    assert sum("logit_" in n for n, _ in model.named_parameters()) == 2
 
 
 def test_the_optimizer_keeps_the_scale_between_1_and_100_and_lets_it_come_back() -> None:
     for start, direction in ((100.0, -1.0), (1.0, 1.0)):
         config = Config.model_validate({"data": {"train": ["x"]}, "optim": {"lr": 0.5}})
-        model = DualEncoder(SmallTowers(SmallConfig.model_validate(TOWERS)), ImageSpec(16), start, 0.0, False)
-        model.towers.requires_grad_(False)  # the loss below does not reach them
+        model = DualEncoder(
+            SmallTowers(SmallConfig.model_validate(TOWERS)), ImageSpec(16), start, 0.0, False
+        )
+        # the loss below does not reach them
+        model.towers.requires_grad_(False)
         optimizer = build.optimizer(config, model)
         bound = MAX_LOG_SCALE if start == 100 else 0.0
         for push, expected in ((direction, bound), (direction, bound), (-direction, None)):
             optimizer.zero_grad()
-            loss = push * model(small_pairs()).logit_scale  # its gradient runs through what the loss is given
+            # its gradient runs through what the loss is given
+            loss = push * model(small_pairs()).logit_scale
             loss.backward()
             assert model.logit_scale.grad.abs() > 0.5, "killed at the bound"
-            for _ in range(20 if expected is None else 1):  # Adam's mean first forgets the other way
+            # Adam's mean first forgets the other way
+            for _ in range(20 if expected is None else 1):
                 optimizer.step()
             if expected is not None:
                 assert model.logit_scale.item() == pytest.approx(expected, abs=1e-6)
@@ -444,12 +546,15 @@ def small_pairs() -> Pairs:
     return Pairs(images, torch.ones(2, 8, dtype=torch.int64), torch.arange(2), torch.arange(2))
 
 
-# ---- files ------------------------------------------------------------------------------------------------------
+# ---- files
+# ------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["small", "open_clip", "clip", "siglip"])
-def test_saved_files_rebuild_the_same_model(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_saved_files_rebuild_the_same_model(
+    kind: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     loaded = towers_of(kind, request)
     loaded.spec = ImageSpec(**{**loaded.spec.__dict__, "mean": (0.1, 0.2, 0.3)})
     folder = tmp_path / "checkpoint"
@@ -459,23 +564,28 @@ def test_saved_files_rebuild_the_same_model(kind: str, tmp_path: Path, request: 
     again = rebuild(folder)
     assert (again.spec, again.logit_scale, again.logit_bias) == (loaded.spec, None, None)
     assert torch.equal(again.tokenize(CAPTIONS), loaded.tokenize(CAPTIONS))
-    one, two = encoder(loaded), encoder(again)
-    images, tokens = pixels(loaded.spec, pictures()), loaded.tokenize(CAPTIONS)
-    assert not torch.equal(two.encode_image(images), one.encode_image(images))  # weights come from elsewhere
+    one = encoder(loaded)
+    two = encoder(again)
+    images = pixels(loaded.spec, pictures())
+    tokens = loaded.tokenize(CAPTIONS)
+    # weights come from elsewhere
+    assert not torch.equal(two.encode_image(images), one.encode_image(images))
     two.load_state_dict(one.state_dict())
     assert torch.equal(two.encode_image(images), one.encode_image(images))
     assert torch.equal(two.encode_text(tokens), one.encode_text(tokens))
     second = tmp_path / "second"
     second.mkdir()
     save_model_files(again, second)
-    third = rebuild(second)  # a continued run saves again
+    # a continued run saves again
+    third = rebuild(second)
     assert third.spec == loaded.spec
     assert torch.equal(third.tokenize(CAPTIONS), tokens)
     assert set(third.towers.state_dict()) == set(loaded.towers.state_dict())
 
 
 def test_an_open_clip_model_with_a_hf_tokenizer_takes_it_along(tmp_path: Path) -> None:
-    source, folder = tmp_path / "tokenizer", tmp_path / "checkpoint"
+    source = tmp_path / "tokenizer"
+    folder = tmp_path / "checkpoint"
     folder.mkdir()
     word_tokenizer().save_pretrained(source)
     text = {**OPEN_CLIP["text_cfg"], "hf_tokenizer_name": str(source), "vocab_size": 16}
@@ -487,7 +597,8 @@ def test_an_open_clip_model_with_a_hf_tokenizer_takes_it_along(tmp_path: Path) -
     assert torch.equal(rebuild(folder).tokenize(CAPTIONS), loaded.tokenize(CAPTIONS))
 
 
-# ---- names ------------------------------------------------------------------------------------------------------
+# ---- names
+# ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -502,12 +613,20 @@ def test_an_open_clip_model_with_a_hf_tokenizer_takes_it_along(tmp_path: Path) -
         ('{"kind": "small", "image": {"size": 33}}', "size=33"),
         ('{"kind": "small", "text": {"width": 10, "heads": 3}}', "width=10"),
         (json.dumps({**OPEN_CLIP, "nonsense": 1}), "nonsense"),
-        (json.dumps({**OPEN_CLIP, "vision_cfg": {**OPEN_CLIP["vision_cfg"], "nonsense": 1}}), "nonsense"),
-        (json.dumps({**OPEN_CLIP, "vision_cfg": {**OPEN_CLIP["vision_cfg"], "width": 33}}), "divisible"),
+        (
+            json.dumps({**OPEN_CLIP, "vision_cfg": {**OPEN_CLIP["vision_cfg"], "nonsense": 1}}),
+            "nonsense",
+        ),
+        (
+            json.dumps({**OPEN_CLIP, "vision_cfg": {**OPEN_CLIP["vision_cfg"], "width": 33}}),
+            "divisible",
+        ),
         (json.dumps({**OPEN_CLIP, "vision_cfg": 3}), "odd-towers"),
     ],
 )
-def test_a_broken_tower_json_is_refused_by_name(content: str | bytes, said: str, tmp_path: Path) -> None:
+def test_a_broken_tower_json_is_refused_by_name(
+    content: str | bytes, said: str, tmp_path: Path
+) -> None:
     path = tmp_path / "odd-towers.json"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=r"(?s)odd-towers") as caught:
@@ -545,17 +664,28 @@ def break_bert(folder: Path) -> None:
 
 BREAKS: dict[str, tuple[Callable[[Path], object], str]] = {
     "another model": (break_bert, "'bert' model"),
-    "an empty folder": (lambda folder: [file.unlink() for file in folder.iterdir()], "Unrecognized model"),
+    "an empty folder": (
+        lambda folder: [file.unlink() for file in folder.iterdir()],
+        "Unrecognized model",
+    ),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors"),
-    "cut weights": (lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 100), "header"),
+    "cut weights": (
+        lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 100),
+        "header",
+    ),
     "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "no tokenizer"),
     "no processor": (lambda folder: (folder / "preprocessor_config.json").unlink(), "broken"),
-    "a broken config": (lambda folder: (folder / "config.json").write_text("{"), "not a valid JSON"),
+    "a broken config": (
+        lambda folder: (folder / "config.json").write_text("{"),
+        "not a valid JSON",
+    ),
 }
 
 
 @pytest.mark.parametrize("what", BREAKS)
-def test_a_broken_hf_folder_is_refused_by_name(what: str, clip: tuple[Path, Any], tmp_path: Path) -> None:
+def test_a_broken_hf_folder_is_refused_by_name(
+    what: str, clip: tuple[Path, Any], tmp_path: Path
+) -> None:
     breaks, said = BREAKS[what]
     folder = tmp_path / "broken"
     shutil.copytree(clip[0], folder)
@@ -565,15 +695,20 @@ def test_a_broken_hf_folder_is_refused_by_name(what: str, clip: tuple[Path, Any]
     assert said in str(caught.value)
 
 
-# ---- our own words ----------------------------------------------------------------------------------------------
+# ---- our own words
+# ----------------------------------------------------------------------------------------------
 
 
 def trained(captions: list[str], **options: Any) -> WordTokenizer:
-    return WordTokenizer.train(captions, SmallText(**{"context_length": 4, "vocab_size": 64, **options}))
+    return WordTokenizer.train(
+        captions, SmallText(**{"context_length": 4, "vocab_size": 64, **options})
+    )
 
 
 def test_the_vocabulary_depends_on_the_captions_and_not_on_their_order() -> None:
-    """Most frequent first, equally frequent words by the alphabet: so with a vocabulary too small for all, too."""
+    """Most frequent first, equally frequent words by the alphabet: so with a vocabulary too small
+    for all, too.
+    """
     words = [f"w{i}" for i in range(100)]
     captions = [*words, "often often", "often"]
     expected = trained(captions, vocab_size=16).to_json()
@@ -591,17 +726,26 @@ def test_the_vocabulary_depends_on_the_captions_and_not_on_their_order() -> None
 
 def test_captions_are_padded_cut_and_folded() -> None:
     tokenizer = trained(["the cat", "the dog", "the"])
-    the, cat, dog = 2, 3, 4
+    the = 2
+    cat = 3
+    dog = 4
     found = tokenizer(["the cat", "THE  Dog\tthe\u00a0ﬁsh cat", "\uff54\uff48\uff45", "the, cat"])
     assert found.dtype == torch.int64
-    assert found.tolist() == [[the, cat, 0, 0], [the, dog, the, 1], [the, 0, 0, 0], [the, 1, cat, 0]]
+    assert found.tolist() == [
+        [the, cat, 0, 0],
+        [the, dog, the, 1],
+        [the, 0, 0, 0],
+        [the, 1, cat, 0],
+    ]
 
 
 def test_a_caption_of_nothing_is_one_unknown_word() -> None:
     tokenizer = trained(["the cat"])
     assert tokenizer(["", "   ", "\t\n"]).tolist() == [[1, 0, 0, 0]] * 3
     assert tokenizer(["!?", "🐈", "[PAD]"])[:, 0].tolist() == [1, 1, 1]
-    towers = SmallTowers(SmallConfig.model_validate({**TOWERS, "text": {**TOWERS["text"], "context_length": 4}})).eval()
+    towers = SmallTowers(
+        SmallConfig.model_validate({**TOWERS, "text": {**TOWERS["text"], "context_length": 4}})
+    ).eval()
     assert torch.isfinite(towers.text(tokenizer(["", "!?", "the cat"]))).all()
 
 
@@ -612,7 +756,8 @@ def test_the_text_tower_does_not_see_padding_or_neighbours() -> None:
     with torch.no_grad():
         both = towers.text(ids)
         torch.testing.assert_close(both[:1], towers.text(ids[:1]))
-        towers.words.weight[0] = 100.0  # what padding looks like
+        # what padding looks like
+        towers.words.weight[0] = 100.0
         towers.positions[2:] += 1.0
         changed = towers.text(ids)
     torch.testing.assert_close(changed[0], both[0])

@@ -1,7 +1,8 @@
-"""Naive accumulation: the gradient that adding up small batches gives, and no more negatives than theirs.
+"""Naive accumulation: the gradient that adding up small batches gives, and no more negatives than
+theirs.
 
-Seen to fail when: parts are made of neighbours (other ranks, other parts); a part's loss is summed instead of averaged;
-columns of all parts are compared.
+Seen to fail when: parts are made of neighbours (other ranks, other parts); a part's loss is summed
+instead of averaged; columns of all parts are compared.
 """
 
 import json
@@ -27,7 +28,8 @@ from tests.shards_for_tests import TOWERS, config
 
 def test_it_is_the_mean_of_small_batches_gradients() -> None:
     model, pairs = noisy(12)
-    model.eval()  # no dropout: two passes are compared
+    # no dropout: two passes are compared
+    model.eval()
     for k in range(3):
         small_batch = model(type(pairs)(*(field[k::3] for field in pairs)))
         (softmax(small_batch, small_batch)["loss"] / 3).backward()
@@ -42,8 +44,11 @@ def test_it_is_the_mean_of_small_batches_gradients() -> None:
     model.zero_grad()
     whole = model(pairs)
     softmax(whole, whole)["loss"].backward()
-    both = [torch.cat([g.flatten() for g in found.values()]) for found in (gradients(model), expected)]
-    assert F.cosine_similarity(*both, dim=0) < 0.99  # another loss
+    both = [
+        torch.cat([g.flatten() for g in found.values()]) for found in (gradients(model), expected)
+    ]
+    # another loss
+    assert F.cosine_similarity(*both, dim=0) < 0.99
 
 
 def run(*words: str) -> Any:
@@ -57,7 +62,9 @@ def run(*words: str) -> Any:
         (["--optim.accumulate=32"], "equal parts of two pairs or more"),
     ],
 )
-def test_batches_that_cannot_be_cut(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_batches_that_cannot_be_cut(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises((SystemExit, ValueError)) as stopped:
         run(*words)
     assert said in capsys.readouterr().err + str(stopped.value)
@@ -68,7 +75,11 @@ def test_what_it_asks_of_a_run() -> None:
     towers = SmallConfig.model_validate(TOWERS)
     loaded = small(towers, WordTokenizer.train(["a b"], towers.text))
     setting = build_objective.setting(given, loaded, None)
-    assert (setting.batch_size, setting.steps) == (8, given.steps * 4)  # what an objective sees of the run
+    # what an objective sees of the run
+    assert (setting.batch_size, setting.steps) == (
+        8,
+        given.steps * 4,
+    )
     model = build.dual_encoder(given, loaded, setting)
     assert build_chunks.chunk_size(given, None, loaded, model) == 8  # type: ignore[arg-type]
     other = run("--optim.accumulate=4", "--model.chunk_size=3")
@@ -79,9 +90,17 @@ def test_what_it_asks_of_a_run() -> None:
 
 
 def test_the_log_says_how_many_negatives_a_pair_meets(glyphs: Path, tmp_path: Path) -> None:
-    changes = {"data.batch_size": 32, "optim.pairs": 64, "optim.accumulate": 4, "objective.mask_duplicates": "false"}
+    changes = {
+        "data.batch_size": 32,
+        "optim.pairs": 64,
+        "optim.accumulate": 4,
+        "objective.mask_duplicates": "false",
+    }
     assert train.main(config(glyphs, tmp_path / "run", **changes)) == 0
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     found = [row for row in rows if "loss" in row]
     assert {row["effective_negatives"] for row in found} == {7.0}
-    assert found[0]["chance"] == pytest.approx(2.0794415)  # ln 8
+    # ln 8
+    assert found[0]["chance"] == pytest.approx(2.0794415)

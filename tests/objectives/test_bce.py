@@ -1,8 +1,9 @@
-"""bce against its formula, its choice of negatives, its controller; over ranks, resumed, on strange batches.
+"""bce against its formula, its choice of negatives, its controller; over ranks, resumed, on strange
+batches.
 
-Seen to fail when: negatives are weighted by the batch instead of a row's own number; the shifts ignore the step, or may
-be 0; k grows on a step's accuracy instead of the running one, or beyond the batch; accuracy is a rank's own; a row
-without negatives counts as right.
+Seen to fail when: negatives are weighted by the batch instead of a row's own number; the shifts
+ignore the step, or may be 0; k grows on a step's accuracy instead of the running one, or beyond the
+batch; accuracy is a rank's own; a row without negatives counts as right.
 """
 
 from typing import Any
@@ -14,13 +15,23 @@ from torch import Tensor
 
 from clipsmall.batch import Embeddings, Setting
 from clipsmall.objectives.bce import MODES, Bce
-from tests.objectives.test_gcl import SETTING, STRANGE, B, assert_finite, assert_same, batch, trained
+from tests.objectives.test_gcl import (
+    SETTING,
+    STRANGE,
+    B,
+    assert_finite,
+    assert_same,
+    batch,
+    trained,
+)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8])
 @pytest.mark.parametrize("mode", MODES)
 def test_ranks_learn_and_remember_as_one_process(ranks: Any, mode: str, world_size: int) -> None:
-    """Twelve steps: by then k has grown, at the same step everywhere, with some images wrong on some ranks."""
+    """Twelve steps: by then k has grown, at the same step everywhere, with some images wrong on
+    some ranks.
+    """
     batches = [{"noise": 1.0}] * 12
     expected = trained("bce", {"mode": mode}, batches)
     assert (expected["memory"]["count"] > 2) == (mode == "warmup")
@@ -32,7 +43,9 @@ def test_ranks_learn_and_remember_as_one_process(ranks: Any, mode: str, world_si
 
 def same_caption(e: Embeddings, mask: bool) -> Tensor:
     same = (
-        e.caption_hash[:, None] == e.caption_hash[None, :] if mask else torch.zeros(len(e.index), len(e.index)).bool()
+        e.caption_hash[:, None] == e.caption_hash[None, :]
+        if mask
+        else torch.zeros(len(e.index), len(e.index)).bool()
     )
     return same | torch.eye(len(e.index), dtype=torch.bool)
 
@@ -40,11 +53,15 @@ def same_caption(e: Embeddings, mask: bool) -> Tensor:
 def check(objective: Bce, e: Embeddings, weights: Tensor) -> None:
     """weights: (B, B) of the negatives."""
     s = e.logit_scale * e.image @ e.text.T + e.logit_bias
-    sides = F.binary_cross_entropy_with_logits(s, torch.eye(len(s), dtype=s.dtype), reduction="none")
+    sides = F.binary_cross_entropy_with_logits(
+        s, torch.eye(len(s), dtype=s.dtype), reduction="none"
+    )
     theirs = (sides.diagonal().sum() + objective.weight * (sides * weights).sum()) / len(s)
     ours = objective(e, e)
     torch.testing.assert_close(ours["loss"], theirs, rtol=1e-12, atol=0)
-    torch.testing.assert_close(ours["positive"] + objective.weight * ours["negative"], ours["loss"].detach())
+    torch.testing.assert_close(
+        ours["positive"] + objective.weight * ours["negative"], ours["loss"].detach()
+    )
     leaves = [e.image, e.text, e.logit_scale, e.logit_bias]
     for a, b in zip(*(torch.autograd.grad(x, leaves) for x in (ours["loss"], theirs)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-14)
@@ -52,12 +69,19 @@ def check(objective: Bce, e: Embeddings, weights: Tensor) -> None:
 
 @pytest.mark.parametrize("mask", [True, False])
 @pytest.mark.parametrize("weight", [1.0, 0.3])
-def test_balanced_weighs_all_negatives_of_a_row_like_its_positive(mask: bool, weight: float) -> None:
+def test_balanced_weighs_all_negatives_of_a_row_like_its_positive(
+    mask: bool, weight: float
+) -> None:
     e = batch()
-    e = e._replace(caption_hash=torch.arange(B) // 3 * (torch.arange(B) < 9))  # rows have different numbers of them
+    # rows have different numbers of them
+    e = e._replace(caption_hash=torch.arange(B) // 3 * (torch.arange(B) < 9))
     counts = (~same_caption(e, mask)).double()
     assert (len(counts.sum(dim=1).unique()) > 1) == mask
-    check(Bce(SETTING, weight=weight, mask_duplicates=mask).double(), e, counts / counts.sum(dim=1, keepdim=True))
+    check(
+        Bce(SETTING, weight=weight, mask_duplicates=mask).double(),
+        e,
+        counts / counts.sum(dim=1, keepdim=True),
+    )
 
 
 def shifts(objective: Bce, columns: int = B) -> list[int]:
@@ -65,7 +89,9 @@ def shifts(objective: Bce, columns: int = B) -> list[int]:
 
 
 @pytest.mark.parametrize("mask", [True, False])
-@pytest.mark.parametrize(("mode", "k"), [("one", 1), ("warmup", 1), ("warmup", 5), ("warmup", B - 1)])
+@pytest.mark.parametrize(
+    ("mode", "k"), [("one", 1), ("warmup", 1), ("warmup", 5), ("warmup", B - 1)]
+)
 def test_k_negatives_are_columns_at_k_shifts(mode: str, k: int, mask: bool) -> None:
     objective = Bce(SETTING, mode=mode, weight=0.7, mask_duplicates=mask).double()
     objective.count.fill_(k)
@@ -74,12 +100,17 @@ def test_k_negatives_are_columns_at_k_shifts(mode: str, k: int, mask: bool) -> N
         weights = torch.zeros(B, B, dtype=torch.float64)
         for shift in shifts(objective):
             weights[torch.arange(B), (torch.arange(B) + shift) % B] = 1
-        assert weights.sum(dim=0).tolist() == weights.sum(dim=1).tolist() == [float(len(shifts(objective)))] * B
+        assert (
+            weights.sum(dim=0).tolist()
+            == weights.sum(dim=1).tolist()
+            == [float(len(shifts(objective)))] * B
+        )
         check(objective, e, weights * ~same_caption(e, mask))
 
 
 def test_shifts_are_drawn_anew_by_seed_and_step() -> None:
-    objective, other = Bce(SETTING, mode="warmup"), Bce(Setting(12, B, 12, seed=6), mode="warmup")
+    objective = Bce(SETTING, mode="warmup")
+    other = Bce(Setting(12, B, 12, seed=6), mode="warmup")
     objective.count.fill_(4)
     other.count.fill_(4)
     drawn = []
@@ -97,7 +128,9 @@ def test_shifts_are_drawn_anew_by_seed_and_step() -> None:
 
 
 def test_k_grows_while_the_running_accuracy_is_above_one_half() -> None:
-    """From 0 by tenths: 1 − 0.9ⁿ passes ½ at the seventh step. Up to all of the batch, and never down."""
+    """From 0 by tenths: 1 − 0.9ⁿ passes ½ at the seventh step. Up to all of the batch, and never
+    down.
+    """
     objective = Bce(SETTING, mode="warmup")
     for number in range(40):
         e = batch(number, noise=0.05, captions=10**6)
@@ -130,7 +163,8 @@ def test_a_row_without_negatives_is_neither_right_nor_wrong() -> None:
     assert objective(e, e)["negative"] == 0
     assert objective.accuracy == pytest.approx(0.3)
     half = batch(noise=0.0, captions=10**6)
-    half = half._replace(caption_hash=torch.arange(B).clamp(max=B // 2), text=-half.image)  # the others lose
+    # the others lose
+    half = half._replace(caption_hash=torch.arange(B).clamp(max=B // 2), text=-half.image)
     assert objective(half, half)["accuracy"] == 0
 
 

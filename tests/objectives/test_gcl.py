@@ -1,8 +1,10 @@
-"""gcl against its formula, pair by pair in Python; its memory over ranks, resumes and strange batches.
+"""gcl against its formula, pair by pair in Python; its memory over ranks, resumes and strange
+batches.
 
-Seen to fail when: the weights are not detached, or miss ε; the positive stays in g; the mean over negatives counts
-duplicates; u is blended on the first visit, or with γ and 1 − γ swapped; only a rank's own u are remembered; γ's
-schedule ignores the step; ρ does not reach the temperature; the step is not in the checkpoint.
+Seen to fail when: the weights are not detached, or miss ε; the positive stays in g; the mean over
+negatives counts duplicates; u is blended on the first visit, or with γ and 1 − γ swapped; only a
+rank's own u are remembered; γ's schedule ignores the step; ρ does not reach the temperature; the
+step is not in the checkpoint.
 """
 
 import math
@@ -22,14 +24,20 @@ from clipsmall.objectives.gcl_temperature import Temperatures
 from clipsmall.objectives.gcl_variants import VARIANTS
 from clipsmall.objectives.neighbours import Neighbours
 
-PAIRS, B, D = 40, 16, 12
+PAIRS = 40
+B = 16
+D = 12
 IDS = torch.arange(PAIRS) * 7 + 3
 SETTING = Setting(width=D, batch_size=B, steps=12, seed=5, ids=IDS)
 MAKE: dict[str, Any] = {"gcl": Gcl, "nn": Neighbours, "bce": Bce}
 
 
-def batch(step: int = 0, size: int = B, scale: float = 14.3, noise: float = 1.0, captions: int = 13) -> Embeddings:
-    """Pairs drawn anew at every step, so that they move between ranks; `captions` different captions."""
+def batch(
+    step: int = 0, size: int = B, scale: float = 14.3, noise: float = 1.0, captions: int = 13
+) -> Embeddings:
+    """Pairs drawn anew at every step, so that they move between ranks; `captions` different
+    captions.
+    """
     generator = torch.Generator().manual_seed(100 + step)
     image = torch.randn(size, D, generator=generator, dtype=torch.float64)
     text = image + noise * torch.randn(size, D, generator=generator, dtype=torch.float64)
@@ -50,10 +58,14 @@ def mine(whole: Embeddings) -> Embeddings:
     part = len(whole.index) // world.size()
     cut = slice(world.rank() * part, (world.rank() + 1) * part)
     image, text = (x.detach()[cut].clone().requires_grad_() for x in (whole.image, whole.text))
-    return whole._replace(image=image, text=text, index=whole.index[cut], caption_hash=whole.caption_hash[cut])
+    return whole._replace(
+        image=image, text=text, index=whole.index[cut], caption_hash=whole.caption_hash[cut]
+    )
 
 
-def trained(name: str, options: dict[str, Any], batches: list[dict[str, Any]], ring: bool = False) -> dict[str, Any]:
+def trained(
+    name: str, options: dict[str, Any], batches: list[dict[str, Any]], ring: bool = False
+) -> dict[str, Any]:
     """Loss, terms and DDP's gradients of every step, and the memory after the last."""
     objective = MAKE[name](SETTING, **options).double()
     steps = []
@@ -64,13 +76,17 @@ def trained(name: str, options: dict[str, Any], batches: list[dict[str, Any]], r
         found = {key: world.mean(value.double()).item() for key, value in made.items()}
         for key in ("image", "text", "logit_scale", "logit_bias"):
             gradient = getattr(rows, key).grad
-            if gradient is not None and gradient.dim():  # a feature belongs to one rank, but all ranks ask for it
+            # a feature belongs to one rank, but all ranks ask for it
+            if gradient is not None and gradient.dim():
                 gradient = world.gather(gradient) / world.size()
             elif gradient is not None:
                 gradient = world.mean(gradient)
             found[f"d {key}"] = gradient.tolist() if gradient is not None else None
         steps.append(found)
-    return {"steps": steps, "memory": {key: value.tolist() for key, value in objective.state_dict().items()}}
+    return {
+        "steps": steps,
+        "memory": {key: value.tolist() for key, value in objective.state_dict().items()},
+    }
 
 
 def assert_same(found: Any, expected: Any, where: str = "") -> None:
@@ -84,7 +100,8 @@ def assert_same(found: Any, expected: Any, where: str = "") -> None:
     elif expected is None:
         assert found is None, where
     else:
-        a, b = torch.tensor(found, dtype=torch.float64), torch.tensor(expected, dtype=torch.float64)
+        a = torch.tensor(found, dtype=torch.float64)
+        b = torch.tensor(expected, dtype=torch.float64)
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-13, msg=lambda text: f"{where}: {text}")
 
 
@@ -97,7 +114,8 @@ def test_ranks_learn_and_remember_as_one_process(ranks: Any, variant: str, world
     """Six steps over 40 pairs: most come back, on another rank."""
     options = {"variant": variant, "gamma": 0.4}
     if VARIANTS[variant].temperature == "each":
-        options |= {"tau": 0.2, "lr_tau": 0.01, "rho": 1.0}  # inside the bounds, where τ moves
+        # inside the bounds, where τ moves
+        options |= {"tau": 0.2, "lr_tau": 0.01, "rho": 1.0}
     expected = trained("gcl", options, [{}] * 6)
     assert expected["memory"]["step"] == 6
     assert any(abs(x) > 1e-4 for row in expected["steps"][5]["d image"] for x in row)
@@ -127,9 +145,15 @@ def test_in_a_ring_all_is_the_same(ranks: Any, name: str, options: dict[str, Any
 class Oracle:
     """The papers' algorithm, one pair and one direction at a time; u as it is, not its log."""
 
-    def __init__(self, gamma: Any, tau: float | None = None, lr: float = 0.0, rule: str = "", **options: Any) -> None:
-        self.gamma, self.tau, self.lr, self.rule = gamma, tau, lr, rule
-        self.rho, self.epsilon = options.get("rho", 0.0), options.get("epsilon", 1e-14)
+    def __init__(
+        self, gamma: Any, tau: float | None = None, lr: float = 0.0, rule: str = "", **options: Any
+    ) -> None:
+        self.gamma = gamma
+        self.tau = tau
+        self.lr = lr
+        self.rule = rule
+        self.rho = options.get("rho", 0.0)
+        self.epsilon = options.get("epsilon", 1e-14)
         self.multiplied = options.get("multiplied", True)
         self.u: dict[tuple[int, int], Tensor] = {}
         self.own: dict[tuple[int, int], Tensor] = {}
@@ -138,24 +162,38 @@ class Oracle:
 
     def step(self, e: Embeddings, number: int) -> tuple[Tensor, Tensor]:
         """The value of L, and something whose gradient is that of the paper."""
-        gamma, cosines = self.gamma(number) if callable(self.gamma) else self.gamma, e.image @ e.text.T
-        values, pulls, taus = [], [], []
+        gamma = self.gamma(number) if callable(self.gamma) else self.gamma
+        cosines = e.image @ e.text.T
+        values = []
+        pulls = []
+        taus = []
         for way, matrix in enumerate((cosines, cosines.T)):
             for i in range(len(e.index)):
                 key = (way, int(e.index[i]))
                 tau = self._tau(key, e)
                 others = [j for j in range(len(e.index)) if e.caption_hash[j] != e.caption_hash[i]]
-                g = torch.stack([((matrix[i, j] - matrix[i, i]) / tau).exp() for j in others]).mean()
+                g = torch.stack(
+                    [((matrix[i, j] - matrix[i, i]) / tau).exp() for j in others]
+                ).mean()
                 old = self.u.get(key)
-                self.u[key] = u = g.detach() if old is None else (1 - gamma) * old + gamma * g.detach()
+                self.u[key] = u = (
+                    g.detach() if old is None else (1 - gamma) * old + gamma * g.detach()
+                )
                 factor = tau if self.multiplied else torch.ones(())
                 value = (self.epsilon + u).log() + self.rho
                 values.append(factor.detach() * value)
-                pulls.append(factor.detach() * g / (self.epsilon + u) + (factor * value if self.multiplied else 0.0))
+                pulls.append(
+                    factor.detach() * g / (self.epsilon + u)
+                    + (factor * value if self.multiplied else 0.0)
+                )
                 taus.append((key, tau))
         surrogate = torch.stack(pulls).sum() / len(e.index)
         if self.rule:
-            self._move(taus, torch.autograd.grad(surrogate, [tau for _, tau in taus], retain_graph=True), len(e.index))
+            self._move(
+                taus,
+                torch.autograd.grad(surrogate, [tau for _, tau in taus], retain_graph=True),
+                len(e.index),
+            )
         return torch.stack(values).sum() / len(e.index), surrogate
 
     def _tau(self, key: tuple[int, int], e: Embeddings) -> Tensor:
@@ -163,12 +201,16 @@ class Oracle:
             return 1 / e.logit_scale
         if not self.rule:
             return torch.tensor(self.tau, dtype=torch.float64)
-        stored = self.own.setdefault(key, torch.tensor(self.tau, dtype=torch.float64, requires_grad=True))
-        return stored.detach().clone().requires_grad_()  # of this step: the stored one moves before its graph is used
+        stored = self.own.setdefault(
+            key, torch.tensor(self.tau, dtype=torch.float64, requires_grad=True)
+        )
+        # of this step: the stored one moves before its graph is used
+        return stored.detach().clone().requires_grad_()
 
     def _move(self, taus: list[Any], slopes: tuple[Tensor, ...], size: int) -> None:
         for (key, _), slope in zip(taus, slopes, strict=True):
-            tau, slope = self.own[key], (slope * size).clamp(-5, 5)
+            tau = self.own[key]
+            slope = (slope * size).clamp(-5, 5)
             if self.rule == "adam":
                 tau.grad = slope
                 self.optimizers.setdefault(key, torch.optim.Adam([tau], self.lr)).step()
@@ -178,15 +220,22 @@ class Oracle:
 
 
 def cosine(number: int) -> float:
-    return 0.4 + 0.6 * (1 + math.cos(math.pi * min(number / 6, 1.0))) / 2  # a run of 12 steps
+    # a run of 12 steps
+    return 0.4 + 0.6 * (1 + math.cos(math.pi * min(number / 6, 1.0))) / 2
 
 
 CASES = {
     "sogclr": (Oracle(0.4, tau=0.07), {}),
-    "isogclr": (Oracle(0.4, tau=0.2, lr=0.003, rho=1.0, rule="momentum"), {"tau": 0.2, "lr_tau": 0.003, "rho": 1.0}),
+    "isogclr": (
+        Oracle(0.4, tau=0.2, lr=0.003, rho=1.0, rule="momentum"),
+        {"tau": 0.2, "lr_tau": 0.003, "rho": 1.0},
+    ),
     "fastclip_v0": (Oracle(cosine, multiplied=False), {}),
     "fastclip_v1": (Oracle(cosine, tau=0.1, epsilon=1e-2), {"tau": 0.1, "epsilon": 1e-2}),
-    "fastclip_v2": (Oracle(cosine, tau=0.2, lr=0.003, rho=1.0, rule="adam"), {"tau": 0.2, "lr_tau": 0.003, "rho": 1.0}),
+    "fastclip_v2": (
+        Oracle(cosine, tau=0.2, lr=0.003, rho=1.0, rule="adam"),
+        {"tau": 0.2, "lr_tau": 0.003, "rho": 1.0},
+    ),
     "fastclip_v3": (Oracle(cosine, rho=6.5, epsilon=1e-3), {"epsilon": 1e-3}),
 }
 
@@ -200,7 +249,8 @@ def test_every_variant_is_its_papers_formula(variant: str) -> None:
         e = batch(number)
         made = objective(e, e)
         value, surrogate = oracle.step(e, number)
-        torch.testing.assert_close(made["loss"], value, rtol=1e-6, atol=1e-9)  # float32 starts of tau
+        # float32 starts of tau
+        torch.testing.assert_close(made["loss"], value, rtol=1e-6, atol=1e-9)
         leaves = [e.image, e.text] + [e.logit_scale] * (oracle.tau is None)
         theirs = torch.autograd.grad(surrogate, leaves)
         for mine_, other in zip(torch.autograd.grad(made["loss"], leaves), theirs, strict=True):
@@ -210,7 +260,10 @@ def test_every_variant_is_its_papers_formula(variant: str) -> None:
         torch.testing.assert_close(objective.log_u[spot, way].exp(), u, rtol=1e-6, atol=0)
         if objective.temperatures is not None:
             torch.testing.assert_close(
-                objective.temperatures.tau[spot, way], oracle.own[way, index].detach(), rtol=1e-6, atol=0
+                objective.temperatures.tau[spot, way],
+                oracle.own[way, index].detach(),
+                rtol=1e-6,
+                atol=0,
             )
 
 
@@ -222,13 +275,15 @@ def test_without_memory_the_gradient_is_twice_tau_dcl(variant: str) -> None:
         e = batch(number)
         theirs = dcl(e._replace(logit_scale=torch.tensor(10.0)), e)["loss"]
         ours = objective(e, e)["loss"]
-        for a, b in zip(*(torch.autograd.grad(x, [e.image, e.text]) for x in (ours, theirs)), strict=True):
+        for a, b in zip(
+            *(torch.autograd.grad(x, [e.image, e.text]) for x in (ours, theirs)), strict=True
+        ):
             torch.testing.assert_close(a, 0.2 * b, rtol=1e-12, atol=1e-17)
 
 
 def test_with_frozen_features_u_becomes_the_mean_over_the_data_set() -> None:
-    """The point of it: batches of 4 out of 40 pairs, and u nears what a batch of 40 would say. γ = 1 / visits: u is the
-    mean of all g."""
+    """The point of it: batches of 4 out of 40 pairs, and u nears what a batch of 40 would say. γ =
+    1 / visits: u is the mean of all g."""
     whole = batch(size=PAIRS, captions=10**6)
     whole = whole._replace(image=whole.image.detach(), text=whole.text.detach())
     objective = Gcl(SETTING, "sogclr", tau=0.3).double()
@@ -252,7 +307,8 @@ def test_with_frozen_features_u_becomes_the_mean_over_the_data_set() -> None:
 
 
 def test_gamma_falls_from_one_over_the_first_half_of_the_run() -> None:
-    objective, seen = Gcl(SETTING, "fastclip_v3", gamma=0.2), []
+    objective = Gcl(SETTING, "fastclip_v3", gamma=0.2)
+    seen = []
     for number in range(12):
         e = batch(number)
         seen.append(objective(e, e)["gamma"].item())
@@ -263,7 +319,9 @@ def test_gamma_falls_from_one_over_the_first_half_of_the_run() -> None:
 
 
 def test_a_temperature_rests_where_the_weights_are_rho_nats_from_uniform() -> None:
-    """fastclip_v3's slope by τ is the sum over both modalities of ρ − KL(weights ‖ uniform), at u = g."""
+    """fastclip_v3's slope by τ is the sum over both modalities of ρ − KL(weights ‖ uniform), at u =
+    g.
+    """
     e = batch(captions=10**6)
     loss = Gcl(SETTING, "fastclip_v3", gamma=1.0, epsilon=0.0).double()(e, e)["loss"]
     by_tau = torch.autograd.grad(loss, e.logit_scale)[0] * -(e.logit_scale**2)
@@ -295,7 +353,8 @@ def test_temperatures_move_in_small_steps_within_their_bounds(rule: Any) -> None
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_resumed_memory_goes_on_bit_for_bit(variant: str) -> None:
-    whole, first = Gcl(SETTING, variant), Gcl(SETTING, variant)
+    whole = Gcl(SETTING, variant)
+    first = Gcl(SETTING, variant)
     expected = [whole(e, e)["loss"] for e in map(batch, range(6))]
     for e in map(batch, range(3)):
         first(e, e)
@@ -330,8 +389,12 @@ STRANGE = {
 }
 
 
-def assert_finite(objective: Any, strange: str, dtype: torch.dtype, leaves: tuple[str, ...]) -> None:
-    """Three steps on strange batches, one of them under autocast: float32 losses, finite terms and gradients."""
+def assert_finite(
+    objective: Any, strange: str, dtype: torch.dtype, leaves: tuple[str, ...]
+) -> None:
+    """Three steps on strange batches, one of them under autocast: float32 losses, finite terms and
+    gradients.
+    """
     for number in range(3):
         e = low(batch(number, **STRANGE[strange]), dtype)  # type: ignore[arg-type]
         with torch.autocast("cpu", torch.bfloat16, enabled=number == 1):
@@ -368,7 +431,9 @@ def test_a_pair_that_met_only_duplicates_remembers_nothing() -> None:
 
 def test_duplicates_are_masked_if_asked() -> None:
     e = batch()
-    masked, plain = (Gcl(SETTING, "sogclr", mask_duplicates=on).double()(e, e) for on in (True, False))
+    masked, plain = (
+        Gcl(SETTING, "sogclr", mask_duplicates=on).double()(e, e) for on in (True, False)
+    )
     assert masked["effective_negatives"] < plain["effective_negatives"] == B - 1
     assert masked["loss"] != plain["loss"]
 
@@ -376,7 +441,9 @@ def test_duplicates_are_masked_if_asked() -> None:
 def test_fixed_temperatures_leave_the_scale_alone() -> None:
     for variant, has in VARIANTS.items():
         e = batch()
-        gradient = torch.autograd.grad(Gcl(SETTING, variant)(e, e)["loss"], e.logit_scale, allow_unused=True)[0]
+        gradient = torch.autograd.grad(
+            Gcl(SETTING, variant)(e, e)["loss"], e.logit_scale, allow_unused=True
+        )[0]
         assert (gradient is not None) == (has.temperature == "learned")
 
 

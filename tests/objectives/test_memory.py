@@ -1,7 +1,8 @@
-"""Streamed objectives never hold a matrix of the batch: seen by a meter that finds open_clip's at once.
+"""Streamed objectives never hold a matrix of the batch: seen by a meter that finds open_clip's at
+once.
 
-Seen to fail when: softmax makes its scores with `@`; a mask of the whole batch is drawn up; tiles are kept in a list,
-or for the backward.
+Seen to fail when: softmax makes its scores with `@`; a mask of the whole batch is drawn up; tiles
+are kept in a list, or for the backward.
 """
 
 from collections.abc import Callable
@@ -25,9 +26,21 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "nn": {"size": 64, "start": 2},
 }
 STREAMED = [
-    "softmax", "dcl", "dclw", "sigmoid", "triplet", "vse++", "spectral", "align_uniform", "sinkhorn",
-    "sinkhorn_targets", "bce", "gcl", "nn", "hsic",
-]  # fmt: skip
+    "softmax",
+    "dcl",
+    "dclw",
+    "sigmoid",
+    "triplet",
+    "vse++",
+    "spectral",
+    "align_uniform",
+    "sinkhorn",
+    "sinkhorn_targets",
+    "bce",
+    "gcl",
+    "nn",
+    "hsic",
+]
 
 Loss = Callable[[Embeddings], Tensor]
 
@@ -35,9 +48,12 @@ Loss = Callable[[Embeddings], Tensor]
 def test_the_meter_counts_storages_once_and_forgets_the_dead() -> None:
     x = torch.randn(1000, requires_grad=True)
     with Meter() as meter:
-        y = x.exp()  # 4,000 bytes, kept for backward, too
-        total = y.view(10, 100).T.sum()  # 4 more: views are nothing new
-        total.backward()  # ones (4, expanded) and their product with y (4,000): x.grad
+        # 4,000 bytes, kept for backward, too
+        y = x.exp()
+        # 4 more: views are nothing new
+        total = y.view(10, 100).T.sum()
+        # ones (4, expanded) and their product with y (4,000): x.grad
+        total.backward()
     assert (meter.peak_bytes, meter.saved_bytes, meter.largest) == (8008, 4000, 1000)
     del y, total
     assert meter.alive_bytes == 4000
@@ -84,16 +100,25 @@ def test_the_meter_sees_what_a_function_of_ones_own_saves_and_makes_backwards() 
 def embeddings(size: int) -> Embeddings:
     """Every caption appears twice: masks are needed."""
     generator = torch.Generator().manual_seed(0)
-    image, text = (F.normalize(torch.randn(size, WIDTH, generator=generator), dim=1).requires_grad_() for _ in range(2))
+    image, text = (
+        F.normalize(torch.randn(size, WIDTH, generator=generator), dim=1).requires_grad_()
+        for _ in range(2)
+    )
     numbers = torch.arange(size)
-    extra = {"image_target": image.detach(), "text_target": text.detach(), "soft_scale": torch.tensor(20.0)}
-    scale, bias = torch.tensor(20.0, requires_grad=True), torch.tensor(-5.0, requires_grad=True)
+    extra = {
+        "image_target": image.detach(),
+        "text_target": text.detach(),
+        "soft_scale": torch.tensor(20.0),
+    }
+    scale = torch.tensor(20.0, requires_grad=True)
+    bias = torch.tensor(-5.0, requires_grad=True)
     return Embeddings(image, text, numbers, numbers // 2, scale, bias, extra)
 
 
 def ours(name: str) -> Loss:
     """Of a step with a memory the second: the first has none yet."""
-    make, options = OBJECTIVES[name].make, OPTIONS.get(name, {})
+    make = OBJECTIVES[name].make
+    options = OPTIONS.get(name, {})
 
     def loss(e: Embeddings) -> Tensor:
         if not isinstance(make, type):
@@ -120,29 +145,37 @@ def measured(loss: Loss, size: int) -> Meter:
 
 @pytest.mark.parametrize("name", STREAMED)
 def test_memory_grows_with_the_batch_not_its_square(name: str) -> None:
-    """In tiles of 1/64 of the smaller matrix: what grows with the batch is not hidden behind them."""
+    """In tiles of 1/64 of the smaller matrix: what grows with the batch is not hidden behind
+    them.
+    """
     with mock.patch.dict(similarity.TILE, cpu=(128, 128)):
-        small, large = measured(ours(name), 512), measured(ours(name), 2048)
+        small = measured(ours(name), 512)
+        large = measured(ours(name), 2048)
     assert small.largest <= 3 * 512 * WIDTH
-    assert large.largest <= 3 * 2048 * WIDTH  # a row is at most three features long (sinkhorn_targets)
+    # a row is at most three features long (sinkhorn_targets)
+    assert large.largest <= 3 * 2048 * WIDTH
     assert large.peak_bytes <= 4.05 * small.peak_bytes
     assert large.saved_bytes <= 4.05 * small.saved_bytes
 
 
 @pytest.mark.parametrize("name", ["softmax", "dcl", "sigmoid", "gcl"])
 def test_from_4096_to_16384_pairs_memory_stays_a_few_tiles(name: str) -> None:
-    small, large = measured(ours(name), 4096), measured(ours(name), 16384)
+    small = measured(ours(name), 4096)
+    large = measured(ours(name), 16384)
     assert large.peak_bytes < 2 * small.peak_bytes
     for size, meter in ((4096, small), (16384, large)):
         assert meter.largest == 1024 * 1024 < size**2 / 8
-        assert meter.peak_bytes < 32 * 2**20  # where the matrix takes 1 GiB
+        # where the matrix takes 1 GiB
+        assert meter.peak_bytes < 32 * 2**20
     assert large.saved_bytes == pytest.approx(4 * small.saved_bytes, rel=0.01)
 
 
 def test_the_meter_finds_open_clips_matrices() -> None:
-    small, large = measured(open_clips, 1024), measured(open_clips, 4096)
+    small = measured(open_clips, 1024)
+    large = measured(open_clips, 4096)
     assert small.largest == 1024**2
     assert large.largest == 4096**2
-    assert large.peak_bytes > 4 * 4096**2 * 4  # four of them at once
+    # four of them at once
+    assert large.peak_bytes > 4 * 4096**2 * 4
     assert large.saved_bytes > 2 * 4096**2 * 4
     assert large.peak_bytes > 15 * small.peak_bytes

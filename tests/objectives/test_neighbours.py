@@ -1,8 +1,8 @@
 """nn against lists and loops; its queues over ranks, round the end, resumed and on strange batches.
 
-Seen to fail when: neighbours carry a gradient; a rank pushes only its own rows; more rows than entries are written;
-the part of the queue that is still empty is searched; equal neighbours stay negatives; a pair's former visit may be
-its neighbour; `seen` is not in the checkpoint.
+Seen to fail when: neighbours carry a gradient; a rank pushes only its own rows; more rows than
+entries are written; the part of the queue that is still empty is searched; equal neighbours stay
+negatives; a pair's former visit may be its neighbour; `seen` is not in the checkpoint.
 """
 
 from typing import Any
@@ -36,14 +36,23 @@ class Oracle:
     """Queues as lists of (index, caption, feature), newest last."""
 
     def __init__(self, size: int, start: int, mask: bool) -> None:
-        self.size, self.start, self.mask = size, start, mask
+        self.size = size
+        self.start = start
+        self.mask = mask
         self.queues: dict[str, list[tuple[int, int, Tensor]]] = {"text": [], "image": []}
 
     def step(self, e: Embeddings) -> Tensor:
         losses = []
         for learning, given in ((e.image, "text"), (e.text, "image")):
             queue = self.queues[given]
-            rows = list(zip(e.index.tolist(), e.caption_hash.tolist(), getattr(e, given).detach(), strict=True))
+            rows = list(
+                zip(
+                    e.index.tolist(),
+                    e.caption_hash.tolist(),
+                    getattr(e, given).detach(),
+                    strict=True,
+                )
+            )
             partners = []
             for row in rows:
                 found = [entry for entry in queue if entry[0] != row[0] or not self.mask]
@@ -51,7 +60,11 @@ class Oracle:
                 partners.append(max(found, key=lambda entry, row=row: float(entry[2] @ row[2])))
             s = e.logit_scale * learning @ torch.stack([feature for *_, feature in partners]).T
             captions = torch.tensor([caption for _, caption, _ in partners])
-            out = (captions[:, None] == captions) & ~torch.eye(len(s), dtype=torch.bool) & torch.tensor(self.mask)
+            out = (
+                (captions[:, None] == captions)
+                & ~torch.eye(len(s), dtype=torch.bool)
+                & torch.tensor(self.mask)
+            )
             s, target = s.masked_fill(out, -torch.inf), torch.arange(len(s))
             losses.append((F.cross_entropy(s, target) + F.cross_entropy(s.T, target)) / 2)
             queue.extend(rows)
@@ -61,14 +74,21 @@ class Oracle:
 
 @pytest.mark.parametrize("mask", [True, False])
 @pytest.mark.parametrize(("size", "start"), [(21, 10), (16, 2), (50, 40), (5, 5), (2, 2)])
-def test_loss_and_gradients_are_those_of_loops_over_lists(size: int, start: int, mask: bool) -> None:
-    """Queues of two entries, shorter than a batch, as long, and longer; `start` reached at once and late."""
-    objective, oracle = Neighbours(SETTING, size, start, mask_duplicates=mask).double(), Oracle(size, start, mask)
+def test_loss_and_gradients_are_those_of_loops_over_lists(
+    size: int, start: int, mask: bool
+) -> None:
+    """Queues of two entries, shorter than a batch, as long, and longer; `start` reached at once and
+    late.
+    """
+    objective = Neighbours(SETTING, size, start, mask_duplicates=mask).double()
+    oracle = Oracle(size, start, mask)
     for number in range(7):
         e = batch(number)
-        if number == 6:  # the pairs of the step before once more: with two entries, two of them have one choice
+        # the pairs of the step before once more: with two entries, two of them have one choice
+        if number == 6:
             e = e._replace(index=batch(5).index, caption_hash=batch(5).caption_hash)
-        made, theirs = objective(e, e)["loss"], oracle.step(e)
+        made = objective(e, e)["loss"]
+        theirs = oracle.step(e)
         torch.testing.assert_close(made, theirs, rtol=1e-12, atol=0)
         leaves = [e.image, e.text, e.logit_scale]
         for a, b in zip(*(torch.autograd.grad(x, leaves) for x in (made, theirs)), strict=True):
@@ -76,9 +96,12 @@ def test_loss_and_gradients_are_those_of_loops_over_lists(size: int, start: int,
 
 
 @pytest.mark.parametrize("size", [1, 3, 7, 16, 20])
-@pytest.mark.parametrize("counts", [[1] * 30, [6] * 8, [7] * 5, [16] * 4, [50, 50], [5, 50, 4, 1, 23, 8, 3, 16, 2]])
+@pytest.mark.parametrize(
+    "counts", [[1] * 30, [6] * 8, [7] * 5, [16] * 4, [50, 50], [5, 50, 4, 1, 23, 8, 3, 16, 2]]
+)
 def test_a_queue_holds_the_last_entries_whatever_the_batch(size: int, counts: list[int]) -> None:
-    queue, stream = Queue(size, 1), torch.arange(1, sum(counts) + 1)
+    queue = Queue(size, 1)
+    stream = torch.arange(1, sum(counts) + 1)
     for part in stream.split(counts):
         queue.push(part, -part, features=part[:, None].float())
         assert len(queue) == min(size, int(part[-1]))
@@ -91,7 +114,11 @@ def test_a_queue_holds_the_last_entries_whatever_the_batch(size: int, counts: li
 def test_the_nearest_is_looked_for_among_what_is_there() -> None:
     """An empty entry has cosine 0, more than that of a true one that points away."""
     queue = Queue(8, 2)
-    queue.push(torch.tensor([5, 6]), torch.tensor([50, 60]), features=torch.tensor([[-1.0, 0.0], [-0.6, 0.8]]))
+    queue.push(
+        torch.tensor([5, 6]),
+        torch.tensor([50, 60]),
+        features=torch.tensor([[-1.0, 0.0], [-0.6, 0.8]]),
+    )
     here = torch.tensor([[1.0, 0.0]])
     cosine, entry, caption = queue.nearest(here, None)
     assert (cosine.item(), caption.item()) == (pytest.approx(-0.6), 60)
@@ -101,11 +128,14 @@ def test_the_nearest_is_looked_for_among_what_is_there() -> None:
 
 def test_before_the_start_it_is_softmax_with_half_its_gradient() -> None:
     e = batch()
-    made, theirs = Neighbours(SETTING, 100, 100).double()(e, e), softmax(e, e)
+    made = Neighbours(SETTING, 100, 100).double()(e, e)
+    theirs = softmax(e, e)
     torch.testing.assert_close(made["loss"], theirs["loss"], rtol=1e-12, atol=0)
     assert made["neighbour_cosine"] == 1
     assert made["effective_negatives"] == theirs["effective_negatives"]
-    for a, b in zip(*(torch.autograd.grad(x["loss"], [e.image, e.text]) for x in (made, theirs)), strict=True):
+    for a, b in zip(
+        *(torch.autograd.grad(x["loss"], [e.image, e.text]) for x in (made, theirs)), strict=True
+    ):
         torch.testing.assert_close(a, b / 2, rtol=1e-10, atol=1e-15)
 
 
@@ -113,7 +143,9 @@ def test_without_images_only_images_learn() -> None:
     objective = Neighbours(SETTING, **SMALL, images=False).double()
     for number in range(2):
         e = batch(number)
-        gradients = torch.autograd.grad(objective(e, e)["loss"], [e.image, e.text], allow_unused=True)
+        gradients = torch.autograd.grad(
+            objective(e, e)["loss"], [e.image, e.text], allow_unused=True
+        )
         assert gradients[0].norm() > 0
         assert gradients[1] is None
     assert objective.images is None
@@ -121,15 +153,20 @@ def test_without_images_only_images_learn() -> None:
 
 
 def test_equal_neighbours_are_no_negatives() -> None:
-    """Two entries, so two kinds of neighbours: what has mine is masked, what has the other is told apart."""
+    """Two entries, so two kinds of neighbours: what has mine is masked, what has the other is told
+    apart.
+    """
     masked, plain = (Neighbours(SETTING, 2, 2, mask_duplicates=on).double() for on in (True, False))
-    e, last = batch(0, captions=10**6), batch(1, captions=10**6)
+    e = batch(0, captions=10**6)
+    last = batch(1, captions=10**6)
     last = last._replace(index=last.index + 10**6)
     for objective in (masked, plain):
         objective(e, e)
     near = (last.text @ e.text[-2:].T).argmax(dim=1)
     images = (last.image @ e.image[-2:].T).argmax(dim=1)
-    told_apart = sum((kind[:, None] != kind).sum(dim=1).double().mean() for kind in (near, images)) / 2
+    told_apart = (
+        sum((kind[:, None] != kind).sum(dim=1).double().mean() for kind in (near, images)) / 2
+    )
     assert masked(last, last)["effective_negatives"].item() == pytest.approx(told_apart)
     assert plain(last, last)["effective_negatives"] == B - 1
 

@@ -1,8 +1,10 @@
-"""Objectives without negatives: against lightly's and dense formulas, and over ranks with their heads.
+"""Objectives without negatives: against lightly's and dense formulas, and over ranks with their
+heads.
 
-Seen to fail when: a sum of `moments`, Barlow's or VICReg's matrix stays on its rank, or its backward does; hsic's row
-weights, mean or squares are of one rank; swav queues its own rows, or before use, or detaches frozen prototypes;
-superclass counts its own captions, or a word twice; targets are not detached; any sum is made in half precision.
+Seen to fail when: a sum of `moments`, Barlow's or VICReg's matrix stays on its rank, or its
+backward does; hsic's row weights, mean or squares are of one rank; swav queues its own rows, or
+before use, or detaches frozen prototypes; superclass counts its own captions, or a word twice;
+targets are not detached; any sum is made in half precision.
 """
 
 from collections.abc import Callable, Mapping
@@ -31,7 +33,9 @@ from clipsmall.objectives.swav import Swav, shared_out
 from clipsmall.objectives.vicreg import vicreg
 from tests.shards_for_tests import TOWERS
 
-D, P, V = 12, 6, 40
+D = 12
+P = 6
+V = 40
 
 
 @dataclass
@@ -52,7 +56,9 @@ CASES = {
     "simsiam": Case(simsiam, heads={"predictors": {"hidden": 0.5}}),
     "byol": Case(byol, heads={"predictors": {"hidden": 2.0}, "momentum": {"momentum": 0.9}}),
     "swav": Case(Swav, {"queue": 40, "freeze_steps": 1}, {"prototypes": {"prototypes": P}}),
-    "swav in a ring": Case(Swav, {"queue": 40, "freeze_steps": 0}, {"prototypes": {"prototypes": P}}, ring=True),
+    "swav in a ring": Case(
+        Swav, {"queue": 40, "freeze_steps": 0}, {"prototypes": {"prototypes": P}}, ring=True
+    ),
     "barlow": Case(barlow, heads={"projectors": {"widths": [20, 14]}}),
     "vicreg": Case(vicreg, heads={"projectors": {}}),
     "hsic": Case(hsic, {"gamma": 0.5}),
@@ -73,12 +79,17 @@ def embeddings(size: int, noise: float = 1.0, seed: int = 0) -> Embeddings:
     extra = {
         "image_projected": 2 * image + 1,
         "text_projected": text - 3,
-        **{f"{name}_{kind}": leaf(size, D) for name in ("image", "text") for kind in ("predicted", "target")},
+        **{
+            f"{name}_{kind}": leaf(size, D)
+            for name in ("image", "text")
+            for kind in ("predicted", "target")
+        },
         "prototypes": F.normalize(leaf(P, D), dim=1),
         "token_logits": leaf(size, V),
     }
     ids = torch.randint(0, V, (size, 5), generator=generator)
-    ids[:, 0] = 0  # every caption has it
+    # every caption has it
+    ids[:, 0] = 0
     return Embeddings(
         F.normalize(image, dim=-1).requires_grad_(),
         F.normalize(text, dim=-1).requires_grad_(),
@@ -95,27 +106,35 @@ def setting(size: int = 16) -> Setting:
 
 
 def gradients(loss: Tensor, e: Embeddings) -> dict[str, Tensor]:
-    leaves = {"image": e.image, "text": e.text} | {n: x for n, x in e.extra.items() if x.requires_grad}
+    leaves = {"image": e.image, "text": e.text} | {
+        n: x for n, x in e.extra.items() if x.requires_grad
+    }
     found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, retain_graph=True)
     return {name: g for name, g in zip(leaves, found, strict=True) if g is not None}
 
 
 def assert_same(ours: Tensor, theirs: Tensor, e: Embeddings) -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-13)
-    mine, other = gradients(ours, e), gradients(theirs, e)
+    mine = gradients(ours, e)
+    other = gradients(theirs, e)
     assert mine.keys() == other.keys()
     for name in mine:
         torch.testing.assert_close(mine[name], other[name], rtol=1e-9, atol=1e-13, msg=name)
 
 
-# ---- formulas --------------------------------------------------------------------------------------------------
+# ---- formulas
+# --------------------------------------------------------------------------------------------------
 
 
 def test_simsiam_and_byol_are_lightlys_negative_cosine() -> None:
     lightly = pytest.importorskip("lightly.loss")
     e = embeddings(9)
-    cosine, x = lightly.NegativeCosineSimilarity(), e.extra
-    theirs = (cosine(x["image_predicted"], e.text.detach()) + cosine(x["text_predicted"], e.image.detach())) / 2
+    cosine = lightly.NegativeCosineSimilarity()
+    x = e.extra
+    theirs = (
+        cosine(x["image_predicted"], e.text.detach())
+        + cosine(x["text_predicted"], e.image.detach())
+    ) / 2
     assert_same(simsiam(e, e)["loss"], theirs, e)
     theirs = 4 + 2 * cosine(x["image_predicted"], x["text_target"].detach())
     theirs = theirs + 2 * cosine(x["text_predicted"], x["image_target"].detach())
@@ -133,7 +152,8 @@ def test_spread_tells_a_full_sphere_from_a_point() -> None:
 def test_barlow_and_vicreg_are_lightlys(size: int) -> None:
     lightly = pytest.importorskip("lightly.loss")
     e = embeddings(size)
-    x, y = e.extra["image_projected"], e.extra["text_projected"]
+    x = e.extra["image_projected"]
+    y = e.extra["text_projected"]
     assert_same(barlow(e, e)["loss"], lightly.BarlowTwinsLoss()(x, y), e)
     assert_same(barlow(e, e, redundancy=0.1)["loss"], lightly.BarlowTwinsLoss(0.1)(x, y), e)
     assert_same(vicreg(e, e)["loss"], lightly.VICRegLoss()(x, y), e)
@@ -154,8 +174,12 @@ def test_swav_codes_are_lightlys() -> None:
     scores = (e.image @ e.extra["prototypes"].T).detach()
     for iterations in (1, 3, 20):
         ours = shared_out(scores, 0.05, iterations)
-        torch.testing.assert_close(ours, theirs.sinkhorn(scores, iterations, 0.05), rtol=1e-12, atol=1e-15)
-    torch.testing.assert_close(ours.sum(dim=0), torch.full((P,), 30 / P, dtype=torch.float64), rtol=0.02, atol=0)
+        torch.testing.assert_close(
+            ours, theirs.sinkhorn(scores, iterations, 0.05), rtol=1e-12, atol=1e-15
+        )
+    torch.testing.assert_close(
+        ours.sum(dim=0), torch.full((P,), 30 / P, dtype=torch.float64), rtol=0.02, atol=0
+    )
 
 
 def test_swav_is_lightlys_with_a_queue_once_it_is_full() -> None:
@@ -166,8 +190,12 @@ def test_swav_is_lightlys_with_a_queue_once_it_is_full() -> None:
         e = embeddings(7, seed=step)
         c = e.extra["prototypes"]
         queue = None
-        if step >= 3:  # 21 pairs of the past, the oldest of them overwritten
-            kept = [torch.cat([x.image for x in past])[-20:], torch.cat([x.text for x in past])[-20:]]
+        # 21 pairs of the past, the oldest of them overwritten
+        if step >= 3:
+            kept = [
+                torch.cat([x.image for x in past])[-20:],
+                torch.cat([x.text for x in past])[-20:],
+            ]
             queue = [x.detach() @ c.detach().T for x in kept]
         assert_same(objective(e, e)["loss"], theirs([e.image @ c.T, e.text @ c.T], [], queue)[0], e)
         past.append(e)
@@ -175,17 +203,23 @@ def test_swav_is_lightlys_with_a_queue_once_it_is_full() -> None:
 
 def test_a_queue_keeps_the_newest_pairs_whatever_the_batch() -> None:
     for batches in ([3, 5, 4, 7, 2], [20, 3, 9], [8, 8, 8]):
-        objective, seen = Swav(setting(), queue=8), torch.empty(0, D)
+        objective = Swav(setting(), queue=8)
+        seen = torch.empty(0, D)
         for number, size in enumerate(batches):
             e = embeddings(size, seed=number)
             objective(e, e)
             seen = torch.cat([seen, e.text.detach().float()])
-            kept = objective.texts[(int(objective.written) - 8 + torch.arange(8)) % 8] if len(seen) >= 8 else seen[-8:]
+            kept = (
+                objective.texts[(int(objective.written) - 8 + torch.arange(8)) % 8]
+                if len(seen) >= 8
+                else seen[-8:]
+            )
             assert torch.equal(kept, seen[-8:])
 
 
 def test_frozen_prototypes_get_a_gradient_of_zero() -> None:
-    objective, e = Swav(setting(), queue=0, freeze_steps=2), embeddings(8)
+    objective = Swav(setting(), queue=0, freeze_steps=2)
+    e = embeddings(8)
     norms = [gradients(objective(e, e)["loss"], e)["prototypes"].norm() for _ in range(3)]
     assert norms[:2] == [0, 0]
     assert norms[2] > 0
@@ -204,7 +238,8 @@ def test_hsic_is_the_dense_formula(gamma: float, width: float) -> None:
     z = torch.cat([e.image, e.text])
     k = width / (width**2 + 2 - 2 * z @ z.T).sqrt()
     h = torch.eye(22, dtype=torch.float64) - 1 / 22
-    pairs = torch.eye(11, dtype=torch.float64).repeat(2, 2)  # Y: the same pair or not
+    # Y: the same pair or not
+    pairs = torch.eye(11, dtype=torch.float64).repeat(2, 2)
     of_pair = (k * (pairs - torch.eye(22))).sum() / 22 - k.mean()
     theirs = -of_pair + gamma * ((h @ k @ h).square().mean() + 1e-10).sqrt()
     ours = hsic(e, e, gamma, width)
@@ -214,31 +249,48 @@ def test_hsic_is_the_dense_formula(gamma: float, width: float) -> None:
 
 def test_hsic_keeps_its_digits_in_float32_when_embeddings_are_alike() -> None:
     e = embeddings(64)
-    near = e._replace(**{n: F.normalize(1 + 0.05 * getattr(e, n).detach(), dim=1) for n in ("image", "text")})
+    near = e._replace(
+        **{n: F.normalize(1 + 0.05 * getattr(e, n).detach(), dim=1) for n in ("image", "text")}
+    )
     low = near._replace(image=near.image.float(), text=near.text.float())
-    torch.testing.assert_close(hsic(low, low)["redundancy"].double(), hsic(near, near)["redundancy"], rtol=3e-3, atol=0)
+    torch.testing.assert_close(
+        hsic(low, low)["redundancy"].double(), hsic(near, near)["redundancy"], rtol=3e-3, atol=0
+    )
 
 
 def test_hsic_takes_cosines_that_rounding_made_greater_than_one() -> None:
     e = embeddings(64)
-    low = e._replace(image=e.image.detach().to(torch.bfloat16), text=e.image.detach().to(torch.bfloat16))
+    low = e._replace(
+        image=e.image.detach().to(torch.bfloat16), text=e.image.detach().to(torch.bfloat16)
+    )
     assert (low.image.float().norm(dim=1) > 1.001).any()
     assert torch.isfinite(hsic(low, low, width=0.02)["loss"])
 
 
 def test_superclass_is_the_dense_formula() -> None:
-    objective, documents, captions = Superclass(setting()), torch.zeros(V), 0
+    objective = Superclass(setting())
+    documents = torch.zeros(V)
+    captions = 0
     for step in range(3):
         e = embeddings(9, seed=step)
         present = torch.zeros(9, V).scatter_(1, e.extra["token_ids"], 1.0)
-        documents, captions = documents + present.sum(dim=0), captions + 9
+        documents = documents + present.sum(dim=0)
+        captions = captions + 9
         targets = present.double() * (captions / (1 + documents)).log().clamp(min=0)
-        assert targets[:, 0].eq(0).all()  # the token of every caption
-        theirs = -(F.normalize(targets, p=1, dim=1) * e.extra["token_logits"].log_softmax(dim=1)).sum(dim=1).mean()
+        # the token of every caption
+        assert targets[:, 0].eq(0).all()
+        theirs = (
+            -(F.normalize(targets, p=1, dim=1) * e.extra["token_logits"].log_softmax(dim=1))
+            .sum(dim=1)
+            .mean()
+        )
         ours = objective(e, e)
         torch.testing.assert_close(ours["loss"], theirs, rtol=1e-6, atol=0)
         torch.testing.assert_close(
-            gradients(ours["loss"], e)["token_logits"], gradients(theirs, e)["token_logits"], rtol=1e-5, atol=1e-8
+            gradients(ours["loss"], e)["token_logits"],
+            gradients(theirs, e)["token_logits"],
+            rtol=1e-5,
+            atol=1e-8,
         )
         best = targets.gather(1, e.extra["token_logits"].argmax(dim=1, keepdim=True)) > 0
         assert ours["accuracy"] == best.float().mean()
@@ -246,13 +298,16 @@ def test_superclass_is_the_dense_formula() -> None:
     assert objective.captions == 27
 
 
-# ---- every one of them -----------------------------------------------------------------------------------------
+# ---- every one of them
+# -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("kind", ["pair", "copies"])
 @pytest.mark.parametrize("name", CASES)
-def test_tiny_batches_and_batches_of_copies_are_finite(name: str, kind: str, dtype: torch.dtype) -> None:
+def test_tiny_batches_and_batches_of_copies_are_finite(
+    name: str, kind: str, dtype: torch.dtype
+) -> None:
     """`copies` is one pair 6 times: equal captions, equal embeddings, no variance."""
     e = embeddings(6)
     rows = torch.tensor([0, 1] if kind == "pair" else [0] * 6)
@@ -262,7 +317,9 @@ def test_tiny_batches_and_batches_of_copies_are_finite(name: str, kind: str, dty
         return x.to(dtype).requires_grad_() if x.is_floating_point() else x
 
     extra = {key: low(x) for key, x in e.extra.items()}
-    small = Embeddings(low(e.image), low(e.text), e.index[: len(rows)], e.caption_hash[rows], *e[4:6], extra)
+    small = Embeddings(
+        low(e.image), low(e.text), e.index[: len(rows)], e.caption_hash[rows], *e[4:6], extra
+    )
     objective = CASES[name].objective(setting())
     if isinstance(objective, nn.Module):
         objective.float()
@@ -278,7 +335,9 @@ def test_tiny_batches_and_batches_of_copies_are_finite(name: str, kind: str, dty
 def test_autocast_changes_nothing(name: str) -> None:
     e = embeddings(16)
     e = e._replace(image=e.image.detach().float(), text=e.text.detach().float())
-    e = e._replace(extra={k: x.detach().float() if x.is_floating_point() else x for k, x in e.extra.items()})
+    e = e._replace(
+        extra={k: x.detach().float() if x.is_floating_point() else x for k, x in e.extra.items()}
+    )
     plain = CASES[name].objective(setting())(e, e)["loss"]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = CASES[name].objective(setting())(e, e)["loss"]
@@ -299,7 +358,9 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_nothing_grows_with_the_square_of_the_batch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_grows_with_the_square_of_the_batch(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(similarity.TILE, "cpu", (16, 16))
     e = embeddings(256)
     objective = CASES[name].objective(setting())
@@ -321,7 +382,8 @@ def test_hsic_refuses_columns_that_are_not_the_batch() -> None:
 
 @pytest.mark.parametrize("name", ["swav", "superclass"])
 def test_a_restored_memory_goes_on_to_the_bit(name: str) -> None:
-    straight, first = CASES[name].objective(setting()), CASES[name].objective(setting())
+    straight = CASES[name].objective(setting())
+    first = CASES[name].objective(setting())
     batches = [embeddings(16, seed=seed) for seed in range(6)]
     expected = [straight(e, e)["loss"] for e in batches]
     found = [first(e, e)["loss"] for e in batches[:3]]
@@ -333,7 +395,8 @@ def test_a_restored_memory_goes_on_to_the_bit(name: str) -> None:
         assert torch.equal(value, second.state_dict()[key])
 
 
-# ---- over ranks ------------------------------------------------------------------------------------------------
+# ---- over ranks
+# ------------------------------------------------------------------------------------------------
 
 B = 32
 
@@ -347,24 +410,33 @@ def batch(step: int) -> Pairs:
 
 
 def trained(name: str) -> tuple[list[float], dict[str, Any]]:
-    """The losses of 4 steps; their reported terms, gradients, and all weights and memory after them."""
+    """The losses of 4 steps; their reported terms, gradients, and all weights and memory after
+    them.
+    """
     case = CASES[name]
     torch.manual_seed(0)
     towers = SmallTowers(SmallConfig.model_validate(TOWERS))
     given = Setting(width=16, batch_size=B, steps=6, towers=towers, vocabulary=512)
     heads = {key: HEADS[key](given, **options) for key, options in case.heads.items()}
-    model = DualEncoder(towers, ImageSpec(16), 20.0, 0.0, False, learn_scale=False, heads=heads).double().train()
+    model = (
+        DualEncoder(towers, ImageSpec(16), 20.0, 0.0, False, learn_scale=False, heads=heads)
+        .double()
+        .train()
+    )
     objective = case.objective(given)
     wrapped = DDP(model) if world.size() > 1 else model
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    local, losses, reported = B // world.size(), list[float](), dict[str, Any]()
+    local = B // world.size()
+    losses = list[float]()
+    reported = dict[str, Any]()
     for step in range(4):
         mine = slice(world.rank() * local, (world.rank() + 1) * local)
         rows = wrapped(Pairs(*(x[mine] for x in batch(step))))
         terms = objective(rows, world.ring_columns(rows) if case.ring else world.columns(rows))
         reported |= {f"{step} mean {key}": world.mean(term).numpy() for key, term in terms.items()}
         loss = terms["loss"]
-        if name == "superclass":  # has nothing for the text tower to do
+        # has nothing for the text tower to do
+        if name == "superclass":
             loss = loss + 0.1 * barlow_of(rows)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -373,19 +445,25 @@ def trained(name: str) -> tuple[list[float], dict[str, Any]]:
         reported |= {f"{step} gradient {key}": grad.numpy().copy() for key, grad in named}
         optimizer.step()
         model.after_step()
-    state = model.state_dict() | (objective.state_dict() if isinstance(objective, nn.Module) else {})
+    state = model.state_dict() | (
+        objective.state_dict() if isinstance(objective, nn.Module) else {}
+    )
     return losses, reported | {key: value.numpy() for key, value in state.items()}
 
 
 def barlow_of(rows: Embeddings) -> Tensor:
-    return barlow(rows._replace(extra={"image_projected": rows.image, "text_projected": rows.text}), rows)["loss"]
+    return barlow(
+        rows._replace(extra={"image_projected": rows.image, "text_projected": rows.text}), rows
+    )["loss"]
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_ranks_train_as_one_process(ranks: Any, name: str) -> None:
     expected, numbers = trained(name)
     assert len(set(expected)) == 4
-    assert all(abs(value).max() > 0 for key, value in numbers.items() if key.startswith("3 gradient"))
+    assert all(
+        abs(value).max() > 0 for key, value in numbers.items() if key.startswith("3 gradient")
+    )
     for world_size in (1, 2, 4, 8):
         for losses, found in ranks(world_size, trained, name):
             assert losses == pytest.approx(expected, rel=1e-9)

@@ -1,7 +1,9 @@
-"""Each pair objective against its dense oracle, and against somebody else's: open_clip, lightly, metric learning, POT.
+"""Each pair objective against its dense oracle, and against somebody else's: open_clip, lightly,
+metric learning, POT.
 
-Seen to fail when: own pairs are not left out, or equal captions are; a column's log sum is taken for a row's; the
-tile's slopes are added to another tile's rows; sinkhorn's value uses the f of another iteration.
+Seen to fail when: own pairs are not left out, or equal captions are; a column's log sum is taken
+for a row's; the tile's slopes are added to another tile's rows; sinkhorn's value uses the f of
+another iteration.
 """
 
 import itertools
@@ -23,12 +25,16 @@ PAIRWISE = sorted({name for name, _, _ in CASES})
 SETTING = Setting(width=12, batch_size=17, steps=10)
 
 
-def embeddings(size: int, noise: float = 1.0, scale: float = 14.3, bias: float = -3.0, seed: int = 0) -> Embeddings:
+def embeddings(
+    size: int, noise: float = 1.0, scale: float = 14.3, bias: float = -3.0, seed: int = 0
+) -> Embeddings:
     generator = torch.Generator().manual_seed(seed)
     image = torch.randn(size, 12, generator=generator, dtype=torch.float64)
     text = image + noise * torch.randn(size, 12, generator=generator, dtype=torch.float64)
     leaf: dict[str, Any] = {"dtype": torch.float64, "requires_grad": True}
-    image, text = image.requires_grad_(), text.requires_grad_()  # losses may differ along the length of a feature
+    # losses may differ along the length of a feature
+    image = image.requires_grad_()
+    text = text.requires_grad_()
     return Embeddings(
         F.normalize(image, dim=-1),
         F.normalize(text, dim=-1),
@@ -39,8 +45,10 @@ def embeddings(size: int, noise: float = 1.0, scale: float = 14.3, bias: float =
         {
             "raw_image": image,
             "raw_text": text,
-            "image_target": image.detach() + torch.randn(size, 12, generator=generator, dtype=torch.float64),
-            "text_target": text.detach() + torch.randn(size, 12, generator=generator, dtype=torch.float64),
+            "image_target": image.detach()
+            + torch.randn(size, 12, generator=generator, dtype=torch.float64),
+            "text_target": text.detach()
+            + torch.randn(size, 12, generator=generator, dtype=torch.float64),
             "soft_scale": torch.tensor(5.0, **leaf),
         },
     )
@@ -61,7 +69,13 @@ def call(name: str, e: Embeddings, mask: bool = True, **options: Any) -> dict[st
 
 
 def gradients(loss: Tensor, e: Embeddings) -> list[Tensor | None]:
-    leaves = [e.extra["raw_image"], e.extra["raw_text"], e.logit_scale, e.logit_bias, e.extra["soft_scale"]]
+    leaves = [
+        e.extra["raw_image"],
+        e.extra["raw_text"],
+        e.logit_scale,
+        e.logit_bias,
+        e.extra["soft_scale"],
+    ]
     return list(torch.autograd.grad(loss, leaves, allow_unused=True, retain_graph=True))
 
 
@@ -71,7 +85,9 @@ def assert_same(ours: Tensor, theirs: Tensor, e: Embeddings, rtol: float = 1e-9)
         a, b = (torch.zeros(1) if g is None else g for g in (mine, other))
         assert (a.shape == b.shape) or not (a.any() or b.any())
         if a.shape == b.shape:
-            torch.testing.assert_close(a, b, rtol=rtol, atol=1e-13 if a.dtype == torch.float64 else 1e-6)
+            torch.testing.assert_close(
+                a, b, rtol=rtol, atol=1e-13 if a.dtype == torch.float64 else 1e-6
+            )
 
 
 @pytest.fixture
@@ -79,7 +95,8 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(similarity.TILE, "cpu", (5, 7))
 
 
-# ---- dense oracles -----------------------------------------------------------------------------------------------
+# ---- dense oracles
+# -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -111,12 +128,15 @@ def test_a_batch_of_nothing_but_duplicates_is_finite(name: str, scale: float) ->
         assert all(g is None or torch.isfinite(g).all() for g in gradients(loss, e))
 
 
-@pytest.mark.parametrize("name", sorted(set(PAIRWISE) - {"sinkhorn_targets", "align_uniform", "spectral"}))
+@pytest.mark.parametrize(
+    "name", sorted(set(PAIRWISE) - {"sinkhorn_targets", "align_uniform", "spectral"})
+)
 def test_a_known_duplicate_is_no_negative(name: str) -> None:
     """Image 0 pushes text 5, which has its caption, less far away."""
     e = with_duplicates(embeddings(8, noise=3.0), [(0, 5)])
     options = {"triplet": {"margin": 1.0}, "vse++": {"margin": 1.0, "warmup": 1.0}}.get(name, {})
-    masked, plain = call(name, e, True, **options), call(name, e, False, **options)
+    masked = call(name, e, True, **options)
+    plain = call(name, e, False, **options)
     assert masked["effective_negatives"].item() == pytest.approx(7 - 2 / 8)
     assert plain["effective_negatives"].item() == 7
     repelled = torch.autograd.grad(plain["loss"], [e.text])[0][5] @ e.image[0]
@@ -126,14 +146,17 @@ def test_a_known_duplicate_is_no_negative(name: str) -> None:
 
 @pytest.mark.parametrize("name", PAIRWISE)
 def test_a_broken_row_is_not_hidden(name: str) -> None:
-    """NaN in one feature gives a loss that is not finite, which stops training with a message (optim.check_finite)."""
+    """NaN in one feature gives a loss that is not finite, which stops training with a message
+    (optim.check_finite).
+    """
     e = embeddings(6)
     with torch.no_grad():
         e.image[2, 0] = torch.nan
     assert not torch.isfinite(call(name, e)["loss"])
 
 
-# ---- precision ---------------------------------------------------------------------------------------------------
+# ---- precision
+# ---------------------------------------------------------------------------------------------------
 
 
 def lower(e: Embeddings, dtype: torch.dtype) -> Embeddings:
@@ -149,7 +172,8 @@ def lower(e: Embeddings, dtype: torch.dtype) -> Embeddings:
 @pytest.mark.parametrize("name", PAIRWISE)
 def test_float32_at_scale_100_matches_float64(name: str) -> None:
     e = embeddings(64, noise=0.5, scale=100.0)
-    low, high = call(name, lower(e, torch.float32))["loss"], call(name, e)["loss"].detach()
+    low = call(name, lower(e, torch.float32))["loss"]
+    high = call(name, e)["loss"].detach()
     torch.testing.assert_close(low.double(), high, rtol=1e-4, atol=1e-4)
 
 
@@ -164,7 +188,8 @@ def test_half_features_and_autocast_are_summed_in_float32(name: str, dtype: torc
     torch.testing.assert_close(inside, call(name, upcast)["loss"], rtol=1e-5, atol=1e-5)
 
 
-# ---- somebody else's ---------------------------------------------------------------------------------------------
+# ---- somebody else's
+# ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["softmax", "sigmoid"])
@@ -182,13 +207,15 @@ def test_parity_with_open_clip(name: str) -> None:
 def test_parity_with_lightly() -> None:
     """Their losses compare within the modalities, too, and take the temperature."""
     loss = pytest.importorskip("lightly.loss")
-    e, t = embeddings(17), 1 / 14.3
+    e = embeddings(17)
+    t = 1 / 14.3
     for name, theirs in (
         ("softmax", loss.NTXentLoss(temperature=t)),
         ("dcl", loss.DCLLoss(temperature=t)),
         ("dclw", loss.DCLWLoss(temperature=t, sigma=0.5)),
     ):
-        ours, other = call(name, e, mask=False, intra_modal=True)["loss"], theirs(e.image, e.text)
+        ours = call(name, e, mask=False, intra_modal=True)["loss"]
+        other = theirs(e.image, e.text)
         torch.testing.assert_close(ours, other, rtol=1e-7, atol=1e-9, msg=name)
         for mine, his in zip(gradients(ours, e)[:2], gradients(other, e)[:2], strict=True):
             torch.testing.assert_close(mine, his, rtol=1e-6, atol=1e-8, msg=name)
@@ -198,11 +225,16 @@ def test_parity_with_metric_learning() -> None:
     pml = pytest.importorskip("pytorch_metric_learning.losses")
     from pytorch_metric_learning import distances, reducers
 
-    e, labels = embeddings(13), torch.arange(13)
-    theirs = pml.TripletMarginLoss(0.2, distance=distances.CosineSimilarity(), reducer=reducers.DoNothingReducer())
+    e = embeddings(13)
+    labels = torch.arange(13)
+    theirs = pml.TripletMarginLoss(
+        0.2, distance=distances.CosineSimilarity(), reducer=reducers.DoNothingReducer()
+    )
     total: Any = 0.0
     for x, y in ((e.image, e.text), (e.text, e.image)):
-        total = total + theirs(x, labels, ref_emb=y, ref_labels=labels.clone())["loss"]["losses"].sum()
+        total = (
+            total + theirs(x, labels, ref_emb=y, ref_labels=labels.clone())["loss"]["losses"].sum()
+        )
     assert_same(call("triplet", e, mask=False)["loss"], total / 13, e)
     ntxent = pml.SelfSupervisedLoss(pml.NTXentLoss(1 / 14.3), symmetric=False)
     both = (ntxent(e.image, e.text) + ntxent(e.text, e.image)) / 2
@@ -218,8 +250,10 @@ def test_parity_with_the_hypersphere_formula() -> None:
 
 
 def test_spectral_is_the_loss_of_scaled_features() -> None:
-    e, mu = embeddings(11), 10.0
-    x, y = e.image * math.sqrt(mu), e.text * math.sqrt(mu)
+    e = embeddings(11)
+    mu = 10.0
+    x = e.image * math.sqrt(mu)
+    y = e.text * math.sqrt(mu)
     inner = x @ y.T
     off = inner[~torch.eye(11, dtype=torch.bool)]
     theirs = (-2 * inner.diagonal().mean() + off.square().mean()) / mu
@@ -227,11 +261,14 @@ def test_spectral_is_the_loss_of_scaled_features() -> None:
 
 
 def test_sinkhorn_is_pots_entropic_transport() -> None:
-    """L = log B-shifted gap between the true pairing's cost and POT's optimum; gradient by POT's own envelope."""
+    """L = log B-shifted gap between the true pairing's cost and POT's optimum; gradient by POT's
+    own envelope.
+    """
     ot = pytest.importorskip("ot")
     e = embeddings(24, noise=0.7, scale=8.0)
     ours = sinkhorn(e, e, iterations=5_000, tolerance=1e-13)["loss"]
-    size, cost = 24, -(e.image @ e.text.T)
+    size = 24
+    cost = -(e.image @ e.text.T)
     weights = torch.full((size,), 1 / size, dtype=torch.float64)
     solution = ot.solve(
         cost,
@@ -253,7 +290,8 @@ def test_sinkhorn_is_pots_entropic_transport() -> None:
         torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-9)
 
 
-# ---- what the losses promise -------------------------------------------------------------------------------------
+# ---- what the losses promise
+# -------------------------------------------------------------------------------------
 
 
 def test_sinkhorn_scale_gradient_is_that_of_its_value() -> None:
@@ -274,17 +312,22 @@ def test_sinkhorn_scale_gradient_is_that_of_its_value() -> None:
 def test_sinkhorn_bounds_the_pairing_likelihood_within_a_nat(seed: int) -> None:
     e = embeddings(6, noise=2.0, scale=4.0, seed=seed)
     s = logits(e).detach()
-    permanent = sum(math.exp(sum(s[i, p[i]].item() for i in range(6))) for p in itertools.permutations(range(6)))
+    permanent = sum(
+        math.exp(sum(s[i, p[i]].item() for i in range(6))) for p in itertools.permutations(range(6))
+    )
     exact = (math.log(permanent) - s.diagonal().sum().item()) / 6
     ours = sinkhorn(e, e, iterations=2_000, tolerance=1e-10)["loss"].item()
     assert ours - 1 <= exact + 1e-9 <= ours + 2e-9
-    rows, columns = F.cross_entropy(s, torch.arange(6)).item(), F.cross_entropy(s.T, torch.arange(6)).item()
+    rows = F.cross_entropy(s, torch.arange(6)).item()
+    columns = F.cross_entropy(s.T, torch.arange(6)).item()
     assert ours <= min(rows, columns) + 1e-6
 
 
 def test_half_an_iteration_of_sinkhorn_is_one_direction_of_softmax() -> None:
     e = embeddings(16)
-    assert_same(sinkhorn(e, e, iterations=0)["loss"], F.cross_entropy(logits(e), torch.arange(16)), e)
+    assert_same(
+        sinkhorn(e, e, iterations=0)["loss"], F.cross_entropy(logits(e), torch.arange(16)), e
+    )
 
 
 def test_unrolled_sinkhorn_becomes_the_envelope_as_it_converges() -> None:
@@ -295,7 +338,8 @@ def test_unrolled_sinkhorn_becomes_the_envelope_as_it_converges() -> None:
 
 def test_sinkhorn_stops_at_its_tolerance_and_says_how_far_it_came() -> None:
     e = embeddings(32, noise=1.5)
-    rough, fine = sinkhorn(e, e, iterations=3, tolerance=0.0), sinkhorn(e, e, iterations=500, tolerance=1e-4)
+    rough = sinkhorn(e, e, iterations=3, tolerance=0.0)
+    fine = sinkhorn(e, e, iterations=500, tolerance=1e-4)
     assert rough["iterations"] == 3
     assert fine["row_error"] <= 1e-4 < rough["row_error"]
     assert 3 < fine["iterations"] < 500
@@ -303,30 +347,41 @@ def test_sinkhorn_stops_at_its_tolerance_and_says_how_far_it_came() -> None:
 
 @pytest.mark.parametrize("name", ["sinkhorn", "sinkhorn_targets"])
 def test_plans_refuse_columns_that_are_not_the_batch(name: str) -> None:
-    e, wide = embeddings(4), embeddings(8)
+    e = embeddings(4)
+    wide = embeddings(8)
     with pytest.raises(ValueError, match="columns"):
         OBJECTIVES[name].make(e, wide)
 
 
 @pytest.mark.parametrize("bias", [-math.log(255), 0.0])
 def test_sigmoid_at_the_start_pulls_like_softmax(bias: float) -> None:
-    """At nearly equal logits the bias −log(B − 1) gives softmax's gradient; with none, negatives swamp the pull."""
+    """At nearly equal logits the bias −log(B − 1) gives softmax's gradient; with none, negatives
+    swamp the pull.
+    """
     e = embeddings(256, noise=30.0, scale=0.1, bias=bias)
-    ours, theirs = (torch.autograd.grad(call(name, e)["loss"], [e.image])[0] for name in ("sigmoid", "softmax"))
+    ours, theirs = (
+        torch.autograd.grad(call(name, e)["loss"], [e.image])[0] for name in ("sigmoid", "softmax")
+    )
     ratio: Any = ours.norm() / theirs.norm()
     assert (abs(ratio - 1) < 0.02) == (bias < -5)
 
 
 def test_a_wider_set_of_columns_is_compared_both_ways() -> None:
-    """As a queue has it: rows are 5 pairs, columns those and 9 others; each direction by its own matrix."""
+    """As a queue has it: rows are 5 pairs, columns those and 9 others; each direction by its own
+    matrix.
+    """
     wide = embeddings(14)
     rows = embeddings(14)._replace(index=wide.index)
     rows = rows._replace(
-        image=rows.image[:5], text=rows.text[:5], index=wide.index[:5], caption_hash=rows.caption_hash[:5]
+        image=rows.image[:5],
+        text=rows.text[:5],
+        index=wide.index[:5],
+        caption_hash=rows.caption_hash[:5],
     )
     losses = OBJECTIVES["softmax"].make(rows, wide)
     target = torch.arange(5)
-    forth, back = 14.3 * rows.image @ wide.text.T, 14.3 * rows.text @ wide.image.T
+    forth = 14.3 * rows.image @ wide.text.T
+    back = 14.3 * rows.text @ wide.image.T
     expected = (F.cross_entropy(forth, target) + F.cross_entropy(back, target)) / 2
     torch.testing.assert_close(losses["loss"], expected, rtol=1e-10, atol=0)
     assert losses["effective_negatives"] == 13
@@ -354,9 +409,13 @@ def uneven_plan() -> tuple[float, float]:
     e = embeddings(32, noise=0.05, scale=15.0)
     hard = embeddings(32, noise=1.0, scale=15.0)
     late = torch.arange(32)[:, None] >= 24
-    e = e._replace(image=torch.where(late, hard.image, e.image), text=torch.where(late, hard.text, e.text))
+    e = e._replace(
+        image=torch.where(late, hard.image, e.image), text=torch.where(late, hard.text, e.text)
+    )
     mine = slice(world.rank() * 32 // world.size(), (world.rank() + 1) * 32 // world.size())
-    rows = e._replace(**{name: getattr(e, name)[mine] for name in ("image", "text", "index", "caption_hash")})
+    rows = e._replace(
+        **{name: getattr(e, name)[mine] for name in ("image", "text", "index", "caption_hash")}
+    )
     found = sinkhorn(rows, e, iterations=500, tolerance=1e-3)
     return found["iterations"].item(), found["row_error"].item()
 

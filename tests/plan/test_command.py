@@ -1,7 +1,9 @@
-"""Plans: the batches of the file and no others, in an order of their own each epoch, refused for any other data.
+"""Plans: the batches of the file and no others, in an order of their own each epoch, refused for
+any other data.
 
-Seen to fail when: the order leaves out the epoch, or shuffles pairs instead of batches; numbers are taken for rows; the
-fingerprint, the batch size or a pair twice is not looked at; an epoch is as long as the data set.
+Seen to fail when: the order leaves out the epoch, or shuffles pairs instead of batches; numbers are
+taken for rows; the fingerprint, the batch size or a pair twice is not looked at; an epoch is as
+long as the data set.
 """
 
 import json
@@ -44,23 +46,32 @@ def file(catalog: Catalog, tmp_path: Path) -> Path:
     return path
 
 
-# ---- the order -------------------------------------------------------------------------------------------------
+# ---- the order
+# -------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=40, deadline=None)
 @given(count=st.integers(1, 40), size=st.integers(1, 9), epoch=st.integers(0, 3))
 def test_an_epoch_plays_every_batch_once_as_it_is(count: int, size: int, epoch: int) -> None:
-    plan = np.random.default_rng(count).permutation(count * size * 2)[: count * size].reshape(count, size)
+    plan = (
+        np.random.default_rng(count)
+        .permutation(count * size * 2)[: count * size]
+        .reshape(count, size)
+    )
     order = PlannedOrder(plan, seed=1)
     rows = order.rows(epoch, np.arange(order.length))
-    assert sorted(map(tuple, rows.reshape(count, size).tolist())) == sorted(map(tuple, plan.tolist()))
+    assert sorted(map(tuple, rows.reshape(count, size).tolist())) == sorted(
+        map(tuple, plan.tolist())
+    )
     backwards = [int(order.rows(epoch, np.array([p]))[0]) for p in reversed(range(order.length))]
-    assert backwards[::-1] == rows.tolist()  # whatever was asked before
+    # whatever was asked before
+    assert backwards[::-1] == rows.tolist()
     windows = -(-order.length // order.window)
     for window in range(windows):
         inside = [row for row, one in order.window_blocks(epoch, window) if one == 1]
         assert inside == sorted(rows[window * order.window : (window + 1) * order.window].tolist())
-    assert order.window_blocks(epoch, windows) == []  # reading ahead at the end
+    # reading ahead at the end
+    assert order.window_blocks(epoch, windows) == []
 
 
 def test_epochs_and_seeds_differ_in_the_order_of_batches() -> None:
@@ -71,7 +82,8 @@ def test_epochs_and_seeds_differ_in_the_order_of_batches() -> None:
     assert first.tolist() != plan.reshape(-1).tolist()
 
 
-# ---- in training -----------------------------------------------------------------------------------------------
+# ---- in training
+# -----------------------------------------------------------------------------------------------
 
 
 def reader(catalog: Catalog, file: Path, rank: int = 0, world: int = 1) -> GlobalBatches:
@@ -80,33 +92,48 @@ def reader(catalog: Catalog, file: Path, rank: int = 0, world: int = 1) -> Globa
 
 
 @pytest.mark.parametrize(("world", "workers"), [(1, 2), (2, 0), (4, 2)])
-def test_ranks_and_workers_play_the_batches_of_the_file(catalog: Catalog, file: Path, world: int, workers: int) -> None:
+def test_ranks_and_workers_play_the_batches_of_the_file(
+    catalog: Catalog, file: Path, world: int, workers: int
+) -> None:
     """Two epochs of seven batches, from the fourth batch on."""
     numbers = range(3, 14)
-    parts = [list(batch_loader(reader(catalog, file, r, world), numbers, workers)) for r in range(world)]
-    found = [sorted(torch.cat([p[k].pairs.index for p in parts]).tolist()) for k in range(len(numbers))]
+    parts = [
+        list(batch_loader(reader(catalog, file, r, world), numbers, workers)) for r in range(world)
+    ]
+    found = [
+        sorted(torch.cat([p[k].pairs.index for p in parts]).tolist()) for k in range(len(numbers))
+    ]
     planned = sorted(sorted(batch) for batch in some_batches(catalog, 7, 32).tolist())
     assert sorted(found[4:]) == planned
     assert all(batch in planned for batch in found[:4])
     whole = reader(catalog, file)
     assert whole.per_epoch == 7
     for step, number in enumerate(numbers):
-        assert torch.equal(torch.cat([p[step].pairs.index for p in parts]), whole[number].pairs.index)
+        assert torch.equal(
+            torch.cat([p[step].pairs.index for p in parts]), whole[number].pairs.index
+        )
 
 
 def test_spawned_workers_play_a_plan(catalog: Catalog, file: Path) -> None:
     loader = batch_loader(reader(catalog, file), range(3, 5), workers=1)
     loader.multiprocessing_context = multiprocessing.get_context("spawn")
-    assert [b.pairs.index.tolist() for b in loader] == [reader(catalog, file)[k].pairs.index.tolist() for k in (3, 4)]
+    assert [b.pairs.index.tolist() for b in loader] == [
+        reader(catalog, file)[k].pairs.index.tolist() for k in (3, 4)
+    ]
 
 
-def test_a_window_is_read_ahead(catalog: Catalog, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_window_is_read_ahead(
+    catalog: Catalog, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked = list[int]()
-    monkeypatch.setattr("os.posix_fadvise", lambda file, offset, size, advice: asked.append(offset), raising=False)
+    monkeypatch.setattr(
+        "os.posix_fadvise", lambda file, offset, size, advice: asked.append(offset), raising=False
+    )
     played = reader(catalog, file)
     played[0]
     assert played.order.window == AHEAD * 32 > 7 * 32
-    assert len(asked) == 7 * 32  # small images, one advice each
+    # small images, one advice each
+    assert len(asked) == 7 * 32
 
 
 def test_a_run_plays_a_plan_and_resumes_exactly(glyphs: Path, file: Path, tmp_path: Path) -> None:
@@ -114,13 +141,17 @@ def test_a_run_plays_a_plan_and_resumes_exactly(glyphs: Path, file: Path, tmp_pa
         rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         return [row["loss"] for row in rows if "loss" in row]
 
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    whole = tmp_path / "whole"
+    cut = tmp_path / "cut"
     assert train.main(config(glyphs, whole, **{"data.plan": file})) == 0
     shutil.copytree(whole, cut)
     for folder in (cut / "checkpoints").iterdir():
         if int(folder.name[5:]) > 10:
             shutil.rmtree(folder)
-    assert train.main(config(glyphs, cut, **{"data.plan": file, "resume": "auto", "data.workers": 1})) == 0
+    assert (
+        train.main(config(glyphs, cut, **{"data.plan": file, "resume": "auto", "data.workers": 1}))
+        == 0
+    )
     assert losses(cut) == losses(whole)
     assert len(losses(cut)) == 24
     plain = tmp_path / "plain"
@@ -139,7 +170,8 @@ def test_another_plan_does_not_continue_a_run(
     assert "has changed since" in capsys.readouterr().err
 
 
-# ---- what is refused -------------------------------------------------------------------------------------------
+# ---- what is refused
+# -------------------------------------------------------------------------------------------
 
 
 def test_a_plan_names_pairs_not_rows(glyphs: Path, tmp_path: Path) -> None:
@@ -167,7 +199,9 @@ def test_another_batch_size_is_refused_and_named(catalog: Catalog, file: Path) -
 def test_unknown_pairs_and_pairs_twice_are_refused(catalog: Catalog, file: Path) -> None:
     batches = some_batches(catalog, 7, 32)
     for number in (-1, 300, 10**12):
-        write_plan(file, np.where(batches == batches[2, 5], number, batches), catalog.fingerprint, {})
+        write_plan(
+            file, np.where(batches == batches[2, 5], number, batches), catalog.fingerprint, {}
+        )
         with pytest.raises(ShardError, match=f"names pair {number}, which"):
             read_plan(file, catalog)
     batches[3, 30] = batches[3, 2]
@@ -189,7 +223,9 @@ def test_what_is_no_plan_is_refused(catalog: Catalog, file: Path, how: str) -> N
         read_plan(file, catalog)
 
 
-def test_a_failing_write_leaves_the_old_plan(catalog: Catalog, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_write_leaves_the_old_plan(
+    catalog: Catalog, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = file.read_bytes()
 
     def full(table: pa.Table, path: Path) -> None:

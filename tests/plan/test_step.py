@@ -1,4 +1,6 @@
-"""The planner: what it counts is what is there, its search finds the largest batch, and it says so plainly."""
+"""The planner: what it counts is what is there, its search finds the largest batch, and it says so
+plainly.
+"""
 
 import json
 from pathlib import Path
@@ -28,8 +30,13 @@ from tests.bench.plan import true_peak
 from tests.bench.sides import ROOT
 from tests.local_clip import local_clip
 
-CPU, GPU = Machine("cpu", 1), Machine("cuda", 1)
-DEMO = ["--config", str(ROOT / "configs" / "demo.yaml"), f"--model.name={ROOT / 'configs/towers/glyph.json'}"]
+CPU = Machine("cpu", 1)
+GPU = Machine("cuda", 1)
+DEMO = [
+    "--config",
+    str(ROOT / "configs" / "demo.yaml"),
+    f"--model.name={ROOT / 'configs/towers/glyph.json'}",
+]
 LORA = ("--tune.image=lora", "--tune.text=lora")
 
 
@@ -48,7 +55,8 @@ def parts(step: Step, *labels: str) -> int:
     return sum(step.bytes.get(label, 0) for label in labels)
 
 
-# ---- the meter -------------------------------------------------------------------------------------------------
+# ---- the meter
+# -------------------------------------------------------------------------------------------------
 
 
 def test_a_storage_counts_once_from_its_birth_to_its_end() -> None:
@@ -71,7 +79,8 @@ def test_a_storage_counts_once_from_its_birth_to_its_end() -> None:
 
 def test_a_label_moves_its_bytes_and_the_host_is_not_counted() -> None:
     with FakeTensorMode(), Meter() as meter:
-        x, y = torch.empty(250), torch.empty(250)
+        x = torch.empty(250)
+        y = torch.empty(250)
         meter.label([x], "gradients")
         meter.label([y], "host")
         meter.restart()
@@ -90,7 +99,8 @@ def test_flops_of_products_and_of_attention() -> None:
         attended = F.scaled_dot_product_attention(q, q, q)
         assert meter.flops == 2 * (2 * 2 * 3 * 5 * 5 * 7)
         attended.sum().backward()
-        assert meter.flops == 7 * (2 * 2 * 3 * 5 * 5 * 7)  # two products forward, five back
+        # two products forward, five back
+        assert meter.flops == 7 * (2 * 2 * 3 * 5 * 5 * 7)
 
 
 def test_what_depends_on_numbers_gets_the_ordinary_step() -> None:
@@ -102,7 +112,8 @@ def test_what_depends_on_numbers_gets_the_ordinary_step() -> None:
         assert int(torch.zeros((), dtype=torch.int64) + x.long().sum()) > 10**9
 
 
-# ---- a step ----------------------------------------------------------------------------------------------------
+# ---- a step
+# ----------------------------------------------------------------------------------------------------
 
 TRUE = [
     ("small", 128, []),
@@ -114,8 +125,12 @@ TRUE = [
 ]
 
 
-@pytest.mark.parametrize(("model", "rows", "words"), TRUE, ids=[" ".join([row[0], *row[2]]) for row in TRUE])
-def test_the_peak_is_what_the_allocator_gives_out(clip: str, model: str, rows: int, words: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("model", "rows", "words"), TRUE, ids=[" ".join([row[0], *row[2]]) for row in TRUE]
+)
+def test_the_peak_is_what_the_allocator_gives_out(
+    clip: str, model: str, rows: int, words: list[str]
+) -> None:
     given = config(*words, model=clip if model == "hf" else "")
     assert measure(given, CPU, rows).total == pytest.approx(true_peak(given, rows), rel=0.1)
 
@@ -140,15 +155,19 @@ def test_lean_attention_checkpoints_and_chunks_save_what_they_promise(clip: str)
     def activations(*words: str) -> int:
         return parts(measure(config(*words, model=clip), GPU, 16), "activations")
 
-    eager, lean = activations("--model.attention=eager"), activations()
-    matrices = 2 * 16 * 4 * 257 * 257 * (4 + 2)  # layers, pairs, heads: a softmax in float32 and its half copy
+    eager = activations("--model.attention=eager")
+    lean = activations()
+    # layers, pairs, heads: a softmax in float32 and its half copy
+    matrices = 2 * 16 * 4 * 257 * 257 * (4 + 2)
     assert eager - lean > 0.9 * matrices
     assert activations("--model.checkpoint_activations=true") < 0.75 * lean
     assert activations("--model.chunk_size=4", *LORA) < 0.4 * activations(*LORA)
 
 
 def test_recomputation_costs_flops_as_it_should(clip: str) -> None:
-    whole, cut = (measure(config(f"--model.chunk_size={n}", model=clip), GPU, 8).flops for n in (0, 4))
+    whole, cut = (
+        measure(config(f"--model.chunk_size={n}", model=clip), GPU, 8).flops for n in (0, 4)
+    )
     assert cut / whole == pytest.approx(4 / 3, rel=0.03)
 
 
@@ -176,7 +195,9 @@ def test_pixels_that_travel_stay_in_the_host() -> None:
 @pytest.mark.parametrize("name", sorted(OBJECTIVES))
 def test_every_objective_is_planned(name: str) -> None:
     words = (
-        [f"--objective={{softmax: 1, {name}: 0.5}}"] if name in ("superclass", "softmax") else [f"--objective={name}"]
+        [f"--objective={{softmax: 1, {name}: 0.5}}"]
+        if name in ("superclass", "softmax")
+        else [f"--objective={name}"]
     )
     words = ["--objective=softmax"] if name == "softmax" else words
     small = ["--objective.swav.prototypes=16", "--optim.pairs=4096"]
@@ -196,7 +217,8 @@ def test_no_weights_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked == [False]
 
 
-# ---- how CUDA differs ------------------------------------------------------------------------------------------
+# ---- how CUDA differs
+# ------------------------------------------------------------------------------------------
 
 
 def test_cuda_computes_norms_in_float32_and_keeps_dropout_as_bytes() -> None:
@@ -242,7 +264,8 @@ def test_imagined_ranks_gather_and_reduce() -> None:
         assert [start for start, _, _ in world.ring(x)] == [0, 9, 6, 3]
 
 
-# ---- the search ------------------------------------------------------------------------------------------------
+# ---- the search
+# ------------------------------------------------------------------------------------------------
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, bytes_of: Any) -> list[int]:
@@ -257,7 +280,9 @@ def pretend(monkeypatch: pytest.MonkeyPatch, bytes_of: Any) -> list[int]:
     return tried
 
 
-@pytest.mark.parametrize("bytes_of", [lambda n: 1000 + 7 * n, lambda n: max(9000 + 3 * n, 1000 + 40 * n)])
+@pytest.mark.parametrize(
+    "bytes_of", [lambda n: 1000 + 7 * n, lambda n: max(9000 + 3 * n, 1000 + 40 * n)]
+)
 @pytest.mark.parametrize("begin", [1, 8, 500])
 def test_the_largest_batch_fits_and_hardly_more_would(
     monkeypatch: pytest.MonkeyPatch, bytes_of: Any, begin: int
@@ -276,16 +301,30 @@ def test_nothing_fits_and_everything_fits(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_batch_in_chunks_is_as_predicted(clip: str) -> None:
-    planner, given = Planner(GPU, 2**40), config("--model.chunk_size=4", model=clip)
+    planner = Planner(GPU, 2**40)
+    given = config("--model.chunk_size=4", model=clip)
     assert planner.peak(given, 24) == pytest.approx(measure(given, GPU, 24).total, rel=0.05)
 
 
 def test_rows_differ_and_the_first_is_the_configs(monkeypatch: pytest.MonkeyPatch) -> None:
     def made(given: Config, machine: Machine, rows: int, hollow: bool = False) -> Step:
-        model, trained = given.model, 100 if given.tune.image == "lora" else 2000
+        model = given.model
+        trained = 100 if given.tune.image == "lora" else 2000
         once = min(rows, model.chunk_size or rows)
-        pair = 10 if hollow else 1200 if model.attention == "eager" else 100 if model.checkpoint_activations else 700
-        return Step(rows, {"weights": 1000 + trained, "activations": once * pair + rows}, rows * (1 + (once < rows)))
+        pair = (
+            10
+            if hollow
+            else 1200
+            if model.attention == "eager"
+            else 100
+            if model.checkpoint_activations
+            else 700
+        )
+        return Step(
+            rows,
+            {"weights": 1000 + trained, "activations": once * pair + rows},
+            rows * (1 + (once < rows)),
+        )
 
     monkeypatch.setattr(search, "measure", made)
     rows = list(plan(Planner(GPU, 16_000), config(*LORA), 8))
@@ -300,10 +339,13 @@ def test_rows_differ_and_the_first_is_the_configs(monkeypatch: pytest.MonkeyPatc
     assert all(row.largest.rows > 200 and row.flops == 2 for row in chunked.values())
 
 
-# ---- the command -----------------------------------------------------------------------------------------------
+# ---- the command
+# -----------------------------------------------------------------------------------------------
 
 
-def test_the_command_says_whether_it_fits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_says_whether_it_fits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = [
         *DEMO,
         "--data.batch_size=256",
@@ -334,7 +376,9 @@ def test_the_command_says_whether_it_fits(tmp_path: Path, capsys: pytest.Capture
         (["--model.name=nothing"], "no tower JSON"),
     ],
 )
-def test_bad_input_leaves_with_2(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_input_leaves_with_2(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as left:
         main([*DEMO, *words])
     assert left.value.code == 2
@@ -342,4 +386,9 @@ def test_bad_input_leaves_with_2(words: list[str], message: str, capsys: pytest.
 
 
 def test_amounts_of_memory() -> None:
-    assert [size(text) for text in ("16GiB", "24 GB", "1.5MiB", "7")] == [2**34, 24 * 10**9, 3 * 2**19, 7]
+    assert [size(text) for text in ("16GiB", "24 GB", "1.5MiB", "7")] == [
+        2**34,
+        24 * 10**9,
+        3 * 2**19,
+        7,
+    ]

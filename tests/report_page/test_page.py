@@ -1,4 +1,6 @@
-"""The report page: safe with any caption, readable numbers, nothing outside the file, whole or not written."""
+"""The report page: safe with any caption, readable numbers, nothing outside the file, whole or not
+written.
+"""
 
 import base64
 import io
@@ -16,7 +18,8 @@ from PIL import Image
 from clipsmall.report_page import page
 
 EVIL = "<script>alert('caption')</script>"
-ACC1, CHANCE = "zero_shot/seen/acc1", "zero_shot/seen/chance"
+ACC1 = "zero_shot/seen/acc1"
+CHANCE = "zero_shot/seen/chance"
 
 
 def png(size: int = 8) -> bytes:
@@ -26,18 +29,28 @@ def png(size: int = 8) -> bytes:
 
 def frame() -> pd.DataFrame:
     steps = np.arange(1, 41)
-    rows = pd.DataFrame({"step": steps, "pairs": steps * 256, "loss": 5 / steps, "lr": 1e-3, "data_wait": 0.02})
+    rows = pd.DataFrame(
+        {"step": steps, "pairs": steps * 256, "loss": 5 / steps, "lr": 1e-3, "data_wait": 0.02}
+    )
     rows["chance"] = math.log(256)
-    return pd.concat([rows, pd.DataFrame({"step": 40, "pairs": [5120, 10240], ACC1: [0.2, 0.593], CHANCE: 0.01})])
+    return pd.concat(
+        [rows, pd.DataFrame({"step": 40, "pairs": [5120, 10240], ACC1: [0.2, 0.593], CHANCE: 0.01})]
+    )
 
 
 def full(text: str = "a glyph") -> page.Report:
     """A report with every section, `text` in each place that holds text."""
     return page.Report(
-        *(text, text, [(text, text)], frame()),  # title, subtitle, facts, metrics
-        tables=[page.Table(text, text, [text, "top-1"], [[text, 0.593]]), page.Table("no rows", "", [], [])],
+        # title, subtitle, facts, metrics
+        *(text, text, [(text, text)], frame()),
+        tables=[
+            page.Table(text, text, [text, "top-1"], [[text, 0.593]]),
+            page.Table("no rows", "", [], []),
+        ],
         gallery=[
-            page.Query(png(), text, "image_to_text", text, texts=[(text, 0.9, True), (text, 0.1, False)]),
+            page.Query(
+                png(), text, "image_to_text", text, texts=[(text, 0.9, True), (text, 0.1, False)]
+            ),
             page.Query(png(), text, "text_to_image", text, images=[(png(), text, 0.9, False)]),
         ],
         matrix=np.eye(3),
@@ -48,7 +61,9 @@ def full(text: str = "a glyph") -> page.Report:
 
 
 class Reader(HTMLParser):
-    """What a browser would see: tags with their attributes, and the text outside of scripts and styles."""
+    """What a browser would see: tags with their attributes, and the text outside of scripts and
+    styles.
+    """
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -76,7 +91,8 @@ def decoded(source: str) -> bytes:
     return base64.b64decode(source.partition(";base64,")[2])
 
 
-def curves(rows: pd.DataFrame) -> list[str]:  # titles, with a star where a line is dashed
+# titles, with a star where a line is dashed
+def curves(rows: pd.DataFrame) -> list[str]:
     plots = [*page.training(rows), *page.evaluation(rows)]
     return [title + "*" * (b"stroke-dasharray" in decoded(source)) for title, _, source in plots]
 
@@ -140,10 +156,16 @@ def test_numbers_read_well_and_stand_right(column: str, value: object, text: str
 def test_any_column_may_be_missing_and_chance_is_dashed_where_known() -> None:
     drawn = ["Loss*", "Learning rate", "Share of time waiting for data", "zero shot · acc1*"]
     assert curves(frame()) == drawn
-    for column, title in [("lr", drawn[1]), ("data_wait", drawn[2]), ("loss", drawn[0]), (ACC1, drawn[3])]:
+    for column, title in [
+        ("lr", drawn[1]),
+        ("data_wait", drawn[2]),
+        ("loss", drawn[0]),
+        (ACC1, drawn[3]),
+    ]:
         assert curves(frame().drop(columns=column)) == [other for other in drawn if other != title]
     assert curves(frame()[["step", "pairs", "loss", ACC1]]) == ["Loss", "zero shot · acc1"]
-    assert curves(frame()[:-1]) == drawn[:-1]  # one measurement is no curve
+    # one measurement is no curve
+    assert curves(frame()[:-1]) == drawn[:-1]
     assert curves(frame()[["step", "pairs"]]) == curves(pd.DataFrame()) == []
 
 
@@ -162,7 +184,10 @@ def test_the_chance_of_a_first_guess_is_not_that_of_five() -> None:
     rows = frame()[["pairs", ACC1, CHANCE]].rename(columns={ACC1: "zero_shot/seen/acc5"})
     assert curves(rows) == ["zero shot · acc5"]
     assert curves(rows.assign(**{"zero_shot/seen/acc5/chance": 0.05})) == ["zero shot · acc5*"]
-    assert curves(frame().rename(columns={ACC1: "a set/acc1", CHANCE: "a set/acc1/chance"}))[-1] == "acc1*"
+    assert (
+        curves(frame().rename(columns={ACC1: "a set/acc1", CHANCE: "a set/acc1/chance"}))[-1]
+        == "acc1*"
+    )
 
 
 @pytest.mark.parametrize("label", ["a\x00b", "$x_$ and $\\frac$", "-->", "漢字", "\ud800", EVIL])
@@ -171,7 +196,8 @@ def test_any_caption_can_label_the_matrix(label: str) -> None:
     svg = decoded(Reader(page.render(report)).all("img")[0]["src"])
     assert ElementTree.fromstring(svg).tag.endswith("svg")
     assert b"plain" in svg
-    assert b"plain" not in decoded(page.heat_map(np.full((41, 41), np.nan), ["plain"] * 41))  # too many to read
+    # too many to read
+    assert b"plain" not in decoded(page.heat_map(np.full((41, 41), np.nan), ["plain"] * 41))
 
 
 def test_the_gallery_marks_right_and_wrong_in_words_and_by_group(reader: Reader) -> None:

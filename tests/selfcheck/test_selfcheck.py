@@ -1,9 +1,11 @@
-"""The self-check finds nothing wrong where nothing is, and says what is wrong, where, and by which factor.
+"""The self-check finds nothing wrong where nothing is, and says what is wrong, where, and by which
+factor.
 
-Seen to fail when: reference and ranks are one code path (`alone` that changes nothing); the first step is left out, or
-the second repeats the first's pairs in place (memories of one rank go unseen); passes share one objective; each rank
-judges for itself; random layers, or autocast beside bf16, stay on; averaged towers are put into training mode; chunks
-are not; the noise of rounding is not asked for; something unclear counts as fine.
+Seen to fail when: reference and ranks are one code path (`alone` that changes nothing); the first
+step is left out, or the second repeats the first's pairs in place (memories of one rank go unseen);
+passes share one objective; each rank judges for itself; random layers, or autocast beside bf16,
+stay on; averaged towers are put into training mode; chunks are not; the noise of rounding is not
+asked for; something unclear counts as fine.
 """
 
 import contextlib
@@ -51,7 +53,9 @@ Patches = Callable[[], Any]
 CPU = torch.device("cpu")
 
 
-def checked(runs: list[list[str]], patches: Patches = contextlib.nullcontext) -> list[tuple[int, str]]:
+def checked(
+    runs: list[list[str]], patches: Patches = contextlib.nullcontext
+) -> list[tuple[int, str]]:
     """Exit code and output of each, one after another in one process group."""
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
@@ -73,7 +77,8 @@ def checked(runs: list[list[str]], patches: Patches = contextlib.nullcontext) ->
 
 def rows(said: str) -> dict[tuple[str, str], tuple[float, str]]:
     """(what is compared, group) -> ratio of the norms, verdict."""
-    found, what = {}, ""
+    found = {}
+    what = ""
     for line in said.splitlines()[2:]:
         cells = re.split(r"\s{2,}", line)
         if len(cells) >= 5:
@@ -98,19 +103,23 @@ SWAV = {"objective.swav.prototypes": 16, "objective.swav.queue": 32}
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 @pytest.mark.parametrize("part", range(4))
-def test_every_objective_is_exact(ranks: Any, glyphs: Path, tmp_path: Path, part: int, world_size: int) -> None:
+def test_every_objective_is_exact(
+    ranks: Any, glyphs: Path, tmp_path: Path, part: int, world_size: int
+) -> None:
     runs = [config(glyphs, tmp_path / "out", **SWAV, **changes) for changes in EVERY[part::4]]
     for rank, found in enumerate(ranks(world_size, checked, runs)):
         for words, (code, said) in zip(runs, found, strict=True):
             assert code == 0, (words, said)
-            assert ("all exact" in said) == (rank == 0), said  # the first rank speaks, alone
+            # the first rank speaks, alone
+            assert ("all exact" in said) == (rank == 0), said
             if rank == 0:
                 assert len({what for what, _ in rows(said)}) == 2
                 assert {verdict for _, verdict in rows(said).values()} == {"exact"}, said
     assert not (tmp_path / "out").exists()
 
 
-# ---- deliberately wrong ----------------------------------------------------------------------------------------------
+# ---- deliberately wrong
+# ----------------------------------------------------------------------------------------------
 
 
 def without_sum(ctx: Any, grad: Tensor) -> Tensor:
@@ -122,7 +131,9 @@ def wrong_gather() -> Any:
 
 
 def of_columns(rows: Embeddings, columns: Embeddings) -> dict[str, Tensor]:
-    """The whole loss on every rank, of columns alone, as most write it: all its gradient goes through the gather."""
+    """The whole loss on every rank, of columns alone, as most write it: all its gradient goes
+    through the gather.
+    """
     logits = rows.logit_scale * columns.image @ columns.text.T
     return {"loss": F.cross_entropy(logits, torch.arange(len(logits)))}
 
@@ -158,16 +169,22 @@ def test_a_gather_whose_backward_does_not_sum_is_caught(
     assert "world.gather: its backward does not give the sum over ranks" in said
 
 
-def scale_times_ranks(rows: Embeddings, columns: Embeddings, mask_duplicates: bool = True) -> dict[str, Tensor]:
+def scale_times_ranks(
+    rows: Embeddings, columns: Embeddings, mask_duplicates: bool = True
+) -> dict[str, Tensor]:
     scale = rows.logit_scale
-    return softmax(rows._replace(logit_scale=scale + (world.size() - 1) * (scale - scale.detach())), columns)
+    return softmax(
+        rows._replace(logit_scale=scale + (world.size() - 1) * (scale - scale.detach())), columns
+    )
 
 
 def wrong_scale() -> Any:
     return mock.patch.dict(OBJECTIVES, softmax=Kind(scale_times_ranks, "softmax"))
 
 
-def test_a_scale_whose_gradient_is_w_times_too_large_is_caught(ranks: Any, glyphs: Path, tmp_path: Path) -> None:
+def test_a_scale_whose_gradient_is_w_times_too_large_is_caught(
+    ranks: Any, glyphs: Path, tmp_path: Path
+) -> None:
     (code, said), *_ = ranks(4, checked, [config(glyphs, tmp_path / "out")], wrong_scale)[0]
     assert code == 1
     for (_, group), (ratio, verdict) in rows(said).items():
@@ -189,8 +206,12 @@ def wrong_chunks() -> Any:
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_a_chunk_without_gradient_is_caught(ranks: Any, glyphs: Path, tmp_path: Path, world_size: int) -> None:
-    (code, said), *_ = ranks(world_size, checked, [config(glyphs, tmp_path / "out")], wrong_chunks)[0]
+def test_a_chunk_without_gradient_is_caught(
+    ranks: Any, glyphs: Path, tmp_path: Path, world_size: int
+) -> None:
+    (code, said), *_ = ranks(world_size, checked, [config(glyphs, tmp_path / "out")], wrong_chunks)[
+        0
+    ]
     assert code == 1
     for (what, group), (_, verdict) in rows(said).items():
         if "chunks" in what and "tower" in group:
@@ -212,7 +233,9 @@ def wrong_memory() -> Any:
     return mock.patch.object(Fifo, "push", own_pairs_only)
 
 
-def own_spots_only(self: Gcl, spots: Tensor, met: Tensor, log_u: Tensor, slopes: Tensor | None) -> None:
+def own_spots_only(
+    self: Gcl, spots: Tensor, met: Tensor, log_u: Tensor, slopes: Tensor | None
+) -> None:
     with torch.no_grad():
         self.log_u[spots[met]] = log_u[met].to(self.log_u.dtype)
         self.step += 1
@@ -223,7 +246,8 @@ def wrong_gcl() -> Any:
 
 
 @pytest.mark.parametrize(
-    ("patches", "changes"), [(wrong_memory, {"objective.queue": "xbm"}), (wrong_gcl, {"objective.name": "gcl"})]
+    ("patches", "changes"),
+    [(wrong_memory, {"objective.queue": "xbm"}), (wrong_gcl, {"objective.name": "gcl"})],
 )
 def test_a_memory_of_one_rank_only_is_caught(
     ranks: Any, glyphs: Path, tmp_path: Path, patches: Patches, changes: dict[str, object]
@@ -233,39 +257,55 @@ def test_a_memory_of_one_rank_only_is_caught(
     assert [code for ((code, _),) in found] == [1, 1]
 
 
-def broken_on_one_rank(rows: Embeddings, columns: Embeddings, mask_duplicates: bool = True) -> dict[str, Tensor]:
+def broken_on_one_rank(
+    rows: Embeddings, columns: Embeddings, mask_duplicates: bool = True
+) -> dict[str, Tensor]:
     found = softmax(rows, columns)
-    return {**found, "loss": found["loss"] * (math.nan if world.size() > 1 and world.rank() == 1 else 1.0)}
+    return {
+        **found,
+        "loss": found["loss"] * (math.nan if world.size() > 1 and world.rank() == 1 else 1.0),
+    }
 
 
 def wrong_number() -> Any:
     return mock.patch.dict(OBJECTIVES, softmax=Kind(broken_on_one_rank, "softmax"))
 
 
-def test_numbers_that_are_none_are_named_and_all_ranks_agree(ranks: Any, glyphs: Path, tmp_path: Path) -> None:
+def test_numbers_that_are_none_are_named_and_all_ranks_agree(
+    ranks: Any, glyphs: Path, tmp_path: Path
+) -> None:
     found = ranks(2, checked, [config(glyphs, tmp_path / "out")], wrong_number)
     assert [code for ((code, _),) in found] == [1, 1]
     assert "not finite: 1 of 1 numbers" in found[0][0][1]
 
 
-def test_what_cannot_be_told_is_not_fine(glyphs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_told_is_not_fine(
+    glyphs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(gradient_check, "MARGIN", 1e15)
     (code, said), *_ = checked([config(glyphs, tmp_path / "out")])
     assert code == 1
     assert "6 of 8 rows are lost in rounding; try --dtype=float64" in said
 
 
-# ---- precision, models, input ----------------------------------------------------------------------------------------
+# ---- precision, models, input
+# ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
-def test_precision_is_compared_loosely_and_beside_it_all_is_exact(glyphs: Path, tmp_path: Path, dtype: str) -> None:
+def test_precision_is_compared_loosely_and_beside_it_all_is_exact(
+    glyphs: Path, tmp_path: Path, dtype: str
+) -> None:
     words = config(glyphs, tmp_path / "out", **{"run.precision": "bf16", "dtype": dtype})
     (code, said), *_ = checked([words])
     assert code == 0, said
     assert f"{dtype} on cpu" in said
     for (what, group), (_, verdict) in rows(said).items():
-        expected = r"cosine 0\.99\d\d|cosine 1\.0000|(0\.9|1\.0)\d* x" if what.endswith("bf16") else "exact"
+        expected = (
+            r"cosine 0\.99\d\d|cosine 1\.0000|(0\.9|1\.0)\d* x"
+            if what.endswith("bf16")
+            else "exact"
+        )
         assert re.fullmatch(expected, verdict), (what, group, verdict)
     assert len({what for what, _ in rows(said)}) == 3
 
@@ -277,18 +317,28 @@ TEXT = {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "lay
     ("vision", "said_of_chunks"),
     [
         ({"image_size": 32, "layers": [1, 1, 1, 1], "width": 8}, "chunks: refused: BatchNorm"),
-        ({"image_size": 32, "layers": 1, "width": 64, "patch_size": 8, "patch_dropout": 0.5}, "chunks of 10"),
+        (
+            {"image_size": 32, "layers": 1, "width": 64, "patch_size": 8, "patch_dropout": 0.5},
+            "chunks of 10",
+        ),
     ],
 )
 def test_batch_norm_and_random_layers(
     glyphs: Path, tmp_path: Path, vision: dict[str, Any], said_of_chunks: str
 ) -> None:
-    (tmp_path / "tiny.json").write_text(json.dumps({"embed_dim": 16, "vision_cfg": vision, "text_cfg": TEXT}))
+    (tmp_path / "tiny.json").write_text(
+        json.dumps({"embed_dim": 16, "vision_cfg": vision, "text_cfg": TEXT})
+    )
     words = config(glyphs, tmp_path / "out", **{"model.name": str(tmp_path / "tiny.json")})
     (code, said), *_ = checked([words])
     assert code == 0, said
     assert said_of_chunks in said
-    assert {group for _, group in rows(said)} == {"loss", "image tower", "text tower", "logit_scale"}
+    assert {group for _, group in rows(said)} == {
+        "loss",
+        "image tower",
+        "text tower",
+        "logit_scale",
+    }
 
 
 @pytest.mark.parametrize(
@@ -316,7 +366,9 @@ def refused(words: list[str]) -> tuple[Any, str]:
     return left.value.code, said.getvalue()
 
 
-def test_pairs_that_cannot_be_shared_out_are_refused(ranks: Any, glyphs: Path, tmp_path: Path) -> None:
+def test_pairs_that_cannot_be_shared_out_are_refused(
+    ranks: Any, glyphs: Path, tmp_path: Path
+) -> None:
     words = config(glyphs, tmp_path / "out")
     code, said = ranks(4, refused, [*words, "--pairs=6"])[0]
     assert code == 2
@@ -352,9 +404,13 @@ class Towers(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.b, self.shared = nn.Linear(12, 4), nn.Embedding(9, 4), nn.Linear(4, 4)
-        self.idle, self.frozen = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1), requires_grad=False)
-        self.dropout, self.norm = nn.Dropout(0.5), GlobalBatchNorm(4)
+        self.a = nn.Linear(12, 4)
+        self.b = nn.Embedding(9, 4)
+        self.shared = nn.Linear(4, 4)
+        self.idle = nn.Parameter(torch.zeros(1))
+        self.frozen = nn.Parameter(torch.zeros(1), requires_grad=False)
+        self.dropout = nn.Dropout(0.5)
+        self.norm = GlobalBatchNorm(4)
 
     def image(self, pixels: Tensor) -> Tensor:
         return self.norm(self.shared(self.dropout(self.a(pixels.flatten(1)))))  # type: ignore[no-any-return]
@@ -366,10 +422,20 @@ class Towers(nn.Module):
 def test_parameters_are_grouped_by_what_depends_on_them() -> None:
     model = DualEncoder(Towers(), ImageSpec(2), 10.0, 0.0, False, heads={"tokens": nn.Linear(4, 2)})
     numbers = torch.arange(2)
-    pairs = Pairs(torch.zeros(2, 3, 2, 2, dtype=torch.uint8), torch.ones(2, 3, dtype=torch.int64), numbers, numbers)
+    pairs = Pairs(
+        torch.zeros(2, 3, 2, 2, dtype=torch.uint8),
+        torch.ones(2, 3, dtype=torch.int64),
+        numbers,
+        numbers,
+    )
     assert groups(model, pairs) == {
         "loss": ["loss"],
-        "image tower": ["towers.a.weight", "towers.a.bias", "towers.norm.weight", "towers.norm.bias"],
+        "image tower": [
+            "towers.a.weight",
+            "towers.a.bias",
+            "towers.norm.weight",
+            "towers.norm.bias",
+        ],
         "text tower": ["towers.b.weight"],
         "both towers": ["towers.shared.weight", "towers.shared.bias"],
         "towers": ["towers.idle"],
@@ -389,16 +455,27 @@ def test_random_layers_are_off_and_batch_norms_see_the_batch() -> None:
 
 def seen_by_each() -> str:
     reference = {"x": torch.ones(4), "y": None, "z": torch.ones(2)}
-    found = {"x": torch.ones(4) * (1 + world.rank()), "y": torch.ones(1) if world.rank() == 0 else None, "z": None}
+    found = {
+        "x": torch.ones(4) * (1 + world.rank()),
+        "y": torch.ones(1) if world.rank() == 0 else None,
+        "z": None,
+    }
     named = {"one": ["x"], "two": ["y"], "three": ["z"]}
-    return json.dumps({group: asdict(d) for group, d in differences(found, reference, named, CPU).items()})
+    return json.dumps(
+        {group: asdict(d) for group, d in differences(found, reference, named, CPU).items()}
+    )
 
 
 def test_the_rank_that_differs_most_decides(ranks: Any) -> None:
     answers = ranks(3, seen_by_each)
     assert len(set(answers)) == 1
     found = {group: Difference(**d) for group, d in json.loads(answers[0]).items()}
-    assert (found["one"].norm, found["one"].reference, found["one"].apart, found["one"].numbers) == (6, 2, 4, 4)
+    assert (
+        found["one"].norm,
+        found["one"].reference,
+        found["one"].apart,
+        found["one"].numbers,
+    ) == (6, 2, 4, 4)
     assert (found["two"].extra, found["two"].missing, found["three"].missing) == (1, 0, 1)
 
 
@@ -409,16 +486,52 @@ EXACT = Difference(1.0, 1.0, 1.0, 0.0, 0.0, 10, 0, 0, 0)
     ("d", "noise", "state", "words"),
     [
         (EXACT, 1e-15, "exact", "exact"),
-        (Difference(1.0, 1.0, 1.0, 1e-7, 1e-7, 10, 0, 0, 0), 1e-15, "wrong", "direction differs|1 x"),
-        (Difference(1.0, 1.0, 1.0, 1e-7, 1e-7, 10, 0, 0, 0), 1e-7, "exact", "exact"),  # rounding does as much
-        (Difference(0.5, 1.0, 1.0, 0.5, 0.5, 10, 0, 0, 0), 1e-15, "wrong", r"0\.5 x the gradient .*half"),
+        (
+            Difference(1.0, 1.0, 1.0, 1e-7, 1e-7, 10, 0, 0, 0),
+            1e-15,
+            "wrong",
+            "direction differs|1 x",
+        ),
+        (
+            Difference(1.0, 1.0, 1.0, 1e-7, 1e-7, 10, 0, 0, 0),
+            1e-7,
+            "exact",
+            "exact",
+            # rounding does as much
+        ),
+        (
+            Difference(0.5, 1.0, 1.0, 0.5, 0.5, 10, 0, 0, 0),
+            1e-15,
+            "wrong",
+            r"0\.5 x the gradient .*half",
+        ),
         (Difference(1.0, 1.0, -1.0, 2.0, 2.0, 10, 0, 0, 0), 1e-15, "wrong", "-1 x the gradient"),
-        (Difference(1.0, 1.0, 0.9, 0.4, 0.4, 10, 0, 0, 0), 1e-15, "wrong", r"direction differs \(cosine 0\.9000\)"),
-        (Difference(1.0, 1.0, 0.9, 0.4, 0.4, 10, 0, 0, 0), 0.1, "unclear", r"rounding alone makes 10\.0%"),
+        (
+            Difference(1.0, 1.0, 0.9, 0.4, 0.4, 10, 0, 0, 0),
+            1e-15,
+            "wrong",
+            r"direction differs \(cosine 0\.9000\)",
+        ),
+        (
+            Difference(1.0, 1.0, 0.9, 0.4, 0.4, 10, 0, 0, 0),
+            0.1,
+            "unclear",
+            r"rounding alone makes 10\.0%",
+        ),
         (Difference(0.0, 1.0, math.nan, 1.0, 1.0, 10, 0, 0, 0), 1e-15, "wrong", "0 x the gradient"),
-        (Difference(1.0, 0.0, math.nan, 1.0, 1.0, 10, 0, 0, 0), 0.0, "wrong", "where one process has none"),
+        (
+            Difference(1.0, 0.0, math.nan, 1.0, 1.0, 10, 0, 0, 0),
+            0.0,
+            "wrong",
+            "where one process has none",
+        ),
         (Difference(0.0, 0.0, math.nan, 0.0, 0.0, 10, 0, 0, 0), 0.0, "idle", "no gradient"),
-        (Difference(2e-17, 1e-17, 0.3, 3e-17, 3e-17, 10, 0, 0, 0), 1e-17, "idle", "no gradient but rounding"),
+        (
+            Difference(2e-17, 1e-17, 0.3, 3e-17, 3e-17, 10, 0, 0, 0),
+            1e-17,
+            "idle",
+            "no gradient but rounding",
+        ),
         (Difference(1.0, 1.0, 1.0, 0.0, 0.0, 10, 0, 1, 0), 1e-15, "wrong", "1 with one it has not"),
         (Difference(1.0, 1.0, 1.0, 0.0, 0.0, 10, 0, 0, 3), 1e-15, "wrong", "not finite: 3 of 10"),
     ],

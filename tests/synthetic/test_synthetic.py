@@ -1,10 +1,12 @@
-"""The synthetic study: the paper's ranking of selections, closed forms, the other losses, and the command's files.
+"""The synthetic study: the paper's ranking of selections, closed forms, the other losses, and the
+command's files.
 
-Seen to fail when: a loss forgets a direction, its own pair, or the size of the batch; the vectors are not made unit
-length; SGD climbs; osgd takes the mildest batch, or one decided before the update; sc_even clusters once for all; f
-deals again, or s does not; a mean stands for all batches that is one of some; updates or pairs are counted for others;
-the simplex has a cosine of −1/N, the polytope's opposites lie elsewhere; rows are not sorted; selections share a
-generator, or start from different numbers; NaN is written for what is not known; a wrong option is found too late.
+Seen to fail when: a loss forgets a direction, its own pair, or the size of the batch; the vectors
+are not made unit length; SGD climbs; osgd takes the mildest batch, or one decided before the
+update; sc_even clusters once for all; f deals again, or s does not; a mean stands for all batches
+that is one of some; updates or pairs are counted for others; the simplex has a cosine of −1/N, the
+polytope's opposites lie elsewhere; rows are not sorted; selections share a generator, or start from
+different numbers; NaN is written for what is not known; a wrong option is found too late.
 """
 
 import json
@@ -44,19 +46,32 @@ def one_thread() -> Iterator[None]:
 
 
 def begun(pairs: int = 8, width: int = 16, seed: int = 0, **options: float | str) -> FreeEmbeddings:
-    return FreeEmbeddings(*np.random.default_rng(seed).standard_normal((2, pairs, width)), **options)  # type: ignore[arg-type]
+    return FreeEmbeddings(
+        *np.random.default_rng(seed).standard_normal((2, pairs, width)), **options
+    )  # type: ignore[arg-type]
 
 
-def curve(free: FreeEmbeddings, selection: str, size: int = 2, steps: int = 300, seed: int = 0) -> Rows:
+def curve(
+    free: FreeEmbeddings, selection: str, size: int = 2, steps: int = 300, seed: int = 0
+) -> Rows:
     return list(train(free, selection, size, steps, np.random.default_rng([seed, 1])))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
     ("selection", "low", "high", "loss"),
-    [("osgd_NcB", 0, 0.2, 2.350), ("sc_even", 0, 0.3, 2.350), ("s", 0.8, 2.2, 2.45), ("f", 2.5, 3.6, 2.6)],
+    [
+        ("osgd_NcB", 0, 0.2, 2.350),
+        ("sc_even", 0, 0.3, 2.350),
+        ("s", 0.8, 2.2, 2.45),
+        ("f", 2.5, 3.6, 2.6),
+    ],
 )
-def test_the_hardest_batches_find_the_simplex(selection: str, low: float, high: float, loss: float) -> None:
-    """As in Cho et al.'s figure, 8 pairs in 16 dimensions: SGD is slow, fixed batches never get there."""
+def test_the_hardest_batches_find_the_simplex(
+    selection: str, low: float, high: float, loss: float
+) -> None:
+    """As in Cho et al.'s figure, 8 pairs in 16 dimensions: SGD is slow, fixed batches never get
+    there.
+    """
     rows = curve(begun(), selection)
     assert low < rows[-1]["row_distance"] < high
     assert 2.3464 < rows[-1]["full_loss"] < loss
@@ -94,7 +109,9 @@ def test_closed_forms_are_minima(width: int, loss: float) -> None:
 
 
 def test_the_optimum_of_all_batches_is_the_full_loss_s() -> None:
-    """Theorem 4: the simplex is stationary for the mean over all pairs, and not for a part of them (theorem 5)."""
+    """Theorem 4: the simplex is stationary for the mean over all pairs, and not for a part of them
+    (theorem 5).
+    """
     points = simplex(8, 16).numpy()
     every = np.array(list(combinations(range(8), 2)))
     for batches, stays in ((every, True), (every[:10], False)):
@@ -111,7 +128,8 @@ def test_distances() -> None:
     assert distances(wanted, simplex(4, 3)) == pytest.approx(
         {"row_distance": 0, "distance": 0, "diagonal": 1}, abs=1e-9
     )
-    moved = distances(wanted.roll(1, 0), simplex(4, 3))  # every image has its neighbour's text
+    # every image has its neighbour's text
+    moved = distances(wanted.roll(1, 0), simplex(4, 3))
     assert moved["row_distance"] == pytest.approx(0, abs=1e-9)
     assert moved["distance"] == pytest.approx(np.sqrt(8) * 4 / 3)
     assert moved["diagonal"] == pytest.approx(-1 / 3)
@@ -119,7 +137,11 @@ def test_distances() -> None:
     order = torch.tensor([3, 0, 5, 1, 4, 2])
     found = distances(polytope[order] @ polytope[order].T, polytope)
     assert found == pytest.approx({"row_distance": 0, "distance": None, "diagonal": 1})
-    assert distances(torch.eye(5), target(5, 3)) == {"row_distance": None, "distance": None, "diagonal": 1}
+    assert distances(torch.eye(5), target(5, 3)) == {
+        "row_distance": None,
+        "distance": None,
+        "diagonal": 1,
+    }
 
 
 def test_losses_are_those_of_a_plain_loop() -> None:
@@ -132,7 +154,8 @@ def test_losses_are_those_of_a_plain_loop() -> None:
     both = -np.log(z.diagonal() / z.sum(0)) - np.log(z.diagonal() / z.sum(1))
     assert free.full_loss() == pytest.approx(both.mean())
     part = np.array([[3, 1], [0, 4]])
-    for loss in LOSSES:  # all batches at once are batches one by one
+    # all batches at once are batches one by one
+    for loss in LOSSES:
         free = begun(5, 3, loss=loss)
         alone = [begun(2, 3, loss=loss) for _ in part]
         for one, rows in zip(alone, part, strict=True):
@@ -149,7 +172,12 @@ def test_sinkhorn_is_the_likelihood_of_a_plan_with_equal_margins() -> None:
         plan = plan / plan.sum(0, keepdim=True)
     assert free.full_loss() == pytest.approx(-float(plan.diagonal().log().mean()), abs=1e-6)
     (slope,) = torch.autograd.grad(free.losses(np.arange(4)[None]).sum(), free.free)
-    step = torch.randn(free.free.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 1e-4
+    step = (
+        torch.randn(
+            free.free.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+        )
+        * 1e-4
+    )
     ends = []
     for sign in (1, -1):
         moved = begun(4, 3, loss="sinkhorn", scale=2.0)
@@ -160,44 +188,56 @@ def test_sinkhorn_is_the_likelihood_of_a_plan_with_equal_margins() -> None:
 
 @pytest.mark.parametrize("loss", ["sigmoid", "sinkhorn"])
 def test_other_losses_descend_and_hard_batches_lead(loss: str) -> None:
-    found = {name: curve(begun(loss=loss), name, steps=100) for name in ("s", "osgd_NcB", "sc_even")}
+    found = {
+        name: curve(begun(loss=loss), name, steps=100) for name in ("s", "osgd_NcB", "sc_even")
+    }
     assert found["s"][-1]["full_loss"] < 0.8 * found["s"][0]["full_loss"]
     for name in ("osgd_NcB", "sc_even"):
         assert found[name][-1]["row_distance"] < 0.8 * found["s"][-1]["row_distance"], name
 
 
 def test_a_small_batch_of_sigmoid_wants_something_else_than_a_full_one() -> None:
-    """A pair weighs its one true partner against one false, or against seven: theorem 4 is softmax's."""
+    """A pair weighs its one true partner against one false, or against seven: theorem 4 is
+    softmax's.
+    """
     near = simplex(8, 16).numpy() + np.random.default_rng(0).standard_normal((2, 8, 16)) * 0.1
-    full, pairs = (curve(FreeEmbeddings(*near, "sigmoid", lr=2), name)[-1] for name in ("full", "NcB"))
+    full, pairs = (
+        curve(FreeEmbeddings(*near, "sigmoid", lr=2), name)[-1] for name in ("full", "NcB")
+    )
     assert full["distance"] > 0.5
     assert full["diagonal"] < 0.9
     assert pairs["distance"] < 0.1
 
 
 def updates_needed(selection: str, seed: int) -> float:
-    """Four pairs u = v at (±cos θ, ±sin θ), from θ = 0.1 to 0.1 before the square, θ = π/4. There all rows have
-    cosines 1, c, −c, −1 with c = cos 2θ, and are at a distance of √8 c from the square's."""
+    """Four pairs u = v at (±cos θ, ±sin θ), from θ = 0.1 to 0.1 before the square, θ = π/4. There
+    all rows have cosines 1, c, −c, −1 with c = cos 2θ, and are at a distance of √8 c from the
+    square's."""
     start = np.array([[np.cos(0.1), y] for y in (np.sin(0.1), -np.sin(0.1))])
     start = np.concatenate([start, -start])
-    rows = train(FreeEmbeddings(start, start, lr=0.05), selection, 2, 5000, np.random.default_rng(seed))
+    rows = train(
+        FreeEmbeddings(start, start, lr=0.05), selection, 2, 5000, np.random.default_rng(seed)
+    )
     near = np.sqrt(8) * np.cos(2 * (np.pi / 4 - 0.1))
     return next(float(row["updates"] or 0) for row in rows if (row["row_distance"] or 0) < near)
 
 
 def test_osgd_is_three_and_a_half_times_as_fast_as_sgd_on_a_square() -> None:
-    """Of six batches two push θ, with 1 / (1 + e^(1 − cos 2θ)), and two pull it back: towards θ = 0 the ratio is
-    3 (e² + 1) / (e² − 1) = 3.94, more from here."""
+    """Of six batches two push θ, with 1 / (1 + e^(1 − cos 2θ)), and two pull it back: towards θ = 0
+    the ratio is 3 (e² + 1) / (e² − 1) = 3.94, more from here."""
     sgd = np.mean([updates_needed("s", seed) for seed in range(4)])
     assert sgd > 3.5 * updates_needed("osgd_NcB", 0)
 
 
 def test_what_is_chosen() -> None:
-    def first(selection: str, updates: int, free: FreeEmbeddings | None = None) -> list[list[list[int]]]:
+    def first(
+        selection: str, updates: int, free: FreeEmbeddings | None = None
+    ) -> list[list[list[int]]]:
         batches = choice(free or begun(6, 4), selection, 2, np.random.default_rng(0))
         return [batch.tolist() for batch in islice(batches, updates)]
 
-    fixed, fresh = first("f", 9), first("s", 9)
+    fixed = first("f", 9)
+    fresh = first("s", 9)
     assert fixed[:3] == fixed[3:6] == fixed[6:]
     assert fixed[:3] == fresh[:3]
     assert fresh[:3] != fresh[3:6] != fresh[6:]
@@ -208,7 +248,8 @@ def test_what_is_chosen() -> None:
 
     free = begun(6, 4)
     batches = choice(free, "osgd_NcB", 2, np.random.default_rng(0))
-    for _ in range(20):  # decided after the last update
+    # decided after the last update
+    for _ in range(20):
         losses = {pair: free.losses(np.array([pair])).item() for pair in combinations(range(6), 2)}
         picked = next(batches)
         assert tuple(picked[0]) == max(losses, key=lambda pair: losses[pair])
@@ -231,19 +272,31 @@ def test_clusters_are_made_anew_every_step(monkeypatch: pytest.MonkeyPatch) -> N
     free = begun(6, 4, loss="sigmoid", scale=5.0, bias=-2.0)
     free.clusters(2, np.random.default_rng(0))
     z = free.cosines().detach().numpy() * 5 - 2
-    assert weights[-1][0, 1] == pytest.approx(np.log1p(np.exp(z[0, 1])) + np.log1p(np.exp(z[1, 0])), rel=1e-4)
+    assert weights[-1][0, 1] == pytest.approx(
+        np.log1p(np.exp(z[0, 1])) + np.log1p(np.exp(z[1, 0])), rel=1e-4
+    )
 
 
 def command(out: Path, *more: str) -> pd.DataFrame:
-    assert main(["--pairs", "6", "--steps", "10", "--seeds", "3", "5", "--out", str(out), *more]) == 0
+    assert (
+        main(["--pairs", "6", "--steps", "10", "--seeds", "3", "5", "--out", str(out), *more]) == 0
+    )
     return pd.read_csv(out / "curves.csv")
 
 
 def test_the_command_writes_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     curves = command(tmp_path / "made" / "out")
     assert list(curves) == [
-        "selection", "seed", "step", "updates", "pairs", "row_distance", "distance", "diagonal", "full_loss",
-    ]  # fmt: skip
+        "selection",
+        "seed",
+        "step",
+        "updates",
+        "pairs",
+        "row_distance",
+        "distance",
+        "diagonal",
+        "full_loss",
+    ]
     assert len(curves) == len(SELECTIONS) * 2 * 11
     assert not curves.isna().any(axis=None)
     starts = curves[curves.step == 0].groupby("seed").full_loss
@@ -252,7 +305,9 @@ def test_the_command_writes_its_files(tmp_path: Path, capsys: pytest.CaptureFixt
     found = json.loads((tmp_path / "made/out/summary.json").read_text())
     assert found["loss_at_target"] == pytest.approx(2 * np.log1p(5 * np.exp(-6 / 5)))
     last = curves[(curves.step == 10) & (curves.selection == "s")].full_loss
-    assert found["final"]["s"]["full_loss"] == pytest.approx({"mean": last.mean(), "std": last.std()})
+    assert found["final"]["s"]["full_loss"] == pytest.approx(
+        {"mean": last.mean(), "std": last.std()}
+    )
     maps = load_file(tmp_path / "made/out/heatmaps.safetensors")
     assert set(maps) == {f"{name}_{seed}" for name in SELECTIONS for seed in (3, 5)}
     last = curves[(curves.step == 10) & (curves.selection == "f") & (curves.seed == 5)]
@@ -319,5 +374,17 @@ def test_bad_input_is_refused_before_anything_is_written(
 
 
 def test_many_pairs_run_without_looking_at_all_batches(tmp_path: Path) -> None:
-    words = ["--pairs", "30", "--batch_size", "10", "--selections", "f", "s", "full", "sc_even", "--steps", "2"]
+    words = [
+        "--pairs",
+        "30",
+        "--batch_size",
+        "10",
+        "--selections",
+        "f",
+        "s",
+        "full",
+        "sc_even",
+        "--steps",
+        "2",
+    ]
     assert main([*words, "--seeds", "0", "--out", str(tmp_path)]) == 0

@@ -37,7 +37,9 @@ from tests.local_clip import local_clip
 from tests.shards_for_tests import config
 from tests.training.test_resume import last, losses
 
-B, STEPS, CLIP = 16, 3, 0.5
+B = 16
+STEPS = 3
+CLIP = 0.5
 TOWERS = ("text_model", "vision_model")
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 CPU = torch.device("cpu")
@@ -76,10 +78,17 @@ def unscaled() -> Any:
 
 
 def trained(name: str, case: str) -> dict[str, Any]:
-    """Three steps in float64: losses, gradient norms, final weights, and what this rank held of towers and moments."""
+    """Three steps in float64: losses, gradient norms, final weights, and what this rank held of
+    towers and moments.
+    """
     torch.manual_seed(0)
-    tree: dict[str, Any] = {"data": {"train": ["x"], "batch_size": B}, "optim": {"pairs": B * STEPS, "lr": 1e-2}}
-    run = validated({**tree, **CASES[case], "model": {"name": name, **CASES[case].get("model", {})}})
+    tree: dict[str, Any] = {
+        "data": {"train": ["x"], "batch_size": B},
+        "optim": {"pairs": B * STEPS, "lr": 1e-2},
+    }
+    run = validated(
+        {**tree, **CASES[case], "model": {"name": name, **CASES[case].get("model", {})}}
+    )
     loaded = build.loaded_towers(run, SimpleNamespace(captions=list), None)  # type: ignore[arg-type]
     if run.model.checkpoint_activations is True:
         build_tuning.checkpoint_activations(loaded)
@@ -87,11 +96,14 @@ def trained(name: str, case: str) -> dict[str, Any]:
     model = build.dual_encoder(run, loaded, setting).double().train()
     model.chunk_size = run.model.chunk_size  # type: ignore[assignment]
     sharded.shard(model, CPU)
-    objective, columns = build_objective.objective(run, setting), build_objective.columns(run)
+    objective = build_objective.objective(run, setting)
+    columns = build_objective.columns(run)
     optimizer = build.optimizer(run, model)
     for group in optimizer.param_groups:
-        group["fused"] = True  # one kernel over whole and sharded tensors, as on a GPU
-    local, found = B // world.size(), {"losses": list[float](), "norms": list[float]()}
+        # one kernel over whole and sharded tensors, as on a GPU
+        group["fused"] = True
+    local = B // world.size()
+    found = {"losses": list[float](), "norms": list[float]()}
     mine = slice(world.rank() * local, (world.rank() + 1) * local)
     for step in range(STEPS):
         generator = torch.Generator().manual_seed(step)
@@ -106,19 +118,27 @@ def trained(name: str, case: str) -> dict[str, Any]:
         found["norms"].append(clipped_norm(unscaled(), model.parameters(), CLIP).item())
         optimizer.step()
         optimizer.zero_grad()
-    moments = [s["exp_avg"] for p, s in optimizer.state.items() if any(p is q for q in model.towers.parameters())]
+    moments = [
+        s["exp_avg"]
+        for p, s in optimizer.state.items()
+        if any(p is q for q in model.towers.parameters())
+    ]
     return {
         **found,
         "weights": {name: whole(t.detach()).numpy() for name, t in model.state_dict().items()},
         "held": [held(list(model.towers.parameters())), held(moments)],
-        "gathered": [name for name, part in model.towers.named_modules() if hasattr(part, "reshard")],
+        "gathered": [
+            name for name, part in model.towers.named_modules() if hasattr(part, "reshard")
+        ],
         "whole": [name for name, p in model.named_parameters() if share(p) is p],
     }
 
 
 def held(tensors: list[Tensor]) -> float:
     """Bytes there are of bytes there would be."""
-    return sum(share(t).untyped_storage().nbytes() for t in tensors) / sum(t.nbytes for t in tensors)
+    return sum(share(t).untyped_storage().nbytes() for t in tensors) / sum(
+        t.nbytes for t in tensors
+    )
 
 
 EXPECTED: dict[str, Any] = {}
@@ -128,10 +148,12 @@ EXPECTED: dict[str, Any] = {}
     ("case", "world_size"),
     [("softmax", 2), ("softmax", 4), ("sigmoid", 4), *((case, 2) for case in list(CASES)[2:])],
 )
-def test_sharded_towers_train_as_one_process(ranks: Any, clip: str, case: str, world_size: int) -> None:
-    """Fails when: scale and heads are not averaged; a norm is that of one share, or the scale's is added once a rank;
-    shares are not clipped; towers are one piece; text is no pass; averaged towers stay whole or gathered; AdamW's
-    kernel gets whole and sharded tensors (heads)."""
+def test_sharded_towers_train_as_one_process(
+    ranks: Any, clip: str, case: str, world_size: int
+) -> None:
+    """Fails when: scale and heads are not averaged; a norm is that of one share, or the scale's is
+    added once a rank; shares are not clipped; towers are one piece; text is no pass; averaged
+    towers stay whole or gathered; AdamW's kernel gets whole and sharded tensors (heads)."""
     if case not in EXPECTED:
         EXPECTED[case] = trained(clip, case)
     expected = EXPECTED[case]
@@ -143,10 +165,17 @@ def test_sharded_towers_train_as_one_process(ranks: Any, clip: str, case: str, w
         assert found["weights"].keys() == expected["weights"].keys()
         for name, value in expected["weights"].items():
             torch.testing.assert_close(
-                torch.from_numpy(found["weights"][name]), torch.from_numpy(value), rtol=1e-9, atol=1e-9, msg=name
+                torch.from_numpy(found["weights"][name]),
+                torch.from_numpy(value),
+                rtol=1e-9,
+                atol=1e-9,
+                msg=name,
             )
         assert found["held"] == pytest.approx([1 / world_size, 1 / world_size], rel=0.05)
-        assert found["gathered"] == ["", *(f"model.{tower}.encoder.layers.{n}" for tower in TOWERS for n in range(2))]
+        assert found["gathered"] == [
+            "",
+            *(f"model.{tower}.encoder.layers.{n}" for tower in TOWERS for n in range(2)),
+        ]
         assert found["whole"] == [name for name in expected["whole"] if "towers." not in name]
 
 
@@ -159,7 +188,8 @@ def test_blocks_are_found_whole() -> None:
     assert not is_block("model.vision_model.encoder.layers.11.mlp")
 
 
-# ---- the whole trainer -------------------------------------------------------------------------------------------
+# ---- the whole trainer
+# -------------------------------------------------------------------------------------------
 
 
 def run_sharded(words: list[str]) -> tuple[int, bool]:
@@ -179,18 +209,25 @@ def scores(out: Path) -> list[dict[str, float]]:
     return [row for row in rows if "loss" not in row]
 
 
-def test_a_run_goes_from_sharded_to_whole_and_back(ranks: Any, glyphs: Path, tmp_path: Path) -> None:
-    """2 ranks with FSDP, 1 without from step 10, 4 with from step 15. Test pairs come in 3 batches: ranks have uneven
-    numbers of them. Fails when: moments or weights are loaded whole, or saved as shares; only the main rank gathers
-    them (waits for ever); the trainer does not shard."""
+def test_a_run_goes_from_sharded_to_whole_and_back(
+    ranks: Any, glyphs: Path, tmp_path: Path
+) -> None:
+    """2 ranks with FSDP, 1 without from step 10, 4 with from step 15. Test pairs come in 3 batches:
+    ranks have uneven numbers of them. Fails when: moments or weights are loaded whole, or saved as
+    shares; only the main rank gathers them (waits for ever); the trainer does not shard."""
     changes = {
         "evaluate.retrieval": f"[{{name: held_out, data: [{glyphs / 'test'}]}}]",
         "evaluate.batch_size": 25,
         "run.evaluate_every": 8,
     }
-    straight, out = tmp_path / "straight", tmp_path / "run"
+    straight = tmp_path / "straight"
+    out = tmp_path / "run"
     assert train.main(config(glyphs, straight, **changes)) == 0
-    assert ranks(2, run_sharded, config(glyphs, out, **changes)) == [(0, True), (0, False)]  # rank 0 says it
+    # rank 0 says it
+    assert ranks(2, run_sharded, config(glyphs, out, **changes)) == [
+        (0, True),
+        (0, False),
+    ]
     assert_same(out, straight)
     cut(out, 10)
     assert ranks(1, run_trainer, config(glyphs, out, **changes, resume="auto")) == [0]
@@ -201,7 +238,9 @@ def test_a_run_goes_from_sharded_to_whole_and_back(ranks: Any, glyphs: Path, tmp
 
 
 def assert_same(out: Path, straight: Path) -> None:
-    """Curves and scores as of one process in float32; the same names and shapes in the checkpoint."""
+    """Curves and scores as of one process in float32; the same names and shapes in the
+    checkpoint.
+    """
     assert [step for step, _ in losses(out)] == list(range(1, 25))
     for (_, mine), (_, theirs) in zip(losses(out), losses(straight), strict=True):
         assert mine == pytest.approx(theirs, rel=1e-4)
@@ -217,7 +256,8 @@ class Spoilt:
     """A catalog of which the first batch of images is broken."""
 
     def __init__(self, shards: str, broken: int) -> None:
-        self.catalog, self.broken = open_catalog([shards]), broken
+        self.catalog = open_catalog([shards])
+        self.broken = broken
 
     def __len__(self) -> int:
         return len(self.catalog)
@@ -228,7 +268,9 @@ class Spoilt:
 
 
 def encoded(shards: str, size: int) -> tuple[Tensor, Tensor]:
-    """Four batches of images, the first broken, and three of captions, the last of one, through small towers."""
+    """Four batches of images, the first broken, and three of captions, the last of one, through
+    small towers.
+    """
     from tests.build.test_tuning import config_of
 
     torch.manual_seed(0)
@@ -244,14 +286,17 @@ def encoded(shards: str, size: int) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_ranks_with_fewer_batches_pass_as_often(ranks: Any, glyphs: Path, world_size: int) -> None:
-    """Fails, after two minutes of waiting, when ranks pass as often as they have batches, or good ones."""
+    """Fails, after two minutes of waiting, when ranks pass as often as they have batches, or good
+    ones.
+    """
     images, texts = encoded(str(glyphs / "test"), 4)
     for found in ranks(world_size, encoded, str(glyphs / "test"), 4):
         torch.testing.assert_close(found[0], images)
         torch.testing.assert_close(found[1], texts)
 
 
-# ---- what is refused ---------------------------------------------------------------------------------------------
+# ---- what is refused
+# ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -265,7 +310,9 @@ def test_ranks_with_fewer_batches_pass_as_often(ranks: Any, glyphs: Path, world_
         ({}, "bf16", "auto", "give a number"),
     ],
 )
-def test_what_does_not_go_with_it_is_refused(given: dict[str, str], precision: str, chunk_size: Any, says: str) -> None:
+def test_what_does_not_go_with_it_is_refused(
+    given: dict[str, str], precision: str, chunk_size: Any, says: str
+) -> None:
     with environment(**FSDP):
         assert sharded.asked()
         sharded.check("bf16", 4)

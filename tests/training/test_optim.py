@@ -1,8 +1,9 @@
 """Tests of parameter groups, the schedule, the scaled learning rate and the guarded step.
 
-Seen to fail when: `parameter_groups` lets a 1-d or a [1, 1]-shaped scale decay, or forgets `requires_grad`; the
-warm-up starts at 0 or ends a step late; the guard looks at the gradient alone, never forgets a bad step, leaves batch
-normalisation's statistics, puts averaged ones back, or lets the scaler be.
+Seen to fail when: `parameter_groups` lets a 1-d or a [1, 1]-shaped scale decay, or forgets
+`requires_grad`; the warm-up starts at 0 or ends a step late; the guard looks at the gradient alone,
+never forgets a bad step, leaves batch normalisation's statistics, puts averaged ones back, or lets
+the scaler be.
 """
 
 import math
@@ -30,7 +31,9 @@ from tests.shards_for_tests import TOWERS
 
 
 def encoder(learn_bias: bool = True) -> DualEncoder:
-    return DualEncoder(SmallTowers(SmallConfig.model_validate(TOWERS)), ImageSpec(16), 10.0, -5.0, learn_bias)
+    return DualEncoder(
+        SmallTowers(SmallConfig.model_validate(TOWERS)), ImageSpec(16), 10.0, -5.0, learn_bias
+    )
 
 
 def names(model: nn.Module, decay: float = 0.1) -> tuple[set[str], set[str]]:
@@ -46,8 +49,18 @@ def names(model: nn.Module, decay: float = 0.1) -> tuple[set[str], set[str]]:
 def test_matrices_decay_and_norms_biases_scale_and_bias_do_not() -> None:
     model = encoder()
     decaying, free = names(model)
-    assert {"logit_scale", "logit_bias", "towers.head.bias", "towers.blocks.layers.0.norm1.weight"} <= free
-    assert {"towers.head.weight", "towers.words.weight", "towers.visual.0.weight", "towers.positions"} <= decaying
+    assert {
+        "logit_scale",
+        "logit_bias",
+        "towers.head.bias",
+        "towers.blocks.layers.0.norm1.weight",
+    } <= free
+    assert {
+        "towers.head.weight",
+        "towers.words.weight",
+        "towers.visual.0.weight",
+        "towers.positions",
+    } <= decaying
     shapes = {name: p.ndim for name, p in model.named_parameters()}
     assert all(shapes[name] >= 2 for name in decaying)
     assert all(shapes[name] <= 1 for name in free)
@@ -101,7 +114,9 @@ def test_decay_shrinks_matrices_and_leaves_the_scale() -> None:
     after = dict(model.named_parameters())
     assert torch.equal(after["logit_scale"], before["logit_scale"])
     assert torch.equal(after["towers.head.bias"], before["towers.head.bias"])
-    torch.testing.assert_close(after["towers.head.weight"].detach(), before["towers.head.weight"] * (1 - 0.1 * 0.5))
+    torch.testing.assert_close(
+        after["towers.head.weight"].detach(), before["towers.head.weight"] * (1 - 0.1 * 0.5)
+    )
 
 
 def factors(steps: int, warmup: int) -> list[float]:
@@ -138,11 +153,16 @@ def test_lr_scales_with_the_square_root_of_the_batch() -> None:
 
 NUMBERS = (1.5, math.nan, math.inf, -math.inf)
 FEATURES = torch.ones(20, 4)
-ROWS = Embeddings(FEATURES, FEATURES, torch.arange(40, 60), torch.arange(20), torch.tensor(1.0), torch.tensor(0.0))
+ROWS = Embeddings(
+    FEATURES, FEATURES, torch.arange(40, 60), torch.arange(20), torch.tensor(1.0), torch.tensor(0.0)
+)
 
 
 def offered(guard: Guard, loss: float, grad_norm: float = 1.0, rows: Embeddings = ROWS) -> bool:
-    losses = {"loss": torch.tensor(loss, requires_grad=True) * 1.0, "grad_norm": torch.tensor(grad_norm)}
+    losses = {
+        "loss": torch.tensor(loss, requires_grad=True) * 1.0,
+        "grad_norm": torch.tensor(grad_norm),
+    }
     return guard.passes(losses, losses["loss"].detach() + losses["grad_norm"], rows)
 
 
@@ -153,7 +173,9 @@ def test_without_a_scaler_the_first_bad_step_ends_the_run(loss: float, grad_norm
         assert offered(Guard(None, 5, nn.Identity()), loss, grad_norm)
         return
     broken = ROWS._replace(text=torch.where(torch.arange(20)[:, None] == 3, math.inf, FEATURES))
-    with pytest.raises(NonFiniteError, match=f"not finite: loss {loss:g}, grad_norm {grad_norm:g}") as said:
+    with pytest.raises(
+        NonFiniteError, match=f"not finite: loss {loss:g}, grad_norm {grad_norm:g}"
+    ) as said:
         offered(Guard(None, 5, nn.Identity()), loss, grad_norm, broken)
     assert said.value.index.tolist() == list(range(40, 60))
     assert said.value.index[said.value.broken].tolist() == [43]
@@ -168,7 +190,8 @@ def overflow(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer, fac
 
 
 def test_with_a_scaler_only_bad_steps_on_end_do() -> None:
-    weight, scaler = nn.Parameter(torch.ones(2)), torch.amp.GradScaler("cpu", init_scale=64.0)
+    weight = nn.Parameter(torch.ones(2))
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
     optimizer = torch.optim.SGD([weight], lr=0.1)
     guard = Guard(scaler, 3, nn.Identity(), 7)
     for number, good in enumerate([False, False, True, False, False]):
@@ -181,23 +204,28 @@ def test_with_a_scaler_only_bad_steps_on_end_do() -> None:
             scaler.step(optimizer)
             scaler.update()
     overflow(scaler, optimizer, math.inf)
-    with pytest.raises(NonFiniteError, match=r"in 3 steps on end.*grad_norm nan, loss_scale 4, bad_steps 12") as said:
+    with pytest.raises(
+        NonFiniteError, match=r"in 3 steps on end.*grad_norm nan, loss_scale 4, bad_steps 12"
+    ) as said:
         offered(guard, 1.0, math.nan)
     assert not said.value.broken.any()
     assert said.value.numbers["loss_scale"] == 4.0
 
 
 def test_a_bad_loss_alone_skips_the_step_and_leaves_the_loss_scale() -> None:
-    weight, scaler = nn.Parameter(torch.ones(2)), torch.amp.GradScaler("cpu", init_scale=64.0)
+    weight = nn.Parameter(torch.ones(2))
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
     optimizer = torch.optim.SGD([weight], lr=0.1)
     overflow(scaler, optimizer, 1.0)
     assert not offered(Guard(scaler, 3, nn.Identity()), math.inf)
     assert scaler.get_scale() == 64.0
-    overflow(scaler, optimizer, 1.0)  # unscaling twice would raise: the scaler knows that a step went by
+    # unscaling twice would raise: the scaler knows that a step went by
+    overflow(scaler, optimizer, 1.0)
 
 
 def test_running_statistics_of_a_bad_step_are_taken_back() -> None:
-    norm, scaler = nn.BatchNorm1d(4), torch.amp.GradScaler("cpu")
+    norm = nn.BatchNorm1d(4)
+    scaler = torch.amp.GradScaler("cpu")
     optimizer = torch.optim.SGD(norm.parameters(), lr=0.1)
     guard = Guard(scaler, 3, nn.Sequential(norm))
 
@@ -207,7 +235,8 @@ def test_running_statistics_of_a_bad_step_are_taken_back() -> None:
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         if offered(guard, loss.item()):
-            scaler.update()  # a bad step's is the guard's
+            # a bad step's is the guard's
+            scaler.update()
         return {name: buffer.clone() for name, buffer in norm.named_buffers()}
 
     before = seen(torch.arange(20.0).view(5, 4))
@@ -232,9 +261,13 @@ def test_steps_that_were_not_taken_are_counted_from_the_optimizer() -> None:
 
 
 def test_averaged_towers_keep_the_statistics_that_they_follow() -> None:
-    """Theirs change after a step and not in the forward pass: put back, they would be those of the step before."""
+    """Theirs change after a step and not in the forward pass: put back, they would be those of the
+    step before.
+    """
     model = nn.Module()
     model.towers = nn.BatchNorm1d(4)
     model.average = MovingAverage(model.towers, 0.9, 0)
     model.train()
-    assert [id(each) for each in running_statistics(model)] == [id(each) for each in model.towers.buffers()]
+    assert [id(each) for each in running_statistics(model)] == [
+        id(each) for each in model.towers.buffers()
+    ]

@@ -1,11 +1,13 @@
-"""fp16 and steps that are not finite: skipped by all ranks alike, remembered by nothing, ended when they do not end.
+"""fp16 and steps that are not finite: skipped by all ranks alike, remembered by nothing, ended when
+they do not end.
 
-Accelerate gives no scaler on a CPU, so `half` puts a real one where Accelerate's own would be, and float16 autocast
-with it; what overflows here, overflows in float16 arithmetic.
+Accelerate gives no scaler on a CPU, so `half` puts a real one where Accelerate's own would be, and
+float16 autocast with it; what overflows here, overflows in float16 arithmetic.
 
-Seen to fail when: the guard looks at this rank's loss or gradient only; it lets fused AdamW's step be called; a queue,
-SwAV's queue, a pair's numbers or running statistics take what is not finite; the count of steps in a row is not reset;
-skipped steps are not counted from the optimizer's on resume; the pairs of one rank only are written.
+Seen to fail when: the guard looks at this rank's loss or gradient only; it lets fused AdamW's step
+be called; a queue, SwAV's queue, a pair's numbers or running statistics take what is not finite;
+the count of steps in a row is not reset; skipped steps are not counted from the optimizer's on
+resume; the pairs of one rank only are written.
 """
 
 import hashlib
@@ -37,8 +39,11 @@ from tests.distributed.test_world import run_trainer
 from tests.shards_for_tests import config
 from tests.training.test_resume import MEMORIES, last, losses, same_state
 
-SCALE, STEPS, BATCH = 2.0**10, 8, 32
-Faults = dict[int, tuple[str, int]]  # step of this process -> (what goes wrong, on which rank)
+SCALE = 2.0**10
+STEPS = 8
+BATCH = 32
+# step of this process -> (what goes wrong, on which rank)
+Faults = dict[int, tuple[str, int]]
 
 
 def short(glyphs: Path, out: Path, **changes: object) -> list[str]:
@@ -58,7 +63,8 @@ def half(patch: pytest.MonkeyPatch, scale: float) -> None:
 
     def scaled(given: Any) -> Any:
         accelerator = made(given)
-        accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"
+        accelerator.native_amp = True
+        accelerator.state._mixed_precision = "fp16"
         accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
         return accelerator
 
@@ -66,14 +72,21 @@ def half(patch: pytest.MonkeyPatch, scale: float) -> None:
 
 
 def fused(patch: pytest.MonkeyPatch) -> None:
-    """AdamW as it is on a GPU: it takes the scaler's verdict itself, so that the scaler always calls it."""
+    """AdamW as it is on a GPU: it takes the scaler's verdict itself, so that the scaler always
+    calls it.
+    """
     made = torch.optim.AdamW
-    patch.setattr(torch.optim, "AdamW", lambda groups, **given: made(groups, **{**given, "fused": True}))
+    patch.setattr(
+        torch.optim, "AdamW", lambda groups, **given: made(groups, **{**given, "fused": True})
+    )
 
 
 def breaking(patch: pytest.MonkeyPatch, faults: Faults) -> None:
-    """Features: the images of this rank's first pair are NaN, of averaged towers, too. Gradient: its rows' alone."""
-    outputs, step = DualEncoder.outputs, [0]
+    """Features: the images of this rank's first pair are NaN, of averaged towers, too. Gradient:
+    its rows' alone.
+    """
+    outputs = DualEncoder.outputs
+    step = [0]
 
     def broken(self: DualEncoder, pairs: Any, towers: Any) -> tuple[Tensor, Tensor]:
         image, text = outputs(self, pairs, towers)
@@ -89,7 +102,8 @@ def breaking(patch: pytest.MonkeyPatch, faults: Faults) -> None:
     def loss(rows: Any, columns: Any, **options: Any) -> dict[str, Tensor]:
         found = softmax(rows, columns, **options)
         if faults.get(step[0]) == ("loss", world.rank()):
-            found["loss"] = found["loss"] + torch.inf  # its gradient is finite
+            # its gradient is finite
+            found["loss"] = found["loss"] + torch.inf
         return found
 
     patch.setattr(DualEncoder, "outputs", broken)
@@ -97,7 +111,9 @@ def breaking(patch: pytest.MonkeyPatch, faults: Faults) -> None:
 
 
 def digest(tensors: dict[str, Tensor]) -> str:
-    return hashlib.sha256(b"".join(tensors[name].numpy().tobytes() for name in sorted(tensors))).hexdigest()
+    return hashlib.sha256(
+        b"".join(tensors[name].numpy().tobytes() for name in sorted(tensors))
+    ).hexdigest()
 
 
 def watched(patch: pytest.MonkeyPatch, seen: list[dict[str, Any]]) -> None:
@@ -107,20 +123,28 @@ def watched(patch: pytest.MonkeyPatch, seen: list[dict[str, Any]]) -> None:
     def note(self: RunState, *given: Any) -> Any:
         memory = self.objective.state_dict() if isinstance(self.objective, torch.nn.Module) else {}
         moments, _ = checkpoint.split_optimizer(self.optimizer.state_dict())
-        averages = [int(part.step) for part in self.model.modules() if isinstance(part, MovingAverage)]
+        averages = [
+            int(part.step) for part in self.model.modules() if isinstance(part, MovingAverage)
+        ]
         tensors = {"weights": self.model.state_dict(), "moments": moments, "memory": memory}
         found = {name: digest(each) for name, each in tensors.items()}
         scaler = self.accelerator.scaler
         scale = scaler.state_dict() if scaler is not None else {}
-        seen.append(found | {"scale": scale, "lr": self.scheduler.state_dict()["_last_lr"], "averages": averages})
+        seen.append(
+            found
+            | {"scale": scale, "lr": self.scheduler.state_dict()["_last_lr"], "averages": averages}
+        )
         return save(self, *given)
 
     patch.setattr(RunState, "save", note)
 
 
-def trained(words: list[str], faults: Faults, scale: float | None = SCALE) -> tuple[Any, str, list[dict[str, Any]]]:
+def trained(
+    words: list[str], faults: Faults, scale: float | None = SCALE
+) -> tuple[Any, str, list[dict[str, Any]]]:
     """The whole trainer on this rank: exit code, what it says, and its state after every step."""
-    said, seen = io.StringIO(), list[dict[str, Any]]()
+    said = io.StringIO()
+    seen = list[dict[str, Any]]()
     with pytest.MonkeyPatch.context() as patch, redirect_stderr(said):
         if scale is not None:
             half(patch, scale)
@@ -147,11 +171,14 @@ def alike(answers: list[Any]) -> list[dict[str, Any]]:
 
 
 def taken(states: list[dict[str, Any]], what: str) -> list[int]:
-    """The steps, counted from 1, after which it is not what it was before; of the first nothing is known."""
+    """The steps, counted from 1, after which it is not what it was before; of the first nothing is
+    known.
+    """
     return [n for n in range(2, len(states) + 1) if states[n - 1][what] != states[n - 2][what]]
 
 
-# ---- a step that is skipped ------------------------------------------------------------------------------------------
+# ---- a step that is skipped
+# ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
@@ -166,16 +193,31 @@ def test_a_bad_step_of_one_rank_is_skipped_by_all(
     good = [2, 4, 5, 7, 8]
     assert taken(states, "weights") == taken(states, "moments") == good
     assert [state["averages"] for state in states] == [[1], [2], [2], [3], [4], [4], [5], [6]]
-    halved = 1.0 if kind == "loss" else 0.5  # a loss says nothing against the scale
-    assert [state["scale"]["scale"] / SCALE for state in states] == [1, 1, *[halved] * 3, *[halved**2] * 3]
-    assert taken(states, "lr") == list(range(2, STEPS + 1))  # the schedule follows the pairs
+    # a loss says nothing against the scale
+    halved = 1.0 if kind == "loss" else 0.5
+    assert [state["scale"]["scale"] / SCALE for state in states] == [
+        1,
+        1,
+        *[halved] * 3,
+        *[halved**2] * 3,
+    ]
+    # the schedule follows the pairs
+    assert taken(states, "lr") == list(range(2, STEPS + 1))
     assert taken(states, "memory") == (good if kind == "features" else list(range(2, STEPS + 1)))
     logged = rows(tmp_path / "run")
     assert [row["bad_steps"] for row in logged] == [0, 0, 1, 1, 1, 2, 2, 2]
-    assert [row["loss_scale"] / SCALE for row in logged] == [1, 1, 1, *[halved] * 3, *[halved**2] * 2]
+    assert [row["loss_scale"] / SCALE for row in logged] == [
+        1,
+        1,
+        1,
+        *[halved] * 3,
+        *[halved**2] * 2,
+    ]
     bad = [row["step"] for row in logged if row["loss" if kind == "loss" else "grad_norm"] is None]
     assert bad == [3, 6]
-    assert all((row["loss"] is None) is (row["step"] in bad and kind != "gradient") for row in logged)
+    assert all(
+        (row["loss"] is None) is (row["step"] in bad and kind != "gradient") for row in logged
+    )
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
@@ -185,7 +227,8 @@ def test_a_scale_too_large_is_found_out_and_training_goes_on(
     """Real float16 overflows, in every step until the scale is right."""
     words = short(glyphs, tmp_path / "run", **{"optim.pairs": BATCH * 24, "optim.lr": 3e-3})
     answers = ranks(world_size, trained, words, {}, 2.0**20)
-    states, logged = alike(answers), rows(tmp_path / "run")
+    states = alike(answers)
+    logged = rows(tmp_path / "run")
     bad = [row["step"] for row in logged if row["grad_norm"] is None]
     assert bad[:3] == [1, 2, 3]
     assert 3 <= len(bad) <= 14
@@ -197,45 +240,66 @@ def test_a_scale_too_large_is_found_out_and_training_goes_on(
     assert f"not finite: {len(bad)} of 24 steps" in answers[0][1]
 
 
-# ---- what remembers --------------------------------------------------------------------------------------------------
+# ---- what remembers
+# --------------------------------------------------------------------------------------------------
 
 
 def finite_but(tensors: dict[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         tensor = tensor.double()
-        known = tensor if not name.endswith("log_u") else tensor[tensor != -math.inf]  # −inf: not met yet
+        # −inf: not met yet
+        known = tensor if not name.endswith("log_u") else tensor[tensor != -math.inf]
         assert known.isfinite().all(), name
 
 
 @pytest.mark.parametrize("name", [*MEMORIES, "simsiam", "vicreg"])
-def test_nothing_remembers_features_that_are_not_finite(ranks: Any, glyphs: Path, tmp_path: Path, name: str) -> None:
-    """One pair's image is NaN on the second of two ranks; the run goes on, resumes, and ends as if uninterrupted."""
+def test_nothing_remembers_features_that_are_not_finite(
+    ranks: Any, glyphs: Path, tmp_path: Path, name: str
+) -> None:
+    """One pair's image is NaN on the second of two ranks; the run goes on, resumes, and ends as if
+    uninterrupted.
+    """
     options = tmp_path / "options.yaml"
     given = MEMORIES.get(name, "{vicreg: {widths: [24, 12]}}" if name == "vicreg" else "{}")
     options.write_text(f"objective: {given}\n")
     changes = ["--config", str(options), f"--objective.name={name}"]
-    out, straight = tmp_path / "run", tmp_path / "straight"
+    out = tmp_path / "run"
+    straight = tmp_path / "straight"
     alike(ranks(2, trained, changes + short(glyphs, straight), {4: ("features", 1)}))
     found = {what: checkpoint.read_tensors(last(straight), what) for what in ("model", "objective")}
     for tensors in found.values():
         finite_but(tensors)
     for key, value in found["objective"].items():
-        if key.endswith(("seen", "written")):  # of the good steps; nn's texts have a queue of their own
+        # of the good steps; nn's texts have a queue of their own
+        if key.endswith(("seen", "written")):
             assert value == (STEPS - (key != "texts.seen")) * BATCH, key
-    assert [row["loss"] is None for row in rows(straight)] == [step == 4 for step in range(1, STEPS + 1)]
-    for step in (3, 4, 5):  # just before, right after, later
+    assert [row["loss"] is None for row in rows(straight)] == [
+        step == 4 for step in range(1, STEPS + 1)
+    ]
+    # just before, right after, later
+    for step in (3, 4, 5):
         shutil.rmtree(out, ignore_errors=True)
         shutil.copytree(straight, out)
         for folder in (out / "checkpoints").iterdir():
             if int(folder.name[5:]) > step:
                 shutil.rmtree(folder)
-        alike(ranks(2, trained, [*changes, *short(glyphs, out), "--resume=auto"], {4 - step: ("features", 1)}))
+        alike(
+            ranks(
+                2,
+                trained,
+                [*changes, *short(glyphs, out), "--resume=auto"],
+                {4 - step: ("features", 1)},
+            )
+        )
         same_state(last(out), last(straight))
         assert losses(out) == losses(straight)
-        assert [row["bad_steps"] for row in rows(out)] == [row["bad_steps"] for row in rows(straight)]
+        assert [row["bad_steps"] for row in rows(out)] == [
+            row["bad_steps"] for row in rows(straight)
+        ]
 
 
-# ---- the end of it ---------------------------------------------------------------------------------------------------
+# ---- the end of it
+# ---------------------------------------------------------------------------------------------------
 
 
 def ended(answers: list[Any], out: Path) -> dict[str, Any]:
@@ -256,11 +320,18 @@ def test_an_endless_stream_of_bad_steps_ends_with_its_pairs(
     ranks: Any, glyphs: Path, tmp_path: Path, world_size: int
 ) -> None:
     words = short(glyphs, tmp_path / "run", **{"run.max_bad_steps": 3})
-    answers = ranks(world_size, trained, words, dict.fromkeys(range(3, 99), ("features", world_size - 1)))
+    answers = ranks(
+        world_size, trained, words, dict.fromkeys(range(3, 99), ("features", world_size - 1))
+    )
     found = ended(answers, tmp_path / "run")
     states = answers[0][2]
     assert taken(states, "weights") == [2]
-    assert (found["step"], found["bad_steps"], found["grad_norm"], found["loss_scale"]) == (5, 3, "nan", SCALE / 4)
+    assert (found["step"], found["bad_steps"], found["grad_norm"], found["loss_scale"]) == (
+        5,
+        3,
+        "nan",
+        SCALE / 4,
+    )
     pairs = [pair for each in found["ranks"] for pair in each["index"]]
     assert len(pairs) == len(set(pairs)) == BATCH
     names = [name for each in found["ranks"] for name in each["names"]]
@@ -283,7 +354,9 @@ def key_of(pair: int) -> int:
 def test_without_a_scaler_all_ranks_end_at_the_first(
     ranks: Any, glyphs: Path, tmp_path: Path, world_size: int, kind: str
 ) -> None:
-    answers = ranks(world_size, trained, short(glyphs, tmp_path / "run"), {3: (kind, world_size - 1)}, None)
+    answers = ranks(
+        world_size, trained, short(glyphs, tmp_path / "run"), {3: (kind, world_size - 1)}, None
+    )
     found = ended(answers, tmp_path / "run")
     assert found["step"] == 3
     assert "loss_scale" not in found
@@ -291,11 +364,14 @@ def test_without_a_scaler_all_ranks_end_at_the_first(
     assert [len(each["index"]) for each in found["ranks"]] == [BATCH // world_size] * world_size
     assert "bad_steps" not in rows(tmp_path / "run")[-1]
     index = found["ranks"][0]["index"]
-    if kind != "features":  # whose fault it was is not known
+    # whose fault it was is not known
+    if kind != "features":
         assert f"index {index[:8]} …" in answers[0][1]
 
 
-def test_bad_steps_apart_from_one_another_do_not_end_a_run(ranks: Any, glyphs: Path, tmp_path: Path) -> None:
+def test_bad_steps_apart_from_one_another_do_not_end_a_run(
+    ranks: Any, glyphs: Path, tmp_path: Path
+) -> None:
     words = short(glyphs, tmp_path / "run", **{"run.max_bad_steps": 2})
     states = alike(ranks(2, trained, words, dict.fromkeys((2, 4, 6, 8), ("gradient", 1))))
     assert taken(states, "weights") == [3, 5, 7]

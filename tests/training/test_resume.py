@@ -1,7 +1,7 @@
 """Killed and resumed = uninterrupted, bit for bit: weights, optimizer, generators, sample ids, log.
 
-Seen to fail when: the loader starts one batch late; RNG is not restored; the scheduler is left out; metrics.jsonl is
-not cut back; a checkpoint is renamed before its manifest is written.
+Seen to fail when: the loader starts one batch late; RNG is not restored; the scheduler is left out;
+metrics.jsonl is not cut back; a checkpoint is renamed before its manifest is written.
 """
 
 import hashlib
@@ -69,7 +69,11 @@ def whole(glyphs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("step", [5, 10, 15])  # an epoch has 9 batches: mid-epoch, just after one, mid-epoch
+@pytest.mark.parametrize(
+    "step",
+    [5, 10, 15],
+    # an epoch has 9 batches: mid-epoch, just after one, mid-epoch
+)
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_resumed_run_is_the_uninterrupted_one(
     glyphs: Path, whole: Path, tmp_path: Path, step: int, workers: int
@@ -85,7 +89,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     same_state(last(out), last(whole))
 
 
-MEMORIES = {  # every objective that remembers something, in the memory or in a head
+# every objective that remembers something, in the memory or in a head
+MEMORIES = {
     "bce": "{bce: {mode: warmup}}",
     "vse++": "{triplet: {warmup: 0.5}}",
     "gcl": "{gcl: {variant: isogclr}}",
@@ -101,9 +106,14 @@ MEMORIES = {  # every objective that remembers something, in the memory or in a 
 
 @pytest.mark.parametrize("name", MEMORIES)
 def test_what_an_objective_remembers_is_resumed(glyphs: Path, tmp_path: Path, name: str) -> None:
-    out, folder = tmp_path / "run", tmp_path / "options.yaml"
+    out = tmp_path / "run"
+    folder = tmp_path / "options.yaml"
     folder.write_text(f"objective: {MEMORIES[name]}\n")
-    words = ["--config", str(folder), *config(glyphs, out, **{"optim.pairs": 32 * 12, "objective.name": name})]
+    words = [
+        "--config",
+        str(folder),
+        *config(glyphs, out, **{"optim.pairs": 32 * 12, "objective.name": name}),
+    ]
     assert run(words) == 0
     straight = tmp_path / "straight"
     shutil.copytree(out, straight)
@@ -123,15 +133,22 @@ def test_options_newer_than_a_checkpoint_have_no_say(glyphs: Path, tmp_path: Pat
     (folder / "state.json").write_text(json.dumps(state))
     manifest = json.loads((folder / "manifest.json").read_text())
     data = (folder / "state.json").read_bytes()
-    manifest["files"]["state.json"] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    manifest["files"]["state.json"] = {
+        "size": len(data),
+        "sha256": hashlib.sha256(data).hexdigest(),
+    }
     (folder / "manifest.json").write_text(json.dumps(manifest))
     assert run([*config(glyphs, out, **{"optim.pairs": 32 * 10}), "--resume=auto"]) == 0
     assert len(losses(out)) == 10
 
 
-def test_another_memory_is_refused(glyphs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_memory_is_refused(
+    glyphs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "run"
-    words = config(glyphs, out, **{"optim.pairs": 32 * 12, "objective.name": "nn", "objective.nn.size": 50})
+    words = config(
+        glyphs, out, **{"optim.pairs": 32 * 12, "objective.name": "nn", "objective.nn.size": 50}
+    )
     assert run(words) == 0
     for changed, said in (
         ("--objective.nn.size=60", "another run: objective.nn.size was 50, now 60"),
@@ -143,7 +160,9 @@ def test_another_memory_is_refused(glyphs: Path, tmp_path: Path, capsys: pytest.
         assert said in capsys.readouterr().err
 
 
-def test_random_numbers_go_on_where_they_were(glyphs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_random_numbers_go_on_where_they_were(
+    glyphs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An objective that draws from every generator, as dropout does."""
 
     def noisy(rows: Any, columns: Any, **options: Any) -> dict[str, torch.Tensor]:
@@ -157,15 +176,22 @@ def test_random_numbers_go_on_where_they_were(glyphs: Path, tmp_path: Path, monk
     straight = losses(out)
     shutil.rmtree(out / "checkpoints" / "step_00000012")
     shutil.rmtree(out / "checkpoints" / "step_00000010")
-    torch.rand(7)  # whatever happened in between
+    # whatever happened in between
+    torch.rand(7)
     assert run(config(glyphs, out, **{"optim.pairs": 32 * 12, "resume": "auto"})) == 0
     assert losses(out) == straight
 
 
-def test_an_earlier_checkpoint_named_sets_later_ones_aside(whole: Path, glyphs: Path, tmp_path: Path) -> None:
+def test_an_earlier_checkpoint_named_sets_later_ones_aside(
+    whole: Path, glyphs: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "run"
     shutil.copytree(whole, out)
-    words = {"data.crop_scale": 0.8, "resume": str(out / "checkpoints" / "step_00000010"), "run.keep_checkpoints": 2}
+    words = {
+        "data.crop_scale": 0.8,
+        "resume": str(out / "checkpoints" / "step_00000010"),
+        "run.keep_checkpoints": 2,
+    }
     assert run(config(glyphs, out, **words)) == 0
     assert losses(out) == losses(whole)
     kept = sorted(folder.name for folder in (out / "checkpoints").iterdir())
@@ -206,7 +232,8 @@ def wait_for_step(out: Path, step: int, process: subprocess.Popen[str]) -> None:
 def losses_so_far(out: Path) -> list[tuple[int, float]]:
     try:
         return losses(out)
-    except json.JSONDecodeError:  # a line being written
+    except json.JSONDecodeError:
+        # a line being written
         return []
 
 
@@ -214,8 +241,11 @@ LONG = {"optim.pairs": 32 * 400, "run.checkpoint_every": 50}
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_killed_run_continues_as_if_nothing_had_been(glyphs: Path, tmp_path: Path, number: signal.Signals) -> None:
-    straight, killed = tmp_path / "straight", tmp_path / "killed"
+def test_a_killed_run_continues_as_if_nothing_had_been(
+    glyphs: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    straight = tmp_path / "straight"
+    killed = tmp_path / "killed"
     assert run(config(glyphs, straight, **LONG)) == 0
     process = start(config(glyphs, killed, **LONG, **{"data.workers": 1}))
     wait_for_step(killed, 60, process)
@@ -226,14 +256,17 @@ def test_a_killed_run_continues_as_if_nothing_had_been(glyphs: Path, tmp_path: P
     assert 50 <= saved < 400
     if number == signal.SIGTERM:
         assert "continue with --resume=auto" in said
-        assert saved == losses(killed)[-1][0]  # nothing lost
+        # nothing lost
+        assert saved == losses(killed)[-1][0]
     assert run(config(glyphs, killed, **LONG, **{"resume": "auto"})) == 0
     assert losses(killed) == losses(straight)
     same_state(last(killed), last(straight))
 
 
 def test_workers_outlive_a_signal_to_the_whole_group(glyphs: Path, tmp_path: Path) -> None:
-    """SLURM, `timeout` and Ctrl-C signal every process at once; the trainer still finishes its step and saves."""
+    """SLURM, `timeout` and Ctrl-C signal every process at once; the trainer still finishes its step
+    and saves.
+    """
     out = tmp_path / "run"
     words = config(glyphs, out, **{"optim.pairs": 32 * 4000, "data.workers": 2})
     process = start(words, session=True)
@@ -261,12 +294,18 @@ raise SystemExit(3)
 
 
 def test_a_worker_leaves_with_its_trainer_and_does_not_hold_its_exit() -> None:
-    done = subprocess.run([sys.executable, "-c", HOLDS], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", HOLDS], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 3, done.stderr
 
 
-def test_two_ranks_log_the_curve_of_one_and_resume_as_one(glyphs: Path, whole: Path, tmp_path: Path) -> None:
-    """torchrun on CPU, no environment set by the user; then 2 ranks -> 1 mid-epoch: same order, same curve."""
+def test_two_ranks_log_the_curve_of_one_and_resume_as_one(
+    glyphs: Path, whole: Path, tmp_path: Path
+) -> None:
+    """torchrun on CPU, no environment set by the user; then 2 ranks -> 1 mid-epoch: same order,
+    same curve.
+    """
     out = tmp_path / "two"
     process = start(config(glyphs, out, **{"data.crop_scale": 0.8}), ranks=2)
     _, said = process.communicate(timeout=120)
@@ -284,7 +323,8 @@ def test_two_ranks_log_the_curve_of_one_and_resume_as_one(glyphs: Path, whole: P
 
 def test_a_queue_goes_from_two_ranks_to_one(ranks: Any, glyphs: Path, tmp_path: Path) -> None:
     changes = {"objective.queue": "moco", "objective.moco.size": 100, "optim.pairs": 32 * 12}
-    straight, out = tmp_path / "one", tmp_path / "two"
+    straight = tmp_path / "one"
+    out = tmp_path / "two"
     assert run(config(glyphs, straight, **changes)) == 0
     assert ranks(2, run_trainer, config(glyphs, out, **changes)) == [0, 0]
     for step in (10, 12):
@@ -296,14 +336,18 @@ def test_a_queue_goes_from_two_ranks_to_one(ranks: Any, glyphs: Path, tmp_path: 
         assert mine == pytest.approx(theirs, rel=1e-4)
     left, right = (checkpoint.read_tensors(last(folder), "objective") for folder in (out, straight))
     for key, value in right.items():
-        torch.testing.assert_close(left[key], value, rtol=0, atol=0 if value.dtype == torch.int64 else 1e-4)
+        torch.testing.assert_close(
+            left[key], value, rtol=0, atol=0 if value.dtype == torch.int64 else 1e-4
+        )
 
 
 def test_sigterm_to_one_rank_stops_all_at_the_same_step(glyphs: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     process = start(config(glyphs, out, **{"optim.pairs": 32 * 4000}), ranks=2)
     wait_for_step(out, 5, process)
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    children = subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
+    ).stdout.split()
     os.kill(int(children[-1]), signal.SIGTERM)
     _, said = process.communicate(timeout=180)
     assert "continue with --resume=auto" in said
@@ -311,7 +355,8 @@ def test_sigterm_to_one_rank_stops_all_at_the_same_step(glyphs: Path, tmp_path: 
     checkpoint.verify(last(out))
 
 
-# ---- the checkpoint itself -------------------------------------------------------------------------------------
+# ---- the checkpoint itself
+# -------------------------------------------------------------------------------------
 
 
 def broken(whole: Path, tmp_path: Path, how: str) -> Path:
@@ -338,7 +383,9 @@ def test_a_broken_checkpoint_is_named_and_auto_falls_back(
 ) -> None:
     out = broken(whole, tmp_path, how)
     with pytest.raises(SystemExit) as left:
-        run(config(glyphs, tmp_path / "other", **{"data.crop_scale": 0.8, "resume": str(last(out))}))
+        run(
+            config(glyphs, tmp_path / "other", **{"data.crop_scale": 0.8, "resume": str(last(out))})
+        )
     assert left.value.code == 2
     assert "step_00000024" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
@@ -359,20 +406,33 @@ def test_a_broken_checkpoint_is_named_and_auto_falls_back(
     ],
 )
 def test_another_run_is_not_continued(
-    whole: Path, glyphs: Path, tmp_path: Path, change: dict[str, Any], says: str, capsys: pytest.CaptureFixture[str]
+    whole: Path,
+    glyphs: Path,
+    tmp_path: Path,
+    change: dict[str, Any],
+    says: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     change = {
         key: str(value).replace("TEST", str(glyphs / "test")) if value == "[TEST]" else value
         for key, value in change.items()
     }
     with pytest.raises(SystemExit) as left:
-        run(config(glyphs, tmp_path / "new", **{"data.crop_scale": 0.8, "resume": str(last(whole)), **change}))
+        run(
+            config(
+                glyphs,
+                tmp_path / "new",
+                **{"data.crop_scale": 0.8, "resume": str(last(whole)), **change},
+            )
+        )
     assert left.value.code == 2
     assert says in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
 
 
-def test_a_used_folder_is_not_overwritten(whole: Path, glyphs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_used_folder_is_not_overwritten(
+    whole: Path, glyphs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = (whole / "metrics.jsonl").read_bytes()
     with pytest.raises(SystemExit) as left:
         run(config(glyphs, whole))
@@ -382,7 +442,8 @@ def test_a_used_folder_is_not_overwritten(whole: Path, glyphs: Path, capsys: pyt
 
 
 def test_two_runs_do_not_write_into_one_folder(tmp_path: Path) -> None:
-    first, second = RunFolder(str(tmp_path / "run")), RunFolder(str(tmp_path / "run"))
+    first = RunFolder(str(tmp_path / "run"))
+    second = RunFolder(str(tmp_path / "run"))
     first.claim("seed: 0\n", 0, {})
     with pytest.raises(ValueError, match="another run is writing"):
         second.claim("seed: 1\n", 0, {})
@@ -429,11 +490,15 @@ def test_where_no_checkpoint_can_be_used_nothing_is_begun_anew(
 
 def sees(words: list[str], folders: list[Path]) -> str:
     with pytest.raises(ValueError, match="ranks see different checkpoints") as refused:
-        build.resumed_folder(read(words), RunFolder(str(folders[world.rank()])), torch.device("cpu"))
+        build.resumed_folder(
+            read(words), RunFolder(str(folders[world.rank()])), torch.device("cpu")
+        )
     return str(refused.value)
 
 
-def test_ranks_that_see_different_checkpoints_do_not_begin(ranks: Any, glyphs: Path, tmp_path: Path) -> None:
+def test_ranks_that_see_different_checkpoints_do_not_begin(
+    ranks: Any, glyphs: Path, tmp_path: Path
+) -> None:
     folders = [tmp_path / "fresh", tmp_path / "stale"]
     saved = folders[0] / "checkpoints" / "step_00000007"
     checkpoint.save(saved, {"model": {"w": torch.zeros(9)}}, {}, lambda path: None)
@@ -442,7 +507,10 @@ def test_ranks_that_see_different_checkpoints_do_not_begin(ranks: Any, glyphs: P
 
 
 def test_a_full_disk_is_told_and_spoils_nothing(
-    glyphs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    glyphs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = tmp_path / "run"
     assert run(config(glyphs, out)) == 0
@@ -450,19 +518,25 @@ def test_a_full_disk_is_told_and_spoils_nothing(
 
     def full(path: Path, *arguments: object, **options: object) -> None:
         path.touch()
-        raise OSError(28, "No space left on device")  # as write says it: without the file
+        # as write says it: without the file
+        raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(SystemExit) as left:
         train.main([*config(glyphs, out), "--resume=auto"])
     assert left.value.code == 2
-    assert f"\nerror: {out}: No space left on device; once repaired, continue with" in capsys.readouterr().err
+    assert (
+        f"\nerror: {out}: No space left on device; once repaired, continue with"
+        in capsys.readouterr().err
+    )
     assert {path: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
 
 
 @pytest.mark.parametrize("stage", ["files", "manifest", "rename"])
 def test_a_kill_at_any_stage_of_a_save_leaves_the_last_one(tmp_path: Path, stage: str) -> None:
-    checkpoint.save(tmp_path / "step_00000001", {"model": {"w": torch.zeros(9)}}, {}, lambda path: None)
+    checkpoint.save(
+        tmp_path / "step_00000001", {"model": {"w": torch.zeros(9)}}, {}, lambda path: None
+    )
     done = subprocess.run([sys.executable, "-c", STAGES, stage, str(tmp_path)], cwd=ROOT)
     assert done.returncode == -9
     assert checkpoint.newest(tmp_path) == tmp_path / "step_00000001"
@@ -479,7 +553,9 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path) -> None:
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
         "checkpoint.save(folder / 'step_00000002', {'model': {'w': torch.zeros(9999)}}, {}, lambda path: None)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode != 0
     assert "make room" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
@@ -514,7 +590,8 @@ def test_an_evaluation_is_made_once_a_step_and_is_not_lost(glyphs: Path, tmp_pat
 
     assert run(config(glyphs, out, **words)) == 0
     assert evaluated() == [5, 10]
-    assert run(config(glyphs, out, **words, resume="auto")) == 0  # a finished run, started again
+    # a finished run, started again
+    assert run(config(glyphs, out, **words, resume="auto")) == 0
     assert evaluated() == [5, 10]
     shutil.rmtree(out / "checkpoints" / "step_00000010")
     assert run(config(glyphs, out, **words, resume="auto")) == 0
@@ -523,7 +600,12 @@ def test_an_evaluation_is_made_once_a_step_and_is_not_lost(glyphs: Path, tmp_pat
 
 def test_old_checkpoints_go_and_the_newest_stay(tmp_path: Path) -> None:
     for step in (1, 2, 3, 10):
-        checkpoint.save(checkpoint.step_folder(tmp_path, step), {"model": {"w": torch.ones(1)}}, {}, lambda path: None)
+        checkpoint.save(
+            checkpoint.step_folder(tmp_path, step),
+            {"model": {"w": torch.ones(1)}},
+            {},
+            lambda path: None,
+        )
     checkpoint.tidy(tmp_path, keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000003", "step_00000010"]
 
@@ -531,7 +613,9 @@ def test_old_checkpoints_go_and_the_newest_stay(tmp_path: Path) -> None:
 def test_a_payload_in_a_checkpoint_is_not_run(whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "step_00000001"
     shutil.copytree(last(whole), folder)
-    (folder / "model.safetensors").write_bytes(b"cos\nsystem\n(S'touch " + str(tmp_path / "owned").encode() + b"'\ntR.")
+    (folder / "model.safetensors").write_bytes(
+        b"cos\nsystem\n(S'touch " + str(tmp_path / "owned").encode() + b"'\ntR."
+    )
     with pytest.raises(CheckpointError, match=r"model\.safetensors"):
         checkpoint.verify(folder)
     with pytest.raises(CheckpointError):
