@@ -76,7 +76,7 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Setting:
+class RunContext:
     """What heads and objectives with a memory may know of the run they are built for."""
 
     # D of the embeddings

@@ -28,11 +28,11 @@ from accelerate import PartialState
 from clipsmall.cli import MODEL_HELP, refuse
 from clipsmall.distributed import world
 from clipsmall.evaluation import suite, tables
-from clipsmall.evaluation.cells import check_folder
 from clipsmall.evaluation.corruptions import COMMON, FAMILIES, SEVERITIES
 from clipsmall.evaluation.features import Encoder
+from clipsmall.evaluation.results import check_folder
 from clipsmall.evaluation.sets import DataSet, open_set
-from clipsmall.evaluation.suite import TASKS, Model, Settings
+from clipsmall.evaluation.suite import TASKS, NamedModel, Settings
 from clipsmall.model.saved import load_model
 
 
@@ -114,7 +114,7 @@ def titles(models: Sequence[str]) -> list[tuple[str, str]]:
 
 def load(
     given: str, title: tuple[str, str], state: PartialState, options: argparse.Namespace
-) -> Model:
+) -> NamedModel:
     name, tag = (given, "") if Path(given).exists() else (given.partition(",")[0], title[1])
     model, loaded = load_model(name, tag)
     encoder = Encoder(
@@ -125,7 +125,7 @@ def load(
         options.workers,
         True,
     )
-    return Model(title[0], tag, encoder)
+    return NamedModel(title[0], tag, encoder)
 
 
 def run(options: argparse.Namespace, state: PartialState, sets: list[DataSet]) -> list[str]:

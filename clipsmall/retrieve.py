@@ -10,14 +10,14 @@ count as a random order of the tied. The JSON cell is CLIP_benchmark's.
 import sys
 
 from clipsmall.data import open_catalog
-from clipsmall.evaluation import Cell, Encoder, retrieval
+from clipsmall.evaluation import Encoder, Result, retrieval
 from clipsmall.evaluation import command as commands
 
 
 def main(words: list[str] | None = None) -> int:
     options = commands.parser("retrieve", __doc__).parse_args(words)
 
-    def measure(encoder: Encoder, name: str) -> Cell:
+    def measure(encoder: Encoder, name: str) -> Result:
         return retrieval(encoder, open_catalog(options.data), name)
 
     return commands.evaluate(options, measure)

@@ -56,7 +56,7 @@ from clipsmall.distributed import world
 from clipsmall.storage.run_folder import RunFolder
 from clipsmall.training import fsdp as sharded
 from clipsmall.training.feed import Stop
-from clipsmall.training.metrics_log import Report
+from clipsmall.training.metrics_log import MetricsLog
 from clipsmall.training.optim import Guard, NonFiniteError, clipped_norm, skipped
 from clipsmall.training.state import RunState
 
@@ -109,7 +109,7 @@ def run(config: Config, stop: Stop) -> int:
         describe(config, state)
     world.barrier()
     start_trackers(accelerator, written(config))
-    report = Report(
+    report = MetricsLog(
         accelerator, folder.metrics, state.model, state.optimizer, state.feed, config.optim.pairs
     )
     save = build_jobs.save_job(config, state, folder, resumed)

@@ -11,7 +11,7 @@ CLIP_benchmark's.
 import sys
 
 from clipsmall.data import open_catalog
-from clipsmall.evaluation import Cell, Encoder, zero_shot
+from clipsmall.evaluation import Encoder, Result, zero_shot
 from clipsmall.evaluation import command as commands
 
 
@@ -34,7 +34,7 @@ def main(words: list[str] | None = None) -> int:
     )
     options = parser.parse_args(words)
 
-    def measure(encoder: Encoder, name: str) -> Cell:
+    def measure(encoder: Encoder, name: str) -> Result:
         catalog = open_catalog(options.data, captions=False)
         return zero_shot(encoder, catalog, name, options.classes, options.templates, options.label)
 

@@ -23,10 +23,10 @@ from tqdm import tqdm
 
 from clipsmall.data import read_index
 from clipsmall.data.preprocess import BadImage, decode
-from data_tools.contact_sheet import Cell, draw_sheet
+from data_tools.contact_sheet import SheetCell, draw_sheet
 from data_tools.pool import in_processes
 from data_tools.shard_check import Problem, check_shard, find_shards, pair_captions, pair_image
-from data_tools.shard_report import Report, as_text, report_of
+from data_tools.shard_report import ShardReport, as_text, report_of
 
 # pairs on the contact sheet
 CELLS = 48
@@ -111,7 +111,7 @@ def check(
     rebuild: bool = False,
     decode: bool = False,
     workers: int = 1,
-) -> tuple[Report, pd.DataFrame]:
+) -> tuple[ShardReport, pd.DataFrame]:
     """Check all shards; one that cannot be used stops nothing.
 
     Returns the report and the index of all usable shards as one table, with the column `shard`.
@@ -130,7 +130,7 @@ def check(
     return report_of(frame, problems, len(good), size, pair_captions, decoded=decode), frame
 
 
-def cells_of(frame: pd.DataFrame) -> list[Cell]:
+def cells_of(frame: pd.DataFrame) -> list[SheetCell]:
     """Evenly picked good pairs, or bad ones when there are no others."""
     if frame.empty:
         return []
@@ -147,7 +147,7 @@ def cells_of(frame: pd.DataFrame) -> list[Cell]:
         except BadImage as reason:
             picture = str(reason)
         more = f" (+{len(captions) - 1})" if len(captions) > 1 else ""
-        cells.append(Cell(picture, captions[0] + more))
+        cells.append(SheetCell(picture, captions[0] + more))
     return cells
 
 

@@ -25,7 +25,7 @@ HAIRLINE = "#d8dee4"
 BAR = "#4f7cac"
 
 
-class Cell(NamedTuple):
+class SheetCell(NamedTuple):
     """A picture, or the reason why there is none, and its caption."""
 
     picture: Image.Image | str
@@ -33,7 +33,11 @@ class Cell(NamedTuple):
 
 
 def draw_sheet(
-    path: Path, cells: Sequence[Cell], histograms: Mapping[str, ArrayLike], what: str, title: str
+    path: Path,
+    cells: Sequence[SheetCell],
+    histograms: Mapping[str, ArrayLike],
+    what: str,
+    title: str,
 ) -> None:
     """Write the sheet as a PNG.
 

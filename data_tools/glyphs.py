@@ -29,7 +29,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from clipsmall.data.order import permutation
-from data_tools.shard_writer import Sample, write_shard
+from data_tools.shard_writer import ShardSample, write_shard
 
 HELD_OUT_FACES = ("DejaVuSans-BoldOblique", "DejaVuSerif-Italic", "STIXGeneralItalic")
 # pixels
@@ -123,7 +123,7 @@ def case(name: str) -> str:
     )
 
 
-def _samples(glyphs: list[Glyph], first: int) -> Iterator[Sample]:
+def _samples(glyphs: list[Glyph], first: int) -> Iterator[ShardSample]:
     for number, glyph in enumerate(glyphs, start=first):
         image = draw(glyph)
         assert image is not None, glyph
@@ -133,7 +133,7 @@ def _samples(glyphs: list[Glyph], first: int) -> Iterator[Sample]:
             "script": glyph.name.split()[0],
             "case": case(glyph.name),
         }
-        yield Sample(number, image, "png", [glyph.name], SIZE, SIZE, fields)
+        yield ShardSample(number, image, "png", [glyph.name], SIZE, SIZE, fields)
 
 
 def _inked(face: str) -> list[Glyph]:

@@ -10,7 +10,7 @@ from clipsmall.data import Catalog, captions_of, fields_of
 from clipsmall.data.preprocess import BadImage, decode
 from clipsmall.data.scores import Scores
 from clipsmall.mining.scored import Floats, Ints, scored
-from data_tools.contact_sheet import COLUMNS, Cell, draw_sheet
+from data_tools.contact_sheet import COLUMNS, SheetCell, draw_sheet
 
 # pairs
 SHOWN = 48
@@ -57,10 +57,10 @@ def closeness(table: Scores, places: Ints) -> tuple[Floats, Floats]:
     return own, negative
 
 
-def cell(catalog: Catalog, row: int) -> Cell:
+def cell(catalog: Catalog, row: int) -> SheetCell:
     members = catalog.read(row)
     caption = captions_of(members.text, fields_of(members.json))[0]
     try:
-        return Cell(decode(members.image), caption)
+        return SheetCell(decode(members.image), caption)
     except BadImage as reason:
-        return Cell(str(reason), caption)
+        return SheetCell(str(reason), caption)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.pairs import pairs_of
-from data_tools.shard_maker import Recipe, Tally
+from data_tools.shard_maker import ShardRecipe, Tally
 from data_tools.shard_run import TooManyErrors, make_shards
 from data_tools.shard_writer import PAIRS_PER_SHARD
 from data_tools.sources import Request, open_source
@@ -170,12 +170,12 @@ def _request(args: argparse.Namespace) -> Request:
     return Request(**values)
 
 
-def _recipe(args: argparse.Namespace) -> Recipe:
+def _recipe(args: argparse.Namespace) -> ShardRecipe:
     if args.pairs_per_shard > PAIRS_PER_SHARD:
         raise ValueError(
             f"--pairs_per_shard {args.pairs_per_shard}: at most {PAIRS_PER_SHARD} (keys have four digits)"
         )
-    return Recipe(**{each.name: getattr(args, each.name) for each in fields(Recipe)})
+    return ShardRecipe(**{each.name: getattr(args, each.name) for each in fields(ShardRecipe)})
 
 
 def _positive(text: str) -> int:

@@ -27,7 +27,7 @@ from clipsmall.data.batch_plan import read_plan, write_plan
 from clipsmall.data.scores import all_scores, write_scores
 from clipsmall.distributed import world
 from clipsmall.evaluation import Encoder
-from clipsmall.mining import Recipe
+from clipsmall.mining import MiningRecipe
 from clipsmall.mining.weights import WEIGHTS
 from clipsmall.model.saved import load_model
 from data_tools.hard_pairs import draw_hardest
@@ -102,13 +102,19 @@ def parser() -> argparse.ArgumentParser:
         help="the loss that hard is meant for",
     )
     plan_.add_argument(
-        "--swaps", type=int, default=Recipe.swaps, help="sweeps of exchanges that follow"
+        "--swaps", type=int, default=MiningRecipe.swaps, help="sweeps of exchanges that follow"
     )
     plan_.add_argument(
-        "--near", type=float, default=Recipe.near, help="cosine of duplicates; 1 = there are none"
+        "--near",
+        type=float,
+        default=MiningRecipe.near,
+        help="cosine of duplicates; 1 = there are none",
     )
     plan_.add_argument(
-        "--guard", type=float, default=Recipe.guard, help="share kept apart as too hard; 0 = none"
+        "--guard",
+        type=float,
+        default=MiningRecipe.guard,
+        help="share kept apart as too hard; 0 = none",
     )
     plan_.add_argument(
         "--fraction", type=float, default=0.5, help="share of mined batches; the others are random"
@@ -200,9 +206,9 @@ def score(args: argparse.Namespace) -> None:
 def plan(args: argparse.Namespace) -> None:
     """Make a plan from the scores of all shards."""
     if args.group is None:
-        args.group = Recipe.group if args.method == "groups" else 0
+        args.group = MiningRecipe.group if args.method == "groups" else 0
     names = ("method", "batch_size", "group", "weights", "swaps", "near", "guard")
-    recipe = Recipe(**{name: getattr(args, name) for name in names})
+    recipe = MiningRecipe(**{name: getattr(args, name) for name in names})
     catalog = open_catalog(args.data)
     table = all_scores(catalog, args.scores)
     pairs, numbers = planned(catalog, table, recipe, args.fraction, args.window, args.seed)

@@ -29,7 +29,7 @@ RESERVED = (
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
+class SourcePair:
     """One image and its captions, before any image is read."""
 
     # the stable number
@@ -41,7 +41,7 @@ class Pair:
     fields: dict[str, Any]
 
 
-def pairs_of(source: Source, request: Request) -> list[Pair]:
+def pairs_of(source: Source, request: Request) -> list[SourcePair]:
     """The rows that `--where` selects, those of one image merged, numbered in the order of the
     table.
 
@@ -76,7 +76,7 @@ def pairs_of(source: Source, request: Request) -> list[Pair]:
     # no name: no common image
     named = pd.Series([None if place == "" else place for place in places], dtype=object)
     keys = _group_keys(frame[request.group] if request.group else named)
-    found: dict[Any, Pair] = {}
+    found: dict[Any, SourcePair] = {}
     kept = {
         (f"input_{name}" if name in RESERVED else name): _values(frame[name])
         for name in request.keep
@@ -86,7 +86,7 @@ def pairs_of(source: Source, request: Request) -> list[Pair]:
     texts = [frame[name].tolist() for name in captions]
     for row, (key, place) in enumerate(zip(keys, places, strict=True)):
         if key not in found:
-            found[key] = Pair(
+            found[key] = SourcePair(
                 len(found), place, [], {name: _plain(values[row]) for name, values in kept.items()}
             )
         mine = found[key].captions
@@ -115,7 +115,7 @@ def clean_captions(value: Any, split: str | None = None) -> list[str]:
     return []
 
 
-def pairs_hash(pairs: Iterable[Pair]) -> str:
+def pairs_hash(pairs: Iterable[SourcePair]) -> str:
     """SHA-256 over places, captions and fields of all pairs."""
     digest = hashlib.sha256()
     for pair in pairs:

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from clipsmall.data import Catalog
 from clipsmall.data.scores import Scores
-from clipsmall.mining import Identity, Recipe, deal
+from clipsmall.mining import Identity, MiningRecipe, deal
 from clipsmall.mining.scored import Floats, Ints, scored
 from clipsmall.mining.weights import batch_losses
 
@@ -23,7 +23,7 @@ MEASURED = 65_536
 
 
 def plan(
-    catalog: Catalog, table: Scores, recipe: Recipe, fraction: float, window: int, seed: int
+    catalog: Catalog, table: Scores, recipe: MiningRecipe, fraction: float, window: int, seed: int
 ) -> tuple[Ints, dict[str, float]]:
     """Batches for all scored pairs but those few that fill none; a pair is in one batch at most.
 
@@ -79,7 +79,7 @@ def plan(
     return index[generator.permutation(np.concatenate([mined[:kept], others]))], numbers
 
 
-def check(pairs: int, recipe: Recipe, fraction: float, window: int) -> None:
+def check(pairs: int, recipe: MiningRecipe, fraction: float, window: int) -> None:
     size = recipe.batch_size
     if size < 2 or size > pairs:
         raise ValueError(

@@ -13,15 +13,15 @@ from PIL import Image
 from tqdm import tqdm
 
 from clipsmall.data import Catalog, ShardError, captions_of, fields_of, read_index
-from clipsmall.data.batch_plan import Plan
+from clipsmall.data.batch_plan import BatchPlan
 from clipsmall.data.order import Rows
 from clipsmall.data.scores import good_rows
-from data_tools.shard_writer import Sample, write_shard
+from data_tools.shard_writer import ShardSample, write_shard
 
 RECORD = "repacked.json"
 
 
-def repack(catalog: Catalog, plan: Plan, out: Path, pairs_per_shard: int) -> int:
+def repack(catalog: Catalog, plan: BatchPlan, out: Path, pairs_per_shard: int) -> int:
     """Write the plan's batches into new shards, but for those that a run with the same plan has
     finished.
 
@@ -85,7 +85,7 @@ def _suffixes(catalog: Catalog) -> np.ndarray[tuple[int], np.dtype[np.str_]]:
 
 def _samples(
     catalog: Catalog, rows: Rows, suffixes: np.ndarray[tuple[int], np.dtype[np.str_]]
-) -> Iterator[Sample]:
+) -> Iterator[ShardSample]:
     for row, suffix in zip(rows.tolist(), suffixes.tolist(), strict=True):
         members = catalog.read(row)
         fields = fields_of(members.json)
@@ -95,6 +95,6 @@ def _samples(
             with Image.open(BytesIO(members.image)) as header:
                 width, height = header.size
         captions = captions_of(members.text, fields)
-        yield Sample(
+        yield ShardSample(
             int(catalog.index[row]), members.image, suffix, captions, width, height, fields
         )

@@ -16,9 +16,9 @@ from PIL import Image
 from clipsmall.data import read_index
 from clipsmall.data.index import MAX_TEXT_BYTES
 from clipsmall.data.preprocess import BadImage, decode
-from data_tools.pairs import Pair
-from data_tools.shard_writer import PAIRS_PER_SHARD, Sample, write_shard
-from data_tools.stores import MISSING, UNREADABLE, Store
+from data_tools.pairs import SourcePair
+from data_tools.shard_writer import PAIRS_PER_SHARD, ShardSample, write_shard
+from data_tools.stores import MISSING, UNREADABLE, ImageStore
 
 NO_CAPTION = "empty caption"
 # Pillow's name -> ours
@@ -28,7 +28,7 @@ QUALITY = 95
 
 
 @dataclass(frozen=True)
-class Recipe:
+class ShardRecipe:
     """How pairs become shards: with the pairs, all that the tars' bytes depend on."""
 
     # pixels of the short side
@@ -43,7 +43,7 @@ class Job(NamedTuple):
     """One shard to make, as it travels to a worker."""
 
     number: int
-    pairs: list[Pair]
+    pairs: list[SourcePair]
 
 
 @dataclass
@@ -79,7 +79,7 @@ class Tally:
             self.examples[reason] = (self.examples.get(reason, []) + names)[:3]
 
 
-def stored(data: bytes, recipe: Recipe) -> tuple[bytes, str, int, int]:
+def stored(data: bytes, recipe: ShardRecipe) -> tuple[bytes, str, int, int]:
     """The bytes that the shard shall hold, their suffix, and the upright picture's width and height
     (pixels).
 
@@ -115,11 +115,11 @@ def stored(data: bytes, recipe: Recipe) -> tuple[bytes, str, int, int]:
     return out.getvalue(), wanted, *size
 
 
-def make_shard(job: Job, store: Store, recipe: Recipe, out: Path) -> Tally:
+def make_shard(job: Job, store: ImageStore, recipe: ShardRecipe, out: Path) -> Tally:
     """Read, verify and write the pairs of one shard; bad ones are left out and counted."""
     tally = Tally(pairs=len(job.pairs), made=len(job.pairs))
 
-    def samples() -> Iterator[Sample]:
+    def samples() -> Iterator[ShardSample]:
         for pair in job.pairs:
             try:
                 if not pair.captions:
@@ -131,7 +131,7 @@ def make_shard(job: Job, store: Store, recipe: Recipe, out: Path) -> Tally:
             except BadImage as reason:
                 tally.fail(str(reason), str(pair.image))
                 continue
-            yield Sample(pair.index, image, suffix, pair.captions, width, height, pair.fields)
+            yield ShardSample(pair.index, image, suffix, pair.captions, width, height, pair.fields)
 
     with warnings.catch_warnings():
         # odd EXIF and the like; the picture decodes or it does not
@@ -140,7 +140,7 @@ def make_shard(job: Job, store: Store, recipe: Recipe, out: Path) -> Tally:
     return tally
 
 
-def finished(out: Path, job: Job, store: Store) -> Tally | None:
+def finished(out: Path, job: Job, store: ImageStore) -> Tally | None:
     """What a former run counted for a shard that is whole; None when it has to be made, or files
     that could not be read then can be read now."""
     try:
@@ -158,7 +158,7 @@ def finished(out: Path, job: Job, store: Store) -> Tally | None:
         return None
 
 
-def _unreadable(pair: Pair, store: Store) -> bool:
+def _unreadable(pair: SourcePair, store: ImageStore) -> bool:
     try:
         store.read(pair.image)
     except BadImage as reason:

@@ -54,7 +54,7 @@ class Reason:
 
 
 @dataclass(frozen=True)
-class Report:
+class ShardReport:
     """All that check_shards says."""
 
     # usable
@@ -95,7 +95,7 @@ def report_of(
     size: int,
     captions: Callable[["pd.Series[Any]"], list[str]],
     decoded: bool = False,
-) -> Report:
+) -> ShardReport:
     """Count.
 
     Args:
@@ -108,7 +108,7 @@ def report_of(
     good = frame[frame["status"] == ""]
     bad = frame[frame["status"] != ""]
     pictures = frame[frame["image_size"] > 0] if len(frame) else frame
-    return Report(
+    return ShardReport(
         shards=shards,
         unusable={str(problem.shard): problem.reason for problem in problems},
         bytes=size,
@@ -160,7 +160,7 @@ def _duplicates(
     return Duplicates(len(counts), int(counts.sum()), largest)
 
 
-def as_text(report: Report) -> str:
+def as_text(report: ShardReport) -> str:
     """The report for a terminal."""
     lines = [
         ("shards", f"{report.shards:,} usable, {report.bytes / 1e6:,.1f} MB"),

@@ -17,10 +17,10 @@ from tqdm import tqdm
 from clipsmall.data.catalog import RECORD
 from clipsmall.data.order import permutation
 from clipsmall.storage import locks
-from data_tools.pairs import Pair, pairs_hash
+from data_tools.pairs import SourcePair, pairs_hash
 from data_tools.pool import in_processes
-from data_tools.shard_maker import Job, Recipe, Tally, finished, make_shard
-from data_tools.stores import Store
+from data_tools.shard_maker import Job, ShardRecipe, Tally, finished, make_shard
+from data_tools.stores import ImageStore
 
 
 class TooManyErrors(ValueError):
@@ -28,9 +28,9 @@ class TooManyErrors(ValueError):
 
 
 def make_shards(
-    pairs: list[Pair],
-    store: Store,
-    recipe: Recipe,
+    pairs: list[SourcePair],
+    store: ImageStore,
+    recipe: ShardRecipe,
     out: Path,
     arguments: dict[str, Any],
     workers: int = 1,

@@ -21,7 +21,7 @@ PAIRS_PER_SHARD = 10_000
 
 
 @dataclass
-class Sample:
+class ShardSample:
     """An encoded image with its captions, on its way into a shard."""
 
     # the pair's stable number in the data set
@@ -37,7 +37,7 @@ class Sample:
     fields: dict[str, Any] = field(default_factory=dict)
 
 
-def members(key: str, sample: Sample) -> dict[str, Any]:
+def members(key: str, sample: ShardSample) -> dict[str, Any]:
     """A sample as img2dataset lays it out: key.jpg, key.txt, key.json."""
     record = {
         **sample.fields,
@@ -60,7 +60,7 @@ def members(key: str, sample: Sample) -> dict[str, Any]:
 
 
 def write_shard(
-    folder: Path, number: int, samples: Iterable[Sample], failures: Counter[str] | None = None
+    folder: Path, number: int, samples: Iterable[ShardSample], failures: Counter[str] | None = None
 ) -> int:
     """Write `NNNNN.tar`, its index and, last, `NNNNN_stats.json` (the mark that the shard is
     complete).

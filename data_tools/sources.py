@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from clipsmall.data.index import IMAGE_SUFFIXES
 from clipsmall.data.preprocess import BadImage
-from data_tools.stores import Rows, Store, open_store
+from data_tools.stores import ImageStore, Rows, open_store
 from data_tools.tables import IMAGE_NAMES, TABLES, columns_of, parquet_schema, pick, read_table
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class Source(NamedTuple):
     """
 
     frame: pd.DataFrame
-    store: Store
+    store: ImageStore
     image: str | None
     # the column to take for the class when the user names none
     label: str | None = None
@@ -86,7 +86,7 @@ def open_source(request: Request) -> Source:
     return _files_source(str(path), store, names)
 
 
-def _metadata_source(origin: str, store: Store, tables: list[str], request: Request) -> Source:
+def _metadata_source(origin: str, store: ImageStore, tables: list[str], request: Request) -> Source:
     """Of a table among the images, whose paths are relative to it: at the top, or the only one
     there is.
     """
@@ -129,7 +129,7 @@ def _table_source(table: Path, images: Path, request: Request) -> Source:
     return Source(frame, open_store(images), image)
 
 
-def _files_source(origin: str, store: Store, names: list[str]) -> Source:
+def _files_source(origin: str, store: ImageStore, names: list[str]) -> Source:
     """A table of image files: `image`, `class` (its folder), `caption` (the .txt beside it, else
     class).
     """
@@ -162,7 +162,7 @@ def _files_source(origin: str, store: Store, names: list[str]) -> Source:
     return Source(frame.assign(caption=captions), store, "image", label="class")
 
 
-def _lines(origin: str, store: Store, texts: list[str]) -> list[list[str]]:
+def _lines(origin: str, store: ImageStore, texts: list[str]) -> list[list[str]]:
     """The lines of each file; none of "". Raises ValueError if some cannot be read as UTF-8."""
     found = list[list[str]]()
     broken = list[str]()

@@ -25,7 +25,7 @@ UNREADABLE = "file cannot be read"
 Place = str | int
 
 
-class Store(Protocol):
+class ImageStore(Protocol):
     """Image bytes by place. Stores travel to worker processes, so they hold no open files."""
 
     def names(self) -> list[str]:

@@ -14,15 +14,15 @@ from clipsmall.batch import Progress
 from clipsmall.config import Config
 from clipsmall.data import open_catalog
 from clipsmall.distributed import world
-from clipsmall.evaluation import Cell, Encoder, print_cells, retrieval, write_cell, zero_shot
+from clipsmall.evaluation import Encoder, Result, print_cells, retrieval, write_cell, zero_shot
 from clipsmall.storage.run_folder import RunFolder
-from clipsmall.training.metrics_log import Report
+from clipsmall.training.metrics_log import MetricsLog
 from clipsmall.training.state import RunState
 
 
-def evaluations(config: Config) -> list[Callable[[Encoder], Cell]]:
+def evaluations(config: Config) -> list[Callable[[Encoder], Result]]:
     """Shards are opened now, so that a missing one is told before training, not after."""
-    found: list[Callable[[Encoder], Cell]] = []
+    found: list[Callable[[Encoder], Result]] = []
     for z in config.evaluate.zero_shot:
         catalog = open_catalog(z.data, captions=False)
         found.append(
@@ -58,9 +58,9 @@ def save_job(
 def evaluate_job(
     config: Config,
     state: RunState,
-    report: Report,
+    report: MetricsLog,
     folder: RunFolder,
-    jobs: list[Callable[[Encoder], Cell]],
+    jobs: list[Callable[[Encoder], Result]],
 ) -> Callable[[Progress, Any], None]:
     """A job that fills all cells, once a step: files, a line in metrics.jsonl, a table on the
     terminal.

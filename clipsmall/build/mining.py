@@ -15,8 +15,8 @@ from clipsmall.config import Config
 from clipsmall.data import Catalog, LoadedBatch
 from clipsmall.data.scores import all_scores
 from clipsmall.distributed import world
-from clipsmall.mining import SELECTIONS, Identity, Recipe, Scored
-from clipsmall.mining.online import MinedBatches, View
+from clipsmall.mining import SELECTIONS, Identity, MiningRecipe, Scored
+from clipsmall.mining.online import MinedBatches, PoolView
 from clipsmall.mining.schedule import Schedule
 from clipsmall.mining.scored import scored
 from clipsmall.model.dual_encoder import DualEncoder
@@ -104,7 +104,7 @@ def reference(config: Config, catalog: Catalog | None) -> Callable[[Identity], S
     return found
 
 
-def recipe(config: Config) -> Recipe:
+def recipe(config: Config) -> MiningRecipe:
     """Raises ValueError for groups that do not fit the method or the batch."""
     mining = config.mining
     batch = config.data.batch_size
@@ -116,7 +116,7 @@ def recipe(config: Config) -> Recipe:
             f"mining.group={group}: {mining.method} selects whole batches; leave it at auto"
         )
     by_pairs = next(iter(config.objective.mix)) in ("sigmoid", "bce")
-    return Recipe(
+    return MiningRecipe(
         method=mining.method,
         batch_size=config.data.batch_size,
         group=group,
@@ -131,7 +131,7 @@ def recipe(config: Config) -> Recipe:
     )
 
 
-def schedule(config: Config, made: Recipe, per_epoch: int) -> Schedule:
+def schedule(config: Config, made: MiningRecipe, per_epoch: int) -> Schedule:
     """Pools of `mining.pool` pairs, in whole batches."""
     mining = config.mining
     least = math.ceil(1 / mining.keep) if made.method in SELECTIONS else 2
@@ -144,7 +144,7 @@ def schedule(config: Config, made: Recipe, per_epoch: int) -> Schedule:
 @torch.no_grad()
 def score(
     encoder: DualEncoder, accelerator: Accelerator, rows: int, relative: bool, pairs: Pairs
-) -> View:
+) -> PoolView:
     """Pairs as the model sees them now: eval mode, in the run's precision, `rows` at a time;
     nothing is left behind.
 
@@ -166,4 +166,4 @@ def score(
     encoder.train(training)
     scale = encoder.logit_scale.exp()
     bias = encoder.logit_bias.detach()
-    return View(image, text, scale, bias * scale if relative else bias)
+    return PoolView(image, text, scale, bias * scale if relative else bias)

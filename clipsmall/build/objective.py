@@ -10,22 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clipsmall.batch import Embeddings, Setting
+from clipsmall.batch import Embeddings, RunContext
 from clipsmall.build import queue as build_queue
 from clipsmall.config import Config
 from clipsmall.distributed import world
 from clipsmall.model.heads import HEADS
 from clipsmall.model.towers import Loaded
-from clipsmall.objectives import OBJECTIVES, Kind
+from clipsmall.objectives import OBJECTIVES, ObjectiveSpec
 from clipsmall.objectives.accumulated import Accumulated
 
 
-def setting(config: Config, loaded: Loaded, ids: Tensor | None) -> Setting:
+def setting(config: Config, loaded: Loaded, ids: Tensor | None) -> RunContext:
     """Facts of the run for heads and objectives with a memory."""
     embeddings = [
         part.num_embeddings for part in loaded.towers.modules() if isinstance(part, nn.Embedding)
     ]
-    return Setting(
+    return RunContext(
         width=width(loaded),
         batch_size=config.compared,
         steps=config.steps * config.optim.accumulate,
@@ -47,7 +47,7 @@ def width(loaded: Loaded) -> int:
     return found.shape[1]
 
 
-def kinds(config: Config) -> list[Kind]:
+def kinds(config: Config) -> list[ObjectiveSpec]:
     return [OBJECTIVES[name] for name in config.objective.mix]
 
 
@@ -57,7 +57,7 @@ def sections(config: Config) -> tuple[str, ...]:
     return tuple(f"objective.{section}" for section in used)
 
 
-def options(config: Config, kind: Kind) -> dict[str, Any]:
+def options(config: Config, kind: ObjectiveSpec) -> dict[str, Any]:
     return dict(getattr(config.objective, kind.section))
 
 
@@ -82,7 +82,7 @@ def head_options(config: Config) -> dict[str, dict[str, Any]]:
     return asked
 
 
-def heads(config: Config, setting: Setting) -> dict[str, nn.Module]:
+def heads(config: Config, setting: RunContext) -> dict[str, nn.Module]:
     return {name: HEADS[name](setting, **its) for name, its in head_options(config).items()}
 
 
@@ -102,11 +102,11 @@ def through(config: Config) -> str:
     return str(found.pop()) if len(found) == 1 else ""
 
 
-def learns_scale(config: Config, kind: Kind) -> bool:
+def learns_scale(config: Config, kind: ObjectiveSpec) -> bool:
     return kind.scale is not None and kind.learns_scale(options(config, kind))
 
 
-def starts(config: Config, loaded: Loaded, setting: Setting) -> tuple[float, float]:
+def starts(config: Config, loaded: Loaded, setting: RunContext) -> tuple[float, float]:
     """logit_scale and logit_bias at the start: as the user says, else as the weights were trained,
     else as the first objective that learns them starts."""
     scales = [
@@ -130,7 +130,7 @@ def starts(config: Config, loaded: Loaded, setting: Setting) -> tuple[float, flo
     return scale, bias
 
 
-def objective(config: Config, setting: Setting) -> Callable[..., dict[str, Tensor]]:
+def objective(config: Config, setting: RunContext) -> Callable[..., dict[str, Tensor]]:
     """One objective, or several by weight, with their options.
 
     Raises:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from clipsmall.batch import Setting
+from clipsmall.batch import RunContext
 from clipsmall.config import Config
 from clipsmall.objectives import OBJECTIVES
 from clipsmall.objectives.combination import Combination
@@ -43,7 +43,7 @@ def size(config: Config, pairs: int | None) -> int:
     return max(min(wanted, LONGEST, pairs or LONGEST) // batch, 1) * batch
 
 
-def columns(config: Config, setting: Setting) -> int:
+def columns(config: Config, setting: RunContext) -> int:
     """What a row meets, its own pair included, once a queue is full; for xbm, which is met later,
     at the start.
     """
@@ -107,7 +107,7 @@ def head_options(config: Config) -> dict[str, dict[str, Any]]:
 
 
 def softened(
-    config: Config, made: dict[str, Callable[..., Any]], setting: Setting
+    config: Config, made: dict[str, Callable[..., Any]], setting: RunContext
 ) -> dict[str, Callable[..., Any]]:
     """softmax against soft targets, if `objective.moco.alpha` asks for them.
 
@@ -125,7 +125,7 @@ def softened(
 
 
 def queued(
-    config: Config, made: dict[str, Callable[..., Any]], setting: Setting
+    config: Config, made: dict[str, Callable[..., Any]], setting: RunContext
 ) -> Callable[..., dict[str, Tensor]] | None:
     """The objectives of the mix with a queue around them; None if there is none.
 

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, set_seed
 
-from clipsmall.batch import Progress, Setting
+from clipsmall.batch import Progress, RunContext
 from clipsmall.build import (
     cache as build_cache,
 )
@@ -95,7 +95,7 @@ def loaded_towers(config: Config, data: TrainingData, resumed: Path | None) -> L
     return loaded
 
 
-def dual_encoder(config: Config, loaded: Loaded, setting: Setting) -> DualEncoder:
+def dual_encoder(config: Config, loaded: Loaded, setting: RunContext) -> DualEncoder:
     """Towers with the scale, bias and heads that the objective asks for."""
     scale, bias = build_objective.starts(config, loaded, setting)
     through = build_objective.through(config)

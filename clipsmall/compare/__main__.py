@@ -26,8 +26,8 @@ from tqdm import tqdm
 
 from clipsmall.cli import refuse
 from clipsmall.compare.budgets import Budgets
-from clipsmall.compare.grid import Comparison, Setting, load
-from clipsmall.compare.runs import Run, Trainer
+from clipsmall.compare.grid import Comparison, GridSetting, load
+from clipsmall.compare.runs import GridRun, Trainer
 from clipsmall.compare.telling import tell
 
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -62,7 +62,9 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def picked(found: Sequence[Setting], comparison: Comparison, words: Sequence[str]) -> list[Setting]:
+def picked(
+    found: Sequence[GridSetting], comparison: Comparison, words: Sequence[str]
+) -> list[GridSetting]:
     """What --only leaves. Raises ValueError for an unknown level."""
     wanted = dict[str, list[str]]()
     for word in words:
@@ -84,7 +86,7 @@ def environment(jobs: int, launch: str) -> dict[str, str]:
     return {**threads, **os.environ}
 
 
-def work(runs: list[Run], trainer: Trainer, jobs: int, words: str) -> None:
+def work(runs: list[GridRun], trainer: Trainer, jobs: int, words: str) -> None:
     """Train what is not done, `jobs` at a time, a line each."""
     todo = [run for run in runs if not run.finished]
     if not todo:
@@ -95,7 +97,7 @@ def work(runs: list[Run], trainer: Trainer, jobs: int, words: str) -> None:
         devices.put(str(device) if shared else None)
     bar = tqdm(total=len(todo), desc=words, unit=" runs", disable=not sys.stderr.isatty())
 
-    def one(run: Run) -> None:
+    def one(run: GridRun) -> None:
         device = devices.get()
         try:
             took = trainer.train(run, device)
@@ -113,7 +115,7 @@ def work(runs: list[Run], trainer: Trainer, jobs: int, words: str) -> None:
     bar.close()
 
 
-def trials(runs: list[Run], trainer: Trainer, jobs: int, words: str) -> None:
+def trials(runs: list[GridRun], trainer: Trainer, jobs: int, words: str) -> None:
     """What follows needs their results: those that another command is at are waited for."""
     work(runs, trainer, jobs, words)
     if any(run.state == "running" for run in runs):

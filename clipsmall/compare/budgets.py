@@ -5,22 +5,22 @@ follow.
 import math
 from typing import NamedTuple
 
-from clipsmall.compare.grid import TRIED, Comparison, Setting, Tree, settings
+from clipsmall.compare.grid import TRIED, Comparison, GridSetting, Tree, settings
 from clipsmall.compare.memory import batch, fitting, groups, planned
-from clipsmall.compare.runs import Run, make_run
+from clipsmall.compare.runs import GridRun, make_run
 from clipsmall.config.reader import validated
 
 
-class Cell(NamedTuple):
+class GridCell(NamedTuple):
     """A setting with what it costs and its runs; none where that is not known yet, or where it does
     not fit.
     """
 
-    setting: Setting
+    setting: GridSetting
     # GiB of a rank at the peak of a step; NaN = the planner cannot tell
     memory: float
     fits: bool
-    runs: list[Run]
+    runs: list[GridRun]
     # what they wait for
     waits: str
     # why there will be none
@@ -45,12 +45,12 @@ class Budgets:
         ]
         self.shown = [each for each in self.settings if each in self.fitting or each in least]
 
-    def tuning(self, chosen: list[Setting]) -> list[Run]:
+    def tuning(self, chosen: list[GridSetting]) -> list[GridRun]:
         """Trials of learning rates, each once for all settings that share them."""
         found = {run.folder: run for setting in chosen for run in self._trials(setting).values()}
         return list(found.values())
 
-    def _trials(self, setting: Setting) -> dict[float, Run]:
+    def _trials(self, setting: GridSetting) -> dict[float, GridRun]:
         rates = self.comparison.lr
         if rates is None:
             return {}
@@ -68,7 +68,7 @@ class Budgets:
             for lr in rates.values
         }
 
-    def rate(self, setting: Setting) -> float | None:
+    def rate(self, setting: GridSetting) -> float | None:
         """The best of the rates tried; None before all trials have ended, or if none ended well."""
         trials = self._trials(setting)
         if not trials:
@@ -79,7 +79,7 @@ class Budgets:
         known = {lr: score for lr, score in scores.items() if score is not None}
         return max(known, key=lambda lr: known[lr], default=None)
 
-    def score(self, trial: Run) -> float | None:
+    def score(self, trial: GridRun) -> float | None:
         """What a trial of a learning rate came to; None if it has not ended, or with no number."""
         rates = self.comparison.lr
         key = self.comparison.metrics[
@@ -101,13 +101,13 @@ class Budgets:
                 found[name] = f"{name}: {lr:g}"
         return list(found.values())
 
-    def speeds(self, chosen: list[Setting]) -> list[Run]:
+    def speeds(self, chosen: list[GridSetting]) -> list[GridRun]:
         """Where time is the budget: a short run a setting."""
         return (
             [self._trial(setting) for setting in chosen] if self.comparison.budget.seconds else []
         )
 
-    def _trial(self, setting: Setting) -> Run:
+    def _trial(self, setting: GridSetting) -> GridRun:
         pairs = max(self.comparison.budget.trial, 20 * batch(setting))
         steps = pairs // batch(setting)
         silent = {
@@ -118,7 +118,7 @@ class Budgets:
             self.comparison.out, setting, TRIED, [self._spent(setting, pairs), silent], "speed"
         )
 
-    def pairs(self, setting: Setting) -> int | None:
+    def pairs(self, setting: GridSetting) -> int | None:
         """Of a run, the grid's own word first; None before its speed is known."""
         budget = self.comparison.budget
         if (own := self._own(setting, "pairs")) is not None:
@@ -137,7 +137,7 @@ class Budgets:
         steps = int((places[-1] - places[0]) / took * (budget.seconds or 0)) // batch(setting)
         return max(1, steps) * batch(setting)
 
-    def _own(self, setting: Setting, field: str) -> int | None:
+    def _own(self, setting: GridSetting, field: str) -> int | None:
         """What a level of the setting says of `optim.field`, which then holds."""
         levels = [self.comparison.axes[axis][level] for axis, level in setting.levels.items()]
         return next(
@@ -149,19 +149,19 @@ class Budgets:
         points = self.comparison.curve
         return max(1, -(-steps // points)) if points > 1 else 0
 
-    def _spent(self, setting: Setting, pairs: int) -> Tree:
+    def _spent(self, setting: GridSetting, pairs: int) -> Tree:
         own = self._own(setting, "warmup_pairs")
         share = int(self.comparison.budget.warmup * pairs)
         return {"optim": {"pairs": pairs, "warmup_pairs": share if own is None else own}}
 
-    def cells(self) -> list[Cell]:
+    def cells(self) -> list[GridCell]:
         """One for each setting; within a budget of memory, one for each group: its largest batch,
         or that none fits.
         """
         found = []
         for setting in self.shown:
             fits = setting in self.fitting
-            runs = list[Run]()
+            runs = list[GridRun]()
             lr = self.rate(setting)
             pairs = self.pairs(setting)
             if fits and lr is not None and pairs is not None:
@@ -176,10 +176,10 @@ class Budgets:
                     for seed in self.comparison.seeds
                 ]
             waits, error = ("", "") if runs else self._why(setting, fits)
-            found.append(Cell(setting, self._memory[setting.title], fits, runs, waits, error))
+            found.append(GridCell(setting, self._memory[setting.title], fits, runs, waits, error))
         return found
 
-    def _why(self, setting: Setting, fits: bool) -> tuple[str, str]:
+    def _why(self, setting: GridSetting, fits: bool) -> tuple[str, str]:
         """What the runs of a setting wait for, or why there will be none."""
         if not fits:
             return "", "its memory is not known" if math.isnan(self._memory[setting.title]) else ""

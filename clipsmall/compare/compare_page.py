@@ -11,7 +11,7 @@ import pandas as pd
 
 from clipsmall.compare.grid import Comparison
 from clipsmall.compare.plots import Named
-from clipsmall.compare.samples import Sample
+from clipsmall.compare.samples import TestedSample
 from clipsmall.compare.study import TOLD, number, percent, records, spoken
 from clipsmall.report_page import page
 
@@ -36,7 +36,7 @@ class Page:
     failures: list[tuple[str, str, str]] = field(default_factory=list)
     # of `plots.figures`
     figures: dict[str, Named] = field(default_factory=dict)
-    samples: list[Sample] = field(default_factory=list)
+    samples: list[TestedSample] = field(default_factory=list)
     config: str = ""
     command: str = ""
 
@@ -123,15 +123,15 @@ def tables(
     return [*_glance(comparison, summary), _full(comparison, summary, contrasts)]
 
 
-def _spread(row: dict[str, Any], metric: str, best: float) -> page.Cell:
+def _spread(row: dict[str, Any], metric: str, best: float) -> page.TableCell:
     """43.1 ± 0.5, in percent; or with a bootstrap interval 43.1 (42.6 to 43.5)."""
     if isnan(mean := row[metric]):
-        return page.Cell(DASH, "number")
+        return page.TableCell(DASH, "number")
     sd = row[f"{metric} sd"]
     low = row.get(f"{metric} low", nan)
     wide = f" ± {percent(sd)}" if isnan(low) and not isnan(sd) else ""
     wide = wide if isnan(low) else f" ({percent(low)} to {percent(row[f'{metric} high'])})"
-    return page.Cell(percent(mean) + wide, "number best" if mean == best else "number")
+    return page.TableCell(percent(mean) + wide, "number best" if mean == best else "number")
 
 
 def _glance(comparison: Comparison, summary: pd.DataFrame) -> list[page.Table]:
@@ -165,9 +165,9 @@ def _full(comparison: Comparison, summary: pd.DataFrame, contrasts: pd.DataFrame
     for row in records(summary):
         levels = tuple(row[axis] for axis in axes)
         cells: list[Any] = [
-            page.Cell(level, "" if isnan(number(level)) else "number") for level in levels
+            page.TableCell(level, "" if isnan(number(level)) else "number") for level in levels
         ]
-        cells.append(page.Cell(f"{row['n']} of {seeds}", "number"))
+        cells.append(page.TableCell(f"{row['n']} of {seeds}", "number"))
         cells += [_spread(row, metric, summary[metric].max()) for metric in comparison.metrics]
         cells += _difference(against.get(levels))
         cells += [1024 * row[cost] if cost == "memory" else row[cost] for cost in costs]
@@ -180,12 +180,15 @@ def _full(comparison: Comparison, summary: pd.DataFrame, contrasts: pd.DataFrame
     return page.Table("Every setting", note, columns, rows)
 
 
-def _difference(test: dict[str, Any] | None) -> list[page.Cell]:
+def _difference(test: dict[str, Any] | None) -> list[page.TableCell]:
     if test is None or isnan(test["difference"]):
-        return [page.Cell(DASH, "number")] * 2
+        return [page.TableCell(DASH, "number")] * 2
     p = test["p Holm"]
     told = DASH if isnan(p) else f"{p:.2g}" + " *" * (p < TOLD)
-    return [page.Cell(percent(test["difference"], "+"), "number"), page.Cell(told, "number")]
+    return [
+        page.TableCell(percent(test["difference"], "+"), "number"),
+        page.TableCell(told, "number"),
+    ]
 
 
 def _rounded(value: Any) -> Any:
@@ -193,4 +196,4 @@ def _rounded(value: Any) -> Any:
     if not isinstance(value, float) or isnan(value):
         return value
     digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2
-    return page.Cell(f"{value:,.{digits}f}", "number")
+    return page.TableCell(f"{value:,.{digits}f}", "number")

@@ -247,7 +247,7 @@ def _sized(tree: Tree) -> bool:
     return set(tree) == {"data"} and set(tree["data"]) == {"batch_size"}
 
 
-class Setting(NamedTuple):
+class GridSetting(NamedTuple):
     """A cell of the grid, which each seed runs once."""
 
     # axis -> level
@@ -307,7 +307,7 @@ def check(comparison: Comparison, config: Config) -> None:
             )
 
 
-def settings(comparison: Comparison) -> list[Setting]:
+def settings(comparison: Comparison) -> list[GridSetting]:
     """The product of all axes, the last running fastest."""
     base: Tree = {}
     for file in comparison.config:
@@ -319,6 +319,6 @@ def settings(comparison: Comparison) -> list[Setting]:
         for _, changes in chosen:
             tree = lay_over(tree, changes)
         found.append(
-            Setting(dict(zip(comparison.axes, (name for name, _ in chosen), strict=True)), tree)
+            GridSetting(dict(zip(comparison.axes, (name for name, _ in chosen), strict=True)), tree)
         )
     return found

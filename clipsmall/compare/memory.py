@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from clipsmall.compare.grid import Comparison, Setting, Tree
+from clipsmall.compare.grid import Comparison, GridSetting, Tree
 from clipsmall.compare.runs import digest
 from clipsmall.config.reader import lay_over, validated
 from clipsmall.plan.largest import Planner
@@ -20,13 +20,13 @@ from clipsmall.plan.step import Machine
 GIB = 2**30
 
 
-def batch(setting: Setting) -> int:
+def batch(setting: GridSetting) -> int:
     return validated(setting.tree).data.batch_size
 
 
-def groups(comparison: Comparison, settings: list[Setting]) -> list[list[Setting]]:
+def groups(comparison: Comparison, settings: list[GridSetting]) -> list[list[GridSetting]]:
     """Settings that differ in the size of their batch alone."""
-    found = dict[tuple[str, ...], list[Setting]]()
+    found = dict[tuple[str, ...], list[GridSetting]]()
     for setting in settings:
         others = tuple(
             level for axis, level in setting.levels.items() if axis not in comparison.batch_axes
@@ -36,8 +36,8 @@ def groups(comparison: Comparison, settings: list[Setting]) -> list[list[Setting
 
 
 def fitting(
-    comparison: Comparison, settings: list[Setting], needs: dict[str, float]
-) -> list[Setting]:
+    comparison: Comparison, settings: list[GridSetting], needs: dict[str, float]
+) -> list[GridSetting]:
     """All settings; within a budget of memory, of those that differ in their batch alone the
     largest that fits.
     """
@@ -51,7 +51,7 @@ def fitting(
     return [max(group, key=batch) for group in fit if group]
 
 
-def planned(comparison: Comparison, found: list[Setting]) -> dict[str, float]:
+def planned(comparison: Comparison, found: list[GridSetting]) -> dict[str, float]:
     """GiB of a rank for each setting, by title; counted once and kept in memory.json. NaN: the
     planner cannot tell.
     """

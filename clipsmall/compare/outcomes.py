@@ -6,14 +6,14 @@ from typing import Any
 
 import pandas as pd
 
-from clipsmall.compare.budgets import Cell
+from clipsmall.compare.budgets import GridCell
 from clipsmall.compare.grid import NUMBERS, Comparison
-from clipsmall.compare.runs import Run
+from clipsmall.compare.runs import GridRun
 
 CURVES = ("pairs", "loss", "accuracy", "logit_scale", "logit_bias")
 
 
-def outcomes(comparison: Comparison, cells: list[Cell]) -> tuple[pd.DataFrame, pd.DataFrame]:
+def outcomes(comparison: Comparison, cells: list[GridCell]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The frames `runs` and `curves`.
 
     `runs` has a row for each setting and seed: the axes' levels, seed, state (done, failed,
@@ -47,7 +47,7 @@ def outcomes(comparison: Comparison, cells: list[Cell]) -> tuple[pd.DataFrame, p
     return runs, curves
 
 
-def _row(comparison: Comparison, run: Run | None, cell: Cell) -> dict[str, Any]:
+def _row(comparison: Comparison, run: GridRun | None, cell: GridCell) -> dict[str, Any]:
     if run is None:
         state = "unfit" if not cell.fits else "failed" if cell.error else "missing"
         return {

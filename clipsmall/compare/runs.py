@@ -17,10 +17,10 @@ from typing import Any, Literal, TextIO
 
 import yaml
 
-from clipsmall.compare.grid import Setting, Tree
+from clipsmall.compare.grid import GridSetting, Tree
 from clipsmall.config import Config
 from clipsmall.config.reader import lay_over, validated
-from clipsmall.evaluation.cells import safe
+from clipsmall.evaluation.results import safe
 from clipsmall.storage import locks
 from clipsmall.storage.run_folder import RunFolder
 
@@ -49,12 +49,12 @@ def digest(tree: Tree) -> str:
 
 
 @dataclass(frozen=True)
-class Run:
+class GridRun:
     """One run. Its folder's name has a digest of its config: with other settings it is another
     run.
     """
 
-    setting: Setting
+    setting: GridSetting
     seed: int
     tree: Tree
     folder: Path
@@ -127,14 +127,14 @@ class Run:
 
 
 def make_run(
-    out: str, setting: Setting, seed: int, changes: Sequence[Tree], kind: str = "runs"
-) -> Run:
+    out: str, setting: GridSetting, seed: int, changes: Sequence[Tree], kind: str = "runs"
+) -> GridRun:
     """The run of a setting, with its budget and rate as further changes."""
     tree = setting.tree
     for change in (*changes, {"seed": seed}):
         tree = lay_over(tree, change)
     name = safe("-".join([*setting.levels.values(), f"s{seed}", digest(tree)]))
-    return Run(setting, seed, tree, Path(out) / kind / name, kind)
+    return GridRun(setting, seed, tree, Path(out) / kind / name, kind)
 
 
 @contextmanager
@@ -170,7 +170,7 @@ class Trainer:
                 # a launcher's ranks, too
                 os.killpg(child.pid, signal.SIGTERM)
 
-    def train(self, run: Run, device: str | None = None) -> float | None:
+    def train(self, run: GridRun, device: str | None = None) -> float | None:
         """Seconds that it took; None if there was nothing to do. Raises OSError if the command
         cannot be started.
         """
@@ -198,7 +198,7 @@ class Trainer:
                 self._mark(run, code)
             return time.time() - start
 
-    def _call(self, options: list[str], run: Run, lock: TextIO, device: str | None) -> int:
+    def _call(self, options: list[str], run: GridRun, lock: TextIO, device: str | None) -> int:
         environment = self.environment | ({"CUDA_VISIBLE_DEVICES": device} if device else {})
         with (run.folder / "log.txt").open("w") as log:
             child = subprocess.Popen(
@@ -224,7 +224,7 @@ class Trainer:
             self._children.discard(child)
         return code
 
-    def _mark(self, run: Run, code: int) -> None:
+    def _mark(self, run: GridRun, code: int) -> None:
         """What is neither finished nor stopped has failed, or was handed to a queue by a command
         that went well.
         """

@@ -25,7 +25,7 @@ PAIRS = 32
 
 
 @dataclass
-class Sample:
+class TestedSample:
     """One model. All models of a page have the same queries in the same order, and the same
     labels.
     """
@@ -49,7 +49,7 @@ class Sample:
         )
 
 
-def samples(models: Sequence[tuple[str, Path]]) -> list[Sample]:
+def samples(models: Sequence[tuple[str, Path]]) -> list[TestedSample]:
     """A sample a model, loaded one after the other; one that cannot be loaded says why.
 
     Args:
@@ -66,7 +66,7 @@ def samples(models: Sequence[tuple[str, Path]]) -> list[Sample]:
         try:
             found.append(_sample(title, folder, config))
         except ValueError as error:
-            found.append(Sample(title, error=str(error)))
+            found.append(TestedSample(title, error=str(error)))
     asked = [
         [(query.image, query.text) for query in sample.gallery]
         for sample in found
@@ -76,14 +76,14 @@ def samples(models: Sequence[tuple[str, Path]]) -> list[Sample]:
     return found
 
 
-def _sample(title: str, folder: Path, config: Config) -> Sample:
+def _sample(title: str, folder: Path, config: Config) -> TestedSample:
     # `load_model` would ask the hub for such a name
     if not (folder / "checkpoints").is_dir():
         raise ValueError(f"{folder}: holds no checkpoints")
     model, loaded = load_model(str(folder))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     encoder = Encoder(model.to(device).eval(), loaded.tokenize, device, config.evaluate.batch_size)
-    shown = Sample(title, scale=model.logit_scale.exp().item())
+    shown = TestedSample(title, scale=model.logit_scale.exp().item())
     for data, name, classes in shown_sets(config):
         catalog = open_catalog(data)
         queries = gallery(encoder, catalog, name, classes)

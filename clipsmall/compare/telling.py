@@ -13,7 +13,7 @@ from clipsmall.compare.compare_page import DASH
 from clipsmall.compare.grid import Comparison
 from clipsmall.compare.outcomes import outcomes
 from clipsmall.compare.plots import figures, save
-from clipsmall.compare.samples import Sample, samples
+from clipsmall.compare.samples import TestedSample, samples
 from clipsmall.compare.study import percent
 from clipsmall.compare.summary import contrasts, summarise
 from clipsmall.compare.verdict import verdict
@@ -109,13 +109,13 @@ def _tried(budgets: Budgets) -> list[page.Table]:
     rows = []
     for run in trials:
         score = budgets.score(run)
-        lr = page.Cell(f"{run.config.optim.lr:g}", "number")
+        lr = page.TableCell(f"{run.config.optim.lr:g}", "number")
         shown = DASH if score is None else percent(score)
         rows.append(
             [
                 run.title.rpartition(", lr ")[0],
                 lr,
-                page.Cell(shown, "number"),
+                page.TableCell(shown, "number"),
                 run.error or run.state,
             ]
         )
@@ -133,7 +133,7 @@ def _rates(budgets: Budgets) -> list[str]:
     ]
 
 
-def _samples(comparison: Comparison, runs: pd.DataFrame) -> list[Sample]:
+def _samples(comparison: Comparison, runs: pd.DataFrame) -> list[TestedSample]:
     """Of each level of the first axis its best setting among those that `gallery.at` names, its
     first seed.
     """
@@ -155,4 +155,4 @@ def _samples(comparison: Comparison, runs: pd.DataFrame) -> list[Sample]:
         return samples(models)
     except (ValueError, OSError, RuntimeError) as error:
         # data on another machine, a full GPU: the page says so
-        return [Sample(title, error=str(error)) for title, _ in models]
+        return [TestedSample(title, error=str(error)) for title, _ in models]

@@ -197,7 +197,7 @@ class Xbm(Section):
     start: float = Field(0.3, ge=0, lt=1, description="share of the run before the queue is met")
 
 
-class Objective(Section):
+class ObjectiveSection(Section):
     name: Name | dict[Name, float] = Field(
         "softmax", description=f"{', '.join(get_args(Name))}; or a mix {{softmax: 1, vicreg: 0.1}}"
     )
@@ -267,7 +267,7 @@ class Objective(Section):
         return given
 
     @model_validator(mode="after")
-    def _weighs(self) -> "Objective":
+    def _weighs(self) -> "ObjectiveSection":
         if not self.mix or any(weight <= 0 for weight in self.mix.values()):
             raise ValueError(
                 f"name: a mix names at least one objective, with weights above 0, not {self.name}"

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from clipsmall.config.objectives import Objective, Section
+from clipsmall.config.objectives import ObjectiveSection, Section
 
 Shards = Annotated[
     list[str],
@@ -13,7 +13,7 @@ Shards = Annotated[
 ]
 
 
-class Model(Section):
+class ModelSection(Section):
     name: str = Field(
         "configs/towers/glyph.json", description="tower JSON, open_clip model, folder or HF hub id"
     )
@@ -37,13 +37,13 @@ class Model(Section):
     )
 
     @model_validator(mode="after")
-    def _positive(self) -> "Model":
+    def _positive(self) -> "ModelSection":
         if self.logit_scale != "auto" and not 1 <= self.logit_scale <= 100:
             raise ValueError("logit_scale must be auto or between 1 and 100")
         return self
 
 
-class Data(Section):
+class DataSection(Section):
     train: Shards
     batch_size: int = Field(256, ge=2, description="pairs of one step over all ranks")
     workers: int = Field(1, ge=0, description="loader processes a rank; never changes the order")
@@ -68,7 +68,7 @@ class Data(Section):
     )
 
 
-class Lora(Section):
+class LoraSection(Section):
     rank: int = Field(16, ge=1)
     alpha: float = Field(32, gt=0, description="what adapters make is multiplied by alpha/rank")
     dropout: float = Field(0.0, ge=0, lt=1)
@@ -83,7 +83,7 @@ class Lora(Section):
 Amount = Annotated[int, Field(ge=1)] | Literal["full", "lora", "frozen"]
 
 
-class Tune(Section):
+class TuneSection(Section):
     image: Amount = Field(
         "full", description="what of the image tower trains; a number: its last so many blocks"
     )
@@ -96,7 +96,7 @@ class Tune(Section):
         True, description="false = stays as it is, whatever the objective would learn"
     )
     logit_bias: bool = True
-    lora: Lora = Lora()
+    lora: LoraSection = LoraSection()
     cache: bool = Field(
         True,
         description="features of a frozen tower are computed once, if nothing augments its input",
@@ -107,7 +107,7 @@ class Tune(Section):
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
-class Optim(Section):
+class OptimSection(Section):
     lr: float = Field(1e-3, gt=0)
     lr_scaling: Literal["none", "sqrt"] = Field(
         "none", description="sqrt: lr is meant for batch 256"
@@ -126,7 +126,7 @@ class Optim(Section):
     )
 
 
-class Mining(Section):
+class MiningSection(Section):
     method: Literal[
         "none", "groups", "chain", "kmeans", "spectral", "shuffled", "osgd", "learnability"
     ] = "none"
@@ -170,7 +170,7 @@ class Mining(Section):
     )
 
     @model_validator(mode="after")
-    def _in_order(self) -> "Mining":
+    def _in_order(self) -> "MiningSection":
         if self.start >= self.end:
             raise ValueError(f"start={self.start} must be less than end={self.end}")
         if self.group == 1:
@@ -178,7 +178,7 @@ class Mining(Section):
         return self
 
 
-class Run(Section):
+class RunSection(Section):
     precision: Literal["auto", "fp32", "fp16", "bf16"] = Field(
         "auto", description="auto = the launcher's; if none, what the GPU has"
     )
@@ -194,7 +194,7 @@ class Run(Section):
     )
 
 
-class ZeroShot(Section):
+class ZeroShotSection(Section):
     name: str = Field(description="of the result")
     data: Shards
     classes: str = Field(
@@ -208,15 +208,15 @@ class ZeroShot(Section):
     )
 
 
-class Retrieval(Section):
+class RetrievalSection(Section):
     name: str = Field(description="of the result")
     data: Shards
 
 
-class Evaluate(Section):
+class EvaluateSection(Section):
     batch_size: int = Field(512, ge=1)
-    zero_shot: list[ZeroShot] = Field([])
-    retrieval: list[Retrieval] = Field([])
+    zero_shot: list[ZeroShotSection] = Field([])
+    retrieval: list[RetrievalSection] = Field([])
 
 
 class Config(Section):
@@ -225,14 +225,14 @@ class Config(Section):
         "", description="auto = the newest checkpoint of `out`, or a checkpoint folder"
     )
     seed: int = Field(0, ge=0, lt=2**63)
-    data: Data
-    model: Model = Model()
-    objective: Objective = Objective()
-    tune: Tune = Tune()
-    optim: Optim = Optim()
-    mining: Mining = Mining()
-    run: Run = Run()
-    evaluate: Evaluate = Evaluate()
+    data: DataSection
+    model: ModelSection = ModelSection()
+    objective: ObjectiveSection = ObjectiveSection()
+    tune: TuneSection = TuneSection()
+    optim: OptimSection = OptimSection()
+    mining: MiningSection = MiningSection()
+    run: RunSection = RunSection()
+    evaluate: EvaluateSection = EvaluateSection()
 
     @model_validator(mode="after")
     def _fits(self) -> "Config":

@@ -22,7 +22,7 @@ AHEAD = 16
 MAKE = "make it with: python -m data_tools.mine_shards plan"
 
 
-class Plan(NamedTuple):
+class BatchPlan(NamedTuple):
     """m batches of B pairs."""
 
     # (m, B) of the catalog
@@ -52,7 +52,7 @@ def write_plan(path: Path, pairs: Rows, fingerprint: str, about: dict[str, Any])
         temporary.unlink(missing_ok=True)
 
 
-def read_plan(path: Path, catalog: Catalog, batch_size: int = 0) -> Plan:
+def read_plan(path: Path, catalog: Catalog, batch_size: int = 0) -> BatchPlan:
     """The plan in a file, after checking that it is one for this catalog.
 
     Args:
@@ -83,7 +83,7 @@ def read_plan(path: Path, catalog: Catalog, batch_size: int = 0) -> Plan:
             f"{path}: has batches of {size}, not data.batch_size={batch_size}; set that to {size}"
         )
     rows = _rows(path, column.flatten().to_numpy().reshape(-1, size), catalog)
-    return Plan(rows, hashlib.sha256(data).hexdigest(), json.loads(metadata["about"]))
+    return BatchPlan(rows, hashlib.sha256(data).hexdigest(), json.loads(metadata["about"]))
 
 
 def _rows(path: Path, pairs: Rows, catalog: Catalog) -> Rows:

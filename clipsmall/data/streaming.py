@@ -31,7 +31,7 @@ MAX_FAILED_SHARDS = 100
 MAX_BAD_PAIRS = 10_000
 
 
-class Pair(NamedTuple):
+class StreamedPair(NamedTuple):
     """One decoded pair: (3, H, W) uint8, its caption, the caption's hash and the encoded
     image's.
     """
@@ -180,7 +180,7 @@ class StreamedBatches(IterableDataset[LoadedBatch]):
                 # a server that is down may come back
                 time.sleep(min(0.1 * 2 ** len(failed), 10.0))
 
-    def _good(self, samples: Iterator[Sample], rng: random.Random, skips: Skips) -> Pair:
+    def _good(self, samples: Iterator[Sample], rng: random.Random, skips: Skips) -> StreamedPair:
         """The next pair that can be used."""
         for _ in range(MAX_BAD_PAIRS):
             sample = next(samples)
@@ -193,7 +193,7 @@ class StreamedBatches(IterableDataset[LoadedBatch]):
                 )
         raise ShardError(f"{MAX_BAD_PAIRS} bad pairs in a row: {skips}; check data.train")
 
-    def _pair(self, sample: Sample, rng: random.Random) -> Pair:
+    def _pair(self, sample: Sample, rng: random.Random) -> StreamedPair:
         """Raises BadImage, with the words of the index for what is wrong."""
         suffix = next((suffix for suffix in IMAGE_SUFFIXES if suffix in sample), None)
         if suffix is None or sample[suffix] == b"":
@@ -217,8 +217,8 @@ class StreamedBatches(IterableDataset[LoadedBatch]):
         data = sample[suffix]
         of_image = image_hash(data) if self.hash_images else 0
         if not self.image.random:
-            return Pair(self.image(data), caption, number, of_image)
+            return StreamedPair(self.image(data), caption, number, of_image)
         # the global generator is the training's
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(rng.getrandbits(63))
-            return Pair(self.image(data), caption, number, of_image)
+            return StreamedPair(self.image(data), caption, number, of_image)

@@ -10,9 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from clipsmall.evaluation.cells import Cell
 from clipsmall.evaluation.hits import chunk_rows, scores
-from clipsmall.evaluation.view import View
+from clipsmall.evaluation.results import Result
+from clipsmall.evaluation.view import DataView
 
 BINS = 15
 # images: all pairs of more of them would be another 100 MiB for every thousand
@@ -69,7 +69,7 @@ def surest(images: Tensor, answers: Tensor, scale: float) -> tuple[NDArray[Any],
     ).numpy()
 
 
-def calibration(view: View) -> Cell:
+def calibration(view: DataView) -> Result:
     """Of the softmax over classes (over captions where there are no classes), and of the sigmoid of
     all pairs.
 
@@ -89,14 +89,14 @@ def calibration(view: View) -> Cell:
         confidence, best = surest(images, view.texts, scale)
         own = set(zip(belongs.image.tolist(), belongs.text.tolist(), strict=True))
         right = np.array([pair in own for pair in enumerate(best.tolist())])
-    cell = Cell(view.data.name, "calibration", {}, counts={"images": len(right)})
+    cell = Result(view.data.name, "calibration", {}, counts={"images": len(right)})
     _report(cell, "softmax", confidence, right)
     if bias:
         _report(cell, "sigmoid", *_all_pairs(view, scale, bias))
     return cell
 
 
-def _all_pairs(view: View, scale: float, bias: float) -> tuple[NDArray[Any], NDArray[Any]]:
+def _all_pairs(view: DataView, scale: float, bias: float) -> tuple[NDArray[Any], NDArray[Any]]:
     images = view.images[view.captioned]
     belongs = view.captions[1]
     chosen = torch.arange(len(images))[:: -(-len(images) // PAIRS_OF)]
@@ -106,7 +106,7 @@ def _all_pairs(view: View, scale: float, bias: float) -> tuple[NDArray[Any], NDA
     return told.flatten().numpy(), true.flatten().numpy()
 
 
-def _report(cell: Cell, name: str, confidence: NDArray[Any], right: NDArray[Any]) -> None:
+def _report(cell: Result, name: str, confidence: NDArray[Any], right: NDArray[Any]) -> None:
     bins = equal_width(confidence, right)
     cell.metrics[f"{name}_ece"] = ece(bins)
     cell.metrics[f"{name}_ece_adaptive"] = ece(equal_mass(confidence, right))
@@ -115,7 +115,7 @@ def _report(cell: Cell, name: str, confidence: NDArray[Any], right: NDArray[Any]
     cell.details[f"{name}_reliability"] = bins
 
 
-def draw(cell: Cell, path: Path) -> None:
+def draw(cell: Result, path: Path) -> None:
     """The reliability diagram of a calibration cell as a PNG: a dot a bin, on the diagonal where it
     is honest.
     """

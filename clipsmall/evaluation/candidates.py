@@ -7,13 +7,13 @@ import torch
 from sklearn.feature_extraction.text import TfidfVectorizer
 from torch import Tensor
 
-from clipsmall.evaluation.cells import Cell
 from clipsmall.evaluation.hits import hits, scores
 from clipsmall.evaluation.matching import one_to_one
+from clipsmall.evaluation.results import Result
 from clipsmall.evaluation.retrieval import Relevance
-from clipsmall.evaluation.view import View
+from clipsmall.evaluation.view import DataView
+from clipsmall.mining.initial_groups import grown
 from clipsmall.mining.scored import Bools, Floats, Ints, Scored, one_owner
-from clipsmall.mining.starts import grown
 from clipsmall.mining.swaps import conflicts, separated, swapped
 
 # at most: all pairs of them are 100 MB (and COCO's test images are as many)
@@ -25,7 +25,7 @@ SWEEPS = 2
 WORD = r"\w+|[^\w\s]"
 
 
-def candidates(view: View, size: int = 32) -> Cell:
+def candidates(view: DataView, size: int = 32) -> Result:
     """R@1 both ways within sets of `size` pairs, put together to be hard, and within random ones of
     the same pairs.
 
@@ -58,7 +58,7 @@ def candidates(view: View, size: int = 32) -> Cell:
         raise ValueError(
             f"--candidates={size}: images share so many captions that no set can do without; choose fewer"
         )
-    cell = Cell(view.data.name, "candidates", {}, details={"word_cosine": {}})
+    cell = Result(view.data.name, "candidates", {}, details={"word_cosine": {}})
     for name, groups in (("hard", hard), ("random", random)):
         forth, back = recalls_within(images[mine], texts[own], torch.from_numpy(groups))
         cell.metrics |= {

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from clipsmall.data import Catalog
 from clipsmall.evaluation import prompts
-from clipsmall.evaluation.cells import Cell
 from clipsmall.evaluation.features import Encoder, class_indices, read_texts
 from clipsmall.evaluation.hits import chunk_rows, hits, refuse_non_finite, scores
+from clipsmall.evaluation.results import Result
 
 KS = (1, 5)
 
@@ -67,7 +67,7 @@ def zero_shot(
     classes: str = "captions",
     templates: str = "plain",
     label: str = "",
-) -> Cell:
+) -> Result:
     """Classify every image of `catalog` among `classes`; exact under several ranks.
 
     Args:
@@ -84,7 +84,7 @@ def zero_shot(
     refuse_non_finite(weights, "class")
     images, rows = encoder.images(catalog)
     refuse_non_finite(images, "image")
-    return Cell(
+    return Result(
         dataset=name,
         task="zeroshot_classification",
         metrics=accuracies(images, weights, labels[rows]),

@@ -13,8 +13,8 @@ from accelerate import PartialState
 
 from clipsmall.cli import MODEL_HELP, refuse
 from clipsmall.distributed import world
-from clipsmall.evaluation import Cell, Encoder, print_cells, write_cell
-from clipsmall.evaluation.cells import check_folder
+from clipsmall.evaluation import Encoder, Result, print_cells, write_cell
+from clipsmall.evaluation.results import check_folder
 from clipsmall.evaluation.sets import set_name
 from clipsmall.model.saved import load_model
 
@@ -42,7 +42,7 @@ def parser(command: str, description: str) -> argparse.ArgumentParser:
     return made
 
 
-def evaluate(options: argparse.Namespace, measure: Callable[[Encoder, str], Cell]) -> int:
+def evaluate(options: argparse.Namespace, measure: Callable[[Encoder, str], Result]) -> int:
     """Load the model, measure, print the table and write the cell; exact on any number of ranks."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:

@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from clipsmall.evaluation.cells import Cell
 from clipsmall.evaluation.hits import chunk_rows
+from clipsmall.evaluation.results import Result
 from clipsmall.evaluation.retrieval import Relevance
-from clipsmall.evaluation.view import View
+from clipsmall.evaluation.view import DataView
 
 
 def modality_gap(images: Tensor, texts: Tensor) -> float:
@@ -57,7 +57,7 @@ def mean_cosines(images: Tensor, texts: Tensor, belongs: Relevance) -> tuple[flo
     return own / len(belongs.image), (everything - own) / others if others else math.nan
 
 
-def geometry(view: View) -> Cell:
+def geometry(view: DataView) -> Result:
     """All of the above over the images with captions and the distinct captions of a data set."""
     images = view.images[view.captioned]
     texts = view.texts
@@ -65,7 +65,7 @@ def geometry(view: View) -> Cell:
     pairs, others = mean_cosines(images, texts, belongs)
     # there may be none
     told = {} if math.isnan(others) else {"mean_cosine_of_others": others}
-    return Cell(
+    return Result(
         view.data.name,
         "geometry",
         {

@@ -8,10 +8,10 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from clipsmall.evaluation.cells import Cell
 from clipsmall.evaluation.hits import chunk_rows, hits, scores
+from clipsmall.evaluation.results import Result
 from clipsmall.evaluation.retrieval import Relevance, retrieval_of
-from clipsmall.evaluation.view import View
+from clipsmall.evaluation.view import DataView
 
 SQUARE = (
     # pairs that are assigned: scipy takes seconds for them, and cubically longer for more
@@ -73,7 +73,7 @@ def assigned(x: Tensor, y: Tensor) -> Tensor:
     ]
 
 
-def matching(view: View, iterations: int = 50, tolerance: float = 1e-3) -> Cell:
+def matching(view: DataView, iterations: int = 50, tolerance: float = 1e-3) -> Result:
     """What knowing that answers are taken once is worth.
 
     `sinkhorn_*_retrieval_recall@k` over all images and captions: an answer's score is lowered by

@@ -12,10 +12,10 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
-from clipsmall.evaluation.cells import Cell
 from clipsmall.evaluation.classification import class_chance, class_hits, summary
 from clipsmall.evaluation.hits import chunk_rows, scores
-from clipsmall.evaluation.view import View
+from clipsmall.evaluation.results import Result
+from clipsmall.evaluation.view import DataView
 
 # of C: eight a decade, as CLIP swept
 STRENGTHS = np.logspace(-6, 6, 97)
@@ -61,7 +61,7 @@ def _check_k(k: int, count: int) -> None:
         )
 
 
-def knn(view: View, k: int = 20, temperature: float = 0.07) -> Cell:
+def knn(view: DataView, k: int = 20, temperature: float = 0.07) -> Result:
     """Classify images by their `k` nearest among the train images; see `votes`.
 
     Raises:
@@ -125,7 +125,7 @@ def _fitted(x: Any, y: Any, strength: float) -> Any:
         return LogisticRegression(C=strength, max_iter=1000).fit(x, y)
 
 
-def linear_probe(view: View) -> Cell:
+def linear_probe(view: DataView) -> Result:
     """Classify images by a logistic regression on the train images' unit features; see `fit`."""
     train, labels, _, _ = view.training
     if "probe" not in view.learned:
@@ -141,11 +141,11 @@ def linear_probe(view: View) -> Cell:
     return cell
 
 
-def _cell(view: View, task: str, told: Tensor, counts: dict[str, int]) -> Cell:
+def _cell(view: DataView, task: str, told: Tensor, counts: dict[str, int]) -> Result:
     train, _, truth, classes = view.training
     size = chunk_rows(classes)
     parts = zip(torch.split(told, size), torch.split(truth, size), strict=True)
-    return Cell(
+    return Result(
         view.data.name,
         task,
         summary(torch.cat([class_hits(*part) for part in parts]), truth, classes),

@@ -8,9 +8,9 @@ from tqdm import tqdm
 
 from clipsmall.data import Catalog, caption_hash
 from clipsmall.distributed import world
-from clipsmall.evaluation.cells import Cell
 from clipsmall.evaluation.features import Encoder, read_texts
 from clipsmall.evaluation.hits import chance, chunk_rows, hits, refuse_non_finite, scores
+from clipsmall.evaluation.results import Result
 
 KS = (1, 5, 10)
 
@@ -82,7 +82,7 @@ def recalls(queries: Tensor, answers: Tensor, belongs: Relevance, side: str) -> 
     return dict(zip(ks, (total / len(queries)).tolist(), strict=True))
 
 
-def retrieval(encoder: Encoder, catalog: Catalog, name: str) -> Cell:
+def retrieval(encoder: Encoder, catalog: Catalog, name: str) -> Result:
     """Both ways over all pairs of `catalog`, several captions an image and several images a
     caption.
 
@@ -102,7 +102,7 @@ def retrieval(encoder: Encoder, catalog: Catalog, name: str) -> Cell:
 
 def retrieval_of(
     images: Tensor, features: Tensor, belongs: Relevance, name: str, skipped: int = 0
-) -> Cell:
+) -> Result:
     """The same of (n, D) features of images and (m, D) of captions.
 
     Raises:
@@ -110,7 +110,7 @@ def retrieval_of(
     """
     refuse_non_finite(images, "image")
     refuse_non_finite(features, "text")
-    cell = Cell(name, "zeroshot_retrieval", {})
+    cell = Result(name, "zeroshot_retrieval", {})
     cell.counts = {"images": len(images), "captions": len(features), "skipped": skipped}
     for task, side, queries, answers in (
         ("image_retrieval", "text", features, images),

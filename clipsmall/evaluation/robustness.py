@@ -4,9 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from clipsmall.evaluation.cells import Cell
 from clipsmall.evaluation.corruptions import COMMON, SEVERITIES, Corruption
-from clipsmall.evaluation.view import View
+from clipsmall.evaluation.results import Result
+from clipsmall.evaluation.view import DataView
 
 # the metrics of a task that are averaged to one number
 MAIN = {
@@ -18,11 +18,11 @@ MAIN = {
 
 
 def robustness(
-    view: View,
-    tasks: Mapping[str, Callable[[View], Cell]],
+    view: DataView,
+    tasks: Mapping[str, Callable[[DataView], Result]],
     corruptions: Sequence[str] = COMMON,
     severities: Sequence[int] = SEVERITIES,
-) -> Cell:
+) -> Result:
     """Tasks of `MAIN` on clean pictures, and on every corruption at every severity.
 
     For each task: `{task}_clean`, `{task}_corrupted` (the mean over severities, then corruptions),
@@ -42,7 +42,7 @@ def robustness(
         name: [Corruption(name, severity, side) for severity in severities] for name in corruptions
     }
 
-    def measure(there: View) -> dict[str, float]:
+    def measure(there: DataView) -> dict[str, float]:
         found = {task: run(there).metrics for task, run in tasks.items()}
         return {task: float(np.mean([found[task][name] for name in MAIN[task]])) for task in tasks}
 
@@ -51,7 +51,7 @@ def robustness(
     found = {
         name: [measure(view.changed(change)) for change in changes[name]] for name in corruptions
     }
-    cell = Cell(
+    cell = Result(
         view.data.name,
         "robustness",
         {},

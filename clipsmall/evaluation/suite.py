@@ -13,7 +13,6 @@ from clipsmall.data import ShardError
 from clipsmall.distributed import world
 from clipsmall.evaluation.calibration import calibration, draw
 from clipsmall.evaluation.candidates import candidates
-from clipsmall.evaluation.cells import Cell, cell_path, write_cell
 from clipsmall.evaluation.classification import accuracies, class_chance
 from clipsmall.evaluation.corruptions import COMMON, SEVERITIES
 from clipsmall.evaluation.features import Encoder
@@ -21,11 +20,12 @@ from clipsmall.evaluation.geometry import geometry
 from clipsmall.evaluation.matching import matching
 from clipsmall.evaluation.multilabel import average_precisions
 from clipsmall.evaluation.probe import knn, linear_probe
+from clipsmall.evaluation.results import Result, cell_path, write_cell
 from clipsmall.evaluation.retrieval import retrieval_of
 from clipsmall.evaluation.robustness import MAIN, robustness
 from clipsmall.evaluation.sets import DataSet
 from clipsmall.evaluation.top1 import top1
-from clipsmall.evaluation.view import View
+from clipsmall.evaluation.view import DataView
 
 # to be raised when a task's numbers change
 VERSION = 2
@@ -74,7 +74,7 @@ class Settings:
         return {name: value for name, value in asdict(self).items() if name in names}
 
 
-def zero_shot(view: View) -> Cell:
+def zero_shot(view: DataView) -> Result:
     """As `classification.zero_shot`, of features that other tasks share; of a multi-label set, its
     mAP.
     """
@@ -83,7 +83,7 @@ def zero_shot(view: View) -> Cell:
     # before images: a wrong list is told at once
     classes = view.class_features
     labels = view.labels
-    return Cell(
+    return Result(
         view.data.name,
         TASKS["zero_shot"],
         accuracies(view.images, classes, labels),
@@ -92,7 +92,7 @@ def zero_shot(view: View) -> Cell:
     )
 
 
-def ranked(view: View) -> Cell:
+def ranked(view: DataView) -> Result:
     """`mean_average_precision` over the classes that have an image (CLIP_benchmark's name); see
     `average_precisions`.
 
@@ -107,7 +107,7 @@ def ranked(view: View) -> Cell:
     here = ~found.isnan()
     if not here.any():
         raise ValueError(f"{view.data.name}: no class has an image; check its .npy members")
-    return Cell(
+    return Result(
         view.data.name,
         TASKS["zero_shot"],
         {"mean_average_precision": found[here].mean().item()},
@@ -121,7 +121,7 @@ def ranked(view: View) -> Cell:
     )
 
 
-def retrieval(view: View) -> Cell:
+def retrieval(view: DataView) -> Result:
     """As `retrieval.retrieval`, of features that other tasks share."""
     images = view.images[view.captioned]
     texts = view.texts
@@ -129,9 +129,9 @@ def retrieval(view: View) -> Cell:
     return retrieval_of(images, texts, belongs, view.data.name, view.uncaptioned)
 
 
-def evaluations(settings: Settings, base: Sequence[str]) -> dict[str, Callable[[View], Cell]]:
+def evaluations(settings: Settings, base: Sequence[str]) -> dict[str, Callable[[DataView], Result]]:
     """Task -> what measures it. `base`: the tasks that robustness repeats on corrupted pictures."""
-    found: dict[str, Callable[[View], Cell]] = {
+    found: dict[str, Callable[[DataView], Result]] = {
         "zero_shot": zero_shot,
         "retrieval": retrieval,
         "linear_probe": linear_probe,
@@ -150,7 +150,7 @@ def evaluations(settings: Settings, base: Sequence[str]) -> dict[str, Callable[[
 
 
 @dataclass
-class Model:
+class NamedModel:
     """A model under its name in the results."""
 
     name: str
@@ -164,7 +164,7 @@ class Model:
 
 
 def evaluate(
-    model: Model, sets: Sequence[DataSet], tasks: Sequence[str], settings: Settings, out: Path
+    model: NamedModel, sets: Sequence[DataSet], tasks: Sequence[str], settings: Settings, out: Path
 ) -> list[str]:
     """Fill the cells of a model that are not filled yet; returns what went wrong, a line a cell.
 
@@ -175,13 +175,13 @@ def evaluate(
     asked = [(data, task) for data in sets for task in dict.fromkeys(tasks or data.tasks)]
     done = _done(model, asked, settings, tasks, out)
     failures = list[str]()
-    views = dict[str, View]()
+    views = dict[str, DataView]()
     for (data, task), key in zip(asked, done, strict=True):
         if not key:
             continue
         if data.name not in views:
             # features of one set at a time
-            views = {data.name: View(model.encoder, data, settings.empty_classes)}
+            views = {data.name: DataView(model.encoder, data, settings.empty_classes)}
         try:
             if data.kind == "multilabel" and task not in OF_SEVERAL_LABELS:
                 raise ValueError(
@@ -215,7 +215,7 @@ def _base(data: DataSet, tasks: Sequence[str]) -> list[str]:
 
 
 def _done(
-    model: Model,
+    model: NamedModel,
     asked: list[tuple[DataSet, str]],
     settings: Settings,
     tasks: Sequence[str],

@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from clipsmall.evaluation.cells import safe
+from clipsmall.evaluation.results import safe
 
 # CLIP_benchmark's columns, in its order; what else we measure stands behind
 FIRST = [

@@ -10,12 +10,12 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from clipsmall.evaluation.cells import Cell
 from clipsmall.evaluation.corruptions import COMMON, Corruption
 from clipsmall.evaluation.features import Change
 from clipsmall.evaluation.hits import hits, refuse_non_finite, scores
+from clipsmall.evaluation.results import Result
 from clipsmall.evaluation.retrieval import Relevance, recalls
-from clipsmall.evaluation.view import View
+from clipsmall.evaluation.view import DataView
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,11 @@ class Augmented:
 
 
 def top1(
-    view: View,
+    view: DataView,
     corruptions: Sequence[str] = COMMON,
     severities: Sequence[int] = (1, 3, 5),
     limit: int = 1000,
-) -> Cell:
+) -> Result:
     """R@1, both ways averaged, ties as a random order (Cho et al., arXiv 2307.05906, §5).
 
     - `top1_accuracy`: two random views of every image; does one find the other among all?
@@ -81,7 +81,7 @@ def top1(
     side = view.encoder.model.spec.size
     rows = torch.arange(len(catalog)).tolist()
     few = rows[:: -(-len(rows) // limit)]
-    cell = Cell(
+    cell = Result(
         view.data.name, "top1", {}, counts={"images": len(view.images), "skipped": view.skipped}
     )
     cell.counts["corruptions"] = len(corruptions)

@@ -18,7 +18,7 @@ from clipsmall.evaluation.sets import DataSet
 
 
 @dataclass
-class View:
+class DataView:
     """A model and a data set, and what tasks share of the two.
 
     `change` is what happens to pictures first; `empty_classes` allows classes without an image.
@@ -31,7 +31,7 @@ class View:
     # from the train images; for changed pictures, too
     learned: dict[str, Any] = field(default_factory=dict)
 
-    def changed(self, change: Change) -> "View":
+    def changed(self, change: Change) -> "DataView":
         """The same data set with other pictures: texts, classes and what was learned are shared."""
         other = copy.copy(self)
         other.__dict__.pop("encoded", None)

@@ -5,7 +5,7 @@ from typing import Any
 
 from clipsmall.export import options
 from clipsmall.export.tokenizer import VOCABULARY
-from clipsmall.export.weights import Inexpressible, Pair, block, layer, pair
+from clipsmall.export.weights import Inexpressible, NamePair, block, layer, pair
 
 LAYERS = {
     "ln_1": "layer_norm1",
@@ -21,7 +21,7 @@ LARGEST_ID = (
 )
 
 
-def pairs(vision_layers: int, text_layers: int, custom_text: bool) -> Iterator[Pair]:
+def pairs(vision_layers: int, text_layers: int, custom_text: bool) -> Iterator[NamePair]:
     """Every tensor but scale and bias. `custom_text`: open_clip's text tower lies under "text."."""
     text = "text." if custom_text else ""
     yield pair("visual.class_embedding", "vision_model.embeddings.class_embedding")

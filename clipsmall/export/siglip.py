@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from clipsmall.export import clip, options
-from clipsmall.export.weights import Inexpressible, Pair, block, layer, pair
+from clipsmall.export.weights import Inexpressible, NamePair, block, layer, pair
 
 LAYERS = {
     "norm1": "layer_norm1",
@@ -29,7 +29,7 @@ def is_siglip(config: dict[str, Any]) -> bool:
     return "siglip" in (vision.get("timm_model_name") or "") and vision.get("timm_pool") == "map"
 
 
-def pairs(vision_layers: int, text_layers: int) -> Iterator[Pair]:
+def pairs(vision_layers: int, text_layers: int) -> Iterator[NamePair]:
     """Every tensor but scale and bias."""
     trunk = "visual.trunk"
     pool = "visual.trunk.attn_pool"
@@ -39,7 +39,9 @@ def pairs(vision_layers: int, text_layers: int) -> Iterator[Pair]:
     yield from layer(f"{trunk}.norm", "vision_model.post_layernorm")
     yield pair(f"{pool}.latent", f"{head}.probe")
     for kind in ("weight", "bias"):
-        yield Pair((f"{pool}.q.{kind}", f"{pool}.kv.{kind}"), (f"{head}.attention.in_proj_{kind}",))
+        yield NamePair(
+            (f"{pool}.q.{kind}", f"{pool}.kv.{kind}"), (f"{head}.attention.in_proj_{kind}",)
+        )
     yield from layer(f"{pool}.proj", f"{head}.attention.out_proj")
     yield from layer(f"{pool}.norm", f"{head}.layernorm")
     yield from layer(f"{pool}.mlp.fc1", f"{head}.mlp.fc1")

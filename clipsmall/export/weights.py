@@ -16,7 +16,7 @@ class Inexpressible(ValueError):
 
 
 @dataclass(frozen=True)
-class Pair:
+class NamePair:
     """Tensors of open_clip and of transformers with the same rows, in this order.
 
     Several tensors of a side are parts of one: queries, keys and values stand in thirds, and
@@ -29,17 +29,19 @@ class Pair:
     form: str = ""
 
 
-def pair(open_clip: str, transformers: str, form: str = "") -> Pair:
-    return Pair((open_clip,), (transformers,), form)
+def pair(open_clip: str, transformers: str, form: str = "") -> NamePair:
+    return NamePair((open_clip,), (transformers,), form)
 
 
-def layer(open_clip: str, transformers: str) -> Iterator[Pair]:
+def layer(open_clip: str, transformers: str) -> Iterator[NamePair]:
     """Weight and bias of a linear layer or LayerNorm."""
     for kind in ("weight", "bias"):
         yield pair(f"{open_clip}.{kind}", f"{transformers}.{kind}")
 
 
-def block(open_clip: str, transformers: str, names: dict[str, str], fused: str) -> Iterator[Pair]:
+def block(
+    open_clip: str, transformers: str, names: dict[str, str], fused: str
+) -> Iterator[NamePair]:
     """One transformer block.
 
     Args:
@@ -51,10 +53,10 @@ def block(open_clip: str, transformers: str, names: dict[str, str], fused: str) 
         yield from layer(f"{open_clip}.{theirs}", f"{transformers}.{name}")
     for kind in ("weight", "bias"):
         thirds = tuple(f"{transformers}.self_attn.{letter}_proj.{kind}" for letter in "qkv")
-        yield Pair((f"{open_clip}.{fused}{kind}",), thirds)
+        yield NamePair((f"{open_clip}.{fused}{kind}",), thirds)
 
 
-def renamed(tensors: Tensors, pairs: Iterable[Pair], to: str, name: str) -> Tensors:
+def renamed(tensors: Tensors, pairs: Iterable[NamePair], to: str, name: str) -> Tensors:
     """`tensors` under the names of the library `to`: copies, bit for bit.
 
     Raises:

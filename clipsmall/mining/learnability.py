@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from clipsmall.mining.initial_groups import seats
 from clipsmall.mining.scored import Bools, Floats, Ints, Quotas, Scored
-from clipsmall.mining.starts import seats
 from clipsmall.mining.swaps import separated
 from clipsmall.mining.weights import WEIGHTS
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from clipsmall.batch import Pairs, Progress
 from clipsmall.data import LoadedBatch
 from clipsmall.distributed import world
-from clipsmall.mining.deal import Dealt, Recipe, deal
-from clipsmall.mining.guards import Identity
+from clipsmall.mining.assignment import Dealt, MiningRecipe, deal
+from clipsmall.mining.false_negatives import Identity
 from clipsmall.mining.pool import Pool
 from clipsmall.mining.schedule import Stretch, turns
 from clipsmall.mining.scored import Scored
@@ -24,7 +24,7 @@ from clipsmall.mining.scored import Scored
 NUMBERS = ("blocked", "duplicates", "threshold", "unseparated", "pool_loss", "mined_loss")
 
 
-class View(NamedTuple):
+class PoolView(NamedTuple):
     """My pairs as the model sees them."""
 
     # (n, D) unit rows
@@ -37,7 +37,7 @@ class View(NamedTuple):
     bias: Tensor
 
 
-class Plan(NamedTuple):
+class MiningPlan(NamedTuple):
     """How a pool is played, the same on every rank."""
 
     # (kept, B) int64 places in the pool
@@ -82,8 +82,8 @@ class MinedBatches:
         self,
         read: Callable[[range], Iterable[LoadedBatch]],
         stretches: list[Stretch],
-        score: Callable[[Pairs], View],
-        recipe: Recipe,
+        score: Callable[[Pairs], PoolView],
+        recipe: MiningRecipe,
         seed: int,
         progress: Progress,
         keep_plans: bool = True,
@@ -104,7 +104,7 @@ class MinedBatches:
         # of the pool that is being played
         self.numbers = dict[str, float]()
         # of the stretch that is being played
-        self._plan: Plan | None = None
+        self._plan: MiningPlan | None = None
         # on the first rank
         self._making: Future[Dealt] | None = None
         self._thread = ThreadPoolExecutor(1)
@@ -197,7 +197,7 @@ class MinedBatches:
             none = torch.zeros(
                 self.recipe.kept(pool.batches), self.recipe.batch_size, dtype=torch.int64
             )
-            made = self._made() or Plan(
+            made = self._made() or MiningPlan(
                 none, none, torch.zeros(len(NUMBERS), dtype=torch.float64), torch.tensor(0)
             )
             # the others bring zeros: the sum is the first rank's plan
@@ -205,7 +205,7 @@ class MinedBatches:
                 world.total(field.to(self._device)).cpu() if world.size() > 1 else field
                 for field in made
             )
-            self._plan = Plan(*shared)
+            self._plan = MiningPlan(*shared)
             self._making = None
             self.seconds += time.perf_counter() - start
         self._tell()
@@ -215,7 +215,7 @@ class MinedBatches:
         assert self._plan is not None
         self.numbers = dict(zip(NUMBERS, self._plan.numbers.tolist(), strict=True))
 
-    def _made(self) -> Plan | None:
+    def _made(self) -> MiningPlan | None:
         """The first rank's plan, waited for; None on the others."""
         if self._making is None:
             return None
@@ -223,7 +223,7 @@ class MinedBatches:
         numbers = torch.tensor([dealt.numbers[name] for name in NUMBERS], dtype=torch.float64)
         batches = torch.from_numpy(dealt.batches)
         hashes = torch.from_numpy(dealt.caption_hash)
-        return Plan(batches, hashes, numbers, torch.tensor(world.size()))
+        return MiningPlan(batches, hashes, numbers, torch.tensor(world.size()))
 
     def state_dict(self) -> dict[str, Tensor]:
         """The plan of a pool that is half played; {} between pools. The first rank's: others may
@@ -239,7 +239,7 @@ class MinedBatches:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Raises ValueError when the plan was made for ranks that cannot be merged into these."""
-        plan = Plan(**state) if state else None
+        plan = MiningPlan(**state) if state else None
         if plan is not None and int(plan.ranks) % world.size():
             raise ValueError(
                 f"in the middle of a mined pool, dealt out for {int(plan.ranks)} ranks: continue with a number of "

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clipsmall.batch import Pairs, Setting
+from clipsmall.batch import Pairs, RunContext
 from clipsmall.distributed.batch_norm import GlobalBatchNorm
 from clipsmall.model.dual_encoder import MAX_LOG_SCALE, unit
 from clipsmall.model.momentum import MovingAverage
@@ -69,7 +69,7 @@ class Projectors(Head):
             matched, as each modality has its own (the papers throw theirs away for linear probes).
     """
 
-    def __init__(self, setting: Setting, widths: Sequence[int] = ()) -> None:
+    def __init__(self, setting: RunContext, widths: Sequence[int] = ()) -> None:
         super().__init__()
         self.image, self.text = (_projector([setting.width, *widths]) for _ in range(2))
 
@@ -110,7 +110,7 @@ class Predictors(Head):
                 on 77, 94, 97 %.
     """
 
-    def __init__(self, setting: Setting, hidden: float = 4.0) -> None:
+    def __init__(self, setting: RunContext, hidden: float = 4.0) -> None:
         super().__init__()
         between = max(1, round(hidden * setting.width))
         self.image, self.text = (
@@ -147,7 +147,7 @@ class Momentum(Head):
 
     def __init__(
         self,
-        setting: Setting,
+        setting: RunContext,
         momentum: float = 0.996,
         schedule: Literal["cosine", "constant"] = "cosine",
     ) -> None:
@@ -172,7 +172,7 @@ class Prototypes(Head):
     row a pair.
     """
 
-    def __init__(self, setting: Setting, prototypes: int = 512) -> None:
+    def __init__(self, setting: RunContext, prototypes: int = 512) -> None:
         super().__init__()
         self.weight = nn.Parameter(F.normalize(torch.randn(prototypes, setting.width), dim=1))
 
@@ -193,7 +193,7 @@ class SoftScale(Head):
     Starts at e^3.9 = 49.4 and stays between 1 and 100, as in OTTER's code (arXiv 2112.09445).
     """
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: RunContext) -> None:
         super().__init__()
         self.log = nn.Parameter(torch.tensor(3.9))
 
@@ -215,7 +215,7 @@ class Tokens(Head):
         ValueError: the vocabulary's size is not known.
     """
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: RunContext) -> None:
         super().__init__()
         if not setting.vocabulary:
             raise ValueError(

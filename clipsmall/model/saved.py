@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from clipsmall.batch import Setting
+from clipsmall.batch import RunContext
 from clipsmall.model import load as tower_loading
 from clipsmall.model.dual_encoder import DualEncoder
 from clipsmall.model.heads import HEADS
@@ -38,7 +38,7 @@ def load_model(name: str, pretrained: str = "") -> tuple[DualEncoder, Loaded]:
         retrieval = loaded.description.get("retrieval")
         head = retrieval["head"] if retrieval else ""
         heads = (
-            {head: HEADS[head](Setting(retrieval["width"], 0, 0), **retrieval["options"])}
+            {head: HEADS[head](RunContext(retrieval["width"], 0, 0), **retrieval["options"])}
             if retrieval
             else {}
         )

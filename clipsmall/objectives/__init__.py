@@ -38,7 +38,7 @@ Objective = Callable[[Embeddings, Embeddings], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
-class Kind:
+class ObjectiveSpec:
     """An objective, and what it asks of the model.
 
     `make` is a function of (rows, columns, **options), or a module class of (setting, **options).
@@ -81,49 +81,49 @@ def projectors(options: Mapping[str, Any]) -> str:
     return "projectors" if options["widths"] else ""
 
 
-OBJECTIVES: dict[str, Kind] = {
-    "softmax": Kind(softmax, "softmax", queue=True),
-    "dcl": Kind(dcl, "dcl", queue=True),
-    "dclw": Kind(dclw, "dcl", queue=True),
-    "sigmoid": Kind(sigmoid, "sigmoid", scale=10.0, bias=log_odds, queue=True),
-    "triplet": Kind(triplet, "triplet", scale=None, queue=True),
-    "vse++": Kind(VsePlusPlus, "triplet", scale=None, ring=False, queue=True),
-    "spectral": Kind(spectral, "spectral", scale=None, queue=True),
-    "align_uniform": Kind(align_uniform, "align_uniform", scale=None),
-    "sinkhorn": Kind(sinkhorn, "sinkhorn"),
-    "sinkhorn_targets": Kind(
+OBJECTIVES: dict[str, ObjectiveSpec] = {
+    "softmax": ObjectiveSpec(softmax, "softmax", queue=True),
+    "dcl": ObjectiveSpec(dcl, "dcl", queue=True),
+    "dclw": ObjectiveSpec(dclw, "dcl", queue=True),
+    "sigmoid": ObjectiveSpec(sigmoid, "sigmoid", scale=10.0, bias=log_odds, queue=True),
+    "triplet": ObjectiveSpec(triplet, "triplet", scale=None, queue=True),
+    "vse++": ObjectiveSpec(VsePlusPlus, "triplet", scale=None, ring=False, queue=True),
+    "spectral": ObjectiveSpec(spectral, "spectral", scale=None, queue=True),
+    "align_uniform": ObjectiveSpec(align_uniform, "align_uniform", scale=None),
+    "sinkhorn": ObjectiveSpec(sinkhorn, "sinkhorn"),
+    "sinkhorn_targets": ObjectiveSpec(
         sinkhorn_targets,
         "sinkhorn_targets",
         heads={"momentum": ("momentum", "schedule"), "soft_scale": ()},
         ring=False,
     ),
-    "bce": Kind(Bce, "bce", scale=10.0, bias=lambda columns: 0.0, queue=True),
-    "gcl": Kind(
+    "bce": ObjectiveSpec(Bce, "bce", scale=10.0, bias=lambda columns: 0.0, queue=True),
+    "gcl": ObjectiveSpec(
         Gcl,
         "gcl",
         learns_scale=lambda options: options["variant"] in ("fastclip_v0", "fastclip_v3"),
         queue=True,
     ),
-    "nn": Kind(Neighbours, "nn", alone=lambda options: options["images"]),
-    "simsiam": Kind(
+    "nn": ObjectiveSpec(Neighbours, "nn", alone=lambda options: options["images"]),
+    "simsiam": ObjectiveSpec(
         simsiam, "simsiam", heads={"predictors": ("hidden",)}, scale=None, through=predictors
     ),
-    "byol": Kind(
+    "byol": ObjectiveSpec(
         byol,
         "byol",
         heads={"predictors": ("hidden",), "momentum": ("momentum", "schedule")},
         scale=None,
         through=predictors,
     ),
-    "swav": Kind(Swav, "swav", heads={"prototypes": ("prototypes",)}, scale=None),
-    "barlow": Kind(
+    "swav": ObjectiveSpec(Swav, "swav", heads={"prototypes": ("prototypes",)}, scale=None),
+    "barlow": ObjectiveSpec(
         barlow, "barlow", heads={"projectors": ("widths",)}, scale=None, through=projectors
     ),
-    "vicreg": Kind(
+    "vicreg": ObjectiveSpec(
         vicreg, "vicreg", heads={"projectors": ("widths",)}, scale=None, through=projectors
     ),
-    "hsic": Kind(hsic, "hsic", scale=None),
-    "superclass": Kind(
+    "hsic": ObjectiveSpec(hsic, "hsic", scale=None),
+    "superclass": ObjectiveSpec(
         Superclass,
         "superclass",
         heads={"tokens": ()},
@@ -133,4 +133,4 @@ OBJECTIVES: dict[str, Kind] = {
     ),
 }
 
-__all__ = ["OBJECTIVES", "Combination", "Kind", "Objective"]
+__all__ = ["OBJECTIVES", "Combination", "Objective", "ObjectiveSpec"]

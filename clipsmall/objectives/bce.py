@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clipsmall.batch import Embeddings, Setting
+from clipsmall.batch import Embeddings, RunContext
 from clipsmall.distributed import similarity, world
 from clipsmall.distributed.similarity import Layout
 from clipsmall.objectives.pairs import dots, layout, negatives, scaled, ways
@@ -54,7 +54,7 @@ class Bce(nn.Module):
 
     def __init__(
         self,
-        setting: Setting,
+        setting: RunContext,
         mode: str = "balanced",
         weight: float = 1.0,
         mask_duplicates: bool = True,

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from clipsmall.batch import Embeddings, Setting
+from clipsmall.batch import Embeddings, RunContext
 from clipsmall.distributed import similarity, world
 from clipsmall.distributed.similarity import Layout
 from clipsmall.objectives.gcl_temperature import Temperatures, mean_exponent
@@ -63,7 +63,7 @@ class Gcl(nn.Module):
 
     def __init__(
         self,
-        setting: Setting,
+        setting: RunContext,
         variant: str = "fastclip_v3",
         gamma: float | None = None,
         tau: float | None = None,

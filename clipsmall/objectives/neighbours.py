@@ -5,7 +5,7 @@ steps.
 import torch
 from torch import Tensor, nn
 
-from clipsmall.batch import Embeddings, Setting
+from clipsmall.batch import Embeddings, RunContext
 from clipsmall.distributed import similarity, world
 from clipsmall.distributed.similarity import Layout
 from clipsmall.objectives.fifo import Fifo
@@ -73,7 +73,7 @@ class Neighbours(nn.Module):
 
     def __init__(
         self,
-        setting: Setting,
+        setting: RunContext,
         size: int = 16_384,
         start: int = 4_096,
         images: bool = True,

@@ -57,7 +57,7 @@ def sinkhorn_targets(
     hard = (image.surprise.mean() + text.surprise.mean()) / 2
     # targets are there to find equal captions
     others = replace(place, groups=())
-    plan = Plan(rows, others, epsilon, iterations)
+    plan = TransportPlan(rows, others, epsilon, iterations)
     x = scaled(rows.image, rows.extra["soft_scale"])
     sums = similarity.logsumexp(x, columns.text, replace(others, keep_own=True))
     expected: Tensor = _Expected.apply(x, columns.text, plan) / len(x)
@@ -71,7 +71,7 @@ def sinkhorn_targets(
     }
 
 
-class Plan:
+class TransportPlan:
     """The targets Q, tile by tile: those of images and those of texts, averaged; no gradient."""
 
     @torch.no_grad()
@@ -103,7 +103,7 @@ class _Expected(torch.autograd.Function):
     """Σ_ij Q_ij (x yᵀ)_ij, differentiable by x and y; the gradient is made while it sums."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, plan: Plan) -> Tensor:
+    def forward(ctx: Any, x: Tensor, y: Tensor, plan: TransportPlan) -> Tensor:
         dx = torch.zeros_like(x)
         dy = torch.zeros_like(y, dtype=x.dtype, device=x.device)
         with torch.autocast(x.device.type, enabled=False):

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from clipsmall.batch import Embeddings, Setting
+from clipsmall.batch import Embeddings, RunContext
 from clipsmall.distributed import similarity
 from clipsmall.distributed.similarity import Layout
 from clipsmall.model.dual_encoder import unit
@@ -37,7 +37,7 @@ class SoftTargets(nn.Module):
     """
 
     def __init__(
-        self, setting: Setting, alpha: float, ramp: float = 0.1, mask_duplicates: bool = True
+        self, setting: RunContext, alpha: float, ramp: float = 0.1, mask_duplicates: bool = True
     ) -> None:
         super().__init__()
         self.alpha = alpha

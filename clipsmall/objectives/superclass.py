@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from clipsmall.batch import Embeddings, Setting
+from clipsmall.batch import Embeddings, RunContext
 from clipsmall.distributed import similarity, world
 
 
@@ -32,7 +32,7 @@ class Superclass(nn.Module):
         ValueError: the vocabulary's size is not known.
     """
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: RunContext) -> None:
         super().__init__()
         if not setting.vocabulary:
             raise ValueError(

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from clipsmall.batch import Embeddings, Setting
+from clipsmall.batch import Embeddings, RunContext
 from clipsmall.distributed import similarity, world
 from clipsmall.objectives.fifo import finite
 from clipsmall.objectives.pairs import own_places
@@ -46,7 +46,7 @@ class Swav(nn.Module):
 
     def __init__(
         self,
-        setting: Setting,
+        setting: RunContext,
         queue: int = 1024,
         temperature: float = 0.1,
         epsilon: float = 0.05,

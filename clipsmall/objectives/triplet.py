@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clipsmall.batch import Embeddings, Setting
+from clipsmall.batch import Embeddings, RunContext
 from clipsmall.distributed import similarity
 from clipsmall.distributed.similarity import Layout
 from clipsmall.objectives.pairs import dots, layout, negatives, picked, ways
@@ -93,7 +93,7 @@ class VsePlusPlus(nn.Module):
 
     def __init__(
         self,
-        setting: Setting,
+        setting: RunContext,
         mask_duplicates: bool = True,
         margin: float = 0.2,
         warmup: float = 0.5,

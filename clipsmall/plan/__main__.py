@@ -24,7 +24,7 @@ from clipsmall.cli import refuse
 from clipsmall.config import Config
 from clipsmall.config.reader import help_text, read
 from clipsmall.plan.largest import Planner
-from clipsmall.plan.settings import Row, as_configured, plan
+from clipsmall.plan.settings import PlanRow, as_configured, plan
 from clipsmall.plan.step import Machine
 from clipsmall.plan.table import GIB, breakdown, gib, table, verdict
 
@@ -101,7 +101,7 @@ def report(config: Config, machine: Machine, memory: int, kept: int, file: Path 
 
 
 def write(
-    file: Path, rows: list[Row], parts: dict[str, int], machine: Machine, memory: int, kept: int
+    file: Path, rows: list[PlanRow], parts: dict[str, int], machine: Machine, memory: int, kept: int
 ) -> None:
     facts = {
         "device": machine.device,

@@ -19,7 +19,7 @@ ANY = 32_768
 CLOSE = 0.98
 
 
-class Answer(NamedTuple):
+class FitAnswer(NamedTuple):
     """The largest number of a rank's pairs that fits, and what so many need."""
 
     # 0: not even one; MOST: or more
@@ -58,18 +58,18 @@ class Planner:
         seen = self.step(config, 2 * cut(config, rows) or rows)
         return seen.flops / seen.rows
 
-    def largest(self, config: Config, rows: int) -> Answer:
+    def largest(self, config: Config, rows: int) -> FitAnswer:
         """The answer was tried, unless it is more than two chunks. rows: where to begin.
 
         Raises:
             ValueError: what `measure` raises.
         """
         unit = config.optim.accumulate
-        found = Answer(rows, self.peak(config, rows))
-        low = Answer(0, 0)
-        high = Answer(MOST + unit, 0)
+        found = FitAnswer(rows, self.peak(config, rows))
+        low = FitAnswer(0, 0)
+        high = FitAnswer(MOST + unit, 0)
         standing = self.step(config, 2 * cut(config, rows) or rows)
-        before = Answer(0, standing.total - moving(standing))
+        before = FitAnswer(0, standing.total - moving(standing))
         while True:
             if found.bytes > self.budget:
                 high = found
@@ -80,7 +80,7 @@ class Planner:
             if guess <= low.rows or low.bytes > CLOSE * self.budget:
                 return low
             before = found
-            found = Answer(guess, self.peak(config, guess))
+            found = FitAnswer(guess, self.peak(config, guess))
 
     def _chunked(self, config: Config, chunk: int, rows: int) -> int:
         """The peak is within a chunk or in the loss. Two chunks stand for all. Of a pair outside
@@ -111,7 +111,7 @@ def cut(config: Config, rows: int) -> int:
     return chunk if isinstance(chunk, int) and 0 < 2 * chunk < rows else 0
 
 
-def _meets(one: Answer, other: Answer, budget: int) -> int:
+def _meets(one: FitAnswer, other: FitAnswer, budget: int) -> int:
     """Where the straight line through both meets the budget."""
     slope = (other.bytes - one.bytes) / (other.rows - one.rows)
     return int(other.rows + (budget - other.bytes) / max(slope, 1.0))

@@ -6,12 +6,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from clipsmall.config import Config
-from clipsmall.plan.largest import MOST, Answer, Planner, changed
+from clipsmall.plan.largest import MOST, FitAnswer, Planner, changed
 
 WHOLE = {"model.attention": "auto", "model.checkpoint_activations": False, "model.chunk_size": 0}
 
 
-class Row(NamedTuple):
+class PlanRow(NamedTuple):
     title: str
     # what the config has otherwise, by `section.field`
     options: dict[str, Any]
@@ -19,7 +19,7 @@ class Row(NamedTuple):
     rows: int
     # bytes with them
     peak: int
-    largest: Answer
+    largest: FitAnswer
     # a pair
     flops: float
 
@@ -61,7 +61,7 @@ def without_error(planner: Planner, config: Config, rows: int) -> Config | None:
     return config
 
 
-def plan(planner: Planner, config: Config, rows: int) -> Iterator[Row]:
+def plan(planner: Planner, config: Config, rows: int) -> Iterator[PlanRow]:
     """First the config's own row; then others that are possible, each once."""
     base = as_configured(planner, config, rows)
     own = row(planner, base, {}, f"as configured: {words(base)}", rows)
@@ -109,12 +109,14 @@ def power_of_two(number: int) -> int:
     return 1 << max(number, 1).bit_length() - 1
 
 
-def row(planner: Planner, config: Config, options: dict[str, Any], title: str, rows: int) -> Row:
+def row(
+    planner: Planner, config: Config, options: dict[str, Any], title: str, rows: int
+) -> PlanRow:
     peak = planner.peak(config, rows)
     largest = planner.largest(config, rows)
     chunk = config.model.chunk_size
     flops = planner.flops(config, max(rows, 2 * chunk if isinstance(chunk, int) else 0))
-    return Row(title, options, rows, peak, largest, flops)
+    return PlanRow(title, options, rows, peak, largest, flops)
 
 
 def valued(config: Config, name: str) -> Any:
@@ -137,7 +139,7 @@ def words(config: Config) -> str:
     return ", ".join(parts)
 
 
-def best(rows: Sequence[Row]) -> Row | None:
+def best(rows: Sequence[PlanRow]) -> PlanRow | None:
     """The one that buys most: the largest batch, the fewest FLOPs among equals; None if it is the
     config's own.
     """

@@ -4,14 +4,14 @@ import textwrap
 from collections.abc import Sequence
 
 from clipsmall.plan.largest import ANY, MOST
-from clipsmall.plan.settings import Row, best
+from clipsmall.plan.settings import PlanRow, best
 from clipsmall.plan.step import Machine, Step
 
 GIB = 2**30
 HEAD = ("", "peak", "fits", "largest", "effective", "FLOPs")
 
 
-def table(rows: Sequence[Row], machine: Machine, budget: int) -> str:
+def table(rows: Sequence[PlanRow], machine: Machine, budget: int) -> str:
     """One line a setting, at most 120 columns wide."""
     lines = [HEAD, ("setting", f"at {rows[0].rows} pairs", "", "batch", "batch", "a pair")]
     for row in rows:
@@ -47,7 +47,7 @@ def breakdown(step: Step, reserve: int) -> str:
     )
 
 
-def verdict(rows: Sequence[Row], machine: Machine, budget: int, memory: int) -> str:
+def verdict(rows: Sequence[PlanRow], machine: Machine, budget: int, memory: int) -> str:
     """Fits or not, what buys most, and what `any` means."""
     own = rows[0]
     most = best(rows)

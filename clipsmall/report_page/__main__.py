@@ -84,7 +84,7 @@ def result_tables(folder: RunFolder, names: list[str]) -> list[page.Table]:
     return found
 
 
-def report(folder: RunFolder) -> page.Report:
+def report(folder: RunFolder) -> page.RunReport:
     """Everything the page shows. Raises ValueError for a folder that holds no run."""
     config = validated(read_yaml(str(folder.path / "run.yaml")))
     model, loaded = load_model(str(folder.path))
@@ -112,7 +112,7 @@ def report(folder: RunFolder) -> page.Report:
     names = [z.name for z in config.evaluate.zero_shot] + [
         r.name for r in config.evaluate.retrieval
     ]
-    return page.Report(
+    return page.RunReport(
         title=f"{folder.path.name}: {config.objective.title} at batch {config.data.batch_size}",
         subtitle=f"{int(last['pairs']):,} pairs seen from {', '.join(config.data.train)}",
         facts=[

@@ -49,7 +49,7 @@ KNOWN = {
 KNOWN |= {"pairs_per_second": "Pairs per second", "data_wait": "Share of time waiting for data"}
 
 
-class Cell(NamedTuple):
+class TableCell(NamedTuple):
     """How a cell of a table reads: its text, and its CSS classes; a `number` stands right and is
     sorted as one.
     """
@@ -89,7 +89,7 @@ class Query:
 
 
 @dataclass
-class Report:
+class RunReport:
     """Everything the page shows; what is empty leaves no heading behind."""
 
     title: str
@@ -105,7 +105,7 @@ class Report:
     command: str = ""
 
 
-def render(report: Report) -> str:
+def render(report: RunReport) -> str:
     """The whole page; captions, labels and config are untrusted and escaped."""
     with drawing():
         curves = {
@@ -130,7 +130,7 @@ def drawing() -> Iterator[None]:
         yield
 
 
-def write(report: Report, path: Path) -> None:
+def write(report: RunReport, path: Path) -> None:
     """Render to `path`, whole or not at all."""
     save(render(report), path)
 
@@ -152,17 +152,17 @@ def quantity(value: float, share: bool = False) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 or float(value).is_integer() else f"{value:.4g}"
 
 
-def cell(column: str, value: Any) -> Cell:
+def cell(column: str, value: Any) -> TableCell:
     """How a value under the heading `column` reads."""
-    if isinstance(value, Cell):
+    if isinstance(value, TableCell):
         return value
     if isinstance(value, int | float | np.number) and math.isfinite(value):
         share = SHARE.search(column) is not None and 0 <= float(value) <= 1
-        return Cell(quantity(float(value), share), "number")
+        return TableCell(quantity(float(value), share), "number")
     # None or NaN
     if pd.isna(value):
-        return Cell("\N{EN DASH}", "number")
-    return Cell(str(value), "number" if NUMBER.fullmatch(str(value)) else "")
+        return TableCell("\N{EN DASH}", "number")
+    return TableCell(str(value), "number" if NUMBER.fullmatch(str(value)) else "")
 
 
 def training(frame: pd.DataFrame) -> Iterator[Plot]:

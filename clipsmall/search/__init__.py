@@ -2,8 +2,8 @@
 page.
 """
 
-from clipsmall.search.embeddings import Embeddings, embed
+from clipsmall.search.embeddings import StoredEmbeddings, embed
 from clipsmall.search.index import INDEXES, Exact
 from clipsmall.search.searcher import Answer, Hit, Searcher
 
-__all__ = ["INDEXES", "Answer", "Embeddings", "Exact", "Hit", "Searcher", "embed"]
+__all__ = ["INDEXES", "Answer", "Exact", "Hit", "Searcher", "StoredEmbeddings", "embed"]

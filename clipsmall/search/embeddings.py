@@ -20,11 +20,11 @@ from clipsmall.data.scores import good_rows
 from clipsmall.evaluation import Encoder
 from clipsmall.evaluation.features import read_texts
 from clipsmall.evaluation.hits import refuse_non_finite
-from clipsmall.search.store import Part, Store, alone
+from clipsmall.search.store import EmbeddingStore, Part, alone
 
 
 @dataclass
-class Embeddings:
+class StoredEmbeddings:
     """n captions, each with its image, over all parts: an image with five captions has five
     rows.
     """
@@ -51,7 +51,7 @@ class Embeddings:
         return torch.from_numpy(np.sort(np.unique(hashes, return_index=True)[1]))
 
 
-def embed(encoder: Encoder, catalog: Catalog, folder: Path, model: str = "") -> Embeddings:
+def embed(encoder: Encoder, catalog: Catalog, folder: Path, model: str = "") -> StoredEmbeddings:
     """The embeddings of a catalog, from `folder`; what is missing there, or is of another model or
     shard, is made.
 
@@ -68,7 +68,7 @@ def embed(encoder: Encoder, catalog: Catalog, folder: Path, model: str = "") -> 
         (shard.name, _fingerprint(catalog, number)) for number, shard in enumerate(catalog.shards)
     ]
     with alone(folder):
-        store = Store(folder, model, encoder.digest(), prints)
+        store = EmbeddingStore(folder, model, encoder.digest(), prints)
         if store.note:
             print(f"{folder}: {store.note}; embedding anew", file=sys.stderr)
         missing = store.missing()
@@ -84,7 +84,7 @@ def embed(encoder: Encoder, catalog: Catalog, folder: Path, model: str = "") -> 
     ]
     if not sum(map(len, rows)):
         raise ValueError(f"{catalog.shards[0]} ...: none of {len(catalog)} images can be read")
-    return Embeddings(
+    return StoredEmbeddings(
         images=[part.image for part in parts],
         texts=[part.text for part in parts],
         captions=pa.chunked_array(

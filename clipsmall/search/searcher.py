@@ -11,7 +11,7 @@ from torch import Tensor
 from clipsmall.data import Catalog
 from clipsmall.data.preprocess import BadImage, ImageTransform
 from clipsmall.evaluation import Encoder
-from clipsmall.search.embeddings import Embeddings
+from clipsmall.search.embeddings import StoredEmbeddings
 from clipsmall.search.index import INDEXES
 
 
@@ -43,7 +43,7 @@ class Searcher:
     """
 
     def __init__(
-        self, encoder: Encoder, catalog: Catalog, embeddings: Embeddings, index: str = "exact"
+        self, encoder: Encoder, catalog: Catalog, embeddings: StoredEmbeddings, index: str = "exact"
     ) -> None:
         self.encoder = encoder
         self.catalog = catalog

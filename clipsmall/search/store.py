@@ -54,7 +54,7 @@ def alone(folder: Path) -> Iterator[None]:
         yield
 
 
-class Store:
+class EmbeddingStore:
     """The parts of one model and one list of shards; those of others are deleted, or made anew.
 
     Args:

@@ -46,7 +46,7 @@ from clipsmall.distributed import world
 from clipsmall.model.dual_encoder import DualEncoder
 from clipsmall.model.towers import Loaded
 from clipsmall.selfcheck import gradients as gradient_check
-from clipsmall.selfcheck.gradients import Found, Judge, Row, differences, step, table
+from clipsmall.selfcheck.gradients import Found, GradientRow, Judge, differences, step, table
 
 
 @dataclass
@@ -182,7 +182,7 @@ def chunk_size(it: Subject) -> tuple[int, str]:
         return 0, "chunks: refused: BatchNorm, which would take a chunk for the batch"
 
 
-def compare(it: Subject, dtype: torch.dtype, chunk: int) -> list[Row]:
+def compare(it: Subject, dtype: torch.dtype, chunk: int) -> list[GradientRow]:
     """All rows of the table. chunk: pairs; 0 = no chunks."""
     named = gradient_check.groups(
         copy.deepcopy(it.encoder), Pairs(*(field[:2] for field in it.batches[0]))
@@ -207,12 +207,13 @@ def compare(it: Subject, dtype: torch.dtype, chunk: int) -> list[Row]:
         known = mistakes(-(-it.rows // size) if size else 1)
         what = f"{label}, chunks of {size}" if size else label
         rows += [
-            Row(what, group, d, judge.verdict(group, d, known)) for group, d in compared.items()
+            GradientRow(what, group, d, judge.verdict(group, d, known))
+            for group, d in compared.items()
         ]
     if low is not None:
         compared = differences(low, reference, named, device)
         rows += [
-            Row(f"{label}, {precision}", group, d, gradient_check.loose(d))
+            GradientRow(f"{label}, {precision}", group, d, gradient_check.loose(d))
             for group, d in compared.items()
         ]
     return rows
@@ -228,7 +229,7 @@ def mistakes(chunks: int) -> dict[str, float]:
     }
 
 
-def summary(rows: list[Row], faults: list[str]) -> str:
+def summary(rows: list[GradientRow], faults: list[str]) -> str:
     states = [row.verdict.state for row in rows]
     wrong = dict.fromkeys(row.group for row in rows if row.verdict.state == "wrong")
     if names := [*(fault.partition(":")[0] for fault in faults), *wrong]:

@@ -263,14 +263,14 @@ def loose(d: Difference) -> Verdict:
     )
 
 
-class Row(NamedTuple):
+class GradientRow(NamedTuple):
     compared: str
     group: str
     difference: Difference
     verdict: Verdict
 
 
-def table(rows: Sequence[Row]) -> str:
+def table(rows: Sequence[GradientRow]) -> str:
     lines = [
         ("compared with one process", "", "|g| / |g one|", "cosine", "largest diff", "verdict")
     ]

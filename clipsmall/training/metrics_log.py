@@ -22,7 +22,7 @@ from clipsmall.training.feed import Feed
 LINE_EVERY = 15.0
 
 
-class Report:
+class MetricsLog:
     """A job: `report(progress, losses)` every few steps. Only the main rank writes, every rank must
     call.
 

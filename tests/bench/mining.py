@@ -16,21 +16,21 @@ import numpy as np
 from sklearn.cluster import KMeans
 from sklearn.manifold import spectral_embedding
 
-from clipsmall.mining import Identity, Recipe, Scored, deal
+from clipsmall.mining import Identity, MiningRecipe, Scored, deal
 from clipsmall.mining.scored import Floats, Ints, one_owner
 from clipsmall.mining.spectral import affinity, even_clusters
 from clipsmall.mining.weights import batch_losses, softmax_weights
 
 RECIPES = {
-    "shuffled": Recipe("shuffled", group=0, guard=0, near=1),
-    "chain": Recipe("chain", group=0, guard=0, near=1),
-    "chain + 2 sweeps": Recipe("chain", group=0, guard=0, near=1, swaps=2),
-    "kmeans": Recipe("kmeans", group=0, guard=0, near=1),
-    "kmeans + 2 sweeps": Recipe("kmeans", group=0, guard=0, near=1, swaps=2),
-    "shuffled + 5 sweeps": Recipe("shuffled", group=0, guard=0, near=1, swaps=5),
-    "spectral": Recipe("spectral", group=0, guard=0, near=1),
-    "groups of 4": Recipe("groups", group=4, guard=0, near=1),
-    "groups of 4, guard": Recipe("groups", group=4, guard=0.01, near=1),
+    "shuffled": MiningRecipe("shuffled", group=0, guard=0, near=1),
+    "chain": MiningRecipe("chain", group=0, guard=0, near=1),
+    "chain + 2 sweeps": MiningRecipe("chain", group=0, guard=0, near=1, swaps=2),
+    "kmeans": MiningRecipe("kmeans", group=0, guard=0, near=1),
+    "kmeans + 2 sweeps": MiningRecipe("kmeans", group=0, guard=0, near=1, swaps=2),
+    "shuffled + 5 sweeps": MiningRecipe("shuffled", group=0, guard=0, near=1, swaps=5),
+    "spectral": MiningRecipe("spectral", group=0, guard=0, near=1),
+    "groups of 4": MiningRecipe("groups", group=4, guard=0, near=1),
+    "groups of 4, guard": MiningRecipe("groups", group=4, guard=0.01, near=1),
 }
 
 
@@ -59,7 +59,7 @@ def distinct(pairs: int) -> Identity:
     return Identity(np.arange(pairs), np.arange(pairs), np.arange(pairs))
 
 
-def dealt(recipe: Recipe, scored: Scored, ranks: int = 1) -> Ints:
+def dealt(recipe: MiningRecipe, scored: Scored, ranks: int = 1) -> Ints:
     """Batches of a pool whose pairs lie on `ranks` ranks by turns."""
     pairs = len(scored.image)
     return deal(
@@ -101,7 +101,7 @@ def main(words: list[str] | None = None) -> None:
             start = time.process_time()
             if name in RECIPES:
                 recipe = RECIPES[name]
-                batches = dealt(Recipe(**{**vars(recipe), "batch_size": batch}), scored)
+                batches = dealt(MiningRecipe(**{**vars(recipe), "batch_size": batch}), scored)
             else:
                 batches = by_arpack(scored, batch)
             took = time.process_time() - start

@@ -18,7 +18,7 @@ from clipsmall.data import ShardError, open_catalog
 from clipsmall.data.features import Features, feature_file, usable, write_features
 from clipsmall.data.preprocess import BadImage
 from data_tools import check_shards
-from data_tools.shard_writer import Sample, write_shard
+from data_tools.shard_writer import ShardSample, write_shard
 from tests.data.test_reader import damaged
 from tests.distributed.test_world import run_trainer
 from tests.local_clip import local_clip
@@ -82,7 +82,8 @@ def test_each_caption_has_features_of_its_own(clip: str, tmp_path: Path) -> None
     """
     colours = zip(CAPTIONS, COLOURS, strict=False)
     samples = [
-        Sample(k, picture(colour), "png", texts, 12, 8) for k, (texts, colour) in enumerate(colours)
+        ShardSample(k, picture(colour), "png", texts, 12, 8)
+        for k, (texts, colour) in enumerate(colours)
     ]
     write_shard(tmp_path / "train", 0, samples)
     changes = {

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipsmall.batch import Embeddings, Setting
+from clipsmall.batch import Embeddings, RunContext
 from clipsmall.build import objective as build_objective
 from clipsmall.build import queue as build_queue
 from clipsmall.config.reader import read
@@ -108,7 +108,7 @@ def dense(
 
 def objective(name: str, mask: bool) -> Any:
     make = OBJECTIVES[name].make
-    setting = Setting(width=WIDTH, batch_size=BATCH, steps=10)
+    setting = RunContext(width=WIDTH, batch_size=BATCH, steps=10)
     if isinstance(make, type):
         return make(setting, mask_duplicates=mask, **({"warmup": 0.0} if name == "vse++" else {}))
     return lambda rows, columns: make(rows, columns, mask)
@@ -194,10 +194,10 @@ def test_a_queue_may_be_met_later() -> None:
             torch.testing.assert_close(found["loss"], plain(e, e)["loss"])
     assert sizes == [0, 0, 10, 13]
     words = ["--objective.queue=xbm", "--optim.pairs=1000"]
-    made = build_objective.objective(run(*words), Setting(width=WIDTH, batch_size=32, steps=10))
+    made = build_objective.objective(run(*words), RunContext(width=WIDTH, batch_size=32, steps=10))
     assert made.start == 300
     made = build_objective.objective(
-        run(*words, "--objective.queue=moco"), Setting(width=WIDTH, batch_size=32, steps=10)
+        run(*words, "--objective.queue=moco"), RunContext(width=WIDTH, batch_size=32, steps=10)
     )
     assert made.start == 0
 
@@ -221,7 +221,7 @@ def soft(e: Embeddings, columns: tuple[Tensor, Tensor, Tensor, Tensor], alpha: f
 
 
 def test_soft_targets_are_albefs_and_grow() -> None:
-    setting = Setting(width=WIDTH, batch_size=BATCH, steps=8)
+    setting = RunContext(width=WIDTH, batch_size=BATCH, steps=8)
     queued = Queued(SoftTargets(setting, alpha=0.4, ramp=0.5), "moco", 13, WIDTH).double()
     plain = Plain("moco", 13)
     for step in range(6):
@@ -349,7 +349,7 @@ def test_features_that_age_are_told() -> None:
     ],
 )
 def test_what_a_queue_refuses(words: list[str], said: str) -> None:
-    setting = Setting(width=WIDTH, batch_size=32, steps=10)
+    setting = RunContext(width=WIDTH, batch_size=32, steps=10)
     # an option of the other queue: a note, no error
     if not said:
         build_objective.objective(run(*words), setting)
@@ -369,9 +369,11 @@ def test_beside_a_queue_sinkhorn_compares_the_batch() -> None:
         "--objective.queue=xbm",
         "--objective.xbm.start=0",
     )
-    made = build_objective.objective(mixed, Setting(width=WIDTH, batch_size=32, steps=10)).double()
+    made = build_objective.objective(
+        mixed, RunContext(width=WIDTH, batch_size=32, steps=10)
+    ).double()
     plain = build_objective.objective(
-        run("--objective=sinkhorn"), Setting(width=WIDTH, batch_size=32, steps=10)
+        run("--objective=sinkhorn"), RunContext(width=WIDTH, batch_size=32, steps=10)
     )
     for _ in range(2):
         found = made(e, e)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from clipsmall import train
-from clipsmall.batch import Pairs, Setting
+from clipsmall.batch import Pairs, RunContext
 from clipsmall.build import (
     chunks as build_chunks,
 )
@@ -94,7 +94,7 @@ def pairs_for(encoder: DualEncoder) -> Pairs:
 
 
 def gradients(encoder: DualEncoder, config: Config) -> dict[str, Tensor | None]:
-    objective = build_objective.objective(config, Setting(8, BATCH, 10))
+    objective = build_objective.objective(config, RunContext(8, BATCH, 10))
     rows = encoder(pairs_for(encoder))
     objective(rows, rows)["loss"].backward()
     return {name: p.grad for name, p in encoder.named_parameters() if p.requires_grad}
@@ -497,7 +497,7 @@ def test_a_fresh_siglip_starts_with_a_sane_bias(models: dict[str, str]) -> None:
     encoder = built(config)
     assert encoder.logit_bias.item() == pytest.approx(-math.log(BATCH - 1))
     rows = encoder(pairs_for(encoder))
-    loss = build_objective.objective(config, Setting(8, BATCH, 10))(rows, rows)["loss"].item()
+    loss = build_objective.objective(config, RunContext(8, BATCH, 10))(rows, rows)["loss"].item()
     # about 1 for the positive at scale 10, 1 for all negatives
     assert loss < 5.5
 

@@ -21,7 +21,7 @@ from clipsmall.compare.canvas import Frames, clean
 from clipsmall.compare.compare_page import DASH, Page
 from clipsmall.compare.grid import Comparison
 from clipsmall.compare.outcomes import CURVES, NUMBERS
-from clipsmall.compare.samples import Sample
+from clipsmall.compare.samples import TestedSample
 from clipsmall.compare.summary import contrasts, pareto, summarise
 from clipsmall.compare.verdict import verdict
 from clipsmall.data import open_catalog
@@ -109,8 +109,8 @@ def full(text: str = "a glyph") -> Page:
         failures=[(text, "failed", text), (text, text, "")],
         figures={"a": (f"{text}: {text}", figure)},
         samples=[
-            *(Sample(text, asked, np.eye(2), [text] * 2) for _ in range(2)),
-            Sample(text, error=text),
+            *(TestedSample(text, asked, np.eye(2), [text] * 2) for _ in range(2)),
+            TestedSample(text, error=text),
         ],
         config=text,
         command=text,

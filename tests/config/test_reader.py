@@ -16,7 +16,7 @@ import yaml
 
 from clipsmall.compare.grid import load
 from clipsmall.config import Config
-from clipsmall.config.objectives import Name, Objective
+from clipsmall.config.objectives import Name, ObjectiveSection
 from clipsmall.config.reader import ConfigError, fields, lay_over, read, written
 from clipsmall.objectives import OBJECTIVES
 from tests import ROOT
@@ -518,4 +518,4 @@ def test_names_in_a_list_stay_names() -> None:
 
 def test_every_objective_has_a_name_and_a_section() -> None:
     assert set(get_args(Name)) == set(OBJECTIVES)
-    assert all(hasattr(Objective(), kind.section) for kind in OBJECTIVES.values())
+    assert all(hasattr(ObjectiveSection(), kind.section) for kind in OBJECTIVES.values())

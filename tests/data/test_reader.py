@@ -35,7 +35,7 @@ from clipsmall.data import (
 from clipsmall.data.order import permutation
 from clipsmall.data.preprocess import ImageSpec, ImageTransform
 from clipsmall.model.small import SmallText, WordTokenizer
-from data_tools.shard_writer import Sample, write_shard
+from data_tools.shard_writer import ShardSample, write_shard
 
 TOKENIZE = WordTokenizer.train(["latin small letter a"], SmallText(context_length=8))
 
@@ -181,7 +181,7 @@ def damaged(glyphs: Path, folder: Path, keys: list[int]) -> Path:
         for row in range(number * 100, number * 100 + 100):
             members = reader.read(row)
             image = b"<html>404</html>" if row in keys else members.image
-            samples.append(Sample(row, image, "png", [members.text.decode()], 32, 32))
+            samples.append(ShardSample(row, image, "png", [members.text.decode()], 32, 32))
         write_shard(folder, number, samples)
     return folder
 
@@ -285,7 +285,7 @@ def test_numbers_come_from_the_json_or_from_the_place(glyphs: Path, tmp_path: Pa
 def test_a_pairs_captions_take_turns(tmp_path: Path, glyphs: Path) -> None:
     image = open_catalog(str(glyphs / "train")).read(0).image
     captions = ["latin small letter a", "latin small letter b", "c"]
-    write_shard(tmp_path, 0, [Sample(i, image, "png", captions, 32, 32) for i in range(4)])
+    write_shard(tmp_path, 0, [ShardSample(i, image, "png", captions, 32, 32) for i in range(4)])
     reader = batches(tmp_path, size=4, window=0)
     shown = [reader[epoch].pairs.caption_hash.tolist() for epoch in range(3)]
     for pair in range(4):

@@ -40,11 +40,11 @@ from clipsmall.data.batch_plan import read_plan, write_plan
 from clipsmall.data.index import image_hash, proof
 from clipsmall.data.preprocess import ImageSpec, ImageTransform
 from clipsmall.data.scores import Scorer, Scores, all_scores, sidecar
-from clipsmall.mining import Recipe
+from clipsmall.mining import MiningRecipe
 from clipsmall.model.saved import load_model
 from data_tools import hard_pairs, mine_shards, plans, repack, scores
 from data_tools.plans import routed, seated
-from data_tools.shard_writer import Sample, write_shard
+from data_tools.shard_writer import ShardSample, write_shard
 from tests.data.test_reader import TOKENIZE
 from tests.shards_for_tests import config
 
@@ -288,7 +288,7 @@ def test_the_first_of_several_captions_is_scored(model: Path, glyphs: Path, tmp_
     captions = [catalog.read(row).text.decode() for row in range(4)]
     for folder, each in (("one", captions[:1]), ("four", captions)):
         write_shard(
-            tmp_path / folder, 0, [Sample(0, catalog.read(0).image, "png", each, 32, 32)] * 2
+            tmp_path / folder, 0, [ShardSample(0, catalog.read(0).image, "png", each, 32, 32)] * 2
         )
         assert run("score", model, "--data", tmp_path / folder) == 0
     assert tables(tmp_path / "one")[0]["text"] == tables(tmp_path / "four")[0]["text"]
@@ -388,7 +388,7 @@ def test_mined_batches_are_hard_and_half_a_plan_is_random(scored: Path) -> None:
     mined = {}
     for fraction in (1, 0.5):
         batches, numbers = plans.plan(
-            catalog, table, Recipe(batch_size=16, guard=0, near=1), fraction, 300, 0
+            catalog, table, MiningRecipe(batch_size=16, guard=0, near=1), fraction, 300, 0
         )
         assert np.unique(batches).size == batches.size == 288
         assert numbers["mined_batches"] == round(18 * fraction)
@@ -405,7 +405,7 @@ def test_a_batch_is_made_of_groups_from_all_windows(scored: Path) -> None:
     """Windows of 64 alike pairs: a batch out of one of them would be hard as a whole."""
     catalog = open_catalog(str(scored))
     table = topics(300)
-    recipe = Recipe(batch_size=16, guard=0, near=1)
+    recipe = MiningRecipe(batch_size=16, guard=0, near=1)
     batches, _ = plans.plan(catalog, table, recipe, 1, 64, 0)
     generator = np.random.default_rng(0)
     places = np.sort(generator.permutation(300)[:288])
@@ -425,7 +425,9 @@ def test_copies_are_kept_apart_in_a_group(scored: Path) -> None:
     table = topics(240)
     catalog.caption_hash[:240] = np.arange(240) % 48
     for copies in (catalog.caption_hash, table.image_hash):
-        batches, _ = plans.plan(catalog, table, Recipe(batch_size=16, guard=0, near=1), 1, 120, 0)
+        batches, _ = plans.plan(
+            catalog, table, MiningRecipe(batch_size=16, guard=0, near=1), 1, 120, 0
+        )
         groups = copies[batches].reshape(-1, 4)
         assert all(len(set(group)) == 4 for group in groups.tolist())
         catalog.caption_hash[:240] = np.arange(240)

@@ -22,7 +22,7 @@ from clipsmall.evaluation.matching import one_to_one
 from clipsmall.evaluation.retrieval import relevance
 from clipsmall.evaluation.sets import open_set
 from clipsmall.evaluation.suite import Settings
-from clipsmall.evaluation.view import View
+from clipsmall.evaluation.view import DataView
 from clipsmall.mining.swaps import conflicts
 from tests.evaluation.test_evaluation import small_encoder, unit_rows, write_pictures
 from tests.evaluation.test_suite import cells, run, write_model
@@ -31,9 +31,9 @@ SCRIPTS = ("latin", "greek", "gothic", "runic", "thai")
 FAMILIES = [f"{script} letter {member}" for member in "abcd" for script in SCRIPTS]
 
 
-def seen(captions: list[list[str]], images: Tensor, texts: Tensor) -> View:
+def seen(captions: list[list[str]], images: Tensor, texts: Tensor) -> DataView:
     """A view of features that are made up."""
-    view = View.__new__(View)
+    view = DataView.__new__(DataView)
     view.data = type(
         "Data", (), {"name": "made", "catalog": type("Catalog", (), {"total": len(captions)})()}
     )()
@@ -208,7 +208,9 @@ def test_all_models_meet_the_same_sets(pictures: Path, monkeypatch: pytest.Monke
     second = small_encoder()
     for weights in second.model.parameters():
         weights.data.mul_(-1.3)
-    found = [candidates.candidates(View(e, open_set(str(pictures))), 6) for e in (first, second)]
+    found = [
+        candidates.candidates(DataView(e, open_set(str(pictures))), 6) for e in (first, second)
+    ]
     assert not torch.equal(met[0][0], met[2][0])
     # hard
     assert torch.equal(met[0][2], met[2][2])
@@ -217,7 +219,7 @@ def test_all_models_meet_the_same_sets(pictures: Path, monkeypatch: pytest.Monke
     assert found[0].counts == found[1].counts
     assert found[0].counts["skipped"] == 2
 
-    view = View(first, open_set(str(pictures)))
+    view = DataView(first, open_set(str(pictures)))
     belongs = view.captions[1]
     images, own = one_to_one(belongs)
     rights = {*zip(belongs.image.tolist(), belongs.text.tolist(), strict=True)}
@@ -229,7 +231,7 @@ def test_all_models_meet_the_same_sets(pictures: Path, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("size", [1, 0, -3, 200])
 def test_sets_of_impossible_sizes_are_refused(size: int, pictures: Path) -> None:
-    view = View(small_encoder(), open_set(str(pictures)))
+    view = DataView(small_encoder(), open_set(str(pictures)))
     pairs = len(one_to_one(view.captions[1])[0])
     with pytest.raises(
         ValueError, match=rf"--candidates={size}: must be 2 to {pairs}, the pairs with a caption"

@@ -30,7 +30,7 @@ from clipsmall.evaluation.distortions import (
 from clipsmall.evaluation.features import Encoder
 from clipsmall.evaluation.robustness import robustness
 from clipsmall.evaluation.sets import open_set
-from clipsmall.evaluation.view import View
+from clipsmall.evaluation.view import DataView
 from tests.evaluation.test_evaluation import COLOURS, small_encoder, write_pictures
 
 
@@ -171,11 +171,11 @@ def test_the_model_sees_the_corrupted_picture_through_its_own_preprocessing(tmp_
     torch.testing.assert_close(encoder.model.eval().encode_image(pixels)[0], found[4])
 
 
-def view_of(folder: Path) -> View:
+def view_of(folder: Path) -> DataView:
     write_pictures(folder / "test")
     write_pictures(folder / "train", 60)
     (folder / "classnames.txt").write_text("\n".join(COLOURS[:-1]))
-    return View(small_encoder(), open_set(str(folder), label="kind"))
+    return DataView(small_encoder(), open_set(str(folder), label="kind"))
 
 
 def test_robustness_is_the_mean_of_the_tasks_on_corrupted_pictures(tmp_path: Path) -> None:
@@ -189,7 +189,7 @@ def test_robustness_is_the_mean_of_the_tasks_on_corrupted_pictures(tmp_path: Pat
     cell = robustness(view, tasks, names, severities)
     for task, measure in tasks.items():
 
-        def main(there: View, task: str = task, measure: Any = measure) -> float:
+        def main(there: DataView, task: str = task, measure: Any = measure) -> float:
             metrics = measure(there).metrics
             if task != "retrieval":
                 return metrics["acc1"]
@@ -197,12 +197,12 @@ def test_robustness_is_the_mean_of_the_tasks_on_corrupted_pictures(tmp_path: Pat
 
         fresh = {
             (name, severity): main(
-                View(view.encoder, view.data, change=Corruption(name, severity, 16))
+                DataView(view.encoder, view.data, change=Corruption(name, severity, 16))
             )
             for name in names
             for severity in severities
         }
-        clean = main(View(view.encoder, view.data))
+        clean = main(DataView(view.encoder, view.data))
         assert cell.metrics[f"{task}_clean"] == pytest.approx(clean)
         assert cell.metrics[f"{task}_corrupted"] == pytest.approx(np.mean([*fresh.values()]))
         if clean:

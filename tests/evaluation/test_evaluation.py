@@ -29,7 +29,7 @@ from torch import Tensor
 from clipsmall import retrieve, zero_shot
 from clipsmall.data import Catalog, build_index, open_catalog, write_index
 from clipsmall.data.preprocess import ImageSpec
-from clipsmall.evaluation import Cell, Encoder, classification, print_cells, prompts, write_cell
+from clipsmall.evaluation import Encoder, Result, classification, print_cells, prompts, write_cell
 from clipsmall.evaluation import retrieval as measure_retrieval
 from clipsmall.evaluation import zero_shot as measure_zero_shot
 from clipsmall.evaluation.classification import accuracies, class_features
@@ -39,7 +39,7 @@ from clipsmall.evaluation.retrieval import recalls, relevance
 from clipsmall.model.dual_encoder import DualEncoder
 from clipsmall.model.load import load_towers
 from clipsmall.model.small import SmallConfig, SmallTowers, WordTokenizer
-from data_tools.shard_writer import Sample, write_shard
+from data_tools.shard_writer import ShardSample, write_shard
 from tests.model.test_towers import write_clip, write_open_clip_folder, write_open_clip_json
 from tests.shard_samples import write_tar
 from tests.shards_for_tests import TOWERS
@@ -77,7 +77,7 @@ def write_pictures(folder: Path, count: int = 43, broken: tuple[int, ...] = ()) 
                 "nothing": None,
             }
             image = BROKEN if i in broken else picture(i)
-            yield Sample(
+            yield ShardSample(
                 i, image, "png", [COLOURS[kinds[i]], f"picture {i}"][: 1 + i % 2], 32, 32, fields
             )
 
@@ -622,7 +622,7 @@ def test_a_batch_of_nothing_is_refused() -> None:
 
 
 def test_a_cell_is_clip_benchmarks(tmp_path: Path) -> None:
-    cell = Cell(
+    cell = Result(
         "wds/image net",
         "zeroshot_classification",
         {"acc1": 0.5, "acc5": 0.75},

@@ -30,7 +30,7 @@ from clipsmall.evaluation import calibration, geometry, matching, probe, top1
 from clipsmall.evaluation.corruptions import Corruption
 from clipsmall.evaluation.retrieval import relevance
 from clipsmall.evaluation.sets import open_set
-from clipsmall.evaluation.view import View
+from clipsmall.evaluation.view import DataView
 from tests.evaluation.test_corruptions import scene
 from tests.evaluation.test_evaluation import COLOURS, small_encoder, unit_rows, write_pictures
 
@@ -55,8 +55,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def view(folder: Path) -> View:
-    return View(small_encoder(), open_set(str(folder), label="kind"))
+def view(folder: Path) -> DataView:
+    return DataView(small_encoder(), open_set(str(folder), label="kind"))
 
 
 # ---- probes
@@ -113,7 +113,7 @@ def test_the_probe_is_scikit_learns_with_the_best_strength() -> None:
     assert (model.predict(test.double()) == truth.numpy()).mean() > 0.6
 
 
-def test_probe_cells_are_scikit_learns_numbers(view: View) -> None:
+def test_probe_cells_are_scikit_learns_numbers(view: DataView) -> None:
     train, labels, truth, classes = view.training
     assert classes == 7
     for cell, theirs in (
@@ -157,7 +157,9 @@ def test_rare_and_single_classes() -> None:
 
 def test_a_class_that_was_never_learned_is_named(folder: Path, tmp_path: Path) -> None:
     write_pictures(tmp_path / "few", 3)
-    view = View(small_encoder(), open_set(str(folder), label="kind", train=str(tmp_path / "few")))
+    view = DataView(
+        small_encoder(), open_set(str(folder), label="kind", train=str(tmp_path / "few"))
+    )
     with pytest.raises(
         ValueError, match=r"images are of classes without a train image, as '\d'; learn from other"
     ):
@@ -213,7 +215,7 @@ def test_an_honest_model_has_no_ece_and_a_sure_one_all() -> None:
 
 
 def test_calibration_is_of_the_models_own_probabilities(
-    view: View, folder: Path, tmp_path: Path
+    view: DataView, folder: Path, tmp_path: Path
 ) -> None:
     cell = calibration.calibration(view)
     shares = (view.images.double() @ view.class_features.double().T * 10).softmax(dim=1)
@@ -241,7 +243,7 @@ def test_calibration_is_of_the_models_own_probabilities(
     (tmp_path / "pairs").mkdir()
     write_pictures(tmp_path / "pairs" / "p")
     # no classes: captions instead
-    pairs = View(view.encoder, open_set(str(tmp_path / "pairs" / "p")))
+    pairs = DataView(view.encoder, open_set(str(tmp_path / "pairs" / "p")))
     best = (pairs.images.double() @ pairs.texts.double().T).argmax(dim=1)
     own = pairs.captions[1].block("image", 0, 43)
     found = calibration.calibration(pairs).metrics["softmax_accuracy"]
@@ -249,7 +251,7 @@ def test_calibration_is_of_the_models_own_probabilities(
 
 
 def test_pairs_of_many_images_are_a_part_evenly_chosen(
-    view: View, monkeypatch: pytest.MonkeyPatch
+    view: DataView, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     view.encoder.model.logit_bias.data.fill_(-4.0)
     monkeypatch.setattr(calibration, "PAIRS_OF", 22)
@@ -299,7 +301,7 @@ def test_geometry_is_a_count_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def test_geometry_of_known_shapes(view: View) -> None:
+def test_geometry_of_known_shapes(view: DataView) -> None:
     eye = torch.eye(6)
     assert geometry.effective_rank(eye) == pytest.approx(6)
     assert geometry.effective_rank(eye[:1].expand(5, 6)) == pytest.approx(1)
@@ -384,7 +386,7 @@ def test_one_to_one_takes_each_once() -> None:
     assert list(zip(images.tolist(), texts.tolist(), strict=True)) == [(0, 0), (4, 3)]
 
 
-def test_matching_a_hub_away(view: View) -> None:
+def test_matching_a_hub_away(view: DataView) -> None:
     """A text that is near to all images is everybody's argmax; normalised, each finds its own
     again.
     """
@@ -470,7 +472,7 @@ def test_top1_among_corruptions_is_a_count_by_hand() -> None:
     assert top1.both_ways(first[:, 0], second[:, 0]) == pytest.approx(expected.item())
 
 
-def test_chos_tasks_and_their_cross_modal_forms(view: View) -> None:
+def test_chos_tasks_and_their_cross_modal_forms(view: DataView) -> None:
     names = ("contrast", "gaussian_noise", "pixelate")
     cell = top1.top1(view, names, (5,), limit=20)
     assert set(cell.metrics) == {

@@ -26,8 +26,8 @@ from clipsmall.data import open_catalog
 from clipsmall.evaluation import multilabel, suite
 from clipsmall.evaluation.hits import scores
 from clipsmall.evaluation.sets import open_set
-from clipsmall.evaluation.suite import Model, Settings
-from clipsmall.evaluation.view import View
+from clipsmall.evaluation.suite import NamedModel, Settings
+from clipsmall.evaluation.view import DataView
 from tests.evaluation.test_evaluation import BROKEN, COLOURS, picture, small_encoder, unit_rows
 from tests.evaluation.test_suite import cells, load, run, write_model
 from tests.shard_samples import write_tar
@@ -224,7 +224,7 @@ def test_classes_without_an_image_are_refused_or_left_out(
     assert run(model, "--data", folder, "--out", out) == 1
     assert "class 'blue' has no image, like 1 of 5 classes in" in capsys.readouterr().err
     assert run(model, "--data", folder, "--out", out, "--empty_classes") == 0
-    view = View(load(model), open_set(str(folder)), empty_classes=True)
+    view = DataView(load(model), open_set(str(folder)), empty_classes=True)
     each = [
         average_precision_score(shown[:, c], scores(view.images, view.class_features)[:, c].numpy())
         for c in (0, 1, 3, 4)
@@ -260,7 +260,7 @@ def test_tasks_that_need_one_class_an_image_say_so(
 
 def on_a_rank(folder: Path, out: Path) -> list[str]:
     return suite.evaluate(
-        Model("m", "", small_encoder(7)), [open_set(str(folder))], [], Settings(), out
+        NamedModel("m", "", small_encoder(7)), [open_set(str(folder))], [], Settings(), out
     )
 
 

@@ -31,9 +31,9 @@ from clipsmall.evaluation import retrieval as measure_retrieval
 from clipsmall.evaluation import zero_shot as measure_zero_shot
 from clipsmall.evaluation.retrieval import Relevance, recalls
 from clipsmall.evaluation.sets import open_set
-from clipsmall.evaluation.suite import Model, Settings
+from clipsmall.evaluation.suite import NamedModel, Settings
 from clipsmall.evaluation.tables import FIRST, eval_results, write_tables
-from clipsmall.evaluation.view import View
+from clipsmall.evaluation.view import DataView
 from clipsmall.model.dual_encoder import DualEncoder
 from clipsmall.model.load import save_model_files
 from clipsmall.model.small import SmallConfig, WordTokenizer
@@ -175,7 +175,7 @@ def test_the_suite_measures_what_the_single_commands_do(home: Path) -> None:
     encoder = load(home / "model")
     data = open_set(str(home / "pictures"), label="kind")
     catalog = open_catalog(str(home / "pictures" / "test"))
-    view = View(encoder, data)
+    view = DataView(encoder, data)
     classes = str(home / "pictures" / "classnames.txt")
     assert suite.zero_shot(view) == measure_zero_shot(
         encoder, catalog, "pictures", classes, "plain", "kind"
@@ -425,7 +425,7 @@ def test_what_a_data_set_is_called_and_made_for(home: Path, tmp_path: Path) -> N
     with pytest.raises(
         ValueError, match=r"classes=captions: labels are numbers here; give a classnames\.txt"
     ):
-        suite.zero_shot(View(small_encoder(), nameless))
+        suite.zero_shot(DataView(small_encoder(), nameless))
     with pytest.raises(ValueError, match=r"no images to learn from beside it .* --train"):
         _ = open_set(str(tmp_path / "plain")).training
 
@@ -624,7 +624,7 @@ def test_features_that_are_not_finite_fail_every_task_that_needs_them(
     encoder = load(home / "model")
     spoilt(encoder.model, side)
     data = open_set(str(home / "pictures"), label="kind")
-    failures = suite.evaluate(Model("broken", "", encoder), [data], ALL, FEW, tmp_path)
+    failures = suite.evaluate(NamedModel("broken", "", encoder), [data], ALL, FEW, tmp_path)
     told = {line.split(": ")[0].split(", ")[1] for line in failures}
     assert told == set(ALL) - ({"knn", "linear_probe"} if side == "text" else set())
     assert all("features are not finite" in line for line in failures)
@@ -640,7 +640,7 @@ def on_a_rank(home: Path, out: Path) -> list[str]:
     # nobody else may
     writes = suite.write_cell if world.rank() == 0 else None
     with mock.patch.object(suite, "write_cell", writes):
-        return suite.evaluate(Model("m", "", encoder), [data], ALL, FEW, out)
+        return suite.evaluate(NamedModel("m", "", encoder), [data], ALL, FEW, out)
 
 
 def test_cells_are_the_same_on_any_number_of_ranks(home: Path, ranks: Any, tmp_path: Path) -> None:

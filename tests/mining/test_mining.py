@@ -13,12 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clipsmall.mining import Identity, Recipe, Scored, deal, guards
+from clipsmall.mining import Identity, MiningRecipe, Scored, deal, false_negatives
+from clipsmall.mining.assignment import joined
 from clipsmall.mining.combine import combined, even_quotas
-from clipsmall.mining.deal import joined
+from clipsmall.mining.initial_groups import osgd, shuffled
 from clipsmall.mining.learnability import gains, learnability
 from clipsmall.mining.scored import Ints, one_owner
-from clipsmall.mining.starts import osgd, shuffled
 from clipsmall.mining.swaps import conflicts, separated, swapped
 from clipsmall.mining.weights import batch_losses, sigmoid_weights, softmax_weights
 from tests.bench.mining import clustered, dealt, distinct, unit
@@ -64,7 +64,7 @@ def test_every_plan_takes_each_pair_once_and_equally_from_every_rank(
     method, ranks, size, batches, group, sweeps, seed = given
     n = size * batches
     chance = np.random.default_rng(seed)
-    recipe = Recipe(
+    recipe = MiningRecipe(
         method, size, group if method in DEALERS else 0, swaps=sweeps, keep=0.5, guard=0.02
     )
     owner = np.arange(n) // (size // ranks) % ranks
@@ -104,7 +104,7 @@ def test_copies_never_meet_where_they_need_not(method: str, ranks: int) -> None:
         mixed = identity.take(order)
         owner = np.arange(n) // (size // ranks) % ranks
         out = deal(
-            Recipe(method, size, 4 if method == "groups" else 0),
+            MiningRecipe(method, size, 4 if method == "groups" else 0),
             given,
             mixed,
             owner,
@@ -122,14 +122,18 @@ def test_what_must_stay_together_gets_one_hash() -> None:
     n = 32
     identity = Identity(np.arange(n), np.zeros(n, np.int64), np.arange(n))
     out = deal(
-        Recipe("chain", 8, 0), pool(0, n), identity, np.zeros(n, np.int64), np.random.default_rng(0)
+        MiningRecipe("chain", 8, 0),
+        pool(0, n),
+        identity,
+        np.zeros(n, np.int64),
+        np.random.default_rng(0),
     )
     assert out.numbers["unseparated"] > 0
     assert (out.caption_hash == 0).all()
     # pairs 0 and 1 share an image, 1 and 2 a caption: all three are one; 3 is another
     batches = np.array([[0, 1, 2, 3]])
     four = Identity(np.arange(4), np.array([5, 6, 6, 7]), np.array([1, 1, 2, 3]))
-    copies = guards.copies(four)
+    copies = false_negatives.copies(four)
     assert copies.sum() == 4
     hashes = joined(four, batches, copies)
     assert len(set(hashes[0, :3].tolist())) == 1
@@ -148,7 +152,7 @@ def test_what_is_merely_alike_stays_a_negative() -> None:
     identity = Identity(np.arange(n), captions, np.arange(n))
     owner = np.zeros(n, np.int64)
     out = deal(
-        Recipe("groups", 512, 4),
+        MiningRecipe("groups", 512, 4),
         Scored(image, text, 10.0),
         identity,
         owner,
@@ -163,7 +167,11 @@ def test_copies_that_cannot_all_be_apart_are_spread_as_far_as_can_be() -> None:
     scored, _ = clustered(n)
     identity = Identity(np.arange(n), np.arange(n) % 10, np.arange(n))
     out = deal(
-        Recipe("groups", 32, 4), scored, identity, np.zeros(n, np.int64), np.random.default_rng(0)
+        MiningRecipe("groups", 32, 4),
+        scored,
+        identity,
+        np.zeros(n, np.int64),
+        np.random.default_rng(0),
     )
     # 205 pairs of a caption in 64 batches: at best three or four in each, and 10 · 64 · 3.2 · 2.2 /
     # 2 pairs of them
@@ -176,7 +184,7 @@ def test_mined_batches_are_harder_than_random_ones(method: str, weights: str) ->
     for seed in range(3):
         scored, _ = clustered(512, seed=seed)
         scored = scored if weights == "softmax" else scored._replace(bias=-5.0)
-        recipe = Recipe(method, 32, 4 if method == "groups" else 0, weights, keep=0.25)
+        recipe = MiningRecipe(method, 32, 4 if method == "groups" else 0, weights, keep=0.25)
         out = deal(
             recipe, scored, distinct(512), np.zeros(512, np.int64), np.random.default_rng(seed)
         )
@@ -193,7 +201,7 @@ def test_one_plan_for_all_ranks_keeps_most_of_the_hardness() -> None:
     scored, _ = clustered(1280)
     made = {
         ranks: batch_losses(
-            scored, dealt(Recipe("kmeans", 32, 0, swaps=5, guard=0), scored, ranks)
+            scored, dealt(MiningRecipe("kmeans", 32, 0, swaps=5, guard=0), scored, ranks)
         ).mean()
         for ranks in (1, 8)
     }
@@ -203,7 +211,7 @@ def test_one_plan_for_all_ranks_keeps_most_of_the_hardness() -> None:
     for rank in range(8):
         mine = np.flatnonzero(np.arange(1280) % 8 == rank)
         part = Scored(scored.image[mine], scored.text[mine], scored.scale)
-        alone.append(mine[dealt(Recipe("kmeans", 4, 0, swaps=5, guard=0), part)])
+        alone.append(mine[dealt(MiningRecipe("kmeans", 4, 0, swaps=5, guard=0), part)])
     assert batch_losses(scored, np.concatenate(alone, axis=1)).mean() < 0.3
 
 
@@ -337,37 +345,37 @@ def test_the_guard_blocks_the_share_it_is_told_and_follows_the_model() -> None:
     scored, concept = clustered(512)
     same = (concept[:, None] == concept) & ~np.eye(512, dtype=bool)
     for share in (0.002, 0.01, 0.05):
-        blocked, limit = guards.too_hard(scored, share, None)
+        blocked, limit = false_negatives.too_hard(scored, share, None)
         assert blocked.sum() / (512 * 511) == pytest.approx(share, rel=0.15)
         assert not blocked.diagonal().any()
         assert (blocked == blocked.T).all()
-        fixed, _ = guards.too_hard(scored, 0.5, limit)
+        fixed, _ = false_negatives.too_hard(scored, 0.5, limit)
         assert (fixed == blocked).all()
     # the hardest hundredth holds the pairs of one concept: 3 of 511
-    assert (guards.too_hard(scored, 0.01, None)[0] & same).sum() / same.sum() > 0.95
-    none, limit = guards.too_hard(scored, 0.0, None)
+    assert (false_negatives.too_hard(scored, 0.01, None)[0] & same).sum() / same.sum() > 0.95
+    none, limit = false_negatives.too_hard(scored, 0.0, None)
     assert not none.any()
     assert limit == np.inf
     # a model that knows nothing has no positives to compare with
     ignorant = scored._replace(text=scored.text[::-1].copy())
-    assert guards.too_hard(ignorant, 0.01, None)[0].mean() == pytest.approx(0.01, rel=0.2)
+    assert false_negatives.too_hard(ignorant, 0.01, None)[0].mean() == pytest.approx(0.01, rel=0.2)
 
 
 def test_near_duplicates_are_of_one_modality() -> None:
     scored = pool(0, 16)
     image = scored.image.copy()
     image[3] = image[7]
-    near = guards.near_duplicates(scored._replace(image=image), 0.999)
+    near = false_negatives.near_duplicates(scored._replace(image=image), 0.999)
     assert near.sum() == 2
     assert near[3, 7]
-    assert not guards.near_duplicates(scored._replace(image=image), 1.0).any()
+    assert not false_negatives.near_duplicates(scored._replace(image=image), 1.0).any()
     # towers that have learned nothing: all features are close, and of 300 one of each pair is
     # called near
     alike = unit(1 + 0.01 * np.random.default_rng(0).normal(size=(300, 8))).astype(np.float32)
     assert (alike @ alike.T).min() > 0.99
-    assert guards.near_duplicates(Scored(alike, alike[::-1].copy()), 0.95).mean() == pytest.approx(
-        2 / 300, rel=0.3
-    )
+    assert false_negatives.near_duplicates(
+        Scored(alike, alike[::-1].copy()), 0.95
+    ).mean() == pytest.approx(2 / 300, rel=0.3)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
@@ -395,7 +403,7 @@ def test_a_larger_share_of_hard_pairs_is_harder() -> None:
     scored, _ = clustered(640)
     whole = [
         batch_losses(
-            scored, dealt(replace(Recipe("groups", 32, guard=0), group=group), scored)
+            scored, dealt(replace(MiningRecipe("groups", 32, guard=0), group=group), scored)
         ).mean()
         for group in (2, 4, 8, 0)
     ]

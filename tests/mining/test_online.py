@@ -31,8 +31,8 @@ from clipsmall.config.reader import read
 from clipsmall.data import LoadedBatch, Skips, open_catalog
 from clipsmall.data.preprocess import ImageSpec
 from clipsmall.distributed import world
-from clipsmall.mining import Identity, Recipe, Scored, deal
-from clipsmall.mining.online import NUMBERS, MinedBatches, View
+from clipsmall.mining import Identity, MiningRecipe, Scored, deal
+from clipsmall.mining.online import NUMBERS, MinedBatches, PoolView
 from clipsmall.mining.schedule import Schedule, Stretch, turns
 from clipsmall.model.dual_encoder import DualEncoder
 from clipsmall.storage import checkpoint
@@ -95,26 +95,26 @@ def batch(number: int) -> LoadedBatch:
     return LoadedBatch(pairs, Skips(seen=local), index * 3)
 
 
-def score(pairs: Pairs) -> View:
+def score(pairs: Pairs) -> PoolView:
     image, text = (torch.from_numpy(x)[pairs.index] for x in (SCORED.image, SCORED.text))
-    return View(image, text, torch.tensor(SCORED.scale), torch.tensor(0.0))
+    return PoolView(image, text, torch.tensor(SCORED.scale), torch.tensor(0.0))
 
 
 def mined(
-    progress: Progress, recipe: Recipe, view: Any = score, schedule: Schedule = SCHEDULE
+    progress: Progress, recipe: MiningRecipe, view: Any = score, schedule: Schedule = SCHEDULE
 ) -> MinedBatches:
     return MinedBatches(
         lambda numbers: map(batch, numbers), schedule.stretches(), view, recipe, 0, progress
     )
 
 
-GROUPS = Recipe("groups", B, 4)
-CHAIN = Recipe("chain", B, 0)
-OSGD = Recipe("osgd", B, 0, keep=0.5)
+GROUPS = MiningRecipe("groups", B, 4)
+CHAIN = MiningRecipe("chain", B, 0)
+OSGD = MiningRecipe("osgd", B, 0, keep=0.5)
 
 
 def play(
-    recipe: Recipe, schedule: Schedule, start: int, until: int, state: Any
+    recipe: MiningRecipe, schedule: Schedule, start: int, until: int, state: Any
 ) -> tuple[list[Any], Any]:
     """Numbers, hashes and skips of each step from `start` on, and the state after `until`."""
     progress = Progress(step=start)
@@ -134,7 +134,7 @@ def play(
 
 @pytest.mark.parametrize("size", [1, 2, 4, 8])
 @pytest.mark.parametrize("recipe", [GROUPS, CHAIN], ids=["groups", "chain"])
-def test_one_plan_for_all_ranks(ranks: Any, size: int, recipe: Recipe) -> None:
+def test_one_plan_for_all_ranks(ranks: Any, size: int, recipe: MiningRecipe) -> None:
     played = [seen for seen, _ in ranks(size, play, recipe, SCHEDULE, 0, STEPS, {})]
     steps = [
         [pair for rank in range(size) for pair in played[rank][step][0]] for step in range(STEPS)
@@ -165,7 +165,7 @@ def test_one_plan_for_all_ranks(ranks: Any, size: int, recipe: Recipe) -> None:
     assert sum(seen for rank in range(size) for _, _, seen in played[rank]) == STEPS * B
 
 
-def resumed_everywhere(recipe: Recipe, schedule: Schedule) -> int:
+def resumed_everywhere(recipe: MiningRecipe, schedule: Schedule) -> int:
     """How many of the steps have a plan to keep; within one process group, whose making would take
     longest.
     """
@@ -190,7 +190,7 @@ def resumed_everywhere(recipe: Recipe, schedule: Schedule) -> int:
 
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("recipe", [GROUPS, OSGD], ids=["groups", "osgd"])
-def test_resumed_anywhere_the_stream_goes_on(ranks: Any, size: int, recipe: Recipe) -> None:
+def test_resumed_anywhere_the_stream_goes_on(ranks: Any, size: int, recipe: MiningRecipe) -> None:
     schedule = SCHEDULE._replace(
         kept=recipe.kept(POOL), fraction=recipe.kept(POOL) / (recipe.kept(POOL) + 2)
     )
@@ -198,7 +198,7 @@ def test_resumed_anywhere_the_stream_goes_on(ranks: Any, size: int, recipe: Reci
     assert set(inside) == {sum(each.steps - 1 for each in schedule.stretches() if each.pool)}
 
 
-def unscored(pairs: Pairs) -> View:
+def unscored(pairs: Pairs) -> PoolView:
     raise AssertionError("a plan that stands in the checkpoint was made anew")
 
 
@@ -291,7 +291,7 @@ def test_features_that_are_not_finite_stop_the_run(ranks: Any, size: int) -> Non
 
 
 def diverged() -> str:
-    def broken(pairs: Pairs) -> View:
+    def broken(pairs: Pairs) -> PoolView:
         view = score(pairs)
         return view._replace(text=view.text / (world.rank() != world.size() - 1))
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from clipsmall.batch import Pairs, Setting
+from clipsmall.batch import Pairs, RunContext
 from clipsmall.data.preprocess import ImageSpec
 from clipsmall.distributed.batch_norm import GlobalBatchNorm, moments
 from clipsmall.model.dual_encoder import DualEncoder
@@ -33,8 +33,8 @@ def small_towers() -> SmallTowers:
     return SmallTowers(SmallConfig.model_validate(TOWERS))
 
 
-def setting(towers: Any = None, **given: Any) -> Setting:
-    return Setting(
+def setting(towers: Any = None, **given: Any) -> RunContext:
+    return RunContext(
         **{
             "width": WIDTH,
             "batch_size": 8,

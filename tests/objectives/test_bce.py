@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipsmall.batch import Embeddings, Setting
+from clipsmall.batch import Embeddings, RunContext
 from clipsmall.objectives.bce import MODES, Bce
 from tests.objectives.test_gcl import (
     SETTING,
@@ -110,7 +110,7 @@ def test_k_negatives_are_columns_at_k_shifts(mode: str, k: int, mask: bool) -> N
 
 def test_shifts_are_drawn_anew_by_seed_and_step() -> None:
     objective = Bce(SETTING, mode="warmup")
-    other = Bce(Setting(12, B, 12, seed=6), mode="warmup")
+    other = Bce(RunContext(12, B, 12, seed=6), mode="warmup")
     objective.count.fill_(4)
     other.count.fill_(4)
     drawn = []

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipsmall.batch import Embeddings, Setting
+from clipsmall.batch import Embeddings, RunContext
 from clipsmall.distributed import world
 from clipsmall.objectives.bce import Bce
 from clipsmall.objectives.dcl import dcl
@@ -28,7 +28,7 @@ PAIRS = 40
 B = 16
 D = 12
 IDS = torch.arange(PAIRS) * 7 + 3
-SETTING = Setting(width=D, batch_size=B, steps=12, seed=5, ids=IDS)
+SETTING = RunContext(width=D, batch_size=B, steps=12, seed=5, ids=IDS)
 MAKE: dict[str, Any] = {"gcl": Gcl, "nn": Neighbours, "bce": Bce}
 
 
@@ -457,7 +457,7 @@ def test_unknown_pairs_and_streams_are_refused() -> None:
     with pytest.raises(ValueError, match="pair 100000 is not"):
         Gcl(SETTING)(e, e._replace(index=torch.where(e.index == e.index[0], 100_000, e.index)))
     with pytest.raises(ValueError, match="stream"):
-        Gcl(Setting(width=D, batch_size=B, steps=12))
+        Gcl(RunContext(width=D, batch_size=B, steps=12))
     with pytest.raises(ValueError, match="at least 2"):
         Gcl(SETTING)(batch(size=1), batch(size=1))
 

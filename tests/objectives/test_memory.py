@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipsmall.batch import Embeddings, Setting
+from clipsmall.batch import Embeddings, RunContext
 from clipsmall.distributed import similarity
 from clipsmall.objectives import OBJECTIVES
 from tests.meter import Meter
@@ -123,7 +123,7 @@ def ours(name: str) -> Loss:
     def loss(e: Embeddings) -> Tensor:
         if not isinstance(make, type):
             return make(e, e, **options)["loss"]  # type: ignore[no-any-return]
-        objective = make(Setting(WIDTH, len(e.index), 10, ids=e.index), **options)
+        objective = make(RunContext(WIDTH, len(e.index), 10, ids=e.index), **options)
         objective(e, e)
         return objective(e, e)["loss"]  # type: ignore[no-any-return]
 

@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipsmall.batch import Embeddings, Setting
+from clipsmall.batch import Embeddings, RunContext
 from clipsmall.objectives.neighbours import Neighbours, Queue
 from clipsmall.objectives.softmax import softmax
 from tests.objectives.test_gcl import STRANGE, B, D, assert_finite, assert_same, batch, trained
 
-SETTING = Setting(width=D, batch_size=B, steps=12)
+SETTING = RunContext(width=D, batch_size=B, steps=12)
 SMALL: dict[str, Any] = {"size": 21, "start": 10}
 
 

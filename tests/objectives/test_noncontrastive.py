@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from clipsmall.batch import Embeddings, Pairs, Setting
+from clipsmall.batch import Embeddings, Pairs, RunContext
 from clipsmall.data.preprocess import ImageSpec
 from clipsmall.distributed import similarity, world
 from clipsmall.model.dual_encoder import DualEncoder
@@ -45,7 +45,9 @@ class Case:
     heads: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     ring: bool = False
 
-    def objective(self, setting: Setting) -> Callable[[Embeddings, Embeddings], dict[str, Tensor]]:
+    def objective(
+        self, setting: RunContext
+    ) -> Callable[[Embeddings, Embeddings], dict[str, Tensor]]:
         if isinstance(self.make, type):
             made: nn.Module = self.make(setting, **self.options)
             return made.double()
@@ -101,8 +103,8 @@ def embeddings(size: int, noise: float = 1.0, seed: int = 0) -> Embeddings:
     )
 
 
-def setting(size: int = 16) -> Setting:
-    return Setting(width=D, batch_size=size, steps=5, vocabulary=V)
+def setting(size: int = 16) -> RunContext:
+    return RunContext(width=D, batch_size=size, steps=5, vocabulary=V)
 
 
 def gradients(loss: Tensor, e: Embeddings) -> dict[str, Tensor]:
@@ -416,7 +418,7 @@ def trained(name: str) -> tuple[list[float], dict[str, Any]]:
     case = CASES[name]
     torch.manual_seed(0)
     towers = SmallTowers(SmallConfig.model_validate(TOWERS))
-    given = Setting(width=16, batch_size=B, steps=6, towers=towers, vocabulary=512)
+    given = RunContext(width=16, batch_size=B, steps=6, towers=towers, vocabulary=512)
     heads = {key: HEADS[key](given, **options) for key, options in case.heads.items()}
     model = (
         DualEncoder(towers, ImageSpec(16), 20.0, 0.0, False, learn_scale=False, heads=heads)

@@ -15,14 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipsmall.batch import Embeddings, Setting
+from clipsmall.batch import Embeddings, RunContext
 from clipsmall.distributed import similarity, world
 from clipsmall.objectives import OBJECTIVES
 from clipsmall.objectives.sinkhorn import sinkhorn
 from tests.dense import CASES, logits
 
 PAIRWISE = sorted({name for name, _, _ in CASES})
-SETTING = Setting(width=12, batch_size=17, steps=10)
+SETTING = RunContext(width=12, batch_size=17, steps=10)
 
 
 def embeddings(

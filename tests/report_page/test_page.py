@@ -38,9 +38,9 @@ def frame() -> pd.DataFrame:
     )
 
 
-def full(text: str = "a glyph") -> page.Report:
+def full(text: str = "a glyph") -> page.RunReport:
     """A report with every section, `text` in each place that holds text."""
-    return page.Report(
+    return page.RunReport(
         # title, subtitle, facts, metrics
         *(text, text, [(text, text)], frame()),
         tables=[
@@ -124,12 +124,14 @@ def test_every_link_has_its_section_and_an_empty_report_has_none(reader: Reader)
     targets = {f"#{attributes['id']}" for _, attributes in reader.tags if "id" in attributes}
     assert {link["href"] for link in reader.all("a")} == targets
     assert len(reader.all("h2")) == len(targets) == 6
-    empty = Reader(page.render(page.Report("Empty run", tables=[page.Table("t", "", ["set"], [])])))
+    empty = Reader(
+        page.render(page.RunReport("Empty run", tables=[page.Table("t", "", ["set"], [])]))
+    )
     for tag in ("a", "h2", "h3", "table", "img", "figure", "details", "dl"):
         assert reader.all(tag), tag
         assert not empty.all(tag), tag
     assert "no rows" not in reader.texts
-    assert not Reader(page.render(page.Report("run", command="train"))).all("details")
+    assert not Reader(page.render(page.RunReport("run", command="train"))).all("details")
 
 
 @pytest.mark.parametrize(
@@ -148,7 +150,7 @@ def test_every_link_has_its_section_and_an_empty_report_has_none(reader: Reader)
 )
 def test_numbers_read_well_and_stand_right(column: str, value: object, text: str) -> None:
     table = page.Table("t", "", ["set", column], [["seen", value]])
-    html = page.render(page.Report("run", tables=[table]))
+    html = page.render(page.RunReport("run", tables=[table]))
     assert f'<td>seen</td>\n<td class="number">{text}</td>' in html
     assert f'<th scope="col">set</th>\n<th scope="col" class="number">{column}</th>' in html
 
@@ -192,7 +194,7 @@ def test_the_chance_of_a_first_guess_is_not_that_of_five() -> None:
 
 @pytest.mark.parametrize("label", ["a\x00b", "$x_$ and $\\frac$", "-->", "漢字", "\ud800", EVIL])
 def test_any_caption_can_label_the_matrix(label: str) -> None:
-    report = page.Report("run", matrix=np.eye(2) - 0.5, matrix_labels=[label, "plain"])
+    report = page.RunReport("run", matrix=np.eye(2) - 0.5, matrix_labels=[label, "plain"])
     svg = decoded(Reader(page.render(report)).all("img")[0]["src"])
     assert ElementTree.fromstring(svg).tag.endswith("svg")
     assert b"plain" in svg
@@ -217,11 +219,11 @@ def test_a_failed_page_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.Mo
         path.open("wb").write(data[:99])
         raise OSError("disk full")
 
-    page.write(page.Report("lone \ud800 surrogate"), path := tmp_path / "report.html")
+    page.write(page.RunReport("lone \ud800 surrogate"), path := tmp_path / "report.html")
     with pytest.raises(TypeError):
-        page.write(page.Report("new", matrix=np.zeros((2, 2, 2, 2))), path)
+        page.write(page.RunReport("new", matrix=np.zeros((2, 2, 2, 2))), path)
     assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
     monkeypatch.setattr(Path, "write_bytes", half)
     with pytest.raises(OSError, match="disk full"):
-        page.write(page.Report("new"), path)
+        page.write(page.RunReport("new"), path)
     assert "lone ? surrogate</h1>" in path.read_text(encoding="utf-8")

@@ -31,7 +31,7 @@ from clipsmall.distributed import world
 from clipsmall.distributed.batch_norm import GlobalBatchNorm
 from clipsmall.model.dual_encoder import DualEncoder
 from clipsmall.model.momentum import MovingAverage
-from clipsmall.objectives import OBJECTIVES, Kind
+from clipsmall.objectives import OBJECTIVES, ObjectiveSpec
 from clipsmall.objectives.fifo import Fifo
 from clipsmall.objectives.gcl import Gcl
 from clipsmall.objectives.softmax import softmax
@@ -39,8 +39,8 @@ from clipsmall.selfcheck import __main__ as selfcheck
 from clipsmall.selfcheck import gradients as gradient_check
 from clipsmall.selfcheck.gradients import (
     Difference,
+    GradientRow,
     Judge,
-    Row,
     differences,
     groups,
     loose,
@@ -140,7 +140,7 @@ def of_columns(rows: Embeddings, columns: Embeddings) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def wrong_gather_of_columns() -> Iterator[None]:
-    with wrong_gather(), mock.patch.dict(OBJECTIVES, softmax=Kind(of_columns, "softmax")):
+    with wrong_gather(), mock.patch.dict(OBJECTIVES, softmax=ObjectiveSpec(of_columns, "softmax")):
         yield
 
 
@@ -179,7 +179,7 @@ def scale_times_ranks(
 
 
 def wrong_scale() -> Any:
-    return mock.patch.dict(OBJECTIVES, softmax=Kind(scale_times_ranks, "softmax"))
+    return mock.patch.dict(OBJECTIVES, softmax=ObjectiveSpec(scale_times_ranks, "softmax"))
 
 
 def test_a_scale_whose_gradient_is_w_times_too_large_is_caught(
@@ -268,7 +268,7 @@ def broken_on_one_rank(
 
 
 def wrong_number() -> Any:
-    return mock.patch.dict(OBJECTIVES, softmax=Kind(broken_on_one_rank, "softmax"))
+    return mock.patch.dict(OBJECTIVES, softmax=ObjectiveSpec(broken_on_one_rank, "softmax"))
 
 
 def test_numbers_that_are_none_are_named_and_all_ranks_agree(
@@ -542,7 +542,7 @@ def test_what_a_difference_means(d: Difference, noise: float, state: str, words:
     verdict = judge.verdict("x", d, {"half": 0.5})
     assert verdict.state == state, verdict
     assert re.search(words, verdict.words), verdict
-    assert verdict.words in table([Row("one", "x", d, verdict)])
+    assert verdict.words in table([GradientRow("one", "x", d, verdict)])
 
 
 def test_a_lower_precision_is_wrong_only_without_direction() -> None:

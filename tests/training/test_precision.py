@@ -28,7 +28,7 @@ from clipsmall.config.reader import validated
 from clipsmall.distributed import world
 from clipsmall.model.dual_encoder import DualEncoder
 from clipsmall.model.momentum import MovingAverage
-from clipsmall.objectives import OBJECTIVES, Kind
+from clipsmall.objectives import OBJECTIVES, ObjectiveSpec
 from clipsmall.objectives.softmax import softmax
 from clipsmall.storage import checkpoint
 from clipsmall.storage.run_folder import RunFolder
@@ -107,7 +107,7 @@ def breaking(patch: pytest.MonkeyPatch, faults: Faults) -> None:
         return found
 
     patch.setattr(DualEncoder, "outputs", broken)
-    patch.setitem(OBJECTIVES, "softmax", Kind(loss, "softmax", queue=True))
+    patch.setitem(OBJECTIVES, "softmax", ObjectiveSpec(loss, "softmax", queue=True))
 
 
 def digest(tensors: dict[str, Tensor]) -> str:

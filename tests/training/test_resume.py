@@ -25,7 +25,7 @@ from clipsmall import train
 from clipsmall.build import run as build
 from clipsmall.config.reader import read
 from clipsmall.distributed import world
-from clipsmall.objectives import OBJECTIVES, Kind
+from clipsmall.objectives import OBJECTIVES, ObjectiveSpec
 from clipsmall.objectives.softmax import softmax
 from clipsmall.storage import checkpoint
 from clipsmall.storage.checkpoint import CheckpointError
@@ -170,7 +170,7 @@ def test_random_numbers_go_on_where_they_were(
         image = torch.nn.functional.dropout(rows.image, 0.2) * (1 + 0.01 * drawn)
         return softmax(rows._replace(image=image), columns, **options)
 
-    monkeypatch.setitem(OBJECTIVES, "softmax", Kind(noisy, "softmax"))
+    monkeypatch.setitem(OBJECTIVES, "softmax", ObjectiveSpec(noisy, "softmax"))
     out = tmp_path / "run"
     assert run(config(glyphs, out, **{"optim.pairs": 32 * 12})) == 0
     straight = losses(out)

@@ -23,7 +23,7 @@ from clipsmall.evaluation import retrieval
 from clipsmall.evaluation.features import read_texts
 from clipsmall.model.dual_encoder import unit
 from clipsmall.model.saved import load_model
-from clipsmall.objectives import OBJECTIVES, Kind
+from clipsmall.objectives import OBJECTIVES, ObjectiveSpec
 from clipsmall.objectives.softmax import softmax
 from clipsmall.report_page import __main__ as report_page
 from tests import ROOT
@@ -290,7 +290,7 @@ def test_a_loss_that_is_no_number_stops_before_the_weights(
         found = softmax(rows, columns, **options)
         return {**found, "loss": found["loss"] * (float("nan") if next(calls) == 7 else 1.0)}
 
-    monkeypatch.setitem(OBJECTIVES, "softmax", Kind(breaks, "softmax"))
+    monkeypatch.setitem(OBJECTIVES, "softmax", ObjectiveSpec(breaks, "softmax"))
     with pytest.raises(SystemExit) as left:
         train.main(config(glyphs, tmp_path / "run"))
     assert left.value.code == 2

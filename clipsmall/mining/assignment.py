@@ -9,14 +9,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from clipsmall.mining import guards
+from clipsmall.mining import false_negatives
 from clipsmall.mining.combine import combined, even_quotas
-from clipsmall.mining.guards import Identity
+from clipsmall.mining.false_negatives import Identity
+from clipsmall.mining.initial_groups import chain, grown, osgd, shuffled
 from clipsmall.mining.kmeans import balanced_kmeans
 from clipsmall.mining.learnability import learnability
 from clipsmall.mining.scored import Arrangement, Bools, Floats, Ints, Scored
 from clipsmall.mining.spectral import spectral
-from clipsmall.mining.starts import chain, grown, osgd, shuffled
 from clipsmall.mining.swaps import conflicts, separated, swapped
 from clipsmall.mining.weights import WEIGHTS, batch_losses
 
@@ -32,7 +32,7 @@ SELECTIONS = ("osgd", "learnability")
 
 
 @dataclass(frozen=True)
-class Recipe:
+class MiningRecipe:
     """How a pool is dealt out.
 
     Args:
@@ -46,7 +46,7 @@ class Recipe:
             never.
         guard: share of all pairs of pairs kept apart by a COMPOSING method, as too hard to be true
             negatives; 0 = none.
-        ratio: fixed threshold of the guard in place of a share, see `guards.relative_hardness`.
+        ratio: fixed threshold of the guard in place of a share, see `false_negatives.relative_hardness`.
     """
 
     method: str = "groups"
@@ -81,7 +81,7 @@ class Dealt(NamedTuple):
 
 
 def deal(
-    recipe: Recipe,
+    recipe: MiningRecipe,
     scored: Scored,
     identity: Identity,
     owner: Ints,
@@ -97,11 +97,11 @@ def deal(
     """
     n = len(owner)
     assert n % recipe.batch_size == recipe.batch_size % ranks == 0
-    copies = guards.copies(identity)
-    twins = copies | guards.near_duplicates(scored, recipe.near)
+    copies = false_negatives.copies(identity)
+    twins = copies | false_negatives.near_duplicates(scored, recipe.near)
     # a method that only chooses among random batches brings no false negatives together
     guard, ratio = (recipe.guard, recipe.ratio) if recipe.method in COMPOSING else (0.0, None)
-    suspect, limit = guards.too_hard(scored, guard, ratio)
+    suspect, limit = false_negatives.too_hard(scored, guard, ratio)
     cannot = twins | suspect
     quotas = even_quotas(owner, ranks, recipe.batch_size, recipe.size)
     # once, if at all: they would be most of the time of a chain, which needs none
@@ -128,7 +128,7 @@ def deal(
 
 
 def arrangement(
-    recipe: Recipe, batches: int, weights: Callable[[], Floats], reference: Scored | None
+    recipe: MiningRecipe, batches: int, weights: Callable[[], Floats], reference: Scored | None
 ) -> Arrangement:
     """The one that the recipe names, with what it needs beside a pool of so many batches."""
     keep = recipe.kept(batches)

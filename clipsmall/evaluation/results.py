@@ -11,7 +11,7 @@ from typing import Any
 
 
 @dataclass
-class Cell:
+class Result:
     """One model on one data set for one task.
 
     `metrics` are CLIP_benchmark's names (acc1, acc5, mean_per_class_recall,
@@ -52,7 +52,7 @@ def cell_path(folder: Path, dataset: str, pretrained: str, model: str, task: str
     return folder / ("_".join(map(safe, parts)) + ".json")
 
 
-def write_cell(cell: Cell, folder: Path, model: str, pretrained: str) -> Path:
+def write_cell(cell: Result, folder: Path, model: str, pretrained: str) -> Path:
     """Write the file `cell_path` names, whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     path = cell_path(folder, cell.dataset, pretrained, model, cell.task)
@@ -74,7 +74,7 @@ def write_cell(cell: Cell, folder: Path, model: str, pretrained: str) -> Path:
     return path
 
 
-def print_cells(cells: list[Cell]) -> str:
+def print_cells(cells: list[Result]) -> str:
     """A table of data sets × metrics, percentages beside the chance level."""
     lines = []
     for cell in cells:
