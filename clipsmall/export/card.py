@@ -41,7 +41,7 @@ class Card:
     lora: dict[str, Any] = field(default_factory=dict)
 
 
-def text(card: Card) -> str:
+def card_text(card: Card) -> str:
     """The whole README.md."""
     measures = ("data", "measure", "result", "chance", "over")
     parts = [
@@ -50,7 +50,7 @@ def text(card: Card) -> str:
         f"Embeds images and texts in one space, for zero-shot classification and retrieval. {_origin(card)}",
         *card.notes,
         "## Use",
-        usage.text(card.where, card.base, card.pretrained),
+        usage.snippets(card.where, card.base, card.pretrained),
         *(["## Training", _table(("", ""), _training(card))] if card.config else []),
         *(["## Results", _table(measures, _results(card))] if card.cells else []),
         *([_folded("The whole config", card.config)] if card.config else []),

@@ -21,7 +21,7 @@ LARGEST_ID = (
 )
 
 
-def pairs(vision_layers: int, text_layers: int, custom_text: bool) -> Iterator[NamePair]:
+def clip_names(vision_layers: int, text_layers: int, custom_text: bool) -> Iterator[NamePair]:
     """Every tensor but scale and bias. `custom_text`: open_clip's text tower lies under "text."."""
     text = "text." if custom_text else ""
     yield pair("visual.class_embedding", "vision_model.embeddings.class_embedding")
@@ -47,7 +47,7 @@ def pairs(vision_layers: int, text_layers: int, custom_text: bool) -> Iterator[N
             )
 
 
-def to_transformers(config: dict[str, Any], name: str) -> dict[str, Any]:
+def clip_for_transformers(config: dict[str, Any], name: str) -> dict[str, Any]:
     """open_clip's `model_cfg` -> the content of a `CLIPConfig`. Raises Inexpressible."""
     if isinstance(config["vision_cfg"].get("layers"), list):
         raise Inexpressible(f"{name}: transformers has no CLIP with a ResNet as image tower")
@@ -93,7 +93,7 @@ def to_transformers(config: dict[str, Any], name: str) -> dict[str, Any]:
     }
 
 
-def to_open_clip(config: Any, name: str) -> dict[str, Any]:
+def clip_for_open_clip(config: Any, name: str) -> dict[str, Any]:
     """A `CLIPConfig` -> open_clip's `model_cfg`. Raises Inexpressible."""
     vision = config.vision_config
     text = config.text_config

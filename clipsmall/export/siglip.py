@@ -29,7 +29,7 @@ def is_siglip(config: dict[str, Any]) -> bool:
     return "siglip" in (vision.get("timm_model_name") or "") and vision.get("timm_pool") == "map"
 
 
-def pairs(vision_layers: int, text_layers: int) -> Iterator[NamePair]:
+def siglip_names(vision_layers: int, text_layers: int) -> Iterator[NamePair]:
     """Every tensor but scale and bias."""
     trunk = "visual.trunk"
     pool = "visual.trunk.attn_pool"
@@ -92,7 +92,7 @@ def trunk_config(timm_name: str, name: str) -> dict[str, Any]:
         ) from None
 
 
-def to_transformers(config: dict[str, Any], name: str) -> dict[str, Any]:
+def siglip_for_transformers(config: dict[str, Any], name: str) -> dict[str, Any]:
     """open_clip's `model_cfg` -> the content of a `SiglipConfig`. Raises Inexpressible."""
     timm_options = {"timm_model_name", "timm_pool", "timm_proj", "image_size"}
     vision = options.tower(config, "vision", timm_options, name)
@@ -121,7 +121,7 @@ def to_transformers(config: dict[str, Any], name: str) -> dict[str, Any]:
     }
 
 
-def to_open_clip(config: Any, name: str) -> dict[str, Any]:
+def siglip_for_open_clip(config: Any, name: str) -> dict[str, Any]:
     """A `SiglipConfig` -> open_clip's `model_cfg`. Raises Inexpressible."""
     vision = config.vision_config
     text = config.text_config

@@ -15,7 +15,7 @@ from clipsmall.data.preprocess import ImageSpec
 from clipsmall.distributed.batch_norm import GlobalBatchNorm, moments
 from clipsmall.model.dual_encoder import DualEncoder
 from clipsmall.model.heads import HEADS
-from clipsmall.model.small import SmallConfig, SmallTowers
+from clipsmall.model.towers.small import SmallConfig, SmallTowers
 from tests.shards_for_tests import TOWERS
 
 WIDTH = 16
