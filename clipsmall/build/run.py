@@ -123,7 +123,7 @@ def dual_encoder(config: Config, loaded: Loaded, setting: RunContext) -> DualEnc
         and any(build_objective.learns_scale(config, kind) for kind in asked),
         learn_bias=config.tune.logit_bias and any(kind.bias is not None for kind in asked),
         heads=build_objective.heads(config, setting),
-        through=through,
+        retrieval_head=through,
         largest_scale=largest,
     )
 

@@ -156,7 +156,7 @@ class Encoder:
         model = self.model
         probe = self.tokenize(["A photo of 2 cats, é!"]).tolist()
         return model_digest(
-            model.named_modules(), model.state_dict(), model.through, model.spec, probe
+            model.named_modules(), model.state_dict(), model.retrieval_head, model.spec, probe
         )
 
     def _width(self) -> int:

@@ -74,10 +74,11 @@ def export(options: argparse.Namespace) -> None:
     with folder.complete_folder(target) as partial:
         model, loaded = load_model(source, options.pretrained)
         model.eval()
-        if model.through:
+        if model.retrieval_head:
             raise ValueError(
-                f"{options.model}: retrieves through its head {model.through!r}, which neither "
-                "transformers nor open_clip has; without it its embeddings match by chance only"
+                f"{options.model}: retrieves through its head {model.retrieval_head!r}, which "
+                "neither transformers nor open_clip has; without it its embeddings match by chance "
+                "only"
             )
         scalars = _scalars(model, loaded)
         described = loaded.description

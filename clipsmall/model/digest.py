@@ -18,10 +18,14 @@ def model_digest(
         also: what else matters, such as preprocessing; taken by its repr.
     """
     digest = hashlib.sha256(repr(also).encode())
+    # names of classes count, too: a class that is renamed gives another digest
     for name, layer in layers:
-        digest.update(f"{name} {type(layer).__name__} {layer.extra_repr()}".encode())
+        kind = type(layer).__name__
+        digest.update(f"{name} {kind} {layer.extra_repr()}".encode())
     for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        as_bytes = tensor.cpu().contiguous().reshape(-1).view(torch.uint8)
-        digest.update(as_bytes.numpy().tobytes())
+        shape = tuple(tensor.shape)
+        digest.update(f"{name} {tensor.dtype} {shape}".encode())
+        # the bytes as they are, of any dtype
+        flat = tensor.cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -35,7 +35,8 @@ class Towers(nn.Module):
     """An image tower and a text tower of one kind.
 
     A kind defines `kind`, `image`, `text`, `load` and `rebuild`. All else has a default that suits
-    plain modules described by a JSON file.
+    plain modules described by a JSON file. A class's name stays: digests of models contain it, by
+    which cached features and score files are found again.
     """
 
     # the key in TOWERS, and "kind" in a checkpoint's towers.json and in tower JSON files
@@ -115,7 +116,8 @@ class Towers(nn.Module):
         """
         if way != self.attention:
             raise ValueError(
-                f"model.attention={way}: {self.kind} towers compute attention by SDPA only; take auto"
+                f"model.attention={way}: {self.kind} towers compute attention by SDPA only; take "
+                "auto"
             )
 
     def checkpoint_activations(self) -> None:
