@@ -223,10 +223,8 @@ def describe(config: Config, state: RunState) -> None:
         + (f"; continuing after step {state.progress.step}" if state.progress.step else ""),
         file=sys.stderr,
     )
-    print(
-        "\n".join([*build_tuning.table(state.model), f"  {build_tuning.means(state)}"]),
-        file=sys.stderr,
-    )
+    lines = [*build_tuning.trained_parts(state.model), f"  {build_tuning.computation(state)}"]
+    print("\n".join(lines), file=sys.stderr)
     for words in build_queue.warnings(config, fresh=state.loaded.logit_scale is None):
         print(f"warning: {words}", file=sys.stderr)
     if idle := build_objective.without_effect(config):

@@ -11,12 +11,12 @@ from torch import Tensor
 from clipsmall.data import Catalog, ShardError, captions_of, fields_of, read_index
 from clipsmall.data.scores import Scorer, good_rows, read_scores, sidecar
 from clipsmall.evaluation import Encoder
+from clipsmall.model.digest import model_digest
 from clipsmall.model.dual_encoder import DualEncoder
-from clipsmall.storage import checkpoint
 
 
 def scorer_of(model: DualEncoder, name: str, pretrained: str) -> Scorer:
-    digest = checkpoint.model_digest(model.named_modules(), model.state_dict(), model.spec)
+    digest = model_digest(model.named_modules(), model.state_dict(), model.spec)
     scale = model.logit_scale.exp().item()
     bias = model.logit_bias.item()
     return Scorer(name, pretrained, digest, model.spec.size, scale, bias)

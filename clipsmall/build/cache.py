@@ -21,8 +21,8 @@ from clipsmall.data.features import Features, feature_file, usable, write_featur
 from clipsmall.data.scores import good_rows
 from clipsmall.distributed import world
 from clipsmall.evaluation import Encoder
+from clipsmall.model.digest import model_digest
 from clipsmall.model.dual_encoder import DualEncoder
-from clipsmall.model.parameter_names import place
 from clipsmall.model.towers import Loaded
 from clipsmall.storage import checkpoint
 
@@ -47,6 +47,7 @@ def idle_towers(config: Config, data: TrainingData, model: DualEncoder) -> list[
     nothing in them trains, nothing augments their input."""
     if not config.tune.cache or data.catalog is None or config.steps <= data.per_epoch:
         return []
+    place = model.towers.place
     trained = {place(name).tower for name, p in model.towers.named_parameters() if p.requires_grad}
     found = [tower for tower in ("image", "text") if tower not in trained]
     if config.data.crop_scale < 1 and "image" in found:
@@ -175,6 +176,7 @@ def _digest(
         if tower == "text"
         else (loaded.spec, config.data.max_pixels)
     )
+    place = model.towers.place
     weights = {
         name: x for name, x in model.towers.state_dict().items() if place(name).tower == tower
     }
@@ -183,4 +185,4 @@ def _digest(
         for name, part in model.towers.named_modules()
         if place(f"{name}.").tower == tower
     )
-    return checkpoint.model_digest(layers, weights, tower, probe, accelerator.mixed_precision)
+    return model_digest(layers, weights, tower, probe, accelerator.mixed_precision)

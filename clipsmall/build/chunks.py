@@ -4,7 +4,6 @@ import torch
 from accelerate import Accelerator
 
 from clipsmall.batch import Pairs
-from clipsmall.build import tuning as build_tuning
 from clipsmall.config import Config
 from clipsmall.distributed import world
 from clipsmall.model.chunks import largest_chunk
@@ -59,12 +58,11 @@ def checkpoint_blocks(
         ValueError: asked of towers that cannot.
     """
     asked = config.model.checkpoint_activations
-    small = loaded.description["kind"] == "small"
     if (
         asked == "auto"
         and accelerator.device.type == "cuda"
         and not config.model.chunk_size
-        and not small
+        and loaded.towers.can_checkpoint
     ):
         rows = config.data.batch_size // world.size()
         # towers that will be shared out are whole here: nothing can be tried, and who shares them
@@ -72,7 +70,7 @@ def checkpoint_blocks(
         full = sharded.asked() or not fits(rows, accelerator, loaded, model)
         asked = bool(world.maximum(torch.tensor(float(full), device=accelerator.device)))
     if asked is True:
-        build_tuning.checkpoint_activations(loaded)
+        loaded.towers.checkpoint_activations()
     loaded.checkpointed = asked is True
 
 

@@ -90,8 +90,9 @@ def loaded_towers(config: Config, data: TrainingData, resumed: Path | None) -> L
         # trained before: what a model card names
         if loaded.logit_scale is not None:
             loaded.description |= {"base": config.model.name, "pretrained": config.model.pretrained}
-    build_tuning.tune(config, loaded)
-    build_tuning.lean(config, loaded)
+    build_tuning.tune(config.tune, loaded)
+    if config.model.attention != "auto":
+        loaded.towers.set_attention(config.model.attention)
     return loaded
 
 
@@ -122,7 +123,7 @@ def dual_encoder(config: Config, loaded: Loaded, setting: RunContext) -> DualEnc
         and any(build_objective.learns_scale(config, kind) for kind in asked),
         learn_bias=config.tune.logit_bias and any(kind.bias is not None for kind in asked),
         heads=build_objective.heads(config, setting),
-        through=through,
+        retrieval_head=through,
         largest_scale=largest,
     )
 
@@ -152,7 +153,7 @@ def synchronised(model: DualEncoder) -> DualEncoder:
 def optimizer(config: Config, model: DualEncoder) -> torch.optim.Optimizer:
     """AdamW that keeps the logit scale within its bounds after every step."""
     lr = optim.scaled_lr(config.optim.lr, config.data.batch_size, config.optim.lr_scaling)
-    scale = build_tuning.lr_scale(config, model)
+    scale = build_tuning.lr_scale(config.optim.layer_decay, model)
     made = optim.adamw(
         model, lr, config.optim.weight_decay, config.optim.betas, config.optim.eps, scale
     )

@@ -1,4 +1,4 @@
-"""Config -> what of the towers trains: all of it, adapters, the last blocks, or nothing."""
+"""What of the towers trains: all of it, adapters, the last blocks, or nothing."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,186 +6,176 @@ from typing import Any
 import torch
 from torch import nn
 
-from clipsmall.config import Config
+from clipsmall.config.schema import TuneSection
 from clipsmall.model import lora
 from clipsmall.model.dual_encoder import DualEncoder
-from clipsmall.model.parameter_names import LAST, depths, place
-from clipsmall.model.towers import Loaded
+from clipsmall.model.parameter_names import LAST, Place, depths
+from clipsmall.model.towers import Loaded, Towers
 from clipsmall.training.state import RunState
 
 
-def tune(config: Config, loaded: Loaded) -> None:
-    """Put adapters into the towers, unless a checkpoint brought them, and say which parameters
-    train.
+def tune(options: TuneSection, loaded: Loaded) -> None:
+    """Put adapters into the towers, unless a checkpoint brought them, and say what trains.
+
+    Parameters that the library itself keeps frozen stay so.
 
     Raises:
-        ValueError: adapters asked of our small towers, or matching nothing; more blocks than a
+        ValueError: adapters asked of towers that take none, or matching nothing; more blocks than a
             tower has.
     """
-    if "lora" in (config.tune.image, config.tune.text) and "lora" not in loaded.description:
-        adapt(config, loaded)
-    amounts = {"image": config.tune.image, "text": config.tune.text}
-    blocks = depths(name for name, _ in loaded.towers.named_parameters())
-    for tower, amount in amounts.items():
+    towers = loaded.towers
+    if "lora" in (options.image, options.text) and "lora" not in loaded.description:
+        insert_adapters(options, loaded)
+    blocks = block_counts(towers)
+    for tower, amount in {"image": options.image, "text": options.text}.items():
         if isinstance(amount, int) and amount > blocks[tower]:
             raise ValueError(
-                f"tune.{tower}={amount}: the {tower} tower has {blocks[tower]} blocks; take full or fewer"
+                f"tune.{tower}={amount}: the {tower} tower has {blocks[tower]} blocks; take full "
+                "or fewer"
             )
-    others = []
-    for name, parameter in loaded.towers.named_parameters():
-        if parameter.requires_grad and ".lora_" not in name:
-            parameter.requires_grad_(trains(config, name, blocks))
-            others += [name] if parameter.requires_grad else []
+    trained = []
+    for name, parameter in towers.named_parameters():
+        if not parameter.requires_grad or ".lora_" in name:
+            continue
+        parameter.requires_grad_(trains(options, towers.place(name), blocks))
+        if parameter.requires_grad:
+            trained.append(name)
     if "lora" in loaded.description:
-        # what trains beside the adapters: an export must not lose it
-        loaded.description["lora"]["others"] = others
+        # what trains beside the adapters: an export of the adapters alone would lose it
+        loaded.description["lora"]["others"] = trained
 
 
-def trains(config: Config, name: str, blocks: dict[str, int]) -> bool:
-    """Whether a parameter of a tower, which is no adapter's, trains."""
-    here = place(name)
-    amount = config.tune.image if here.tower == "image" else config.tune.text
-    if here.projection and config.tune.projections != "auto":
-        return config.tune.projections
+def block_counts(towers: Towers) -> dict[str, int]:
+    """How many blocks the image tower and the text tower have."""
+    return depths(towers.place(name) for name, _ in towers.named_parameters())
+
+
+def trains(options: TuneSection, where: Place, blocks: dict[str, int]) -> bool:
+    """Whether a parameter of a tower trains that is no adapter's.
+
+    Args:
+        where: it stands.
+        blocks: of each tower.
+    """
+    amount = options.image if where.tower == "image" else options.text
+    if where.projection and options.projections != "auto":
+        return options.projections
     if isinstance(amount, int):
-        return here.block >= blocks[here.tower] - amount
+        return where.block >= blocks[where.tower] - amount
     return amount == "full"
 
 
-def adapt(config: Config, loaded: Loaded) -> None:
-    if loaded.description["kind"] == "small":
-        raise ValueError(
-            f"tune: lora is for HF and open_clip towers, {config.model.name} is ours; train it full"
-        )
-    options = config.tune.lora.model_dump()
-    asked = {tower for tower in ("image", "text") if getattr(config.tune, tower) == "lora"}
-    names = [
-        name
-        for name in lora.targets(loaded.towers.model, options.pop("targets"))
-        if place(f"{name}.").tower in asked
-    ]
-    if missed := asked - {place(f"{name}.").tower for name in names}:
-        tower = min(missed)
-        raise ValueError(
-            f"tune.lora.targets={config.tune.lora.targets!r} matches nothing in the {tower} tower; give targets "
-            f"for it, or tune.{tower}=frozen"
-        )
-    lora.insert(loaded.towers.model, names, options)
-    loaded.description["lora"] = {"targets": names, "options": options}
-
-
-def lean(config: Config, loaded: Loaded) -> None:
-    """The kind of attention that is asked for.
+def insert_adapters(options: TuneSection, loaded: Loaded) -> None:
+    """Put adapters into the towers that ask for them, and note them for the checkpoint.
 
     Raises:
-        ValueError: towers that know only one.
+        ValueError: these towers take none, or a tower has no module that the targets match.
     """
-    if config.model.attention == "auto":
-        return
-    if loaded.description["kind"] == "transformers":
-        loaded.towers.model.set_attn_implementation(config.model.attention)
-    elif config.model.attention == "eager":
+    towers = loaded.towers
+    if towers.why_no_lora:
+        raise ValueError(f"tune: {towers.why_no_lora}")
+    asked = {tower for tower in ("image", "text") if getattr(options, tower) == "lora"}
+    matched = set()
+    names = []
+    for name in lora.targets(towers.adaptable, options.lora.targets, towers.place):
+        tower = towers.place(f"{name}.").tower
+        if tower in asked:
+            names.append(name)
+            matched.add(tower)
+    if asked - matched:
+        tower = min(asked - matched)
         raise ValueError(
-            f"model.attention=eager: {config.model.name} computes attention by SDPA only; take auto"
+            f"tune.lora.targets={options.lora.targets!r} matches nothing in the {tower} tower; "
+            f"give targets for it, or tune.{tower}=frozen"
         )
+    adapters = options.lora.model_dump(exclude={"targets"})
+    lora.insert(towers.adaptable, names, adapters)
+    loaded.description["lora"] = {"targets": names, "options": adapters}
 
 
-def checkpoint_activations(loaded: Loaded) -> None:
-    """Each block's activations are dropped, and made again when its gradient is asked for.
+def lr_scale(layer_decay: float, model: DualEncoder) -> Callable[[str], float]:
+    """Name of a parameter -> the factor of its learning rate.
 
-    Raises:
-        ValueError: towers that cannot; chunks do the same for any.
+    A block's rate is `layer_decay` times that of the block after it (ELECTRA, arXiv 2003.10555,
+    §A; BEiT, arXiv 2106.08254, §A); what follows the blocks, and what is no tower's, has 1.
     """
-    if loaded.description["kind"] == "transformers":
-        # transformers 5.23 renamed it
-        model = loaded.towers.model
-        enable = (
-            getattr(model, "activation_checkpointing_enable", None)
-            or model.gradient_checkpointing_enable
-        )
-        enable({"use_reentrant": False})
-    elif loaded.description["kind"] == "open_clip":
-        loaded.towers.model.set_grad_checkpointing(True)
-    else:
-        raise ValueError(
-            "model.checkpoint_activations: our small towers have none; take model.chunk_size"
-        )
-
-
-def lr_scale(config: Config, model: DualEncoder) -> Callable[[str], float]:
-    """Name of a parameter -> its lr over optim.lr: `layer_decay` for each block that follows
-    (ELECTRA, arXiv 2003.10555, §A; BEiT, arXiv 2106.08254, §A)."""
-    blocks = depths(name for name, _ in model.towers.named_parameters())
+    towers: Towers = model.towers
+    blocks = block_counts(towers)
 
     def scale(name: str) -> float:
-        here = place(name)
-        if config.optim.layer_decay == 1 or not name.startswith("towers.") or here.block == LAST:
+        if layer_decay == 1 or not name.startswith("towers."):
             return 1.0
-        return config.optim.layer_decay ** (blocks[here.tower] - here.block)
+        here = towers.place(name.removeprefix("towers."))
+        if here.block == LAST:
+            return 1.0
+        return layer_decay ** (blocks[here.tower] - here.block)
 
     return scale
 
 
 def refuse_idle(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-    """Make the first step fail if a parameter that trains got no gradient: it would stay as it is
-    for the whole run.
+    """Make the first step fail if a parameter that trains got no gradient.
+
+    It would stay as it is for the whole run.
     """
 
     def look(*_: Any) -> None:
         handle.remove()
-        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        if idle := [name for name, p in named.items() if p.grad is None]:
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        idle = [name for name, p in trained.items() if p.grad is None]
+        if idle:
             raise ValueError(
-                f"{len(idle)} of {len(named)} tensors that train got no gradient: {', '.join(idle[:3])} …; freeze them "
-                "(see tune; adapters: narrow tune.lora.targets), or take an objective that reaches them"
+                f"{len(idle)} of {len(trained)} tensors that train got no gradient: "
+                f"{', '.join(idle[:3])} …; freeze them (see tune; adapters: narrow "
+                "tune.lora.targets), or take an objective that reaches them"
             )
 
     handle = optimizer.register_step_pre_hook(look)
 
 
-def table(model: DualEncoder) -> list[str]:
-    """What trains, a line each: part, trained and all parameters."""
-    counts: dict[str, list[int]] = {"image tower": [0, 0, 0], "text tower": [0, 0, 0]}
+def trained_parts(model: DualEncoder) -> list[str]:
+    """One line per part of the model: what trains, and how many of its parameters."""
+    trained = {"image tower": 0, "text tower": 0}
+    adapters = dict(trained)
+    total = dict(trained)
     for name, parameter in model.named_parameters():
-        if not name.startswith("towers."):
-            part = name.split(".")[1] if name.startswith("heads.") else name
-        else:
-            part = f"{place(name).tower} tower"
-        trained = parameter.numel() if parameter.requires_grad else 0
-        adapter = trained if ".lora_" in name else 0
-        counts[part] = [
-            a + b
-            for a, b in zip(
-                counts.get(part, [0, 0, 0]), (trained, adapter, parameter.numel()), strict=True
-            )
-        ]
+        part = _part(model.towers, name)
+        size = parameter.numel()
+        learns = size if parameter.requires_grad else 0
+        trained[part] = trained.get(part, 0) + learns
+        adapters[part] = adapters.get(part, 0) + (learns if ".lora_" in name else 0)
+        total[part] = total.get(part, 0) + size
     lines = []
-    for part, (trained, adapter, total) in counts.items():
-        mode = (
-            "frozen"
-            if not trained
-            else "adapters"
-            if adapter == trained
-            else "all"
-            if trained == total
-            else "part"
-        )
-        lines.append(f"  {part:<12} {mode:<9} {trained:>12,} of {total:,}")
+    for part in total:
+        mode = _mode(trained[part], adapters[part], total[part])
+        lines.append(f"  {part:<12} {mode:<9} {trained[part]:>12,} of {total[part]:,}")
     return lines
 
 
-def means(state: RunState) -> str:
-    """How it is computed, in words: precision, attention, activations, optimizer."""
+def _part(towers: Towers, name: str) -> str:
+    """The part of the model that a parameter belongs to: a tower, a head, or the scale or bias."""
+    if name.startswith("towers."):
+        return f"{towers.place(name.removeprefix('towers.')).tower} tower"
+    if name.startswith("heads."):
+        return name.split(".")[1]
+    return name
+
+
+def _mode(trained: int, adapters: int, total: int) -> str:
+    if not trained:
+        return "frozen"
+    if adapters == trained:
+        return "adapters"
+    return "all" if trained == total else "part"
+
+
+def computation(state: RunState) -> str:
+    """How the model is computed, in words: precision, attention, activations, optimizer."""
     accelerator = state.accelerator
-    loaded = state.loaded
-    precision = {"no": "fp32", "fp16": "fp16 with a loss scale"}.get(
-        accelerator.mixed_precision, accelerator.mixed_precision
-    )
-    kind = (
-        loaded.towers.model.config._attn_implementation
-        if loaded.description["kind"] == "transformers"
-        else "sdpa"
-    )
-    anew = ", blocks' activations made anew" if loaded.checkpointed else ""
+    words = {"no": "fp32", "fp16": "fp16 with a loss scale"}
+    precision = words.get(accelerator.mixed_precision, accelerator.mixed_precision)
+    attention = f"attention by {state.loaded.towers.attention}"
+    if state.loaded.checkpointed:
+        attention += ", activation checkpointing"
     fused = "fused " if state.optimizer.param_groups[0].get("fused") else ""
-    return f"{precision} on {accelerator.device.type}, attention by {kind}{anew}, {fused}AdamW"
+    return f"{precision} on {accelerator.device.type}, {attention}, {fused}AdamW"

@@ -16,8 +16,8 @@ from tqdm import tqdm
 from clipsmall.data import Catalog, captions_of, fields_of, outlive_the_signal
 from clipsmall.data.preprocess import MAX_PIXELS, BadImage, ImageTransform, decode
 from clipsmall.distributed import world
+from clipsmall.model.digest import model_digest
 from clipsmall.model.dual_encoder import DualEncoder
-from clipsmall.storage import checkpoint
 
 # of a decoded picture and its pair's number
 Change = Callable[[Image.Image, int], Image.Image]
@@ -155,8 +155,8 @@ class Encoder:
         """Of all that features depend on: weights and layers, preprocessing, tokens."""
         model = self.model
         probe = self.tokenize(["A photo of 2 cats, é!"]).tolist()
-        return checkpoint.model_digest(
-            model.named_modules(), model.state_dict(), model.through, model.spec, probe
+        return model_digest(
+            model.named_modules(), model.state_dict(), model.retrieval_head, model.spec, probe
         )
 
     def _width(self) -> int:

@@ -1,11 +1,12 @@
-"""A trained model as a folder for transformers and open_clip, with its model card.
+"""Export a trained model as a folder for transformers and open_clip, with its model card.
 
     python -m clipsmall.export runs/demo --to exported/demo --licence apache-2.0
     python -m clipsmall.export runs/lora --to exported/adapter --adapter
-    python -m clipsmall.export ViT-B-32 --pretrained laion2b_s34b_b79k --to vit-b-32 --push ORG/NAME --private
+    python -m clipsmall.export ViT-B-32 --pretrained laion2b_s34b_b79k --to vit-b-32 --push ORG/NAME
 
-LoRA is merged, or with --adapter exported alone, with its scale beside it. The folder is loaded
-again by both libraries and compared with the model before it gets its name.
+LoRA adapters are merged; --adapter exports them without their base, with the logit scale beside
+them. The folder is loaded again by both libraries and compared with the model before it gets its
+name.
 """
 
 import argparse
@@ -28,9 +29,11 @@ from clipsmall.storage import checkpoint
 from clipsmall.storage.run_folder import RunFolder
 
 
-def run_of(name: str) -> tuple[str, dict[str, Any]]:
-    """The checkpoint that MODEL means, if it is one, and what the run's folder tells for the
-    card.
+def find_run(name: str) -> tuple[str, dict[str, Any]]:
+    """The checkpoint that MODEL means, if it is a run's, and what the run's folder says of it.
+
+    Returns:
+        The checkpoint's path, and fields of the model card; or the name as it is, and none.
     """
     path = Path(name)
     if (path / "checkpoints").is_dir():
@@ -38,19 +41,19 @@ def run_of(name: str) -> tuple[str, dict[str, Any]]:
     run = RunFolder(str(path.parent.parent))
     if not (path / "manifest.json").exists() or not run.holds(path):
         return name, {}
-    facts: dict[str, Any] = {"pairs": checkpoint.read_state(path)["progress"]["pairs"]}
-    step = checkpoint.read_state(path)["progress"]["step"]
+    progress = checkpoint.read_state(path)["progress"]
+    facts: dict[str, Any] = {"pairs": progress["pairs"]}
     if (run.path / "run.yaml").exists():
         facts["config"] = read_yaml(str(run.path / "run.yaml"))
     if (run.path / "env.json").exists():
-        facts["versions"] = read_json(run.path / "env.json")
-    # those of another step are another model's
-    if run.last_evaluation() in (-1, step):
-        facts["cells"] = [read_json(cell) for cell in sorted(run.evaluations.glob("*.json"))]
+        facts["versions"] = _read_json(run.path / "env.json")
+    # results of another step are another model's
+    if run.last_evaluation() in (-1, progress["step"]):
+        facts["cells"] = [_read_json(cell) for cell in sorted(run.evaluations.glob("*.json"))]
     return str(path), facts
 
 
-def read_json(path: Path) -> Any:
+def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -60,57 +63,64 @@ def read_json(path: Path) -> Any:
 
 
 def export(options: argparse.Namespace) -> None:
-    """Write the folder, whole or not at all. Raises ValueError for a model that cannot be
-    exported.
+    """Write the folder, whole or not at all.
+
+    Raises:
+        ValueError: a model that cannot be exported.
     """
     target = Path(options.to).resolve()
-    place = options.push or target.name
-    source, facts = run_of(options.model)
-    with folder.complete(target) as partial:
+    address = options.push or target.name
+    source, facts = find_run(options.model)
+    with folder.complete_folder(target) as partial:
         model, loaded = load_model(source, options.pretrained)
         model.eval()
-        if model.through:
+        if model.retrieval_head:
             raise ValueError(
-                f"{options.model}: retrieves through its head {model.through!r}, which neither transformers nor "
-                "open_clip has; without it its embeddings match by chance only"
+                f"{options.model}: retrieves through its head {model.retrieval_head!r}, which "
+                "neither transformers nor open_clip has; without it its embeddings match by chance "
+                "only"
             )
-        scalars = scalars_of(model, loaded)
+        scalars = _scalars(model, loaded)
         described = loaded.description
+        family = loaded.towers.family
         base = described.get("base") or ("" if facts else options.model)
+        revision = ""
         if options.adapter:
-            base = adapter.base_name(described, options.model, bool(options.push))
+            base = adapter.base_name(loaded, options.model, public=bool(options.push))
             revision = described.get("revision") or ""
-            adapter.write(*lora.adapter(loaded.towers.model), base, revision, scalars, partial)
-            formats = ["peft", described["kind"]]
-            notes = [adapter.note(scalars, folder.family(loaded))]
+            config, tensors = lora.adapter(loaded.towers.adaptable)
+            adapter.write_adapter(config, tensors, base, revision, scalars, partial)
+            formats = ["peft", loaded.towers.kind]
+            notes = [adapter.adapter_note(scalars, family)]
         else:
-            revision = ""
             if "lora" in described:
-                lora.merge(loaded.towers.model)
-            formats, notes = folder.write(loaded, scalars, place, partial)
-            for library, off in comparison.check(loaded, partial, formats, options.model).items():
+                lora.merge(loaded.towers.adaptable)
+            formats, notes = folder.write_model(loaded, scalars, address, partial)
+            differences = comparison.compare_exported(loaded, partial, formats, options.model)
+            for library, off in differences.items():
                 print(f"{library} loads it: features differ by {off:.1e}", file=sys.stderr)
-        told = card.Card(
-            options.name or place,
-            usage.Where(place, bool(options.push), folder.family(loaded), formats, revision),
-            options.licence,
-            model.logit_scale.exp().item(),
-            scalars["logit_bias"].item() if "logit_bias" in scalars else None,
-            base,
-            described.get("pretrained") or options.pretrained,
-            notes,
+        bias = scalars.get("logit_bias")
+        model_card = card.Card(
+            name=options.name or address,
+            where=usage.Where(address, bool(options.push), family, formats, revision),
+            licence=options.licence,
+            scale=model.logit_scale.exp().item(),
+            bias=None if bias is None else bias.item(),
+            base=base,
+            pretrained=described.get("pretrained") or options.pretrained,
+            notes=notes,
             lora=described.get("lora", {}),
             **facts,
         )
-        (partial / "README.md").write_text(card.text(told), encoding="utf-8")
+        (partial / "README.md").write_text(card.card_text(model_card), encoding="utf-8")
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
 
 
-def scalars_of(model: DualEncoder, loaded: Loaded) -> dict[str, Tensor]:
-    """The scale's log, and the bias if one was learned, or the model's kind has one."""
+def _scalars(model: DualEncoder, loaded: Loaded) -> dict[str, Tensor]:
+    """The scale's log; and the bias if one was learned, or this family of models has one."""
     found = {"logit_scale": model.logit_scale.detach()}
-    if model.logit_bias.item() or folder.family(loaded) == "siglip":
+    if model.logit_bias.item() or loaded.towers.family == "siglip":
         found["logit_bias"] = model.logit_bias.detach()
     return found
 
@@ -140,11 +150,11 @@ def main(words: list[str] | None = None, api: Any = None) -> int:
             from huggingface_hub import HfApi
 
             api = api or HfApi()
-            hub.reachable(options.push, api)
+            hub.check_access(options.push, api)
         export(options)
         print(options.to)
         if options.push:
-            print(hub.push(Path(options.to), options.push, options.private, api))
+            print(hub.upload_folder(Path(options.to), options.push, options.private, api))
     except ValueError as error:
         refuse(error)
     return 0

@@ -1,5 +1,6 @@
-"""LoRA alone, as peft loads it onto its base: the adapter, and beside it the scale that peft would
-leave behind.
+"""LoRA adapters without their base, as peft loads them, and beside them the logit scale.
+
+peft would leave the scale behind: it is no adapter.
 """
 
 import json
@@ -10,41 +11,45 @@ from typing import Any
 from safetensors.torch import save_file
 
 from clipsmall.export.weights import Tensors
+from clipsmall.model.towers import Loaded
 
 
-def base_name(description: dict[str, Any], name: str, shared: bool) -> str:
-    """What the base's library calls it.
+def base_name(loaded: Loaded, name: str, public: bool) -> str:
+    """What the base's library calls the base.
 
     Args:
-        shared: others shall load it, so it must not be a folder of this machine.
+        name: of the model, for messages.
+        public: others shall load it, so it must not be a folder of this machine.
 
     Raises:
         ValueError: no adapters, a base that others do not have, or trained weights that no adapter
             holds.
     """
+    description = loaded.description
     if "lora" not in description:
         raise ValueError(
             f"{name}: was trained without LoRA, there is no adapter; leave --adapter out"
         )
-    if others := description["lora"].get("others"):
+    others = description["lora"].get("others")
+    if others:
         raise ValueError(
-            f"{name}: {len(others)} tensors beside the adapters were trained ({others[0]} …) and would be lost; leave "
-            "--adapter out: the merged model has them"
+            f"{name}: {len(others)} tensors beside the adapters were trained ({others[0]} …) and "
+            "would be lost; leave --adapter out: the merged model has them"
         )
-    if not description.get("base"):
+    base = description.get("base")
+    if not base:
         raise ValueError(
             f"{name}: its base had fresh weights, which nobody else has; leave --adapter out"
         )
-    if shared and Path(description["base"]).exists():
+    if public and Path(base).exists():
         raise ValueError(
-            f"{name}: its base is a folder of this machine, which nobody else can load; leave --adapter out"
+            f"{name}: its base is a folder of this machine, which nobody else can load; leave "
+            "--adapter out"
         )
-    base: str = description["base"].removeprefix("hf:").removeprefix("open_clip:")
-    local = description["kind"] == "open_clip" and (Path(base) / "open_clip_config.json").exists()
-    return f"local-dir:{base}" if local else base
+    return loaded.towers.name_in_library(base)
 
 
-def write(
+def write_adapter(
     config: dict[str, Any],
     tensors: Tensors,
     base: str,
@@ -55,8 +60,10 @@ def write(
     """adapter_config.json, adapter_model.safetensors and scale.json.
 
     Args:
-        config: as peft writes it, base apart.
+        config: as peft writes it, but for the base.
         tensors: of the adapters, as peft names them.
+        base: what its library calls the model that the adapters are for.
+        revision: of the base on the hub, "" if unknown.
         scalars: logit_scale (its log) and perhaps logit_bias.
     """
     named = {**config, "base_model_name_or_path": base, "revision": revision or None}
@@ -76,9 +83,13 @@ def write(
     (folder / "scale.json").write_text(json.dumps(scale, indent=2) + "\n")
 
 
-def note(scalars: Tensors, family: str) -> str:
+def adapter_note(scalars: Tensors, family: str) -> str:
     """For the card: what is here, and what must be set by hand."""
-    told = "These are LoRA weights alone: they need their base, and the logit scale that stands in scale.json."
+    note = (
+        "These are LoRA weights alone: they need their base, and the logit scale that stands in "
+        "scale.json."
+    )
     if family == "siglip" or "logit_bias" not in scalars:
-        return told
-    return f"{told} A CLIP has no logit_bias: add {scalars['logit_bias'].item():.6g} to its logits before a sigmoid."
+        return note
+    bias = scalars["logit_bias"].item()
+    return f"{note} A CLIP has no logit_bias: add {bias:.6g} to its logits before a sigmoid."

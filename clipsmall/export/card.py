@@ -1,5 +1,6 @@
-"""The model card of an exported model: README.md with the hub's front matter, as the run itself
-describes it.
+"""The model card of an exported model: README.md with the hub's front matter.
+
+It is written from what the run itself left: its config, versions and results.
 """
 
 import re
@@ -12,109 +13,122 @@ import yaml
 from clipsmall.export import usage
 
 Rows = list[tuple[str, ...]]
+# the columns of the table of results
+MEASURES = ("data", "measure", "result", "chance", "over")
 
 
 @dataclass
 class Card:
-    """What a card tells; what is empty is left out.
+    """What a card says; what is empty is left out."""
 
-    `where` is the folder's name or the hub's ORG/NAME, as the snippets spell it.
-    """
-
+    # the title
     name: str
     where: usage.Where
+    # an identifier of the hub's
     licence: str
+    # logit scale (not its log) and bias
     scale: float
     bias: float | None
+    # the model it was trained from, as model.name and model.pretrained named it
     base: str = ""
     pretrained: str = ""
+    # sentences on what the folder lacks
     notes: list[str] = field(default_factory=list)
-    # run.yaml
+    # content of run.yaml
     config: dict[str, Any] = field(default_factory=dict)
-    # seen
+    # samples seen
     pairs: int = 0
-    # eval/*.json
+    # contents of eval/*.json
     cells: list[dict[str, Any]] = field(default_factory=list)
-    # env.json
+    # content of env.json
     versions: dict[str, Any] = field(default_factory=dict)
-    # targets, options
+    # targets and options of the adapters
     lora: dict[str, Any] = field(default_factory=dict)
 
 
-def text(card: Card) -> str:
+def card_text(card: Card) -> str:
     """The whole README.md."""
-    measures = ("data", "measure", "result", "chance", "over")
+    front = yaml.safe_dump(_front_matter(card), sort_keys=False)
     parts = [
-        f"---\n{yaml.safe_dump(_front(card), sort_keys=False)}---",
+        f"---\n{front}---",
         f"# {card.name}",
-        f"Embeds images and texts in one space, for zero-shot classification and retrieval. {_origin(card)}",
+        "Embeds images and texts in one space, for zero-shot classification and retrieval. "
+        + _origin(card),
         *card.notes,
         "## Use",
-        usage.text(card.where, card.base, card.pretrained),
-        *(["## Training", _table(("", ""), _training(card))] if card.config else []),
-        *(["## Results", _table(measures, _results(card))] if card.cells else []),
-        *([_folded("The whole config", card.config)] if card.config else []),
-        *([_folded("Versions", card.versions)] if card.versions else []),
-        f"## Licence\n\n{card.licence or 'Not stated by whoever exported this model.'}",
+        usage.snippets(card.where, card.base, card.pretrained),
     ]
+    if card.config:
+        parts += ["## Training", _table(("", ""), _training(card))]
+    if card.cells:
+        parts += ["## Results", _table(MEASURES, _results(card))]
+    if card.config:
+        parts.append(_folded("The whole config", card.config))
+    if card.versions:
+        parts.append(_folded("Versions", card.versions))
+    licence = card.licence or "Not stated by whoever exported this model."
+    parts.append(f"## Licence\n\n{licence}")
     return scrubbed("\n\n".join(parts)) + "\n"
 
 
 def _origin(card: Card) -> str:
-    base = f"`{shown(card.base)}`" + (f" ({card.pretrained})" if card.pretrained else "")
+    """A sentence on where the model comes from."""
+    base = f"`{shown(card.base)}`"
+    if card.pretrained:
+        base += f" ({card.pretrained})"
     if not card.config:
         return f"Written by clipsmall from {base}."
     start = f", starting from {base}" if card.base else ""
     return f"Trained with clipsmall{start}."
 
 
-def _front(card: Card) -> dict[str, Any]:
+def _front_matter(card: Card) -> dict[str, Any]:
     formats = card.where.formats
-    adapter = "peft" in formats
-    hub_id = re.fullmatch(r"(?:hf:)?([\w.-]+/[\w.-]+)", card.base)
-    base = {"base_model": hub_id[1]} if hub_id and not Path(card.base).exists() else {}
-    if adapter and base:
-        base["base_model_relation"] = "adapter"
-    return {
+    tags = [card.where.family, "clipsmall", *formats]
+    if card.lora:
+        tags.append("lora")
+    front = {
         "license": card.licence or "unknown",
         "library_name": formats[0],
         "pipeline_tag": "zero-shot-image-classification",
-        "tags": [card.where.family, "clipsmall", *formats, *(["lora"] if card.lora else [])],
-        **base,
+        "tags": tags,
     }
+    # a base that the hub has, by its name
+    hub_id = re.fullmatch(r"(?:hf:)?([\w.-]+/[\w.-]+)", card.base)
+    if hub_id and not Path(card.base).exists():
+        front["base_model"] = hub_id[1]
+        if "peft" in formats:
+            front["base_model_relation"] = "adapter"
+    return front
 
 
 def _training(card: Card) -> Rows:
+    """The options that matter most."""
     config = card.config
-    lora = card.lora
-    objective = config["objective"]["name"]
-    mix = (
-        " + ".join(f"{weight:g} {name}" for name, weight in objective.items())
-        if isinstance(objective, dict)
-        else ""
-    )
     optim = config["optim"]
     model = config["model"]
-    tag = f" ({model['pretrained']})" if model["pretrained"] else ""
+    towers = shown(model["name"])
+    if model["pretrained"]:
+        towers += f" ({model['pretrained']})"
+    objective = config["objective"]["name"]
+    if isinstance(objective, dict):
+        # a mix: weights by name
+        objective = " + ".join(f"{weight:g} {name}" for name, weight in objective.items())
     rows: Rows = [
-        ("towers", f"{shown(model['name'])}{tag}"),
+        ("towers", towers),
         ("data", ", ".join(shown(path) for path in config["data"]["train"])),
         ("pairs seen", f"{card.pairs:,}"),
-        ("objective", mix or objective),
+        ("objective", objective),
         ("batch", f"{config['data']['batch_size']:,} pairs over all devices"),
         ("learning rate", f"{optim['lr']:g}, weight decay {optim['weight_decay']:g}"),
     ]
     tuned = config.get("tune", {})
     if (tuned.get("image", "full"), tuned.get("text", "full")) != ("full", "full"):
         rows.append(("trained", f"image tower: {tuned['image']}, text tower: {tuned['text']}"))
-    if lora:
-        options = lora["options"]
-        rows.append(
-            (
-                "LoRA",
-                f"rank {options['rank']}, alpha {options['alpha']:g}, {len(lora['targets'])} modules",
-            )
-        )
+    if card.lora:
+        options = card.lora["options"]
+        size = f"rank {options['rank']}, alpha {options['alpha']:g}"
+        rows.append(("LoRA", f"{size}, {len(card.lora['targets'])} modules"))
     rows.append(("logit scale", f"{card.scale:.6g} (1/temperature)"))
     if card.bias is not None:
         rows.append(("logit bias", f"{card.bias:.6g}"))
@@ -122,12 +136,13 @@ def _training(card: Card) -> Rows:
 
 
 def _results(card: Card) -> Rows:
+    """One row per measure."""
     rows: Rows = []
     for cell in sorted(card.cells, key=lambda cell: (cell["dataset"], cell["task"])):
-        # CLIP_benchmark's own cells have neither
+        # cells of CLIP_benchmark's own have neither
         chances = cell.get("chance", {})
         counts = cell.get("counts", {})
-        over = ", ".join(f"{value:,} {name}" for name, value in counts.items() if value)
+        over = ", ".join(f"{count:,} {name}" for name, count in counts.items() if count)
         for name, value in cell["metrics"].items():
             chance = f"{chances[name]:.2%}" if name in chances else ""
             rows.append((cell["dataset"], name, f"{value:.2%}", chance, over))
@@ -135,36 +150,52 @@ def _results(card: Card) -> Rows:
 
 
 def _table(head: tuple[str, ...], rows: Rows) -> str:
-    lines = [head, ("---",) * len(head), *rows]
-    return "\n".join("| " + " | ".join(_cell(value) for value in line) + " |" for line in lines)
+    """A table in Markdown."""
+    lines = []
+    for row in [head, ("---",) * len(head), *rows]:
+        cells = " | ".join(_cell(value) for value in row)
+        lines.append(f"| {cells} |")
+    return "\n".join(lines)
 
 
 def _cell(value: str) -> str:
     """A name may hold what ends a cell of a Markdown table, or a line of it."""
-    return " ".join(str(value).split()).replace("\\", "\\\\").replace("|", "\\|")
+    one_line = " ".join(str(value).split())
+    return one_line.replace("\\", "\\\\").replace("|", "\\|")
 
 
 def _folded(title: str, content: dict[str, Any]) -> str:
-    dumped = yaml.safe_dump(_without_home(content), sort_keys=False, allow_unicode=True)
+    """YAML that opens at a click."""
+    dumped = yaml.safe_dump(_shown_throughout(content), sort_keys=False, allow_unicode=True)
     return f"<details><summary>{title}</summary>\n\n```yaml\n{dumped}```\n\n</details>"
 
 
-def _without_home(value: Any) -> Any:
+def _shown_throughout(value: Any) -> Any:
+    """A tree with each of its strings as `shown`."""
     if isinstance(value, dict):
-        return {key: _without_home(inner) for key, inner in value.items()}
+        return {key: _shown_throughout(inner) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_without_home(inner) for inner in value]
-    return shown(value) if isinstance(value, str) else value
+        return [_shown_throughout(inner) for inner in value]
+    if isinstance(value, str):
+        return shown(value)
+    return value
 
 
 def shown(name: str) -> str:
-    """A name as it is, but of an absolute path only the last two parts: nothing of the machine."""
+    """A name as it is, but of an absolute path only the last two parts.
+
+    A card must not tell how the machine's folders are named.
+    """
     found = re.fullmatch(r"((?:hf:|open_clip:|local-dir:)*)([/~].+)", name)
-    return f"{found[1]}{'/'.join(['…', *Path(found[2]).parts[-2:]])}" if found else name
+    if found is None:
+        return name
+    prefix, path = found.groups()
+    last = Path(path).parts[-2:]
+    return prefix + "/".join(["…", *last])
 
 
 def scrubbed(text: str) -> str:
-    """Without what opens doors: users and queries of URLs, tokens of the hub."""
+    """Without secrets: users and queries of URLs, tokens of the hub."""
     text = re.sub(r"(\w://)[^/\s@'\"]+@", r"\1", text)
     text = re.sub(r"(\w://[^\s?'\",]+)\?[^\s'\",\]]+", r"\1", text)
     return re.sub(r"\bhf_[A-Za-z0-9]{16,}", "…", text)

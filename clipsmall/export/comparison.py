@@ -1,5 +1,6 @@
 """An exported folder, loaded again by the libraries it is for, beside the model it was made of."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -7,64 +8,89 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipsmall.model.hf import HFTokenize, from_transformers
-from clipsmall.model.towers import Loaded, from_open_clip
+from clipsmall.model.towers import Loaded
+from clipsmall.model.towers.open_clip_towers import load_open_clip
+from clipsmall.model.towers.transformers_towers import load_transformers
 
 # of a unit vector's coordinates: float32 in another order of operations gives about 1e-7; NaN fails
 TOLERANCE = 1e-5
 CAPTIONS = ["a photo of a cat", "Two dogs; one of them's asleep!", "", "é 猫 " * 40]
 
 
-def check(loaded: Loaded, folder: Path, libraries: list[str], name: str) -> dict[str, float]:
-    """The largest difference of features for each library.
+def compare_exported(
+    loaded: Loaded, folder: Path, libraries: list[str], name: str
+) -> dict[str, float]:
+    """Load the folder with each library, and compare features with those of `loaded`.
+
+    Returns:
+        The largest difference of a feature for each library.
 
     Raises:
         ValueError: a library makes another model of the folder.
     """
     found = {}
     for library in libraries:
-        theirs = (
-            from_transformers(str(folder))
-            if library == "transformers"
-            else from_open_clip(f"local-dir:{folder}", "")
-        )
-        found[library] = difference(loaded, theirs)
-        if not found[library] <= TOLERANCE or looks(theirs) != looks(loaded):
+        load, text_features = LIBRARIES[library]
+        exported = load(folder)
+        off = _difference(loaded, exported, text_features)
+        ours = _preprocessing(loaded)
+        theirs = _preprocessing(exported)
+        if not off <= TOLERANCE or theirs != ours:
             raise ValueError(
-                f"{name}: {library} would load another model from the exported folder (features differ by "
-                f"{found[library]:.1e}, preprocessing {looks(theirs)} for {looks(loaded)}); nothing was written"
+                f"{name}: {library} would load another model from the exported folder (features "
+                f"differ by {off:.1e}, preprocessing {theirs} for {ours}); nothing was written"
             )
+        found[library] = off
     return found
 
 
 @torch.no_grad()
-def difference(ours: Loaded, theirs: Loaded) -> float:
-    """The largest difference of unit embeddings, of noise and of a few captions, which each
-    tokenizes by itself.
+def _difference(
+    loaded: Loaded, exported: Loaded, text_features: Callable[[Loaded], Tensor]
+) -> float:
+    """The largest difference of unit embeddings, of noise images and of CAPTIONS.
+
+    Each side tokenizes captions by itself.
     """
-    pixels = torch.randn(
-        4, 3, ours.spec.size, ours.spec.size, generator=torch.Generator().manual_seed(0)
-    )
-    theirs.towers.eval()
-    pairs = [(ours.towers.image(pixels), theirs.towers.image(pixels))]
-    pairs.append((ours.towers.text(ours.tokenize(CAPTIONS)), text(theirs)))
-    return max(
-        (F.normalize(a, dim=-1) - F.normalize(b, dim=-1)).abs().max().item() for a, b in pairs
-    )
+    size = loaded.spec.size
+    pixels = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(0))
+    exported.towers.eval()
+    image = _unit_difference(loaded.towers.image(pixels), exported.towers.image(pixels))
+    text = _unit_difference(_tokenized_features(loaded), text_features(exported))
+    return max(image, text)
 
 
-def text(loaded: Loaded) -> Tensor:
-    """CAPTIONS' features as a user of the library gets them: transformers' tokenizer also tells of
-    padding.
+def _unit_difference(ours: Tensor, theirs: Tensor) -> float:
+    return (F.normalize(ours, dim=-1) - F.normalize(theirs, dim=-1)).abs().max().item()
+
+
+def _tokenized_features(loaded: Loaded) -> Tensor:
+    """The features of CAPTIONS, as clipsmall and users of open_clip compute them."""
+    return loaded.towers.text(loaded.tokenize(CAPTIONS))
+
+
+def _masked_features(loaded: Loaded) -> Tensor:
+    """The features of CAPTIONS as users of transformers compute them.
+
+    Unlike in clipsmall, its tokenizer may also say where padding is, and the model then masks it.
     """
-    if not isinstance(loaded.tokenize, HFTokenize):
-        return loaded.towers.text(loaded.tokenize(CAPTIONS))  # type: ignore[no-any-return]
-    tokens = loaded.tokenize.tokenizer(
+    tokenize: Any = loaded.tokenize
+    model: Any = loaded.towers.model
+    tokens = tokenize.tokenizer(
         CAPTIONS, padding="max_length", truncation=True, return_tensors="pt"
     )
-    return loaded.towers.model.get_text_features(**tokens).pooler_output  # type: ignore[no-any-return]
+    features: Tensor = model.get_text_features(**tokens).pooler_output
+    return features
 
 
-def looks(loaded: Loaded) -> tuple[Any, ...]:
+# how each library loads a folder, and how its users compute the features of a text
+LIBRARIES: dict[str, tuple[Callable[[Path], Loaded], Callable[[Loaded], Tensor]]] = {
+    "transformers": (lambda folder: load_transformers(str(folder)), _masked_features),
+    "open_clip": (lambda folder: load_open_clip(f"local-dir:{folder}", ""), _tokenized_features),
+}
+
+
+def _preprocessing(loaded: Loaded) -> tuple[Any, ...]:
+    """What the pixels of an image depend on."""
     spec = loaded.spec
     return spec.size, tuple(spec.mean), tuple(spec.std), spec.interpolation, spec.resize

@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,21 @@ from typing import Any
 from safetensors.torch import save_file
 
 from clipsmall.data.preprocess import ImageSpec
-from clipsmall.export import Inexpressible, to_open_clip, to_transformers
-from clipsmall.export.tokenizer import for_transformers, is_clips
-from clipsmall.export.weights import Tensors
+from clipsmall.export.conversion import to_open_clip, to_transformers
+from clipsmall.export.tokenizer import (
+    is_clip_tokenizer,
+    prepared_for_transformers,
+    transformers_tokenizer_of,
+)
+from clipsmall.export.weights import Inexpressible, Tensors
 from clipsmall.model.towers import Loaded
+
+# the libraries that load a folder, and notes for its card: why another does not, or not all of it
+Written = tuple[list[str], list[str]]
 
 
 @contextmanager
-def complete(target: Path) -> Iterator[Path]:
+def complete_folder(target: Path) -> Iterator[Path]:
     """A folder to fill that gets its name when all went well, and is deleted when not.
 
     Raises:
@@ -37,8 +44,8 @@ def complete(target: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def write(loaded: Loaded, scalars: Tensors, name: str, folder: Path) -> tuple[list[str], list[str]]:
-    """Config, weights, tokenizer and preprocessing, for each library that has words for the model.
+def write_model(loaded: Loaded, scalars: Tensors, name: str, folder: Path) -> Written:
+    """Config, weights, tokenizer and preprocessing, for each library that has such a model.
 
     Args:
         loaded: towers of transformers or open_clip with plain layers: adapters are merged before.
@@ -51,44 +58,47 @@ def write(loaded: Loaded, scalars: Tensors, name: str, folder: Path) -> tuple[li
         The libraries that load it, and why another does not or not all of it.
 
     Raises:
-        ValueError: towers of our own, which neither library has.
+        ValueError: towers that neither library has.
     """
-    kind = loaded.description["kind"]
-    if kind == "small":
+    kind = loaded.towers.kind
+    write = WRITERS.get(kind)
+    if write is None:
         raise ValueError(
-            f"{name}: our small towers are in neither library; share the run's checkpoint instead"
+            f"{name}: {kind} towers are in neither library; share the run's checkpoint instead"
         )
-    tensors = {**loaded.towers.model.state_dict(), **scalars}
-    convert = _from_transformers if kind == "transformers" else _from_open_clip
-    return convert(loaded, tensors, name, folder)
+    model: Any = loaded.towers.model
+    return write(loaded, {**model.state_dict(), **scalars}, name, folder)
 
 
-def _from_transformers(
-    loaded: Loaded, tensors: Tensors, name: str, folder: Path
-) -> tuple[list[str], list[str]]:
-    config = loaded.towers.model.config.to_dict()
+def _write_from_transformers(loaded: Loaded, tensors: Tensors, name: str, folder: Path) -> Written:
+    """A model of transformers: as it is, and converted for open_clip."""
+    model: Any = loaded.towers.model
+    tokenize: Any = loaded.tokenize
+    config = model.config.to_dict()
     notes = []
     own = dict(tensors)
-    # whose scalars have an axis
     if config["model_type"] == "siglip":
-        own |= {key: tensors[key].reshape(1) for key in ("logit_scale", "logit_bias")}
+        # SiglipModel's scalars have an axis
+        for key in ("logit_scale", "logit_bias"):
+            own[key] = tensors[key].reshape(1)
     elif own.pop("logit_bias", None) is not None:
-        notes.append(without_bias(tensors))
-    tokenizer = _write_transformers(config, own, loaded, name, folder)
+        notes.append(_bias_note(tensors))
+    has_mask = config["model_type"] == "clip"
+    tokenizer = prepared_for_transformers(tokenize.tokenizer, tokenize.length, has_mask)
+    _write_transformers(config, own, tokenizer, loaded.spec, folder)
     try:
-        theirs, weights = to_open_clip(config, tensors, name)
+        converted, weights = to_open_clip(config, tensors, name)
     except Inexpressible as error:
         return ["transformers"], [*notes, f"For transformers alone: {error}."]
-    if not is_clips(tokenizer):
-        theirs["text_cfg"]["hf_tokenizer_name"] = name
-    _write_open_clip(theirs, weights, loaded.spec, folder)
+    if not is_clip_tokenizer(tokenizer):
+        converted["text_cfg"]["hf_tokenizer_name"] = name
+    _write_open_clip(converted, weights, loaded.spec, folder)
     return ["transformers", "open_clip"], notes
 
 
-def _from_open_clip(
-    loaded: Loaded, tensors: Tensors, name: str, folder: Path
-) -> tuple[list[str], list[str]]:
-    loaded.save_tokenizer(folder)
+def _write_from_open_clip(loaded: Loaded, tensors: Tensors, name: str, folder: Path) -> Written:
+    """A model of open_clip: as it is, and converted for transformers."""
+    loaded.save_files(folder)
     config = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]
     if "multimodal_cfg" in config:
         raise ValueError(
@@ -98,42 +108,48 @@ def _from_open_clip(
         config["init_logit_bias"] = tensors["logit_bias"].item()
     _write_open_clip(config, tensors, loaded.spec, folder)
     try:
-        theirs, weights = to_transformers(config, tensors, name)
-        _write_transformers(theirs, weights, loaded, name, folder)
+        converted, weights = to_transformers(config, tensors, name)
+        has_mask = converted["model_type"] == "clip"
+        theirs, length = transformers_tokenizer_of(loaded.tokenize, name)
+        tokenizer = prepared_for_transformers(theirs, length, has_mask)
+        _write_transformers(converted, weights, tokenizer, loaded.spec, folder)
     except Inexpressible as error:
         return ["open_clip"], [f"For open_clip alone: {error}."]
-    bias_lost = "logit_bias" in tensors.keys() - weights.keys()
-    return ["transformers", "open_clip"], [without_bias(tensors)] if bias_lost else []
+    lost_bias = "logit_bias" in tensors.keys() - weights.keys()
+    return ["transformers", "open_clip"], [_bias_note(tensors)] if lost_bias else []
 
 
-def without_bias(tensors: Tensors) -> str:
+# by the kind of towers that a model has
+WRITERS: dict[str, Callable[[Loaded, Tensors, str, Path], Written]] = {
+    "transformers": _write_from_transformers,
+    "open_clip": _write_from_open_clip,
+}
+
+
+def _bias_note(tensors: Tensors) -> str:
     bias = tensors["logit_bias"].item()
     return (
-        f"transformers' CLIPModel has no logit_bias: add {bias:.6g} to its logits before a sigmoid. No ranking and no "
-        "softmax depends on it; open_clip has it."
+        f"transformers' CLIPModel has no logit_bias: add {bias:.6g} to its logits before a "
+        "sigmoid. No ranking and no softmax depends on it; open_clip has it."
     )
 
 
 def _write_transformers(
-    config: dict[str, Any], tensors: Tensors, loaded: Loaded, name: str, folder: Path
-) -> Any:
-    """config.json, model.safetensors, tokenizer and processor; returns the tokenizer. Raises
-    Inexpressible, at once.
-    """
+    config: dict[str, Any], tensors: Tensors, tokenizer: Any, spec: ImageSpec, folder: Path
+) -> None:
+    """config.json, model.safetensors, tokenizer and processor."""
     import transformers
 
-    kind = {"clip": "CLIP", "siglip": "Siglip"}[config["model_type"]]
-    tokenizer = for_transformers(loaded.tokenize, kind == "CLIP", name)
-    made = getattr(transformers, f"{kind}Config").from_dict(config)
-    made.architectures = [f"{kind}Model"]
+    family = {"clip": "CLIP", "siglip": "Siglip"}[config["model_type"]]
+    made = getattr(transformers, f"{family}Config").from_dict(config)
+    made.architectures = [f"{family}Model"]
     made.dtype = "float32"
     made.save_pretrained(folder)
-    _save(tensors, folder / "model.safetensors")
-    images = image_processor(loaded.spec)
-    getattr(transformers, f"{kind}Processor")(images, tokenizer).save_pretrained(folder)
+    _save_tensors(tensors, folder / "model.safetensors")
+    images = image_processor(spec)
+    getattr(transformers, f"{family}Processor")(images, tokenizer).save_pretrained(folder)
     # preprocessor_config.json, for AutoImageProcessor of transformers 4
     images.save_pretrained(folder)
-    return tokenizer
 
 
 def image_processor(spec: ImageSpec) -> Any:
@@ -141,19 +157,20 @@ def image_processor(spec: ImageSpec) -> Any:
     from transformers import CLIPImageProcessor, SiglipImageProcessor
 
     square = {"height": spec.size, "width": spec.size}
-    looks = {
+    pixels = {
         "image_mean": list(spec.mean),
         "image_std": list(spec.std),
         "resample": {"bilinear": 2, "bicubic": 3}[spec.interpolation],
     }
     if spec.resize == "squash":
-        return SiglipImageProcessor(size=square, **looks)
-    return CLIPImageProcessor(size={"shortest_edge": spec.size}, crop_size=square, **looks)
+        return SiglipImageProcessor(size=square, **pixels)
+    return CLIPImageProcessor(size={"shortest_edge": spec.size}, crop_size=square, **pixels)
 
 
 def _write_open_clip(
     config: dict[str, Any], tensors: Tensors, spec: ImageSpec, folder: Path
 ) -> None:
+    """open_clip_config.json and open_clip_model.safetensors."""
     preprocess = {
         "size": spec.size,
         "mean": list(spec.mean),
@@ -163,22 +180,12 @@ def _write_open_clip(
     }
     both = {"model_cfg": config, "preprocess_cfg": preprocess}
     (folder / "open_clip_config.json").write_text(json.dumps(both, indent=2) + "\n")
-    _save(tensors, folder / "open_clip_model.safetensors")
+    _save_tensors(tensors, folder / "open_clip_model.safetensors")
 
 
-def _save(tensors: Tensors, path: Path) -> None:
-    # tied weights: each by itself
+def _save_tensors(tensors: Tensors, path: Path) -> None:
+    # copies: safetensors refuses tied weights, which share memory
     plain = {key: value.contiguous().clone() for key, value in tensors.items()}
     save_file(plain, path, {"format": "pt"})
     # safetensors leaves 0600: nobody else could load what was exported
     path.chmod(0o644)
-
-
-def family(loaded: Loaded) -> str:
-    """clip or siglip; what is neither counts as clip, "" is for our own towers."""
-    if loaded.description["kind"] == "transformers":
-        return str(loaded.towers.model.config.model_type)
-    if loaded.description["kind"] == "small":
-        return ""
-    trunk = getattr(loaded.towers.model.visual, "trunk", None)
-    return "siglip" if getattr(trunk, "global_pool", "") == "map" else "clip"

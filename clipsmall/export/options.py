@@ -1,13 +1,13 @@
-"""The options of a tower in open_clip's words, and which of them transformers has words for."""
+"""The options of a tower as open_clip and as transformers call them."""
 
 from dataclasses import asdict
 from typing import Any
 
 from clipsmall.export.weights import Inexpressible
 
-# of no effect on what a trained model computes: dropout, where pretrained parts came from,
-# tokenizer, unused marks
-SILENT = {
+# options without effect on what a trained model computes: dropout, where pretrained parts came
+# from, tokenizer, unused ids
+WITHOUT_EFFECT = {
     "patch_dropout",
     "pos_embed_type",
     "timm_drop",
@@ -20,7 +20,8 @@ SILENT = {
     "pad_id",
     "eos_id",
 }
-TOP = {
+# what is known at the top of a `model_cfg`
+TOP_LEVEL = {
     "embed_dim",
     "vision_cfg",
     "text_cfg",
@@ -32,32 +33,46 @@ TOP = {
 }
 
 
-def tower(config: dict[str, Any], side: str, converted: set[str], name: str) -> dict[str, Any]:
+def tower_options(
+    config: dict[str, Any], side: str, converted: set[str], name: str
+) -> dict[str, Any]:
     """All options of one tower of an open_clip `model_cfg`, defaults filled in.
 
     Args:
         side: "vision" or "text".
         converted: options that the caller translates; any other must have its default.
+        name: of the model, for messages.
 
     Raises:
         Inexpressible: an option that transformers does not have.
     """
     from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 
-    if odd := sorted(config.keys() - TOP):
+    unknown = sorted(config.keys() - TOP_LEVEL)
+    if unknown:
         raise Inexpressible(
-            f"{name}: transformers' CLIP and SigLIP have no {odd[0]} (CoCa is another model)"
+            f"{name}: transformers' CLIP and SigLIP have no {unknown[0]} (CoCa is another model)"
         )
-    kind = CLIPVisionCfg if side == "vision" else CLIPTextCfg
-    given = asdict(kind(**config[f"{side}_cfg"]))
-    plain = asdict(kind())
+    section = CLIPVisionCfg if side == "vision" else CLIPTextCfg
+    given = asdict(section(**config[f"{side}_cfg"]))
+    defaults = asdict(section())
     for key, value in given.items():
-        if key not in converted | SILENT and value != plain[key]:
+        if key in converted or key in WITHOUT_EFFECT:
+            continue
+        if value != defaults[key]:
             raise Inexpressible(
                 f"{name}: transformers' CLIP and SigLIP have no {side} tower with {key}={value!r}; "
                 "only plain ViTs with CLIP's or SigLIP's own text tower are in both libraries"
             )
     return given
+
+
+# transformers' hidden_act -> open_clip's quick_gelu and act_kwargs
+ACTIVATIONS: dict[str, tuple[bool, dict[str, Any]]] = {
+    "quick_gelu": (True, {}),
+    "gelu": (False, {}),
+    "gelu_pytorch_tanh": (False, {"approximate": "tanh"}),
+}
 
 
 def activation(quick_gelu: bool, act_kwargs: dict[str, Any] | None, name: str) -> str:
@@ -66,19 +81,16 @@ def activation(quick_gelu: bool, act_kwargs: dict[str, Any] | None, name: str) -
         if quick == quick_gelu and kwargs == (act_kwargs or {}):
             return hidden_act
     raise Inexpressible(
-        f"{name}: transformers has no activation for quick_gelu={quick_gelu}, act_kwargs={act_kwargs}"
+        f"{name}: transformers has no activation for quick_gelu={quick_gelu}, "
+        f"act_kwargs={act_kwargs}"
     )
 
 
-ACTIVATIONS: dict[str, tuple[bool, dict[str, Any]]] = {
-    "quick_gelu": (True, {}),
-    "gelu": (False, {}),
-    "gelu_pytorch_tanh": (False, {"approximate": "tanh"}),
-}
+def open_clip_activation(config: Any, name: str) -> tuple[bool, dict[str, Any]]:
+    """open_clip's options for the activation of a tower of transformers.
 
-
-def hidden_act(config: Any, name: str) -> tuple[bool, dict[str, Any]]:
-    """open_clip's (quick_gelu, act_kwargs as part of a tower's config) for a tower of transformers.
+    Returns:
+        quick_gelu, of the whole model; and act_kwargs, as a part of the tower's section.
 
     Raises:
         Inexpressible: open_clip has no such activation.
@@ -86,46 +98,54 @@ def hidden_act(config: Any, name: str) -> tuple[bool, dict[str, Any]]:
     if config.hidden_act not in ACTIVATIONS:
         raise Inexpressible(f"{name}: open_clip has no activation {config.hidden_act!r}")
     quick, kwargs = ACTIVATIONS[config.hidden_act]
-    return quick, {"act_kwargs": kwargs} if kwargs else {}
+    section = {"act_kwargs": kwargs} if kwargs else {}
+    return quick, section
 
 
-def norm(eps: float) -> dict[str, Any]:
+def norm_option(eps: float) -> dict[str, Any]:
     """open_clip's option for LayerNorms of this eps; 1e-5 is its default."""
     return {} if eps == 1e-5 else {"norm_kwargs": {"eps": eps}}
 
 
-def ratio(config: Any) -> float:
-    """open_clip's `mlp_ratio`, from which it takes int(width * ratio) rows: of 4304/1152 that is
-    one too few.
+def mlp_ratio(config: Any) -> float:
+    """open_clip's `mlp_ratio` for a tower of transformers.
+
+    open_clip makes int(width * ratio) rows, which for 4304 / 1152 is one too few: then the ratio of
+    half a row more is given.
     """
-    wanted = config.intermediate_size
+    rows = config.intermediate_size
     width = config.hidden_size
-    exact: float = wanted / width
-    return exact if int(width * exact) == wanted else (wanted + 0.5) / width
+    exact: float = rows / width
+    if int(width * exact) == rows:
+        return exact
+    rounded_up: float = (rows + 0.5) / width
+    return rounded_up
 
 
-def sides(given: dict[str, Any], heads: int, act: str) -> dict[str, Any]:
-    """What a tower of transformers calls width, depth, heads, MLP, activation and eps of an
-    open_clip tower.
+def transformers_sizes(tower: dict[str, Any], heads: int, act: str) -> dict[str, Any]:
+    """Width, depth, heads, MLP, activation and eps of an open_clip tower, as transformers' names.
+
+    Args:
+        tower: of `tower_options`.
     """
     return {
-        "hidden_size": given["width"],
-        "intermediate_size": int(given["width"] * given["mlp_ratio"]),
-        "num_hidden_layers": given["layers"],
+        "hidden_size": tower["width"],
+        "intermediate_size": int(tower["width"] * tower["mlp_ratio"]),
+        "num_hidden_layers": tower["layers"],
         "num_attention_heads": heads,
         "hidden_act": act,
-        "layer_norm_eps": (given["norm_kwargs"] or {}).get("eps", 1e-5),
+        "layer_norm_eps": (tower["norm_kwargs"] or {}).get("eps", 1e-5),
     }
 
 
-def text_tower(text: Any) -> dict[str, Any]:
-    """What open_clip's `text_cfg` says of the sizes of a text tower of transformers."""
+def open_clip_text_sizes(text: Any) -> dict[str, Any]:
+    """The sizes of a text tower of transformers, as open_clip's `text_cfg` names them."""
     return {
         "context_length": text.max_position_embeddings,
         "vocab_size": text.vocab_size,
         "width": text.hidden_size,
         "heads": text.num_attention_heads,
         "layers": text.num_hidden_layers,
-        "mlp_ratio": ratio(text),
-        **norm(text.layer_norm_eps),
+        "mlp_ratio": mlp_ratio(text),
+        **norm_option(text.layer_norm_eps),
     }

@@ -7,8 +7,15 @@ import torch
 from torch import nn
 
 from clipsmall.export import clip, options
-from clipsmall.export.weights import Inexpressible, NamePair, block, layer, pair
+from clipsmall.export.weights import (
+    Inexpressible,
+    NamePair,
+    block_names,
+    layer_names,
+    name_pair,
+)
 
+# of a block of the image tower: timm's name of a layer -> that of transformers
 LAYERS = {
     "norm1": "layer_norm1",
     "norm2": "layer_norm2",
@@ -16,53 +23,54 @@ LAYERS = {
     "mlp.fc1": "mlp.fc1",
     "mlp.fc2": "mlp.fc2",
 }
-# what makes open_clip's text tower SigLIP's: any word sees any other, the last is pooled, the
-# projection has a bias
+# options that make open_clip's text tower SigLIP's: any word sees any other, the last is pooled,
+# and the projection has a bias
 TEXT = {"no_causal_mask": True, "pool_type": "last", "proj_bias": True}
 
 
 def is_siglip(config: dict[str, Any]) -> bool:
-    """Whether an open_clip `model_cfg` has SigLIP's image tower: attention pooling, no
-    projection.
-    """
+    """Whether an open_clip `model_cfg` has SigLIP's image tower, which pools by attention."""
     vision = config["vision_cfg"]
     return "siglip" in (vision.get("timm_model_name") or "") and vision.get("timm_pool") == "map"
 
 
-def pairs(vision_layers: int, text_layers: int) -> Iterator[NamePair]:
-    """Every tensor but scale and bias."""
+def siglip_names(vision_layers: int, text_layers: int) -> Iterator[NamePair]:
+    """Every tensor of a SigLIP but scale and bias."""
     trunk = "visual.trunk"
     pool = "visual.trunk.attn_pool"
     head = "vision_model.head"
-    yield from layer(f"{trunk}.patch_embed.proj", "vision_model.embeddings.patch_embedding")
-    yield pair(f"{trunk}.pos_embed", "vision_model.embeddings.position_embedding.weight", "batched")
-    yield from layer(f"{trunk}.norm", "vision_model.post_layernorm")
-    yield pair(f"{pool}.latent", f"{head}.probe")
+    yield from layer_names(f"{trunk}.patch_embed.proj", "vision_model.embeddings.patch_embedding")
+    yield name_pair(
+        f"{trunk}.pos_embed", "vision_model.embeddings.position_embedding.weight", "batched"
+    )
+    yield from layer_names(f"{trunk}.norm", "vision_model.post_layernorm")
+    yield name_pair(f"{pool}.latent", f"{head}.probe")
     for kind in ("weight", "bias"):
         yield NamePair(
             (f"{pool}.q.{kind}", f"{pool}.kv.{kind}"), (f"{head}.attention.in_proj_{kind}",)
         )
-    yield from layer(f"{pool}.proj", f"{head}.attention.out_proj")
-    yield from layer(f"{pool}.norm", f"{head}.layernorm")
-    yield from layer(f"{pool}.mlp.fc1", f"{head}.mlp.fc1")
-    yield from layer(f"{pool}.mlp.fc2", f"{head}.mlp.fc2")
+    yield from layer_names(f"{pool}.proj", f"{head}.attention.out_proj")
+    yield from layer_names(f"{pool}.norm", f"{head}.layernorm")
+    yield from layer_names(f"{pool}.mlp.fc1", f"{head}.mlp.fc1")
+    yield from layer_names(f"{pool}.mlp.fc2", f"{head}.mlp.fc2")
     for i in range(vision_layers):
-        yield from block(
+        yield from block_names(
             f"{trunk}.blocks.{i}", f"vision_model.encoder.layers.{i}", LAYERS, "attn.qkv."
         )
-    yield pair("text.token_embedding.weight", "text_model.embeddings.token_embedding.weight")
-    yield pair("text.positional_embedding", "text_model.embeddings.position_embedding.weight")
-    yield from layer("text.ln_final", "text_model.final_layer_norm")
-    yield from layer("text.text_projection", "text_model.head")
+    yield name_pair("text.token_embedding.weight", "text_model.embeddings.token_embedding.weight")
+    yield name_pair("text.positional_embedding", "text_model.embeddings.position_embedding.weight")
+    yield from layer_names("text.ln_final", "text_model.final_layer_norm")
+    yield from layer_names("text.text_projection", "text_model.head")
     for i in range(text_layers):
         theirs = f"text.transformer.resblocks.{i}"
         ours = f"text_model.encoder.layers.{i}"
-        yield from block(theirs, ours, clip.LAYERS, "attn.in_proj_")
+        yield from block_names(theirs, ours, clip.LAYERS, "attn.in_proj_")
 
 
 def trunk_config(timm_name: str, name: str) -> dict[str, Any]:
-    """What transformers would say of an image tower of timm; reads the architecture, makes no
-    weights.
+    """The `vision_config` of transformers for an image tower of timm.
+
+    Reads the architecture; makes no weights.
 
     Raises:
         Inexpressible: timm has no such model, or it is no plain ViT with attention pooling.
@@ -72,45 +80,45 @@ def trunk_config(timm_name: str, name: str) -> dict[str, Any]:
     try:
         with torch.device("meta"):
             trunk: Any = timm.create_model(timm_name, num_classes=0)
-        one = trunk.blocks[0]
-        act = trunk.blocks[0].mlp.act
-        tanh = getattr(act, "approximate", "tanh" if type(act).__name__ == "GELUTanh" else "none")
-        assert isinstance(act, nn.GELU) or type(act).__name__ in ("GELU", "GELUTanh")
+        block = trunk.blocks[0]
+        act = block.mlp.act
+        kind = type(act).__name__
+        if not isinstance(act, nn.GELU) and kind not in ("GELU", "GELUTanh"):
+            raise AttributeError(f"its activation is {kind}")
+        tanh = getattr(act, "approximate", "tanh" if kind == "GELUTanh" else "none")
         return {
             "image_size": trunk.patch_embed.img_size[0],
             "patch_size": trunk.patch_embed.patch_size[0],
             "hidden_size": trunk.embed_dim,
-            "intermediate_size": one.mlp.fc1.out_features,
+            "intermediate_size": block.mlp.fc1.out_features,
             "num_hidden_layers": len(trunk.blocks),
-            "num_attention_heads": one.attn.num_heads,
+            "num_attention_heads": block.attn.num_heads,
             "hidden_act": "gelu_pytorch_tanh" if tanh == "tanh" else "gelu",
             "layer_norm_eps": trunk.norm.eps,
         }
-    except (RuntimeError, AttributeError, AssertionError) as error:
+    except (RuntimeError, AttributeError) as error:
         raise Inexpressible(
             f"{name}: timm's {timm_name} is no image tower of SigLIP's kind ({error})"
         ) from None
 
 
-def to_transformers(config: dict[str, Any], name: str) -> dict[str, Any]:
+def siglip_for_transformers(config: dict[str, Any], name: str) -> dict[str, Any]:
     """open_clip's `model_cfg` -> the content of a `SiglipConfig`. Raises Inexpressible."""
-    timm_options = {"timm_model_name", "timm_pool", "timm_proj", "image_size"}
-    vision = options.tower(config, "vision", timm_options, name)
-    text = options.tower(
-        config, "text", clip.SHARED | {"heads", "context_length", "vocab_size"} | set(TEXT), name
-    )
-    found = {**{key: text[key] for key in TEXT}, "timm_proj": vision["timm_proj"]}
+    for_vision = {"timm_model_name", "timm_pool", "timm_proj", "image_size"}
+    for_text = clip.SHARED | {"heads", "context_length", "vocab_size"} | set(TEXT)
+    vision = options.tower_options(config, "vision", for_vision, name)
+    text = options.tower_options(config, "text", for_text, name)
+    found = {key: text[key] for key in TEXT} | {"timm_proj": vision["timm_proj"]}
     if found != {**TEXT, "timm_proj": "none"}:
         raise Inexpressible(
             f"{name}: towers unlike SigLIP's ({found}); transformers has {TEXT}, timm_proj 'none'"
         )
-    trunk = trunk_config(vision["timm_model_name"], name)
     act = options.activation(config.get("quick_gelu", False), text["act_kwargs"], name)
     return {
         "model_type": "siglip",
-        "vision_config": trunk,
+        "vision_config": trunk_config(vision["timm_model_name"], name),
         "text_config": {
-            **options.sides(text, text["heads"], act),
+            **options.transformers_sizes(text, text["heads"], act),
             "vocab_size": text["vocab_size"],
             "max_position_embeddings": text["context_length"],
             "projection_size": config["embed_dim"],
@@ -121,11 +129,11 @@ def to_transformers(config: dict[str, Any], name: str) -> dict[str, Any]:
     }
 
 
-def to_open_clip(config: Any, name: str) -> dict[str, Any]:
+def siglip_for_open_clip(config: Any, name: str) -> dict[str, Any]:
     """A `SiglipConfig` -> open_clip's `model_cfg`. Raises Inexpressible."""
     vision = config.vision_config
     text = config.text_config
-    quick, text_act = options.hidden_act(text, name)
+    quick, text_act = options.open_clip_activation(text, name)
     if not vision.vision_use_head or text.projection_size != vision.hidden_size:
         raise Inexpressible(
             f"{name}: open_clip's SigLIP pools by attention, to the width of the projected text"
@@ -143,7 +151,7 @@ def to_open_clip(config: Any, name: str) -> dict[str, Any]:
             "timm_proj": "none",
         },
         "text_cfg": {
-            **options.text_tower(text),
+            **options.open_clip_text_sizes(text),
             **TEXT,
             **text_act,
         },
@@ -151,26 +159,30 @@ def to_open_clip(config: Any, name: str) -> dict[str, Any]:
 
 
 def timm_name(vision: Any, name: str) -> str:
-    """The image tower of timm that computes the same: open_clip can name one, but not describe one.
+    """The image tower of timm that computes the same as one of transformers.
+
+    open_clip can name one, but not describe one.
 
     Raises:
-        Inexpressible: there is none, with what differs in the nearest.
+        Inexpressible: there is none; the message says what differs in the nearest.
     """
     import timm
 
-    best: dict[str, Any] = {}
+    nearest = ""
+    differences: dict[str, Any] = {}
     for candidate in timm.list_models(f"vit_*_patch{vision.patch_size}_siglip_{vision.image_size}"):
         found = trunk_config(candidate, name)
         differs = {key: value for key, value in found.items() if getattr(vision, key) != value}
         if not differs:
             return str(candidate)
-        if not best or len(differs) < len(best):
-            best = {"timm_model_name": candidate, **differs}
-    asked = ", ".join(f"{key}={getattr(vision, key)!r}" for key in best if key != "timm_model_name")
-    near = (
-        f"; timm's {best['timm_model_name']} would be nearest, but not with {asked}" if best else ""
-    )
+        if not nearest or len(differs) <= len(differences):
+            nearest = candidate
+            differences = differs
+    hint = ""
+    if nearest:
+        asked = ", ".join(f"{key}={getattr(vision, key)!r}" for key in differences)
+        hint = f"; timm's {nearest} would be nearest, but not with {asked}"
     raise Inexpressible(
-        f"{name}: open_clip names its SigLIP image towers by timm's models, and timm has none of this size "
-        f"(patch {vision.patch_size}, image {vision.image_size}){near}"
+        f"{name}: open_clip names its SigLIP image towers by timm's models, and timm has none of "
+        f"this size (patch {vision.patch_size}, image {vision.image_size}){hint}"
     )

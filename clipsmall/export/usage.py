@@ -1,5 +1,6 @@
-"""The snippets of a model card; every one runs as it stands, beside the model's folder and a
-photo.jpg.
+"""The code snippets of a model card.
+
+Every one runs as it stands, beside the model's folder and a photo.jpg.
 """
 
 import json
@@ -11,31 +12,35 @@ HUB = "hf-hub:"
 
 @dataclass
 class Where:
-    """`path`: the folder's name, or ORG/NAME of the hub; `formats`: transformers, open_clip, or
-    peft.
-    """
+    """Where a model is, and how it can be loaded."""
 
+    # the folder's name, or ORG/NAME of the hub
     path: str
     hub: bool
     # clip or siglip
     family: str
+    # transformers, open_clip, or peft
     formats: list[str]
     # of an adapter's base
     revision: str = ""
 
 
-def text(where: Where, base: str, pretrained: str) -> str:
+def snippets(where: Where, base: str, pretrained: str) -> str:
     """All snippets, each under the library's name.
 
     Args:
         base: of an adapter: the model it is for; with `pretrained` one of open_clip.
     """
     if "peft" in where.formats:
-        told = "The adapter and the temperature it was trained with, on its base:"
-        return f"{told}\n\n{_block(_peft(where, base, pretrained))}"
-    writers = {"transformers": _transformers, "open_clip": _open_clip}
-    parts = [f"With {library}:\n\n{_block(writers[library](where))}" for library in where.formats]
-    return "\n\n".join([*parts, f"With clipsmall:\n\n{_block(_clipsmall(where))}"])
+        title = "The adapter and the temperature it was trained with, on its base:"
+        return f"{title}\n\n{_block(_peft(where, base, pretrained))}"
+    parts = []
+    if "transformers" in where.formats:
+        parts.append(f"With transformers:\n\n{_block(_transformers(where))}")
+    if "open_clip" in where.formats:
+        parts.append(f"With open_clip:\n\n{_block(_open_clip(where))}")
+    parts.append(f"With clipsmall:\n\n{_block(_clipsmall(where))}")
+    return "\n\n".join(parts)
 
 
 def _block(code: str) -> str:
@@ -43,22 +48,24 @@ def _block(code: str) -> str:
 
 
 def _transformers(where: Where) -> str:
+    path = json.dumps(where.path)
     return f"""
 import torch
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
-model = AutoModel.from_pretrained({json.dumps(where.path)}).eval()
-processor = AutoProcessor.from_pretrained({json.dumps(where.path)})
-{_scored(where)}"""
+model = AutoModel.from_pretrained({path}).eval()
+processor = AutoProcessor.from_pretrained({path})
+{_scored_by_transformers(where)}"""
 
 
-def _scored(where: Where) -> str:
+def _scored_by_transformers(where: Where) -> str:
     """SigLIP's logits are each a probability of their own, CLIP's one of several."""
     chance = "sigmoid()" if where.family == "siglip" else "softmax(dim=-1)"
+    options = 'padding="max_length", truncation=True, return_tensors="pt"'
     return f"""{NAMES}
 photo = Image.open("photo.jpg").convert("RGB")
-inputs = processor(text=names, images=photo, padding="max_length", truncation=True, return_tensors="pt")
+inputs = processor(text=names, images=photo, {options})
 with torch.no_grad():
     logits = model(**inputs).logits_per_image
 print(dict(zip(names, logits.{chance}[0].tolist())))
@@ -75,10 +82,10 @@ from PIL import Image
 model, _, preprocess = open_clip.create_model_and_transforms({source})
 tokenizer = open_clip.get_tokenizer({source})
 model.eval()
-{_compared()}"""
+{_scored_by_open_clip()}"""
 
 
-def _compared() -> str:
+def _scored_by_open_clip() -> str:
     return f"""{NAMES}
 with torch.no_grad():
     image = model.encode_image(preprocess(Image.open("photo.jpg"))[None], normalize=True)
@@ -89,17 +96,16 @@ print(dict(zip(names, logits.softmax(dim=-1)[0].tolist())))
 
 
 def _clipsmall(where: Where) -> str:
-    source = json.dumps(
-        f"open_clip:{HUB}{where.path}"
-        if where.hub and where.formats == ["open_clip"]
-        else where.path
-    )
+    source = where.path
+    if where.hub and where.formats == ["open_clip"]:
+        # without this a hub id is taken for one of transformers
+        source = f"open_clip:{HUB}{where.path}"
     return f"""
 import torch
 from clipsmall.data.preprocess import ImageTransform
 from clipsmall.model.saved import load_model
 
-model, loaded = load_model({source})
+model, loaded = load_model({json.dumps(source)})
 model.eval()
 {NAMES}
 with open("photo.jpg", "rb") as file, torch.no_grad():
@@ -111,31 +117,42 @@ print(dict(zip(names, logits.softmax(dim=-1)[0].tolist())))
 
 def _peft(where: Where, base: str, pretrained: str) -> str:
     """Base, scale, adapter: peft carries only the last."""
-    scale = json.dumps(f"{where.path}/scale.json")
-    fetch = ""
-    if where.hub:
-        scale = f'hf_hub_download("{where.path}", "scale.json")'
-        fetch = "from huggingface_hub import hf_hub_download\n"
     name = json.dumps(base)
-    revision = f', revision="{where.revision}"' if where.revision else ""
-    if "transformers" in where.formats:
-        imports = f"import torch\n{fetch}from peft import PeftModel\nfrom PIL import Image\n"
-        imports += "from transformers import AutoModel, AutoProcessor\n"
-        made = f"model = AutoModel.from_pretrained({name}{revision})\n"
-        made += f"processor = AutoProcessor.from_pretrained({name}{revision})"
+    imports = ["import torch"]
+    if where.hub:
+        imports.append("from huggingface_hub import hf_hub_download")
+        scale = f'hf_hub_download("{where.path}", "scale.json")'
     else:
-        imports = f"import open_clip\nimport torch\n{fetch}from peft import PeftModel\nfrom PIL import Image\n"
+        scale = json.dumps(f"{where.path}/scale.json")
+    imports += ["from peft import PeftModel", "from PIL import Image"]
+    if "transformers" in where.formats:
+        imports.append("from transformers import AutoModel, AutoProcessor")
+        revision = f', revision="{where.revision}"' if where.revision else ""
+        made = (
+            f"model = AutoModel.from_pretrained({name}{revision})\n"
+            f"processor = AutoProcessor.from_pretrained({name}{revision})"
+        )
+        scored = _scored_by_transformers(where)
+    else:
+        imports.insert(0, "import open_clip")
         weights = f", pretrained={json.dumps(pretrained)}" if pretrained else ""
-        made = f"model, _, preprocess = open_clip.create_model_and_transforms({name}{weights})\n"
-        made += f"tokenizer = open_clip.get_tokenizer({name})"
-    bias = 'model.logit_bias.data.fill_(scale["logit_bias"])\n' if where.family == "siglip" else ""
+        made = (
+            f"model, _, preprocess = open_clip.create_model_and_transforms({name}{weights})\n"
+            f"tokenizer = open_clip.get_tokenizer({name})"
+        )
+        scored = _scored_by_open_clip()
+    bias = ""
+    if where.family == "siglip":
+        bias = 'model.logit_bias.data.fill_(scale["logit_bias"])\n'
+    lines = "\n".join(imports)
     return f"""
 import json
 
-{imports}
+{lines}
+
 {made}
 with open({scale}) as file:
     scale = json.load(file)
 model.logit_scale.data.fill_(scale["log_logit_scale"])
 {bias}model = PeftModel.from_pretrained(model, {json.dumps(where.path)}).eval()
-{_scored(where) if "transformers" in where.formats else _compared()}"""
+{scored}"""

@@ -1,6 +1,4 @@
-"""The same weights under two names: a list of pairs, read from left to right or from right to
-left.
-"""
+"""The same weights under the names of two libraries: a list of name pairs, read in either way."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -12,16 +10,16 @@ Tensors = dict[str, Tensor]
 
 
 class Inexpressible(ValueError):
-    """A model that the other library has no words for; the message names it and the reason."""
+    """A model that the other library does not have; the message names it and the reason."""
 
 
 @dataclass(frozen=True)
 class NamePair:
-    """Tensors of open_clip and of transformers with the same rows, in this order.
+    """Names of tensors of open_clip and of transformers that hold the same rows, in this order.
 
     Several tensors of a side are parts of one: queries, keys and values stand in thirds, and
-    open_clip's pool of SigLIP has ("q", "kv"). `form` is what open_clip does to them: "transposed",
-    or "batched" (a leading axis of 1).
+    open_clip's pool of SigLIP has ("q", "kv"). `form` is how open_clip's differ: "transposed", or
+    "batched" (a leading axis of 1).
     """
 
     open_clip: tuple[str, ...]
@@ -29,58 +27,84 @@ class NamePair:
     form: str = ""
 
 
-def pair(open_clip: str, transformers: str, form: str = "") -> NamePair:
+def name_pair(open_clip: str, transformers: str, form: str = "") -> NamePair:
+    """One tensor on each side."""
     return NamePair((open_clip,), (transformers,), form)
 
 
-def layer(open_clip: str, transformers: str) -> Iterator[NamePair]:
+def layer_names(open_clip: str, transformers: str) -> Iterator[NamePair]:
     """Weight and bias of a linear layer or LayerNorm."""
     for kind in ("weight", "bias"):
-        yield pair(f"{open_clip}.{kind}", f"{transformers}.{kind}")
+        yield name_pair(f"{open_clip}.{kind}", f"{transformers}.{kind}")
 
 
-def block(
-    open_clip: str, transformers: str, names: dict[str, str], fused: str
+def block_names(
+    open_clip: str, transformers: str, layers: dict[str, str], fused: str
 ) -> Iterator[NamePair]:
     """One transformer block.
 
     Args:
-        names: open_clip's name of a layer -> that of transformers.
-        fused: open_clip's queries, keys and values in one, as "attn.qkv." before "weight" and
-            "bias".
+        open_clip: open_clip's name of the block.
+        transformers: that of transformers.
+        layers: open_clip's name of a layer in the block -> that of transformers.
+        fused: open_clip's name of queries, keys and values in one tensor, as "attn.qkv." before
+            "weight" and "bias".
     """
-    for theirs, name in names.items():
-        yield from layer(f"{open_clip}.{theirs}", f"{transformers}.{name}")
+    for theirs, ours in layers.items():
+        yield from layer_names(f"{open_clip}.{theirs}", f"{transformers}.{ours}")
+    attention = f"{transformers}.self_attn"
     for kind in ("weight", "bias"):
-        thirds = tuple(f"{transformers}.self_attn.{letter}_proj.{kind}" for letter in "qkv")
+        thirds = tuple(f"{attention}.{letter}_proj.{kind}" for letter in "qkv")
         yield NamePair((f"{open_clip}.{fused}{kind}",), thirds)
 
 
-def renamed(tensors: Tensors, pairs: Iterable[NamePair], to: str, name: str) -> Tensors:
+def renamed(tensors: Tensors, names: Iterable[NamePair], to: str, model: str) -> Tensors:
     """`tensors` under the names of the library `to`: copies, bit for bit.
+
+    Args:
+        model: its name, for messages.
 
     Raises:
         Inexpressible: a tensor that no pair names, or one missing.
     """
     left = dict(tensors)
     found = {}
-    for each in pairs:
-        sides = (each.open_clip, each.transformers)
-        given, wanted = sides if to == "transformers" else sides[::-1]
-        if missing := [key for key in given if key not in left]:
-            raise Inexpressible(f"{name}: has no weights {missing[0]}; {to} needs them")
+    for pair in names:
+        if to == "transformers":
+            given = pair.open_clip
+            wanted = pair.transformers
+        else:
+            given = pair.transformers
+            wanted = pair.open_clip
+        missing = [key for key in given if key not in left]
+        if missing:
+            raise Inexpressible(f"{model}: has no weights {missing[0]}; {to} needs them")
         parts = [left.pop(key) for key in given]
         whole = torch.cat(parts) if len(parts) > 1 else parts[0]
-        if each.form == "transposed":
-            whole = whole.T
-        elif each.form == "batched":
-            whole = whole[0] if to == "transformers" else whole[None]
-        third = len(whole) // 3
-        sizes = {1: [len(whole)], 2: [third, 2 * third], 3: [third] * 3}[len(wanted)]
-        for key, part in zip(wanted, torch.split(whole, sizes), strict=True):
-            found[key] = part.clone(memory_format=torch.contiguous_format)
+        whole = _converted(whole, pair.form, to)
+        pieces = torch.split(whole, _rows(len(whole), len(wanted)))
+        for key, piece in zip(wanted, pieces, strict=True):
+            found[key] = piece.clone(memory_format=torch.contiguous_format)
     if left:
-        raise Inexpressible(
-            f"{name}: {to} has no place for the weights {', '.join(sorted(left)[:3])}"
-        )
+        extra = ", ".join(sorted(left)[:3])
+        raise Inexpressible(f"{model}: {to} has no place for the weights {extra}")
     return found
+
+
+def _converted(whole: Tensor, form: str, to: str) -> Tensor:
+    """What `NamePair.form` says, done or undone."""
+    if form == "transposed":
+        return whole.T
+    if form == "batched":
+        return whole[0] if to == "transformers" else whole[None]
+    return whole
+
+
+def _rows(total: int, parts: int) -> list[int]:
+    """How many rows each part gets: all; queries and (keys, values); or queries, keys, values."""
+    third = total // 3
+    if parts == 1:
+        return [total]
+    if parts == 2:
+        return [third, 2 * third]
+    return [third] * 3

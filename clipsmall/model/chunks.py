@@ -1,6 +1,4 @@
-"""A batch through a tower chunk by chunk: the activations of one chunk, the gradient of the whole
-batch.
-"""
+"""A batch through a tower chunk by chunk: memory for one chunk, the gradient of the whole batch."""
 
 from collections.abc import Callable
 
@@ -14,15 +12,14 @@ def in_chunks(
 ) -> Tensor:
     """tower(inputs), at most `size` rows at a time; exact, with random layers too.
 
-    GradCache (Gao et al. 2021, arXiv 2101.06983) by checkpointing: a chunk's activations are
-    dropped after its forward pass and made again, with the same random numbers, when its gradient
-    is asked for. So there is one forward and one backward pass to DDP, autocast and GradScaler, and
-    scale and bias are ordinary parameters. It costs a second forward
-    pass: a third of a step.
+    GradCache (Gao et al. 2021, arXiv 2101.06983) by activation checkpointing: a chunk's activations
+    are dropped after its forward pass, and computed again, with the same random numbers, when its
+    gradient is asked for. So DDP, autocast and GradScaler see one forward and one backward pass,
+    and scale and bias are ordinary parameters. It costs a second forward pass: a third of a step.
 
     Args:
         tower: rows -> rows, each by itself: no batch statistics.
-        inputs: (B, ...) on `device`, or in host memory: they travel chunk by chunk.
+        inputs: (B, ...) on `device`, or in host memory: then they travel chunk by chunk.
         size: rows of a chunk; 0 = all at once.
     """
     if not size or len(inputs) <= size:
@@ -30,13 +27,14 @@ def in_chunks(
     parts = torch.split(inputs, size)
     if not torch.is_grad_enabled():
         return torch.cat([tower(part.to(device)) for part in parts])
-    # tells checkpoint whose generator to replay when the parts lie elsewhere
-    here = torch.empty(0, device=device)
+    # tells checkpoint which device's random numbers to replay when the parts are elsewhere
+    on_device = torch.empty(0, device=device)
 
-    def travelled(part: Tensor, here: Tensor) -> Tensor:
-        return tower(part.to(here.device, non_blocking=True))
+    def move_and_encode(part: Tensor, on_device: Tensor) -> Tensor:
+        return tower(part.to(on_device.device, non_blocking=True))
 
-    return torch.cat([checkpoint(travelled, part, here, use_reentrant=False) for part in parts])
+    outputs = [checkpoint(move_and_encode, part, on_device, use_reentrant=False) for part in parts]
+    return torch.cat(outputs)
 
 
 def largest_chunk(rows: int, fits: Callable[[int], bool]) -> int:
@@ -49,7 +47,8 @@ def largest_chunk(rows: int, fits: Callable[[int], bool]) -> int:
     while not fits(size):
         if size == 1:
             raise ValueError(
-                "model.chunk_size=auto: not even one pair fits the device; take a smaller model or images"
+                "model.chunk_size=auto: not even one pair fits the device; take a smaller model or "
+                "images"
             )
         size = (size + 1) // 2
     return 0 if size == rows else size

@@ -1,4 +1,4 @@
-"""One dual encoder over any pair of towers: pairs in, unit embeddings, a scale and a bias out."""
+"""The model that trains: any towers, a scale, a bias, and heads."""
 
 import math
 from collections.abc import Mapping
@@ -22,16 +22,18 @@ class DualEncoder(nn.Module):
 
     Args:
         towers: a module with `image(pixels)` and `text(ids)`: normalised (B, 3, H, W) and token ids
-            (B, L) -> (B, D).
+            (B, L) -> (B, D); see `Towers`.
         spec: the towers' image size, mean and std.
         logit_scale: the positive factor of the cosines at the start (1/temperature).
         logit_bias: at the start; learned only if `learn_bias`.
-        heads: what the objective asks for beside, by name.
-        through: the head in `heads` through which this model retrieves ("" = plainly): see
-            `encode_image`.
-        largest_scale: which a scale that is learned never passes: CLIP's 100, or where weights came
-            with a larger one.
+        learn_bias: whether the bias trains.
+        learn_scale: whether the scale trains.
+        heads: further parts that the objective asks for, by name.
+        retrieval_head: the head in `heads` whose outputs are compared in retrieval and zero-shot
+            classification; "" compares the towers' own: see `encode_image`.
         chunk_size: pairs that go through the towers at a time; 0 = all. Never changes a result.
+        largest_scale: the bound of a scale that trains: CLIP's 100, or more where weights came with
+            a larger scale.
     """
 
     def __init__(
@@ -43,7 +45,7 @@ class DualEncoder(nn.Module):
         learn_bias: bool,
         learn_scale: bool = True,
         heads: Mapping[str, nn.Module] | None = None,
-        through: str = "",
+        retrieval_head: str = "",
         chunk_size: int = 0,
         largest_scale: float = 100.0,
     ) -> None:
@@ -51,55 +53,72 @@ class DualEncoder(nn.Module):
         self.towers: Any = towers
         self.spec = spec
         self.heads: Any = nn.ModuleDict(heads)
-        self.through = through
+        self.retrieval_head = retrieval_head
         self.chunk_size = chunk_size
         self.largest_log_scale = math.log(largest_scale)
-        self.logit_scale = nn.Parameter(
-            torch.tensor(math.log(logit_scale)), requires_grad=learn_scale
-        )
+        log_scale = torch.tensor(math.log(logit_scale))
+        self.logit_scale = nn.Parameter(log_scale, requires_grad=learn_scale)
         self.logit_bias = nn.Parameter(torch.tensor(logit_bias), requires_grad=learn_bias)
+        # of pixels from 0 to 255
+        mean = torch.tensor(spec.mean).view(3, 1, 1) * 255
+        std = torch.tensor(spec.std).view(3, 1, 1) * 255
         self.mean: Tensor
         self.std: Tensor
-        self.register_buffer("mean", torch.tensor(spec.mean).view(3, 1, 1) * 255, persistent=False)
-        self.register_buffer("std", torch.tensor(spec.std).view(3, 1, 1) * 255, persistent=False)
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("std", std, persistent=False)
 
     def normalised(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) uint8 -> what the image tower takes."""
         return torch.sub(pixels, self.mean).div_(self.std)
 
     def encode_image(self, pixels: Tensor) -> Tensor:
-        """(B, 3, H, W) uint8 -> unit rows, at least float32, to be compared with `encode_text`: (B,
-        D), or what the head that the model retrieves through makes of it."""
+        """Images -> unit rows, to be compared with those of `encode_text`.
+
+        Args:
+            pixels: (B, 3, H, W) uint8.
+
+        Returns:
+            (B, D), at least float32; with a retrieval head, whatever that makes of the towers'.
+        """
         image = self.image_outputs(pixels, self.towers)
-        return self.heads[self.through].retrieve_image(image) if self.through else unit(image)
+        if self.retrieval_head:
+            head_rows: Tensor = self.heads[self.retrieval_head].retrieve_image(image)
+            return head_rows
+        return unit(image)
 
     def encode_text(self, ids: Tensor) -> Tensor:
-        """(B, L) token ids -> unit rows as of `encode_image`."""
+        """Token ids (B, L) -> unit rows, to be compared with those of `encode_image`."""
         text = self.text_outputs(ids, self.towers)
-        return self.heads[self.through].retrieve_text(text) if self.through else unit(text)
+        if self.retrieval_head:
+            head_rows: Tensor = self.heads[self.retrieval_head].retrieve_text(text)
+            return head_rows
+        return unit(text)
 
     def outputs(self, pairs: Pairs, towers: Any) -> tuple[Tensor, Tensor]:
-        """(B, D) and (B, D), not normalised: what `towers` (ours, or an average of them) make of
-        the pairs.
+        """Both sides of the pairs, in chunks: (B, D) and (B, D), not of unit length.
+
+        Args:
+            towers: this model's own, or an average of them.
         """
         device = self.mean.device
-        image = in_chunks(
-            lambda pixels: self.image_outputs(pixels, towers), pairs.image, self.chunk_size, device
-        )
-        return image, in_chunks(
-            lambda ids: self.text_outputs(ids, towers), pairs.text, self.chunk_size, device
-        )
+        image_tower = partial(self.image_outputs, towers=towers)
+        text_tower = partial(self.text_outputs, towers=towers)
+        image = in_chunks(image_tower, pairs.image, self.chunk_size, device)
+        text = in_chunks(text_tower, pairs.text, self.chunk_size, device)
+        return image, text
 
     def image_outputs(self, pixels: Tensor, towers: Any) -> Tensor:
-        """(B, D), not normalised. Features that a frozen tower made beforehand, (B, D), are it
-        already.
-        """
-        image: Tensor = pixels if _made(pixels) else towers.image(self.normalised(pixels))
+        """Images (B, 3, H, W), or cached features (B, D) -> (B, D), not of unit length."""
+        if _is_features(pixels):
+            return pixels
+        image: Tensor = towers.image(self.normalised(pixels))
         return image
 
     def text_outputs(self, ids: Tensor, towers: Any) -> Tensor:
-        """The same for token ids, (B, L)."""
-        text: Tensor = ids if _made(ids) else towers.text(ids)
+        """Token ids (B, L), or cached features (B, D) -> (B, D), not of unit length."""
+        if _is_features(ids):
+            return ids
+        text: Tensor = towers.text(ids)
         return text
 
     def forward(self, pairs: Pairs) -> Embeddings:
@@ -118,8 +137,9 @@ class DualEncoder(nn.Module):
         )
 
     def train(self, mode: bool = True) -> "DualEncoder":
-        """Frozen parts stay in evaluation mode: what is not trained has no dropout, and no batch
-        statistics.
+        """As in any module, but frozen parts of the towers stay in evaluation mode.
+
+        What does not train has no dropout, and no batch statistics.
         """
         super().train(mode)
         for part in self.towers.modules():
@@ -129,28 +149,32 @@ class DualEncoder(nn.Module):
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """What an optimizer step is followed by: the scale's bounds, and what the heads do."""
+        """To be called after each optimizer step: bounds the scale, and lets heads follow."""
         self.clamp_logit_scale()
         for head in self.heads.values():
             head.after_step(self.towers)
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
-        """Keep 1 ≤ scale ≤ 100, if it is learned. Called after each step: a clamp in forward would
-        kill the gradient at the bound."""
+        """Keep 1 ≤ scale ≤ `largest_scale`, if it trains.
+
+        Called after each step: a clamp in `forward` would kill the gradient at the bound.
+        """
         if self.logit_scale.requires_grad:
             self.logit_scale.clamp_(0.0, self.largest_log_scale)
 
 
 def unit(x: Tensor) -> Tensor:
+    """Rows of length 1, at least float32."""
     return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
 
 
-def _made(given: Tensor) -> bool:
+def _is_features(given: Tensor) -> bool:
+    """Whether a batch holds what a frozen tower computed before, not pixels or token ids."""
     return given.ndim == 2 and given.is_floating_point()
 
 
 def frozen(part: nn.Module) -> bool:
-    """Whether it has parameters, and none of them trains."""
+    """Whether a module has parameters, and none of them trains."""
     trains = [parameter.requires_grad for parameter in part.parameters()]
     return bool(trains) and not any(trains)

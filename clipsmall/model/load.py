@@ -1,124 +1,82 @@
-"""Towers by the name a user gives, and from the files that a checkpoint keeps."""
+"""Towers by the name a user gives, and from the files of a checkpoint."""
 
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
-
-from pydantic import ValidationError
 
 from clipsmall.data.preprocess import ImageSpec
 from clipsmall.model import lora
-from clipsmall.model.hf import from_transformers
-from clipsmall.model.small import SmallConfig, WordTokenizer
-from clipsmall.model.towers import Loaded, from_open_clip, small
+from clipsmall.model.towers import TOWERS, Loaded
+from clipsmall.model.towers.base import read_json
+
+# what a run adds to a description, and a run that continues must find again
+KEPT = ("retrieval", "base", "pretrained", "revision", "largest_scale", "relative_bias", "lora")
 
 
 def load_towers(name: str, pretrained: str, captions: Callable[[], Iterable[str]]) -> Loaded:
     """Towers by what the user names.
 
     Args:
-        name: a tower JSON of ours (`"kind": "small"`), an open_clip model name or model JSON, a
-            folder, or a hub id of transformers; `open_clip:` or `hf:` in front decides where it is
-            unclear.
+        name: a tower JSON (`"kind": "small"`), an open_clip model name or model JSON, a folder, or
+            a hub id of transformers; `open_clip:` or `hf:` before it decides where it is unclear.
         pretrained: an open_clip tag, "" for the default (a folder or hub id brings its weights, an
             open_clip name none), "none" for an architecture with fresh weights.
-        captions: the training captions, from which our own towers learn their vocabulary.
+        captions: the training captions, from which small towers learn their vocabulary.
 
     Raises:
         ValueError: nothing of that name, or a broken description.
     """
     weights = pretrained != "none"
     tag = pretrained if weights else ""
+    for kind in TOWERS.values():
+        if kind.prefix and name.startswith(kind.prefix):
+            return kind.load(name.removeprefix(kind.prefix), tag, weights, captions)
     path = Path(name)
-    if name.startswith("open_clip:"):
-        return from_open_clip(name.removeprefix("open_clip:"), tag, weights)
-    if name.startswith("hf:"):
-        return from_transformers(name.removeprefix("hf:"), weights)
-    if path.suffix == ".json":
-        description = _json(path)
-        if description.get("kind") != "small":
-            if not {"embed_dim", "vision_cfg", "text_cfg"} <= set(description):
-                raise ValueError(
-                    f'{name}: neither a tower JSON of ours ("kind": "small") nor an open_clip model config '
-                    "(embed_dim, vision_cfg, text_cfg)"
-                )
-            return from_open_clip(name, tag, weights)
-        try:
-            config = SmallConfig.model_validate(description)
-        except ValidationError as error:
-            raise ValueError(f"{name}: {error}") from None
-        return small(config, WordTokenizer.train(captions(), config.text))
     if (path / "towers.json").exists() or (path / "run.yaml").exists():
         raise ValueError(
-            f"{name}: a run or checkpoint of ours; continue it with --resume, or start from its export: "
-            f"python -m clipsmall.export {name} --to FOLDER"
+            f"{name}: a run or checkpoint of ours; continue it with --resume, or start from its "
+            f"export: python -m clipsmall.export {name} --to FOLDER"
         )
-    if (path / "open_clip_config.json").exists():
-        return from_open_clip(f"local-dir:{name}", tag, weights)
-    if path.is_dir():
-        return from_transformers(name, weights)
-    import open_clip
-
-    if name in open_clip.list_models():
-        return from_open_clip(name, tag, weights)
-    if "/" in name:
-        return from_transformers(name, weights)
-    raise ValueError(
-        f"{name!r} is no tower JSON, folder, open_clip model or hub id; see open_clip.list_models()"
-    )
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise ValueError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: holds no JSON object")
-    return found
+    description = read_json(path) if path.suffix == ".json" else None
+    for kind in TOWERS.values():
+        if kind.recognises(name, description):
+            return kind.load(name, tag, weights, captions)
+    known = ", no ".join(kind.known_as() for kind in TOWERS.values())
+    raise ValueError(f"{name!r} is no {known}")
 
 
 def rebuild(folder: Path) -> Loaded:
-    """The architecture and tokenizer that `save_model_files` wrote into a checkpoint folder, with
-    fresh weights.
+    """The towers and tokenizer of a checkpoint, with fresh weights.
+
+    Args:
+        folder: a checkpoint, into which `save_model_files` wrote.
     """
-    description = _json(folder / "towers.json")
-    if description["kind"] == "small":
-        config = SmallConfig.model_validate(description["config"])
-        loaded = small(
-            config, WordTokenizer.load(folder / "tokenizer.json", config.text.context_length)
+    description = read_json(folder / "towers.json")
+    kind = TOWERS.get(description.get("kind", ""))
+    if kind is None:
+        raise ValueError(
+            f"{folder}: holds towers of the kind {description.get('kind')!r}; known kinds are "
+            f"{', '.join(TOWERS)}"
         )
-    elif description["kind"] == "open_clip":
-        loaded = from_open_clip(f"local-dir:{folder}", "", weights=False)
-    else:
-        loaded = from_transformers(str(folder), weights=False)
-    spec = description["spec"]
-    for kept in (
-        "retrieval",
-        "base",
-        "pretrained",
-        "revision",
-        "largest_scale",
-        "relative_bias",
-        "lora",
-    ):
-        if kept in description:
-            loaded.description[kept] = description[kept]
+    loaded = kind.rebuild(folder, description)
+    for key in KEPT:
+        if key in description:
+            loaded.description[key] = description[key]
     if "lora" in description:
-        lora.insert(
-            loaded.towers.model, description["lora"]["targets"], description["lora"]["options"]
-        )
-    loaded.spec = ImageSpec(**{**spec, "mean": tuple(spec["mean"]), "std": tuple(spec["std"])})
+        adapters = description["lora"]
+        lora.insert(loaded.towers.adaptable, adapters["targets"], adapters["options"])
+    spec = description["spec"]
+    # JSON has lists where ImageSpec has tuples
+    spec["mean"] = tuple(spec["mean"])
+    spec["std"] = tuple(spec["std"])
+    loaded.spec = ImageSpec(**spec)
     return loaded
 
 
 def save_model_files(loaded: Loaded, folder: Path) -> None:
-    """What `rebuild` needs, beside the weights."""
-    loaded.save_tokenizer(folder)
-    (folder / "towers.json").write_text(
-        json.dumps({**loaded.description, "spec": asdict(loaded.spec)}, indent=2)
-    )
+    """Write what `rebuild` needs beside the weights."""
+    loaded.save_files(folder)
+    kind = loaded.towers.kind
+    content = {"kind": kind, **loaded.description, "spec": asdict(loaded.spec)}
+    (folder / "towers.json").write_text(json.dumps(content, indent=2))

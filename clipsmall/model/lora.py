@@ -1,61 +1,81 @@
-"""Low-rank adapters (LoRA, Hu et al. 2021, arXiv 2106.09685) in a model, by peft: put in, merged,
-taken out.
+"""Low-rank adapters (LoRA) in a model, by peft: put in, merged, taken out.
+
+Hu et al. 2021, arXiv 2106.09685.
 """
 
 import difflib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from clipsmall.model.parameter_names import linear_maps
+from clipsmall.model.parameter_names import Place, linear_maps, place
 
 
-def targets(model: nn.Module, asked: str | Sequence[str]) -> list[str]:
+def targets(
+    model: nn.Module, asked: str | Sequence[str], where: Callable[[str], Place] = place
+) -> list[str]:
     """Full names of the modules that get adapters.
 
     Args:
         asked: `auto`: every linear map in a block; names, each of a module or the end of several's;
             or a regular expression, which must match a full name whole.
+        where: tells in which block a module stands.
 
     Raises:
         ValueError: a name or expression that matches nothing.
     """
+    maps = linear_maps(model, where)
     if asked == "auto":
-        return linear_maps(model)
+        return maps
     known = [
         name for name, part in model.named_modules() if name and not isinstance(part, nn.ModuleList)
     ]
     if isinstance(asked, str):
-        try:
-            found = [name for name in known if re.fullmatch(asked, name)]
-        except re.error as error:
-            raise ValueError(
-                f"tune.lora.targets: {asked!r} is no regular expression ({error})"
-            ) from None
-        if not found:
-            raise ValueError(
-                f"tune.lora.targets: {asked!r} matches no module whole; there are {', '.join(linear_maps(model)[:4])} …"
-            )
-        return found
+        return _matched(asked, known, maps)
     for name in asked:
-        if not any(f".{each}".endswith(f".{name}") for each in known):
-            ends = sorted({each.rpartition(".")[2] for each in linear_maps(model)})
-            near = difflib.get_close_matches(name, ends, 1)
-            hint = (
-                f"do you mean {near[0]!r}?"
-                if near
-                else f"linear maps here are named {', '.join(ends)}"
+        if not any(_ends_with(each, name) for each in known):
+            raise ValueError(
+                f"tune.lora.targets: no module is named {name!r}; {_nearest(name, maps)}"
             )
-            raise ValueError(f"tune.lora.targets: no module is named {name!r}; {hint}")
-    return [each for each in known if any(f".{each}".endswith(f".{name}") for name in asked)]
+    return [each for each in known if any(_ends_with(each, name) for name in asked)]
+
+
+def _matched(expression: str, known: list[str], maps: list[str]) -> list[str]:
+    try:
+        found = [name for name in known if re.fullmatch(expression, name)]
+    except re.error as error:
+        raise ValueError(
+            f"tune.lora.targets: {expression!r} is no regular expression ({error})"
+        ) from None
+    if not found:
+        raise ValueError(
+            f"tune.lora.targets: {expression!r} matches no module whole; there are "
+            f"{', '.join(maps[:4])} …"
+        )
+    return found
+
+
+def _ends_with(full: str, name: str) -> bool:
+    """Whether `name` is the full name, or its last parts."""
+    return f".{full}".endswith(f".{name}")
+
+
+def _nearest(name: str, maps: list[str]) -> str:
+    """A hint for a name that nothing has."""
+    ends = sorted({each.rpartition(".")[2] for each in maps})
+    near = difflib.get_close_matches(name, ends, 1)
+    if near:
+        return f"do you mean {near[0]!r}?"
+    return f"linear maps here are named {', '.join(ends)}"
 
 
 def insert(model: nn.Module, names: Sequence[str], options: dict[str, Any]) -> None:
-    """Put adapters, in place, into the named modules; they start as no change, and train. All else
-    is as it was.
+    """Put adapters, in place, into the named modules.
+
+    They start as no change, and train; all else is as it was.
 
     Args:
         options: rank, alpha, dropout, dora, rslora.
@@ -84,46 +104,50 @@ def insert(model: nn.Module, names: Sequence[str], options: dict[str, Any]) -> N
 
 
 def merge(model: nn.Module) -> None:
-    """Add the adapters to the weights, in place: the modules are plain ones again, and the features
-    the same.
+    """Add the adapters to the weights, in place.
+
+    The modules are plain ones again, and the features the same.
     """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    def first() -> tuple[str, Any] | None:
-        return next(
-            (
-                (name, part)
-                for name, part in model.named_modules()
-                if isinstance(part, BaseTunerLayer)
-            ),
-            None,
-        )
-
     # parents come before their children, and merge them
-    while found := first():
-        name, part = found
+    adapted = _first_adapted(model)
+    while adapted is not None:
+        name, part = adapted
         if not part.merged:
             part.merge()
-        base, (parent, _, child) = part.get_base_layer(), name.rpartition(".")
+        base = part.get_base_layer()
         for weight in ("weight", "in_proj_weight"):
             # of an attention module peft leaves a tensor that is no parameter
             if weight in vars(base):
                 setattr(base, weight, nn.Parameter(vars(base).pop(weight)))
+        parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, base)
+        adapted = _first_adapted(model)
     if hasattr(model, "peft_config"):
         del model.peft_config
 
 
+def _first_adapted(model: nn.Module) -> tuple[str, Any] | None:
+    """Name and module of the first adapter, if there is one left."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, part in model.named_modules():
+        if isinstance(part, BaseTunerLayer):
+            return name, part
+    return None
+
+
 def adapter(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What peft writes: the content of adapter_config.json, and the tensors of
-    adapter_model.safetensors by name.
+    """What peft writes of the adapters in a model.
+
+    Returns:
+        The content of adapter_config.json, and the tensors of adapter_model.safetensors by name.
     """
     from peft import get_peft_model_state_dict
 
     config: Any = model.peft_config["default"]  # type: ignore[index]
-    # sets of names
+    # it holds sets of names, which JSON has not
     plain = json.loads(json.dumps(config.to_dict(), default=lambda each: sorted(each)))
+    plain["inference_mode"] = True
     tensors = get_peft_model_state_dict(model)
-    return plain | {"inference_mode": True}, {
-        f"base_model.model.{name}": tensor for name, tensor in tensors.items()
-    }
+    named = {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}
+    return plain, named

@@ -19,7 +19,7 @@ from clipsmall.build import objective as build_objective
 from clipsmall.build import run as build
 from clipsmall.config import Config
 from clipsmall.config.reader import validated
-from clipsmall.model.towers import Loaded
+from clipsmall.model.towers import Loaded, Towers
 from clipsmall.plan.cuda_ways import cuda_ways
 from clipsmall.plan.meter import HOST, Meter
 from clipsmall.plan.ranks import imagined
@@ -100,7 +100,7 @@ def unmoved() -> Iterator[None]:
         yield
 
 
-class Hollow(nn.Module):
+class Hollow(Towers):
     """Towers of the same width that compute next to nothing."""
 
     def __init__(self, width: int) -> None:
@@ -113,6 +113,9 @@ class Hollow(nn.Module):
 
     def text(self, ids: Tensor) -> Tensor:
         return ids[:, :1] * self.weight
+
+    def checkpoint_activations(self) -> None:
+        """There are none worth it."""
 
 
 def hollowed(loaded: Loaded) -> Loaded:

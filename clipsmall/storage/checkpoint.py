@@ -13,7 +13,7 @@ import os
 import random
 import shutil
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 VERSION = 1
 Tensors = dict[str, Tensor]
@@ -100,18 +100,6 @@ def step_folder(checkpoints: Path, step: int) -> Path:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def model_digest(layers: Iterable[tuple[str, nn.Module]], tensors: Tensors, *also: object) -> str:
-    """sha256 of all that a model's outputs depend on: its weights; its layers by name, as
-    activations have no weights; and what is given beside, by its repr."""
-    found = hashlib.sha256(repr(also).encode())
-    for name, layer in layers:
-        found.update(f"{name} {type(layer).__name__} {layer.extra_repr()}".encode())
-    for name, tensor in sorted(tensors.items()):
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
 
 
 def _sync(path: Path) -> None:

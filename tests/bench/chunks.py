@@ -26,7 +26,8 @@ import torch.nn.functional as F
 
 from clipsmall.batch import Pairs
 from clipsmall.model.dual_encoder import DualEncoder
-from clipsmall.model.towers import Loaded, from_open_clip
+from clipsmall.model.towers import Loaded
+from clipsmall.model.towers.open_clip_towers import load_open_clip
 from clipsmall.objectives.softmax import softmax
 from tests.bench.losses import GIB, level
 from tests.bench.sides import ROOT
@@ -37,7 +38,7 @@ def loaded(model: str, image_size: int) -> Loaded:
     `force_image_size` makes it.
     """
     if not image_size:
-        return from_open_clip(model, "", weights=True)
+        return load_open_clip(model, "", weights=True)
     import open_clip
 
     config = (
@@ -51,7 +52,7 @@ def loaded(model: str, image_size: int) -> Loaded:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"{Path(model).stem}-{image_size}.json"
         path.write_text(json.dumps(config))
-        return from_open_clip(str(path), "", weights=True)
+        return load_open_clip(str(path), "", weights=True)
 
 
 def built(task: dict[str, Any]) -> tuple[DualEncoder, Pairs]:

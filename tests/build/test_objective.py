@@ -13,8 +13,8 @@ import torch
 from clipsmall.build import objective as build_objective
 from clipsmall.build import run as build
 from clipsmall.config.reader import read
-from clipsmall.model.small import SmallConfig, WordTokenizer
-from clipsmall.model.towers import Loaded, small
+from clipsmall.model.towers import Loaded
+from clipsmall.model.towers.small import SmallConfig, WordTokenizer, load_small
 from clipsmall.objectives import OBJECTIVES
 from tests.objectives.test_objectives import SETTING, call, embeddings, with_duplicates
 from tests.shards_for_tests import TOWERS
@@ -26,7 +26,7 @@ def run(*words: str) -> Any:
 
 def loaded(scale: float | None = None, bias: float | None = None) -> Loaded:
     towers = SmallConfig.model_validate(TOWERS)
-    found = small(towers, WordTokenizer.train(["a b"], towers.text))
+    found = load_small(towers, WordTokenizer.train(["a b"], towers.text))
     found.logit_scale = scale
     found.logit_bias = bias
     return found

@@ -25,9 +25,6 @@ from clipsmall.build import (
 from clipsmall.build import (
     run as build,
 )
-from clipsmall.build import (
-    tuning as build_tuning,
-)
 from clipsmall.config import Config
 from clipsmall.config.reader import validated
 from clipsmall.distributed import devices
@@ -68,7 +65,7 @@ def built(config: Config) -> DualEncoder:
     torch.manual_seed(0)
     loaded = build.loaded_towers(config, SimpleNamespace(captions=list), None)  # type: ignore[arg-type]
     if config.model.checkpoint_activations is True:
-        build_tuning.checkpoint_activations(loaded)
+        loaded.towers.checkpoint_activations()
     encoder = build.dual_encoder(
         config, loaded, build_objective.setting(config, loaded, None)
     ).train()
@@ -216,12 +213,8 @@ def test_a_name_tells_its_place() -> None:
         "model.visual_projection.base_layer.weight": ("image", LAST, True),
     }.items():
         assert tuple(place(name)) == expected, name
-    assert depths(
-        ["model.visual.transformer.resblocks.11.x.w", "model.transformer.resblocks.2.w"]
-    ) == {
-        "image": 12,
-        "text": 3,
-    }
+    names = ["model.visual.transformer.resblocks.11.x.w", "model.transformer.resblocks.2.w"]
+    assert depths(map(place, names)) == {"image": 12, "text": 3}
 
 
 def test_lr_falls_block_by_block(models: dict[str, str]) -> None:
@@ -375,7 +368,7 @@ def test_what_cannot_train_is_refused(
 
 def test_our_small_towers_have_no_adapters_nor_checkpoints(glyphs: Path, tmp_path: Path) -> None:
     for change, message in (
-        ({"tune.image": "lora"}, "is ours; train it full"),
+        ({"tune.image": "lora"}, "take no adapters; train them full"),
         ({"model.checkpoint_activations": True}, "take model.chunk_size"),
         ({"model.attention": "eager"}, "SDPA only"),
         ({"tune.image": 1}, "has 0 blocks"),

@@ -34,7 +34,7 @@ from clipsmall.data import (
 )
 from clipsmall.data.order import permutation
 from clipsmall.data.preprocess import ImageSpec, ImageTransform
-from clipsmall.model.small import SmallText, WordTokenizer
+from clipsmall.model.towers.small import SmallText, WordTokenizer
 from data_tools.shard_writer import ShardSample, write_shard
 
 TOKENIZE = WordTokenizer.train(["latin small letter a"], SmallText(context_length=8))

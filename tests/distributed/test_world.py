@@ -18,8 +18,7 @@ from clipsmall.build import objective as build_objective
 from clipsmall.build import run as build
 from clipsmall.config.reader import validated
 from clipsmall.distributed import world
-from clipsmall.model.small import SmallConfig, WordTokenizer
-from clipsmall.model.towers import small
+from clipsmall.model.towers.small import SmallConfig, WordTokenizer, load_small
 from clipsmall.objectives import OBJECTIVES
 from tests.shards_for_tests import TOWERS, config
 
@@ -87,7 +86,7 @@ def trained(
     given = {"name": name, "mask_duplicates": mask, **options}
     optim = {"pairs": B * STEPS, "accumulate": given.pop("accumulate", 1)}
     run = validated({"data": {"train": ["x"], "batch_size": B}, "objective": given, "optim": optim})
-    loaded = small(
+    loaded = load_small(
         SmallConfig.model_validate(TOWERS),
         WordTokenizer.train(["a b c"], SmallConfig.model_validate(TOWERS).text),
     )

@@ -38,7 +38,7 @@ from clipsmall.evaluation.hits import chance, hits, refuse_non_finite, scores, t
 from clipsmall.evaluation.retrieval import recalls, relevance
 from clipsmall.model.dual_encoder import DualEncoder
 from clipsmall.model.load import load_towers
-from clipsmall.model.small import SmallConfig, SmallTowers, WordTokenizer
+from clipsmall.model.towers.small import SmallConfig, SmallTowers, WordTokenizer
 from data_tools.shard_writer import ShardSample, write_shard
 from tests.model.test_towers import write_clip, write_open_clip_folder, write_open_clip_json
 from tests.shard_samples import write_tar

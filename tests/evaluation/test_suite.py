@@ -36,8 +36,7 @@ from clipsmall.evaluation.tables import FIRST, eval_results, write_tables
 from clipsmall.evaluation.view import DataView
 from clipsmall.model.dual_encoder import DualEncoder
 from clipsmall.model.load import save_model_files
-from clipsmall.model.small import SmallConfig, WordTokenizer
-from clipsmall.model.towers import small
+from clipsmall.model.towers.small import SmallConfig, WordTokenizer, load_small
 from clipsmall.storage import checkpoint
 from data_tools import make_shards
 from tests.evaluation.test_evaluation import (
@@ -63,7 +62,7 @@ def write_model(folder: Path, seed: int = 0, bias: float = 0.0) -> Path:
     """A checkpoint of ours."""
     torch.manual_seed(seed)
     config = SmallConfig.model_validate(TOWERS)
-    loaded = small(
+    loaded = load_small(
         config, WordTokenizer.train([*COLOURS, "picture", *map(str, range(100))], config.text)
     )
     model = DualEncoder(loaded.towers, loaded.spec, 10.0, bias, False)

@@ -590,7 +590,7 @@ def test_results_of_another_step_are_not_told(places: Path, tmp_path: Path) -> N
     for path in ("run.yaml", "env.json", "eval", "checkpoints"):
         (later / path).symlink_to(places / "run" / path)
     (later / "metrics.jsonl").write_text('{"step": 99, "acc": 1}\n')
-    assert "cells" not in export.run_of(str(later))[1]
+    assert "cells" not in export.find_run(str(later))[1]
 
 
 def test_a_card_keeps_secrets() -> None:
@@ -607,13 +607,13 @@ def test_a_card_keeps_secrets() -> None:
 def test_a_card_names_its_base() -> None:
     where = card.usage.Where("me/x", True, "clip", ["peft", "transformers"], "abc123")
     made = card.Card("x", where, "", 20.0, None, "openai/clip-vit-base-patch32")
-    told = card.text(made)
+    told = card.card_text(made)
     assert yaml.safe_load(told.split("---\n")[1])["base_model"] == "openai/clip-vit-base-patch32"
     assert 'from_pretrained("openai/clip-vit-base-patch32", revision="abc123")' in told
     assert 'hf_hub_download("me/x", "scale.json")' in told
     compile(snippets(told)[0], "README.md", "exec")
     where = card.usage.Where("me/x", True, "clip", ["open_clip"])
-    told = card.text(card.Card("x", where, "", 20.0, None, "RN50", "openai"))
+    told = card.card_text(card.Card("x", where, "", 20.0, None, "RN50", "openai"))
     assert "base_model" not in told
     assert 'create_model_and_transforms("hf-hub:me/x")' in told
     assert 'load_model("open_clip:hf-hub:me/x")' in told

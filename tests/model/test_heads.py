@@ -15,7 +15,7 @@ from clipsmall.data.preprocess import ImageSpec
 from clipsmall.distributed.batch_norm import GlobalBatchNorm, moments
 from clipsmall.model.dual_encoder import DualEncoder
 from clipsmall.model.heads import HEADS
-from clipsmall.model.small import SmallConfig, SmallTowers
+from clipsmall.model.towers.small import SmallConfig, SmallTowers
 from tests.shards_for_tests import TOWERS
 
 WIDTH = 16
@@ -118,7 +118,7 @@ def test_a_model_retrieves_through_its_predictors_one_pair_at_a_time() -> None:
     head = HEADS["predictors"](setting(), hidden=0.25)
     assert head.image[0].out_features == WIDTH // 4  # type: ignore[index, union-attr]
     model = DualEncoder(
-        towers, ImageSpec(16), 10.0, 0.0, False, heads={"predictors": head}, through="predictors"
+        towers, ImageSpec(16), 10.0, 0.0, False, heads={"predictors": head}, retrieval_head="predictors"
     )
     extra = model.train()(batch).extra
     assert extra["image_predicted"].shape == extra["text_raw"].shape == (6, WIDTH)

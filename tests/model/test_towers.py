@@ -3,7 +3,7 @@ and their files.
 
 Seen to fail when: `encode_image` forgets the std; a folder's resize, interpolation or crop is not
 taken over; HF weights stay in their file's dtype, or captions are cut one token early; `save`
-leaves out an open_clip model's HF tokenizer; `taken_over` leaves logit_scale in the library's
+leaves out an open_clip model's HF tokenizer; `take_scale_and_bias` leaves logit_scale in the library's
 model; the clamp moves into forward.
 """
 
@@ -31,8 +31,8 @@ from clipsmall.data.preprocess import CLIP_MEAN, CLIP_STD, ImageSpec, ImageTrans
 from clipsmall.distributed import world
 from clipsmall.model.dual_encoder import MAX_LOG_SCALE, DualEncoder
 from clipsmall.model.load import load_towers, rebuild, save_model_files
-from clipsmall.model.small import SmallConfig, SmallText, SmallTowers, WordTokenizer
 from clipsmall.model.towers import Loaded
+from clipsmall.model.towers.small import SmallConfig, SmallText, SmallTowers, WordTokenizer
 from clipsmall.objectives import OBJECTIVES
 from tests.shards_for_tests import TOWERS
 
@@ -607,8 +607,8 @@ def test_an_open_clip_model_with_a_hf_tokenizer_takes_it_along(tmp_path: Path) -
         ("{", "not JSON"),
         (b"\xff", "not JSON"),
         ("[1]", "no JSON object"),
-        ("{}", "neither a tower JSON of ours"),
-        ('{"kind": "smal"}', "neither a tower JSON of ours"),
+        ("{}", "is no tower JSON"),
+        ('{"kind": "smal"}', "is no tower JSON"),
         ('{"kind": "small", "embed_dims": 3}', "embed_dims"),
         ('{"kind": "small", "image": {"size": 33}}', "size=33"),
         ('{"kind": "small", "text": {"width": 10, "heads": 3}}', "width=10"),

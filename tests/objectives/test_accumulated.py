@@ -18,8 +18,7 @@ from clipsmall.build import chunks as build_chunks
 from clipsmall.build import objective as build_objective
 from clipsmall.build import run as build
 from clipsmall.config.reader import read
-from clipsmall.model.small import SmallConfig, WordTokenizer
-from clipsmall.model.towers import small
+from clipsmall.model.towers.small import SmallConfig, WordTokenizer, load_small
 from clipsmall.objectives.accumulated import Accumulated
 from clipsmall.objectives.softmax import softmax
 from tests.model.test_chunks import gradients, noisy
@@ -73,7 +72,7 @@ def test_batches_that_cannot_be_cut(
 def test_what_it_asks_of_a_run() -> None:
     given = run("--optim.accumulate=4", "--objective=sigmoid")
     towers = SmallConfig.model_validate(TOWERS)
-    loaded = small(towers, WordTokenizer.train(["a b"], towers.text))
+    loaded = load_small(towers, WordTokenizer.train(["a b"], towers.text))
     setting = build_objective.setting(given, loaded, None)
     # what an objective sees of the run
     assert (setting.batch_size, setting.steps) == (

@@ -23,7 +23,7 @@ from clipsmall.data.preprocess import ImageSpec
 from clipsmall.distributed import similarity, world
 from clipsmall.model.dual_encoder import DualEncoder
 from clipsmall.model.heads import HEADS
-from clipsmall.model.small import SmallConfig, SmallTowers
+from clipsmall.model.towers.small import SmallConfig, SmallTowers
 from clipsmall.objectives.barlow import barlow
 from clipsmall.objectives.byol import byol
 from clipsmall.objectives.hsic import hsic

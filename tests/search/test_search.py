@@ -29,8 +29,7 @@ from torch import Tensor
 from clipsmall.data import build_index, open_catalog, write_index
 from clipsmall.evaluation import Encoder
 from clipsmall.model.dual_encoder import DualEncoder
-from clipsmall.model.small import SmallConfig, WordTokenizer
-from clipsmall.model.towers import small
+from clipsmall.model.towers.small import SmallConfig, WordTokenizer, load_small
 from clipsmall.search import Answer, Exact, Hit, Searcher, embed, index, page, results
 from clipsmall.search import __main__ as search
 from clipsmall.search.store import alone
@@ -182,7 +181,7 @@ NASTY = (
 def made_encoder(seed: int = 0, batch_size: int = 5) -> Encoder:
     config = SmallConfig.model_validate(TOWERS)
     torch.manual_seed(seed)
-    loaded = small(config, WordTokenizer.train([f"a {c} box" for c in COLOURS], config.text))
+    loaded = load_small(config, WordTokenizer.train([f"a {c} box" for c in COLOURS], config.text))
     model = DualEncoder(loaded.towers, loaded.spec, 1.0, 0.0, False)
     return Encoder(model.eval(), loaded.tokenize, torch.device("cpu"), batch_size)
 

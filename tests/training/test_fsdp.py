@@ -22,7 +22,6 @@ from clipsmall import train
 from clipsmall.batch import Pairs
 from clipsmall.build import objective as build_objective
 from clipsmall.build import run as build
-from clipsmall.build import tuning as build_tuning
 from clipsmall.config.reader import validated
 from clipsmall.data import open_catalog
 from clipsmall.distributed import world
@@ -91,7 +90,7 @@ def trained(name: str, case: str) -> dict[str, Any]:
     )
     loaded = build.loaded_towers(run, SimpleNamespace(captions=list), None)  # type: ignore[arg-type]
     if run.model.checkpoint_activations is True:
-        build_tuning.checkpoint_activations(loaded)
+        loaded.towers.checkpoint_activations()
     setting = build_objective.setting(run, loaded, torch.arange(100))
     model = build.dual_encoder(run, loaded, setting).double().train()
     model.chunk_size = run.model.chunk_size  # type: ignore[assignment]

@@ -16,7 +16,7 @@ from clipsmall.batch import Embeddings
 from clipsmall.data.preprocess import ImageSpec
 from clipsmall.model.dual_encoder import DualEncoder
 from clipsmall.model.momentum import MovingAverage
-from clipsmall.model.small import SmallConfig, SmallTowers
+from clipsmall.model.towers.small import SmallConfig, SmallTowers
 from clipsmall.training.optim import (
     Guard,
     NonFiniteError,

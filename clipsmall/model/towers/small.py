@@ -1,20 +1,24 @@
-"""Towers that train on a laptop's CPU: a few strided convolutions, and a shallow transformer over
-words.
-"""
+"""Small towers that train on a laptop's CPU: strided convolutions, and a transformer over words."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import WordLevel
 from tokenizers.trainers import WordLevelTrainer
 from torch import Tensor, nn
 
+from clipsmall.data.preprocess import ImageSpec
+from clipsmall.model.towers.base import Loaded, Towers, read_json
+
+# token ids
 PAD = 0
+UNKNOWN = 1
 
 
 class SmallImage(BaseModel):
@@ -51,7 +55,7 @@ class SmallText(BaseModel):
 
 
 class SmallConfig(BaseModel):
-    """The `small` kind of tower JSON."""
+    """A tower JSON of the kind `small`."""
 
     model_config = ConfigDict(extra="forbid")
     kind: str = Field("small", pattern="^small$")
@@ -60,18 +64,23 @@ class SmallConfig(BaseModel):
     text: SmallText = SmallText()
 
 
-class SmallTowers(nn.Module):
+class SmallTowers(Towers):
+    """The towers that a `SmallConfig` describes, with fresh weights."""
+
+    kind = "small"
+    why_no_lora = "our small towers take no adapters; train them full"
+
     def __init__(self, config: SmallConfig) -> None:
         super().__init__()
         self.config = config
+        # each convolution halves the image's side
         channels = (3, *config.image.widths)
         layers: list[nn.Module] = []
         for before, after in pairwise(channels):
             layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.GELU()]
         side = config.image.size // 2 ** len(config.image.widths)
-        self.visual = nn.Sequential(
-            *layers, nn.Flatten(), nn.Linear(side * side * channels[-1], config.embed_dim)
-        )
+        last = nn.Linear(side * side * channels[-1], config.embed_dim)
+        self.visual = nn.Sequential(*layers, nn.Flatten(), last)
         text = config.text
         self.words = nn.Embedding(text.vocab_size, text.width, padding_idx=PAD)
         self.positions = nn.Parameter(torch.randn(text.context_length, text.width) * 0.01)
@@ -88,22 +97,57 @@ class SmallTowers(nn.Module):
         self.head = nn.Linear(text.width, config.embed_dim)
 
     def image(self, pixels: Tensor) -> Tensor:
-        """(B, 3, H, W) normalised -> (B, D)."""
         features: Tensor = self.visual(pixels)
         return features
 
     def text(self, ids: Tensor) -> Tensor:
-        """(B, L) word ids -> (B, D): the mean over a caption's words."""
-        there = ids != PAD
+        """Word ids (B, L) -> (B, D): the mean over a caption's words."""
+        is_word = ids != PAD
         x = self.words(ids) + self.positions
-        x = self.blocks(x, src_key_padding_mask=~there)
-        weights = there.to(x.dtype)[:, :, None]
-        features: Tensor = self.head((x * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1))
+        x = self.blocks(x, src_key_padding_mask=~is_word)
+        weights = is_word.to(x.dtype)[:, :, None]
+        total = (x * weights).sum(dim=1)
+        features: Tensor = self.head(total / weights.sum(dim=1).clamp(min=1))
         return features
+
+    @classmethod
+    def load(
+        cls, name: str, tag: str, weights: bool, captions: Callable[[], Iterable[str]]
+    ) -> Loaded:
+        """Fresh towers by a tower JSON; `tag` and `weights` have no meaning here."""
+        try:
+            config = SmallConfig.model_validate(read_json(Path(name)))
+        except ValidationError as error:
+            raise ValueError(f"{name}: {error}") from None
+        return load_small(config, WordTokenizer.train(captions(), config.text))
+
+    @classmethod
+    def rebuild(cls, folder: Path, description: dict[str, Any]) -> Loaded:
+        config = SmallConfig.model_validate(description["config"])
+        length = config.text.context_length
+        return load_small(config, WordTokenizer.load(folder / "tokenizer.json", length))
+
+
+def load_small(config: SmallConfig, tokenizer: "WordTokenizer") -> Loaded:
+    """Small towers with fresh weights, and all that belongs to them."""
+
+    def save(folder: Path) -> None:
+        (folder / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
+
+    image = config.image
+    return Loaded(
+        towers=SmallTowers(config),
+        spec=ImageSpec(image.size, image.mean, image.std),
+        tokenize=tokenizer,
+        logit_scale=None,
+        logit_bias=None,
+        description={"config": config.model_dump(mode="json")},
+        save_files=save,
+    )
 
 
 class WordTokenizer:
-    """Captions -> (n, context_length) word ids; 0 pads, 1 is an unknown word."""
+    """Captions -> (n, context_length) word ids, padded with PAD."""
 
     def __init__(self, tokenizer: Tokenizer, context_length: int) -> None:
         self.tokenizer = tokenizer
@@ -112,8 +156,9 @@ class WordTokenizer:
 
     @classmethod
     def train(cls, captions: Iterable[str], config: SmallText) -> "WordTokenizer":
-        """The words of the training captions, most frequent first; the same captions give the same
-        vocabulary.
+        """The words of the training captions, most frequent first.
+
+        The same captions give the same vocabulary, in whatever order they come.
         """
         tokenizer = Tokenizer(WordLevel(unk_token="[UNK]"))
         tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
@@ -133,8 +178,6 @@ class WordTokenizer:
 
     def __call__(self, captions: list[str]) -> Tensor:
         ids = torch.tensor([encoding.ids for encoding in self.tokenizer.encode_batch(captions)])
-        ids[ids.eq(PAD).all(dim=1), 0] = (
-            # a caption of nothing but symbols the splitter drops: one unknown word
-            1
-        )
+        # a caption of nothing but symbols that the splitter drops: one unknown word
+        ids[ids.eq(PAD).all(dim=1), 0] = UNKNOWN
         return ids
