@@ -1,7 +1,7 @@
 """Tests of the config: what wins over what, what is refused in which words, and that a refusal
 writes nothing.
 
-Seen to fail when: `lay_over` replaces whole sections; `_StrictLoader` lets the second of two keys
+Seen to fail when: `lay_over` replaces whole sections; `StrictLoader` lets the second of two keys
 win; `read` takes `yaml.Loader`; 1e5 is read as a word, or a quoted '2024' as a number; `train.run`
 claims its folder before it opens the shards.
 """
@@ -17,8 +17,9 @@ import yaml
 from clipsmall.compare.grid import load
 from clipsmall.config import Config
 from clipsmall.config.objectives import Name, ObjectiveSection
-from clipsmall.config.reader import ConfigError, fields, lay_over, read, written
+from clipsmall.config.reader import fields, lay_over, read, written
 from clipsmall.objectives import OBJECTIVES
+from clipsmall.storage.yaml_files import ConfigError
 from tests import ROOT
 from tests.shards_for_tests import config as tiny
 
