@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 
 from clipsmall.build import run as build
-from clipsmall.config.reader import validated
 from clipsmall.distributed import world
 from clipsmall.model.dual_encoder import DualEncoder
 from clipsmall.model.momentum import MovingAverage
@@ -32,7 +31,7 @@ from clipsmall.objectives import OBJECTIVES, ObjectiveSpec
 from clipsmall.objectives.softmax import softmax
 from clipsmall.storage import checkpoint
 from clipsmall.storage.run_folder import RunFolder
-from clipsmall.train import bad_batch
+from clipsmall.train import write_bad_batch
 from clipsmall.training.optim import NonFiniteError
 from clipsmall.training.state import RunState
 from tests.distributed.test_world import run_trainer
@@ -61,8 +60,8 @@ def half(patch: pytest.MonkeyPatch, scale: float) -> None:
     """Accelerate as it is on a GPU with mixed_precision=fp16."""
     made = build.accelerator
 
-    def scaled(given: Any) -> Any:
-        accelerator = made(given)
+    def scaled(*given: Any) -> Any:
+        accelerator = made(*given)
         accelerator.native_amp = True
         accelerator.state._mixed_precision = "fp16"
         accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
@@ -378,10 +377,9 @@ def test_bad_steps_apart_from_one_another_do_not_end_a_run(
 
 
 def test_a_stream_has_numbers_and_no_names(tmp_path: Path) -> None:
-    given = validated({"data": {"train": ["http://host/x.tar"], "streaming": True}})
     numbers = {"loss": math.nan, "grad_norm": 2.0}
     error = NonFiniteError("not finite", numbers, torch.tensor([7, 9]), torch.tensor([False, True]))
-    said = bad_batch(given, error, 5, RunFolder(str(tmp_path)))
+    said = write_bad_batch(None, error, 5, RunFolder(str(tmp_path)))
     assert "index [9] …" in said
     assert json.loads((tmp_path / "bad_batch.json").read_text()) == {
         "step": 5,
