@@ -136,7 +136,7 @@ def help_text() -> str:
     lines = ["options, each as --section.field=value or in the YAML file:"]
     for name, info in fields().items():
         description = info.description or ""
-        lines.append(f"  --{name:<26} {description} [{default_text(info)}]")
+        lines.append(f"  --{name:<28} {description} [{default_text(info)}]")
     return "\n".join(lines)
 
 

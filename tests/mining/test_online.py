@@ -468,7 +468,7 @@ def test_scoring_leaves_no_trace(glyphs: Path, tmp_path: Path) -> None:
             {"mining.method": "groups", "mining.group": 3},
             "mining.group=3 does not divide data.batch_size=16",
         ),
-        ({"mining.method": "groups", "mining.group": 1}, "group=1: a pair alone is not hard"),
+        ({"mining.method": "groups", "mining.group": 1}, "group=1: a single pair has no negatives"),
         (
             {"mining.method": "osgd", "mining.group": 4},
             "mining.group=4: osgd selects whole batches",
