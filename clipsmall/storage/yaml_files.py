@@ -1,4 +1,4 @@
-"""Strict YAML: a repeated key is an error, and numbers and truth values mean what they look like."""
+"""Strict YAML: a repeated key is an error; numbers and truth values mean what they look like."""
 
 import re
 from pathlib import Path

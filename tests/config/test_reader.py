@@ -39,8 +39,7 @@ def refusal(*words: str) -> list[str]:
     return str(caught.value).splitlines()
 
 
-# ---- what wins
-# --------------------------------------------------------------------------------------------------
+# ---- what wins ----
 
 
 def test_only_the_shards_must_be_given() -> None:
@@ -111,8 +110,7 @@ def test_a_section_may_be_merged_from_an_anchor(tmp_path: Path) -> None:
     assert (optim.lr, optim.clip) == (0.2, 3.0)
 
 
-# ---- what is refused
-# --------------------------------------------------------------------------------------------
+# ---- what is refused ----
 
 
 @pytest.mark.parametrize(
@@ -142,7 +140,8 @@ def test_an_unknown_key_is_refused_with_the_nearest(word: str, line: str) -> Non
 def test_unknown_keys_in_files_are_refused_alike(tmp_path: Path) -> None:
     path = file(
         tmp_path,
-        "data: {train: [a], batchsize: 3}\nopt: {lr: 1}\nevaluate: {zero_shot: [{nam: x, data: [b]}]}\n",
+        "data: {train: [a], batchsize: 3}\nopt: {lr: 1}\n"
+        "evaluate: {zero_shot: [{nam: x, data: [b]}]}\n",
     )
     lines = refusal("--config", path)
     assert any(line.startswith("data.batchsize: no such key") for line in lines)
@@ -312,8 +311,7 @@ def test_abbreviations_are_no_options(tmp_path: Path) -> None:
     assert refusal(DATA, f"--conf={path}")[0].startswith("conf: no such key")
 
 
-# ---- what is written
-# --------------------------------------------------------------------------------------------
+# ---- what is written ----
 
 
 def everything(tmp_path: Path) -> list[str]:
@@ -390,8 +388,7 @@ def test_the_grids_are_good(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert grid.out == f"runs/compare/{Path(name).stem}"
 
 
-# ---- a refusal writes nothing
-# -----------------------------------------------------------------------------------
+# ---- a refusal writes nothing ----
 
 
 @pytest.fixture

@@ -190,8 +190,7 @@ def test_blocks_are_found_whole() -> None:
     assert not is_block("model.vision_model.encoder.layers.11.mlp")
 
 
-# ---- the whole trainer
-# -------------------------------------------------------------------------------------------
+# ---- the whole trainer ----
 
 
 def run_sharded(words: list[str]) -> tuple[int, bool]:
@@ -297,8 +296,7 @@ def test_ranks_with_fewer_batches_pass_as_often(ranks: Any, glyphs: Path, world_
         torch.testing.assert_close(found[1], texts)
 
 
-# ---- what is refused
-# ---------------------------------------------------------------------------------------------
+# ---- what is refused ----
 
 
 @pytest.mark.parametrize(

@@ -176,8 +176,7 @@ def taken(states: list[dict[str, Any]], what: str) -> list[int]:
     return [n for n in range(2, len(states) + 1) if states[n - 1][what] != states[n - 2][what]]
 
 
-# ---- a step that is skipped
-# ------------------------------------------------------------------------------------------
+# ---- a step that is skipped ----
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
@@ -239,8 +238,7 @@ def test_a_scale_too_large_is_found_out_and_training_goes_on(
     assert f"not finite: {len(bad)} of 24 steps" in answers[0][1]
 
 
-# ---- what remembers
-# --------------------------------------------------------------------------------------------------
+# ---- what remembers ----
 
 
 def finite_but(tensors: dict[str, Tensor]) -> None:
@@ -297,8 +295,7 @@ def test_nothing_remembers_features_that_are_not_finite(
         ]
 
 
-# ---- the end of it
-# ---------------------------------------------------------------------------------------------------
+# ---- the end of it ----
 
 
 def ended(answers: list[Any], out: Path) -> dict[str, Any]:
