@@ -40,7 +40,7 @@ from clipsmall.build import run as build
 from clipsmall.build import tuning as build_tuning
 from clipsmall.cli import refuse
 from clipsmall.config import Config
-from clipsmall.config.reader import read, written
+from clipsmall.config.reader import config_yaml, read
 from clipsmall.data import Catalog, Skips, open_catalog
 from clipsmall.distributed import world
 from clipsmall.storage.run_folder import RunFolder
@@ -95,7 +95,7 @@ def train(
                 job(progress, losses)
 
 
-def run(config: Config, stop: Stop) -> int:
+def run_training(config: Config, stop: Stop) -> int:
     """Build everything, train, evaluate; returns the exit code.
 
     Nothing is written before all is built, so that a run that cannot start leaves no folder.
@@ -108,10 +108,10 @@ def run(config: Config, stop: Stop) -> int:
     model, state = build.run_state(config, accelerator, resumed, stop)
 
     if accelerator.is_main_process:
-        folder.claim(written(config), state.progress.step, state.launch)
-        describe(config, state)
+        folder.claim(config_yaml(config), state.progress.step, state.launch)
+        print_description(config, state)
     world.barrier()
-    start_trackers(accelerator, written(config))
+    start_trackers(accelerator, config_yaml(config))
 
     report = MetricsLog(
         accelerator, folder.metrics, state.model, state.optimizer, state.feed, config.optim.pairs
@@ -160,7 +160,7 @@ def run(config: Config, stop: Stop) -> int:
     report.close()
     accelerator.end_training()
     if accelerator.is_main_process:
-        summarise(state, skips, guard.bad_steps, folder, stopped)
+        print_summary(state, skips, guard.bad_steps, folder, stopped)
     return 128 + (stop.signal or signal.SIGTERM) if stopped else 0
 
 
@@ -201,9 +201,10 @@ def write_bad_batch(
 
 def names_of(catalog: Catalog, index: Tensor) -> list[str]:
     """Names of pairs, `shard:key`, by their numbers."""
-    order = catalog.index.argsort()
-    rows = order[catalog.index.searchsorted(index.numpy(), sorter=order)]
-    return [catalog.name(row) for row in rows]
+    numbers = catalog.index
+    order = numbers.argsort()
+    found = numbers.searchsorted(index.numpy(), sorter=order)
+    return [catalog.name(row) for row in order[found]]
 
 
 def start_trackers(accelerator: Accelerator, config: str) -> None:
@@ -219,7 +220,7 @@ def start_trackers(accelerator: Accelerator, config: str) -> None:
         print(f"warning: trackers not started ({error}); metrics.jsonl goes on", file=sys.stderr)
 
 
-def describe(config: Config, state: RunState) -> None:
+def print_description(config: Config, state: RunState) -> None:
     """Print the opening lines: what trains on what, and options that will have no effect."""
     size = config.data.batch_size
     trainable = sum(p.numel() for p in state.model.parameters() if p.requires_grad)
@@ -247,7 +248,7 @@ def describe(config: Config, state: RunState) -> None:
         print(f"note: {', '.join(idle)}: no effect on {config.objective.title}", file=sys.stderr)
 
 
-def summarise(
+def print_summary(
     state: RunState, skips: Skips, bad_steps: int, folder: RunFolder, stopped: bool
 ) -> None:
     """Print the closing lines: how far the run came, what was skipped, where the results are."""
@@ -271,7 +272,7 @@ def main(words: list[str] | None = None) -> int:
     try:
         config = read(sys.argv[1:] if words is None else words)
         try:
-            return run(config, stop)
+            return run_training(config, stop)
         except OSError as error:
             if not error.errno:
                 raise ValueError(str(error)) from error

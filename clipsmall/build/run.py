@@ -56,7 +56,7 @@ def run_state(
     encoder = synchronised(encoder)
     # only now: what was tried out and cached above, each rank did by itself, with whole towers
     if fsdp.asked():
-        fsdp.shard(encoder, device)
+        fsdp.shard_towers(encoder, device)
     adamw = optimizer(config, encoder)
     # before prepare_optimizer: LambdaLR wraps the step function that it finds
     schedule = scheduler(config, adamw)
@@ -326,7 +326,14 @@ def optimizer(config: Config, model: DualEncoder) -> torch.optim.Optimizer:
     asked = config.optim
     lr = optim.scaled_lr(asked.lr, config.data.batch_size, asked.lr_scaling)
     scale = build_tuning.lr_scale(config, model)
-    made = optim.adamw(model, lr, asked.weight_decay, asked.betas, asked.eps, scale)
+    made = optim.adamw(
+        model,
+        lr,
+        asked.weight_decay,
+        asked.betas,
+        asked.eps,
+        scale,
+    )
     build_tuning.refuse_idle(made, model)
     made.register_step_post_hook(lambda *_: model.after_step())
     return made

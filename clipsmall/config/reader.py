@@ -68,13 +68,13 @@ def refuse_one_weight(name: str, value: Any) -> None:
         )
 
 
-def fields(model: type[BaseModel] = Config, prefix: str = "") -> dict[str, Any]:
+def option_fields(model: type[BaseModel] = Config, prefix: str = "") -> dict[str, Any]:
     """Every option as `section.field` -> its pydantic FieldInfo."""
     found: dict[str, Any] = {}
     for name, info in model.model_fields.items():
         inner = info.annotation
         if isinstance(inner, type) and issubclass(inner, BaseModel):
-            found |= fields(inner, f"{prefix}{name}.")
+            found |= option_fields(inner, f"{prefix}{name}.")
         else:
             found[f"{prefix}{name}"] = info
     return found
@@ -97,7 +97,7 @@ def of_kind(kind: type[M], tree: dict[str, Any], where: str = "") -> M:
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
-        known = list(fields(kind))
+        known = list(option_fields(kind))
         lines = [error_line(each, known) for each in error.errors()]
         # a union reports the same fault once per branch
         lines = list(dict.fromkeys(lines))
@@ -124,17 +124,22 @@ def error_line(error: ErrorDetails, known: list[str]) -> str:
 def suggestion(path: str, known: list[str]) -> str:
     """`; did you mean ...?` with the nearest option, or nothing."""
     # the right field in the wrong section is the likeliest mistake, then a misspelt name
-    leaf = path.rpartition(".")[2]
-    near = [name for name in known if name.rpartition(".")[2] == leaf]
+    _, _, leaf = path.rpartition(".")
+    near = []
+    for name in known:
+        if name.split(".")[-1] == leaf:
+            near.append(name)
     if not near:
-        near = get_close_matches(path, known, 1, 0.5)
-    return f"; did you mean {near[0]}?" if near else ""
+        near = get_close_matches(path, known, n=1, cutoff=0.5)
+    if not near:
+        return ""
+    return f"; did you mean {near[0]}?"
 
 
 def help_text() -> str:
     """All options with their descriptions and defaults, one line each, for `--help`."""
     lines = ["options, each as --section.field=value or in the YAML file:"]
-    for name, info in fields().items():
+    for name, info in option_fields().items():
         description = info.description or ""
         lines.append(f"  --{name:<28} {description} [{default_text(info)}]")
     return "\n".join(lines)
@@ -165,10 +170,10 @@ def read(words: list[str]) -> Config:
     for path in known.config:
         tree = lay_over(tree, spelled_out(read_yaml(path)))
     for name, value in options_of(rest):
-        tree = lay_over(tree, nested(name, value))
+        tree = lay_over(tree, option_tree(name, value))
     config = validated(tree)
     if known.print_config:
-        print(written(config), end="")
+        print(config_yaml(config), end="")
         sys.exit(0)
     return config
 
@@ -218,7 +223,7 @@ def options_of(words: list[str]) -> list[tuple[str, Any]]:
     return found
 
 
-def nested(name: str, value: Any) -> dict[str, Any]:
+def option_tree(name: str, value: Any) -> dict[str, Any]:
     """`section.field` and its value as the tree that a YAML file would give."""
     if name == "objective":
         value = spelled_out({name: value})[name]
@@ -230,6 +235,6 @@ def nested(name: str, value: Any) -> dict[str, Any]:
     return tree
 
 
-def written(config: Config) -> str:
+def config_yaml(config: Config) -> str:
     """The whole resolved config as YAML, which `read` takes back."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

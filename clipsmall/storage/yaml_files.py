@@ -24,6 +24,7 @@ class StrictLoader(yaml.SafeLoader):
         names = [self.construct_object(key, deep=deep) for key in own_keys]
         for name in names:
             if names.count(name) > 1:
+                # YAML counts lines from 0
                 line = node.start_mark.line + 1
                 raise ConfigError(f"key {name!r} stands twice (line {line})")
         return super().construct_mapping(node, deep=deep)

@@ -57,7 +57,7 @@ def check_settings(precision: str, chunk_size: int | str) -> None:
         )
 
 
-def shard(model: DualEncoder, device: torch.device) -> None:
+def shard_towers(model: DualEncoder, device: torch.device) -> None:
     """Shard the towers, and averaged copies of them, block by block.
 
     A rank holds 1/W of each block, and a whole block for the time of its pass. What else trains

@@ -113,8 +113,12 @@ class MetricsLog:
         names = sorted(losses)
         # some terms are made on the host
         device = losses["loss"].device
-        stacked = torch.stack([losses[name].detach().float().to(device) for name in names])
-        return dict(zip(names, world.mean(stacked).tolist(), strict=True))
+        values = []
+        for name in names:
+            value = losses[name].detach().float()
+            values.append(value.to(device))
+        means = world.mean(torch.stack(values))
+        return dict(zip(names, means.tolist(), strict=True))
 
     def _show(self, row: dict[str, Any]) -> None:
         """On the bar; where there is no terminal, as a line every LINE_EVERY seconds."""

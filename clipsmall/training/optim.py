@@ -79,9 +79,15 @@ def adamw(
     scale: Callable[[str], float] = lambda name: 1.0,
 ) -> AdamW:
     """AdamW over `parameter_groups`; fused on a GPU."""
-    fused = any(p.is_cuda for p in model.parameters())
+    on_gpu = any(parameter.is_cuda for parameter in model.parameters())
     groups = parameter_groups(model, lr, weight_decay, scale)
-    return AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused)
+    return AdamW(
+        groups,
+        lr=lr,
+        betas=betas,
+        eps=eps,
+        fused=on_gpu,
+    )
 
 
 def warmup_cosine(optimizer: torch.optim.Optimizer, steps: int, warmup: int) -> LambdaLR:
@@ -90,7 +96,8 @@ def warmup_cosine(optimizer: torch.optim.Optimizer, steps: int, warmup: int) -> 
     def factor(step: int) -> float:
         if step < warmup:
             return (step + 1) / warmup
-        progress = min((step - warmup) / max(steps - warmup, 1), 1.0)
+        length = max(steps - warmup, 1)
+        progress = min((step - warmup) / length, 1.0)
         return 0.5 * (1 + math.cos(math.pi * progress))
 
     return LambdaLR(optimizer, factor)

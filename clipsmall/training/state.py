@@ -166,11 +166,13 @@ class RunState:
     def _load_optimizer(self, folder: Path, state: dict[str, Any]) -> None:
         whole = checkpoint.read_tensors(folder, "optimizer")
         moments = fsdp.scattered_moments(whole, self.optimizer.param_groups)
-        self.optimizer.load_state_dict(checkpoint.joined_optimizer(moments, state["optimizer"]))
+        joined = checkpoint.joined_optimizer(moments, state["optimizer"])
+        self.optimizer.load_state_dict(joined)
         self.scheduler.load_state_dict(state["scheduler"])
-        # a run may change its precision: there is a scaler in fp16 only
-        if self.accelerator.scaler is not None and state["scaler"]:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
+        # there is a scaler in fp16 only, and a run may change its precision
+        scaler = self.accelerator.scaler
+        if scaler is not None and state["scaler"]:
+            scaler.load_state_dict(state["scaler"])
 
     def _load_memory(self, folder: Path) -> None:
         if not isinstance(self.objective, nn.Module):
@@ -249,9 +251,12 @@ def changed_options(was: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple
     """
     changed = {}
     for name in sorted(now | was):
-        exists_in_both = is_known(name, was) and is_known(name, now)
-        if exists_in_both and was.get(name) != now.get(name):
-            changed[name] = (was.get(name), now.get(name))
+        if not is_known(name, was) or not is_known(name, now):
+            continue
+        old = was.get(name)
+        new = now.get(name)
+        if old != new:
+            changed[name] = (old, new)
     return changed
 
 

@@ -1,9 +1,9 @@
-"""Tests of the config: what wins over what, what is refused in which words, and that a refusal
-writes nothing.
+"""Tests of the config: which value wins, what is refused in which words, and that nothing is
+written then.
 
 Seen to fail when: `lay_over` replaces whole sections; `StrictLoader` lets the second of two keys
-win; `read` takes `yaml.Loader`; 1e5 is read as a word, or a quoted '2024' as a number; `train.run`
-claims its folder before it opens the shards.
+win; `read` takes `yaml.Loader`; 1e5 is read as a word, or a quoted '2024' as a number;
+`train.run_training` claims its folder before it opens the shards.
 """
 
 import signal
@@ -17,7 +17,7 @@ import yaml
 from clipsmall.compare.grid import load
 from clipsmall.config import Config
 from clipsmall.config.objectives import Name, ObjectiveSection
-from clipsmall.config.reader import fields, lay_over, read, written
+from clipsmall.config.reader import config_yaml, lay_over, option_fields, read
 from clipsmall.objectives import OBJECTIVES
 from clipsmall.storage.yaml_files import ConfigError
 from tests import ROOT
@@ -341,7 +341,7 @@ def everything(tmp_path: Path) -> list[str]:
 def test_a_written_config_reads_back_equal(tmp_path: Path) -> None:
     for words in ([DATA], everything(tmp_path)):
         config = read(words)
-        assert read(["--config", file(tmp_path, written(config), "written.yaml")]) == config
+        assert read(["--config", file(tmp_path, config_yaml(config), "written.yaml")]) == config
 
 
 def test_print_config_prints_what_reads_back(
@@ -364,8 +364,8 @@ def test_help_lists_every_field(capsys: pytest.CaptureFixture[str]) -> None:
         read(["--help"])
     assert left.value.code == 0
     text = capsys.readouterr().out
-    assert len(fields()) > 30
-    for name, info in fields().items():
+    assert len(option_fields()) > 30
+    for name, info in option_fields().items():
         (line,) = [line for line in text.splitlines() if line.split()[:1] == [f"--{name}"]]
         assert (info.description or "") in line
         assert line.endswith("[required]" if info.is_required() else "]")
@@ -479,7 +479,7 @@ def test_objectives_are_mixed_by_weight(
     config = read([DATA, "--config", base, *words])
     assert config.objective.mix == mix
     assert (config.objective.mask_duplicates, config.objective.sinkhorn.iterations) == (False, 3)
-    assert read(["--config", file(tmp_path, written(config), "written.yaml")]) == config
+    assert read(["--config", file(tmp_path, config_yaml(config), "written.yaml")]) == config
 
 
 @pytest.mark.parametrize(

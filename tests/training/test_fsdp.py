@@ -95,7 +95,7 @@ def trained(name: str, case: str) -> dict[str, Any]:
     setting = build_objective.setting(run, loaded, torch.arange(100))
     model = build.dual_encoder(run, loaded, setting).double().train()
     model.chunk_size = run.model.chunk_size  # type: ignore[assignment]
-    fsdp.shard(model, CPU)
+    fsdp.shard_towers(model, CPU)
     objective = build_objective.objective(run, setting)
     columns = build_objective.columns(run)
     optimizer = build.optimizer(run, model)
@@ -278,7 +278,7 @@ def encoded(shards: str, size: int) -> tuple[Tensor, Tensor]:
     run = config_of(f"{shards}/../towers.json")
     loaded = build.loaded_towers(run, SimpleNamespace(captions=lambda: ["a b c"]), None)  # type: ignore[arg-type]
     model = build.dual_encoder(run, loaded, build_objective.setting(run, loaded, None))
-    fsdp.shard(model, CPU)
+    fsdp.shard_towers(model, CPU)
     encoder = Encoder(model, loaded.tokenize, CPU, size)
     images, rows = encoder.images(Spoilt(shards, size), only=range(4 * size))  # type: ignore[arg-type]
     assert rows.tolist() == list(range(size, 4 * size))
@@ -332,7 +332,7 @@ class Adapted(nn.Module):
 def refuses_adapted_attention() -> str:
     model: Any = SimpleNamespace(towers=nn.ModuleDict({"attn": Adapted()}))
     with pytest.raises(ValueError, match=r"tune\.lora\.targets: attn hides") as refused:
-        fsdp.shard(model, CPU)
+        fsdp.shard_towers(model, CPU)
     return str(refused.value)
 
 
