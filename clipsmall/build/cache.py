@@ -74,7 +74,7 @@ def frozen_features(
 
     Args:
         towers: as `cacheable_towers` finds them; the model has its final weights already.
-        folder: to write to; "" = beside the shards.
+        folder: to write to; "" = next to the shards.
         batch_size: images or captions that go through a tower at a time.
         workers: loader processes per rank.
         max_pixels: larger images count as unreadable.

@@ -13,7 +13,7 @@ from clipsmall.model.dual_encoder import DualEncoder, frozen
 from clipsmall.model.towers import Loaded
 from clipsmall.training import fsdp
 
-# bytes that the loss needs beside the towers: two tiles of 4,096 x 8,192 in float32, with masks
+# bytes that the loss needs in addition: two tiles of 4,096 x 8,192 in float32, with masks
 LOSS_BYTES = 512 << 20
 
 

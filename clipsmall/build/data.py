@@ -99,7 +99,7 @@ class IndexedData:
 
         bad = self.catalog.left_out
         known_bad = f" ({sum(bad.values())} known to be bad are left out: {bad})" if bad else ""
-        # an epoch's last pairs that fill no batch are not lost: the next epoch shuffles anew
+        # an epoch's last pairs that fill no batch are not lost: each epoch is shuffled differently
         waiting = f" and {rest} pairs that wait for another epoch" if rest else ""
         self.description = (
             f"{self.pairs:,} pairs in {len(self.catalog.shards)} shards{known_bad}{planned}"

@@ -150,7 +150,7 @@ def mined_stretches(
     Raises:
         ValueError: not one pool fits into the run.
     """
-    # a selection must have something to leave out, an arrangement two batches to move pairs between
+    # a selection needs batches that it can drop, an arrangement two to move pairs between
     least = math.ceil(1 / mining.keep) if recipe.method in SELECTIONS else 2
     pool = max(mining.pool // recipe.batch_size, least)
     plan = Schedule(
@@ -178,7 +178,7 @@ def reference_scores(folder: str, catalog: Catalog | None) -> Callable[[Identity
     """A function that finds pairs, by their numbers, as the reference model sees them.
 
     Args:
-        folder: of the score sidecars; "" = beside the shards.
+        folder: of the score sidecars; "" = next to the shards.
 
     Raises:
         ValueError: streamed pairs have no numbers; a shard or a pair has no scores.

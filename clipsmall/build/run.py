@@ -60,8 +60,8 @@ def run_state(
     adamw = optimizer(config, encoder)
     # before prepare_optimizer: LambdaLR wraps the step function that it finds
     schedule = scheduler(config, adamw)
-    # sharded towers average their gradients themselves: what they need of Accelerate is autocast
-    # alone, as in evaluation
+    # sharded towers average their gradients themselves: all that they need of Accelerate is
+    # autocast, as in evaluation mode
     model = accelerator.prepare_model(encoder, evaluation_mode=fsdp.asked())
     adamw = accelerator.prepare_optimizer(adamw)
     feed = Feed(

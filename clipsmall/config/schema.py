@@ -163,7 +163,7 @@ class TuneSection(Section):
         "only if its input is not augmented",
     )
     cache_folder: str = Field(
-        "", description="where these features are written; none = beside the shards"
+        "", description="where these features are written; none = next to the shards"
     )
 
 
@@ -267,7 +267,7 @@ class MiningSection(Section):
     reference: str = Field(
         "",
         description="learnability: folder with the scores of a reference model, made by "
-        "data_tools.mine_shards; none = beside the shards",
+        "data_tools.mine_shards; none = next to the shards",
     )
 
     @model_validator(mode="after")

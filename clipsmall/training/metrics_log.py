@@ -34,7 +34,7 @@ class Moment(NamedTuple):
 class MetricsLog:
     """A job: `report(progress, losses)` every few steps. Every rank must call, the main one writes.
 
-    Each call writes one line, with means over ranks of the losses, and beside them:
+    Each call writes one line: means over ranks of the losses, and with them:
 
     - `chance`: ln N, the softmax loss of a model that knows nothing among the N pairs that a row
       is compared with;

@@ -199,7 +199,7 @@ class RunState:
             self.feed.load_state_dict(ranks[rank]["feed"])
             return
         # Another number of ranks. The order of pairs does not depend on it; generators (dropout)
-        # are seeded anew, and the counts of skipped pairs are kept by the first rank.
+        # get another seed, and the counts of skipped pairs are kept by the first rank.
         set_seed(self.config["seed"] + self.progress.step * 1_000 + rank)
         if rank == 0:
             for each in ranks:

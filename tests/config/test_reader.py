@@ -1,5 +1,4 @@
-"""Tests of the config: which value wins, what is refused in which words, and that nothing is
-written then.
+"""Tests of the config: which value wins, what is refused, and that a refusal writes nothing.
 
 Seen to fail when: `lay_over` replaces whole sections; `StrictLoader` lets the second of two keys
 win; `read` takes `yaml.Loader`; 1e5 is read as a word, or a quoted '2024' as a number;

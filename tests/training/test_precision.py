@@ -1,5 +1,6 @@
-"""fp16 and steps that are not finite: skipped by all ranks alike, remembered by nothing, ended when
-they do not end.
+"""Tests of fp16 and of steps that are not finite.
+
+All ranks skip such a step alike, nothing remembers it, and a run of nothing else ends.
 
 Accelerate gives no scaler on a CPU, so `half` puts a real one where Accelerate's own would be, and
 float16 autocast with it; what overflows here, overflows in float16 arithmetic.
