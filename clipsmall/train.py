@@ -19,47 +19,38 @@ from pathlib import Path
 from typing import Any
 
 if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
-    # started as a script: the package, not its inside
+    # started as a script: the folder that holds the package must be searched, not its inside
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-# Both before torch is imported. Threads that wait by spinning steal the cores of loader workers and
-# of other
-# programs: on two busy cores training went at 370 pairs/s, and at 1,310 with threads that sleep.
+# Both must be set before torch is imported. Threads that wait by spinning take the cores from
+# loader workers and other programs: on two busy cores training went at 370 pairs/s, and at 1,310
+# with threads that sleep.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-# loader workers are forked: no threads before that
+# loader workers are forked: there must be no threads before that
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from accelerate import Accelerator
 from torch import Tensor
 
 from clipsmall.batch import Embeddings, Pairs, Progress
-from clipsmall.build import (
-    jobs as build_jobs,
-)
-from clipsmall.build import (
-    objective as build_objective,
-)
-from clipsmall.build import (
-    queue as build_queue,
-)
-from clipsmall.build import (
-    run as build,
-)
-from clipsmall.build import (
-    tuning as build_tuning,
-)
+from clipsmall.build import jobs as build_jobs
+from clipsmall.build import objective as build_objective
+from clipsmall.build import queue as build_queue
+from clipsmall.build import run as build
+from clipsmall.build import tuning as build_tuning
 from clipsmall.cli import refuse
 from clipsmall.config import Config
-from clipsmall.config.reader import read, written
-from clipsmall.data import Skips, open_catalog
+from clipsmall.config.reader import config_yaml, read
+from clipsmall.data import Catalog, Skips, open_catalog
 from clipsmall.distributed import world
 from clipsmall.storage.run_folder import RunFolder
-from clipsmall.training import fsdp as sharded
+from clipsmall.training import fsdp
 from clipsmall.training.feed import Stop
 from clipsmall.training.metrics_log import MetricsLog
-from clipsmall.training.optim import Guard, NonFiniteError, clipped_norm, skipped
+from clipsmall.training.optim import Guard, NonFiniteError, clipped_norm, skipped_steps
 from clipsmall.training.state import RunState
 
+# called on every rank, every so many steps
 Job = Callable[[Progress, dict[str, Tensor]], None]
 
 
@@ -76,16 +67,26 @@ def train(
     progress: Progress,
     jobs: list[tuple[int, Job]],
 ) -> None:
-    """Training, whole: pairs -> towers -> columns -> objective -> optimizer -> jobs."""
+    """The whole training loop: pairs -> towers -> columns -> objective -> optimizer -> jobs.
+
+    Args:
+        model: this rank's pairs -> their embeddings (the rows), in training mode.
+        columns: rows -> what they are compared with: the embeddings of all ranks.
+        objective: (rows, columns) -> `loss`, the mean over this rank's rows, and terms to report.
+        clip: largest norm of the gradient.
+        jobs: (every, job): called after each step whose number `every` divides.
+
+    Raises:
+        NonFiniteError: a loss or gradient that is not finite, as `guard` judges it.
+    """
     for pairs in batches:
-        # my embeddings, scale, bias
         rows = model(pairs)
-        # compared with everybody's
         losses = objective(rows, columns(rows))
         accelerator.backward(losses["loss"])
         losses["grad_norm"] = clipped_norm(accelerator, model.parameters(), clip)
-        # all ranks alike
-        guard.step(optimizer, losses, world.mean(losses["loss"] + losses["grad_norm"]), rows)
+        # finite only if it is on all ranks, so that all take the step or none does
+        together = world.mean(losses["loss"] + losses["grad_norm"])
+        guard.step(optimizer, losses, together, rows)
         scheduler.step()
         optimizer.zero_grad()
         progress.advance(len(pairs.index) * world.size())
@@ -94,34 +95,39 @@ def train(
                 job(progress, losses)
 
 
-def run(config: Config, stop: Stop) -> int:
-    """Build everything, train, evaluate; returns the exit code. Nothing is written before all is
-    built.
+def run_training(config: Config, stop: Stop) -> int:
+    """Build everything, train, evaluate; returns the exit code.
+
+    Nothing is written before all is built, so that a run that cannot start leaves no folder.
     """
-    accelerator = build.accelerator(config)
+    accelerator = build.accelerator(config.run, config.out, config.model.chunk_size)
     folder = RunFolder(config.out)
     resumed = build.resumed_folder(config, folder, accelerator.device)
     folder.refuse_if_used(config.resume == "auto", resumed)
     evaluations = build_jobs.evaluations(config)
     model, state = build.run_state(config, accelerator, resumed, stop)
+
     if accelerator.is_main_process:
-        folder.claim(written(config), state.progress.step, state.launch)
-        describe(config, state)
+        folder.claim(config_yaml(config), state.progress.step, state.launch)
+        print_description(config, state)
     world.barrier()
-    start_trackers(accelerator, written(config))
+    start_trackers(accelerator, config_yaml(config))
+
     report = MetricsLog(
         accelerator, folder.metrics, state.model, state.optimizer, state.feed, config.optim.pairs
     )
     save = build_jobs.save_job(config, state, folder, resumed)
     evaluate = build_jobs.evaluate_job(config, state, report, folder, evaluations)
-    # evaluated before it is saved: a run that continues from a checkpoint has all lines up to it
-    # short runs log a step, too
-    jobs: list[tuple[int, Job]] = [(min(config.run.log_every, config.steps), report)]
+    # a run shorter than log_every logs its last step
+    log_every = min(config.run.log_every, config.steps)
+    jobs: list[tuple[int, Job]] = [(log_every, report)]
+    # evaluated before it is saved: a run that goes on from a checkpoint has all lines up to it
     if config.run.evaluate_every:
         jobs.append((config.run.evaluate_every, evaluate))
     jobs.append((config.run.checkpoint_every, save))
+
     report.start(state.progress, config.compared)
-    bad_steps = skipped(state.progress.step, state.optimizer)
+    bad_steps = skipped_steps(state.progress.step, state.optimizer)
     guard = Guard(accelerator.scaler, config.run.max_bad_steps, state.model, bad_steps)
     try:
         train(
@@ -138,103 +144,114 @@ def run(config: Config, stop: Stop) -> int:
             jobs,
         )
     except NonFiniteError as error:
+        # the step that failed was not counted
         step = state.progress.step + 1
-        raise ValueError(
-            f"step {step}: {error}, {bad_batch(config, error, step, folder)}"
-        ) from None
+        catalog = None if config.data.streaming else open_catalog(config.data.train)
+        where = write_bad_batch(catalog, error, step, folder)
+        raise ValueError(f"step {step}: {error}, {where}") from None
+
     save(state.progress, {})
-    # all is saved: from here on a signal ends the run at once
+    # all is saved: from here on a signal may end the process at once
     stop.end()
     stopped = state.feed.stopped and state.progress.step < config.steps
     if not stopped:
         evaluate(state.progress, {})
-    skips = state.feed.skips_of_all()
+    skips = state.feed.all_skips()
     report.close()
     accelerator.end_training()
     if accelerator.is_main_process:
-        summarise(state, skips, guard.bad_steps, folder, stopped)
+        print_summary(state, skips, guard.bad_steps, folder, stopped)
     return 128 + (stop.signal or signal.SIGTERM) if stopped else 0
 
 
-def bad_batch(config: Config, error: NonFiniteError, step: int, folder: RunFolder) -> str:
-    """Write `bad_batch.json`, all ranks' pairs of the batch that ended the run; returns in words
-    where to look.
+def write_bad_batch(
+    catalog: Catalog | None, error: NonFiniteError, step: int, folder: RunFolder
+) -> str:
+    """Write `bad_batch.json`: all ranks' pairs of the batch that ended the run.
 
-    Every rank must call. Pairs have names where shards are indexed; a stream numbers them as they
-    come.
+    Every rank must call. Returns the end of an error message: where to look.
+
+    Args:
+        catalog: of the training data, for the pairs' names; None for a stream, whose pairs have
+            numbers only.
     """
     index = error.index.cpu()
-    names = list[str]()
-    if not config.data.streaming:
-        catalog = open_catalog(config.data.train)
-        order = catalog.index.argsort()
-        names = [
-            catalog.name(row)
-            for row in order[catalog.index.searchsorted(index.numpy(), sorter=order)]
-        ]
-    numbers = {
-        name: value if math.isfinite(value) else str(value) for name, value in error.numbers.items()
-    }
+    # JSON has no NaN and no infinity
+    numbers: dict[str, Any] = {}
+    for name, value in error.numbers.items():
+        numbers[name] = value if math.isfinite(value) else str(value)
     mine = {
         "loss": numbers.pop("loss"),
         "not_finite": index[error.broken.cpu()].tolist(),
         "index": index.tolist(),
+        "names": names_of(catalog, index) if catalog is not None else [],
     }
-    said = json.dumps(mine | {"names": names}).encode()
-    ranks = [json.loads(each) for each in world.gather_bytes(said, error.index.device)]
+    gathered = world.gather_bytes(json.dumps(mine).encode(), error.index.device)
+    ranks = [json.loads(each) for each in gathered]
     path = folder.path / "bad_batch.json"
     if world.rank() == 0:
-        path.write_text(json.dumps({"step": step, **numbers, "ranks": ranks}, indent=2) + "\n")
+        content = {"step": step, **numbers, "ranks": ranks}
+        path.write_text(json.dumps(content, indent=2) + "\n")
     broken = [number for rank in ranks for number in rank["not_finite"]]
-    first = (broken or [number for rank in ranks for number in rank["index"]])[:8]
+    everyone = [number for rank in ranks for number in rank["index"]]
+    # if all features are finite, any pair may be at fault
+    first = (broken or everyone)[:8]
     return f"or look at the pairs with index {first} …: {path} names all of that batch"
 
 
+def names_of(catalog: Catalog, index: Tensor) -> list[str]:
+    """Names of pairs, `shard:key`, by their numbers."""
+    numbers = catalog.index
+    order = numbers.argsort()
+    found = numbers.searchsorted(index.numpy(), sorter=order)
+    return [catalog.name(row) for row in order[found]]
+
+
 def start_trackers(accelerator: Accelerator, config: str) -> None:
-    """A tracker that cannot start (no login, no network) costs its curves, not the run:
-    metrics.jsonl has them all.
+    """Start TensorBoard and the like, or warn.
+
+    A tracker that cannot start (no login, no network) costs its curves, not the run: metrics.jsonl
+    has the same numbers.
     """
     try:
         accelerator.init_trackers("clipsmall", config={"run": config})
     except Exception as error:
-        # each tracker raises its own
+        # each tracker has exceptions of its own
         print(f"warning: trackers not started ({error}); metrics.jsonl goes on", file=sys.stderr)
 
 
-def describe(config: Config, state: RunState) -> None:
-    """The opening lines: what trains on what, and what is left out."""
+def print_description(config: Config, state: RunState) -> None:
+    """Print the opening lines: what trains on what, and options that will have no effect."""
     size = config.data.batch_size
     trainable = sum(p.numel() for p in state.model.parameters() if p.requires_grad)
-    print(
-        f"{config.objective.title}: {trainable / 1e6:.2f}M parameters train; {state.source}; {world.size()} ranks x "
-        f"{size // world.size()} = batch {size}"
-        + sharded.told(state.model)
-        + (
-            f", compared in {config.optim.accumulate} parts (naive accumulation)"
-            if config.compared < size
-            else ""
-        )
-        + build_queue.told(state.objective)
-        + (
-            f", {state.model.chunk_size} at a time through the towers"
-            if state.model.chunk_size
-            else ""
-        )
-        + (f"; continuing after step {state.progress.step}" if state.progress.step else ""),
-        file=sys.stderr,
-    )
-    lines = [*build_tuning.trained_parts(state.model), f"  {build_tuning.computation(state)}"]
-    print("\n".join(lines), file=sys.stderr)
+    ranks = world.size()
+    parts = [
+        f"{config.objective.title}: {trainable / 1e6:.2f}M parameters train",
+        f"; {state.data_description}",
+        f"; {ranks} ranks x {size // ranks} = batch {size}",
+        fsdp.description(state.model),
+    ]
+    if config.compared < size:
+        parts.append(f", compared in {config.optim.accumulate} parts (naive accumulation)")
+    parts.append(build_queue.told(state.objective))
+    if state.model.chunk_size:
+        parts.append(f", {state.model.chunk_size} at a time through the towers")
+    if state.progress.step:
+        parts.append(f"; continuing after step {state.progress.step}")
+    print("".join(parts), file=sys.stderr)
+
+    for line in [*build_tuning.trained_parts(state.model), f"  {build_tuning.computation(state)}"]:
+        print(line, file=sys.stderr)
     for words in build_queue.warnings(config, fresh=state.loaded.logit_scale is None):
         print(f"warning: {words}", file=sys.stderr)
     if idle := build_objective.without_effect(config):
         print(f"note: {', '.join(idle)}: no effect on {config.objective.title}", file=sys.stderr)
 
 
-def summarise(
+def print_summary(
     state: RunState, skips: Skips, bad_steps: int, folder: RunFolder, stopped: bool
 ) -> None:
-    """The closing lines: how far, what was skipped, where the results are."""
+    """Print the closing lines: how far the run came, what was skipped, where the results are."""
     if skips.total:
         print(f"replaced by other pairs, as they could not be read: {skips}", file=sys.stderr)
     if bad_steps:
@@ -243,8 +260,9 @@ def summarise(
             file=sys.stderr,
         )
     verb = "stopped; continue with --resume=auto" if stopped else "done"
+    progress = state.progress
     print(
-        f"{verb}: {state.progress.pairs:,} pairs, {state.progress.step} steps; results in {folder.path}",
+        f"{verb}: {progress.pairs:,} pairs, {progress.step} steps; results in {folder.path}",
         file=sys.stderr,
     )
 
@@ -254,11 +272,15 @@ def main(words: list[str] | None = None) -> int:
     try:
         config = read(sys.argv[1:] if words is None else words)
         try:
-            return run(config, stop)
+            return run_training(config, stop)
         except OSError as error:
-            # in the middle of a file a full disk names none
-            place = f"{error.filename or config.out}: {error.strerror}; once repaired, continue with --resume=auto"
-            raise ValueError(place if error.errno else str(error)) from error
+            if not error.errno:
+                raise ValueError(str(error)) from error
+            # a full disk in the middle of a file gives no name
+            file = error.filename or config.out
+            raise ValueError(
+                f"{file}: {error.strerror}; once repaired, continue with --resume=auto"
+            ) from error
     except ValueError as error:
         refuse(error)
 

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # bash launch/cpu_ranks.sh 8 --config configs/demo.yaml --out=runs/eight
 # Ranks on one machine's CPU, over gloo, to try what several GPUs would do. (accelerate launch --cpu
-# --num_processes 8 starts ONE process without a word, huggingface/accelerate#2741; torchrun starts eight.)
+# --num_processes 8 silently starts ONE process, huggingface/accelerate#2741; torchrun starts
+# eight.)
 set -euo pipefail
 ranks=${1:?how many ranks}
 shift

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # sbatch --nodes=2 launch/slurm.sh --config configs/lora_clip_l14_336.yaml --out=runs/lora
-# One task a node, one rank a card. Two minutes before its time is up (or when it is preempted) the job gets SIGTERM: the
-# trainer finishes its step and saves, the job puts itself back into the queue, and the next one resumes. Options of
-# sbatch (--time, --partition, --gpus-per-node) win over those below. RANKS: ranks a node, if not one a card.
+# One task per node, one rank per GPU. Two minutes before its time is up (or when it is preempted)
+# the job gets SIGTERM: the trainer finishes its step and saves, the job puts itself back into the
+# queue, and the next one resumes. Options of sbatch (--time, --partition, --gpus-per-node) win over
+# those below. RANKS: ranks per node, if not one per GPU.
 #SBATCH --job-name=clipsmall
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
@@ -23,11 +24,14 @@ export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-110}"
 
 stopped=
 trap 'stopped=1; kill -TERM "$step" 2>/dev/null' TERM
-srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" torchrun --nnodes "$SLURM_NNODES" --nproc_per_node "$ranks" --rdzv_id "$SLURM_JOB_ID" \
-    --rdzv_backend c10d --rdzv_endpoint "$head:${PORT:-29500}" clipsmall/train.py "$@" --resume=auto &
+srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
+    torchrun --nnodes "$SLURM_NNODES" --nproc_per_node "$ranks" \
+    --rdzv_id "$SLURM_JOB_ID" --rdzv_backend c10d --rdzv_endpoint "$head:${PORT:-29500}" \
+    clipsmall/train.py "$@" --resume=auto &
 step=$!
 wait "$step"; status=$?
-while [ -n "$stopped" ] && kill -0 "$step" 2>/dev/null; do wait "$step"; done  # a trapped signal ends the first wait
+# a trapped signal ends the first wait
+while [ -n "$stopped" ] && kill -0 "$step" 2>/dev/null; do wait "$step"; done
 
 if [ -n "$stopped" ]; then
     echo "stopped by a signal: back into the queue"

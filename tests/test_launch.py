@@ -1,5 +1,4 @@
-"""Tests of launch/: files that Accelerate reads, and a SLURM job that is stopped, put back into the
-queue, and resumes.
+"""Tests of launch/: Accelerate reads its files, and a SLURM job is stopped, requeued and resumed.
 
 Seen to fail when: a YAML has a key Accelerate does not know; the SLURM script leaves out the trap,
 `--resume=auto`, or waits for the step only once.

@@ -1,1 +1,1 @@
-"""Build the objects of a run from the sections of its config."""
+"""Builds the objects of a run; a builder takes its section of the config and plain values."""

@@ -1,21 +1,17 @@
-"""Config -> features of frozen towers, computed once a shard and read instead of images or
-captions.
-"""
+"""Builds the features of frozen towers: computed once per shard, then read instead of raw data."""
 
 import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from clipsmall.build import objective as build_objective
 from clipsmall.build.data import TrainingData
-from clipsmall.config import Config
+from clipsmall.config.schema import TuneSection
 from clipsmall.data import Catalog, captions_of, fields_of, read_index
 from clipsmall.data.features import Features, feature_file, usable, write_features
 from clipsmall.data.scores import good_rows
@@ -27,8 +23,123 @@ from clipsmall.model.towers import Loaded
 from clipsmall.storage import checkpoint
 
 
-class Outputs(nn.Module):
-    """A dual encoder whose features are its towers' outputs: what training goes on from."""
+def cacheable_towers(
+    tune: TuneSection,
+    data: TrainingData,
+    model: DualEncoder,
+    *,
+    steps: int,
+    augmented: bool,
+    reads_tokens: bool,
+) -> list[str]:
+    """Frozen towers (`image`, `text`) with unaugmented input: their features can be cached.
+
+    None if the cache is off, if pairs have no numbers to file features under, or if no pair comes
+    twice in the run, so that a cache would save nothing.
+
+    Args:
+        steps: of the whole run.
+        augmented: whether images are cropped at random.
+        reads_tokens: whether a head needs the token ids, which features would stand in place of.
+    """
+    if not tune.cache or data.catalog is None or steps <= data.per_epoch:
+        return []
+    trained = set()
+    for name, parameter in model.towers.named_parameters():
+        if parameter.requires_grad:
+            trained.add(model.towers.place(name).tower)
+    found = []
+    if "image" not in trained and not augmented:
+        found.append("image")
+    if "text" not in trained and not reads_tokens:
+        found.append("text")
+    return found
+
+
+def frozen_features(
+    towers: list[str],
+    folder: str,
+    catalog: Catalog,
+    loaded: Loaded,
+    model: DualEncoder,
+    accelerator: Accelerator,
+    *,
+    batch_size: int,
+    workers: int,
+    max_pixels: int,
+) -> dict[str, Features]:
+    """Features of these towers, by tower. Every rank must call.
+
+    Files that are there and whole are read; every rank computes some of the missing shards.
+
+    Args:
+        towers: as `cacheable_towers` finds them; the model has its final weights already.
+        folder: to write to; "" = next to the shards.
+        batch_size: images or captions that go through a tower at a time.
+        workers: loader processes per rank.
+        max_pixels: larger images count as unreadable.
+
+    Raises:
+        ValueError: features cannot be written.
+    """
+    found = {}
+    encoder = Encoder(
+        # an Encoder calls encode_image and encode_text, and reads the spec: all that TowerOutputs
+        # has
+        TowerOutputs(model),  # type: ignore[arg-type]
+        loaded.tokenize,
+        accelerator.device,
+        batch_size,
+        workers,
+        max_pixels=max_pixels,
+    )
+    maker = FeatureMaker(catalog, encoder, accelerator)
+    for tower in towers:
+        digest = tower_digest(tower, loaded, model, accelerator.mixed_precision, max_pixels)
+        found[tower] = tower_features(tower, digest, Path(folder) if folder else None, maker)
+    return found
+
+
+def tower_features(tower: str, digest: str, folder: Path | None, maker: "FeatureMaker") -> Features:
+    """The features of one tower over all shards, with missing files computed first."""
+    shards = maker.catalog.shards
+    files = [feature_file(shard, tower, digest, folder) for shard in shards]
+    missing = []
+    for number, (file, shard) in enumerate(zip(files, shards, strict=True)):
+        if not usable(file, shard, digest):
+            missing.append(number)
+    # all ranks have looked before one of them writes: so all divide the same list
+    world.barrier()
+    mine = missing[world.rank() :: world.size()]
+    for number in tqdm(mine, desc=f"{tower} features", disable=world.rank() > 0):
+        features, first = maker.images(number) if tower == "image" else maker.texts(number)
+        write_features(files[number], shards[number], digest, features, first)
+    world.barrier()
+    if world.rank() == 0:
+        size = sum(file.stat().st_size for file in files) / 2**20
+        print(
+            f"{tower} tower frozen: read as features, {size:,.0f} MiB in {files[0].parent}",
+            file=sys.stderr,
+        )
+    return Features(maker.catalog, files)
+
+
+def load_towers_of(folder: Path, model: DualEncoder) -> None:
+    """Give the model the weights of a checkpoint, ahead of the rest of a resumed run's state.
+
+    A rebuilt model has fresh weights until then, and features must be those of the trained ones.
+
+    Raises:
+        CheckpointError: the checkpoint holds a model of another size.
+    """
+    try:
+        model.load_state_dict(checkpoint.read_tensors(folder, "model"), strict=False)
+    except RuntimeError as error:
+        raise checkpoint.CheckpointError(f"{folder}: holds another model ({error})") from None
+
+
+class TowerOutputs(nn.Module):
+    """A dual encoder whose features are its towers' outputs, which training goes on from."""
 
     def __init__(self, model: DualEncoder) -> None:
         super().__init__()
@@ -42,147 +153,86 @@ class Outputs(nn.Module):
         return self.model.text_outputs(ids, self.model.towers)
 
 
-def idle_towers(config: Config, data: TrainingData, model: DualEncoder) -> list[str]:
-    """The towers whose outputs are the same whenever a pair comes, and pairs come more than once:
-    nothing in them trains, nothing augments their input."""
-    if not config.tune.cache or data.catalog is None or config.steps <= data.per_epoch:
-        return []
-    place = model.towers.place
-    trained = {place(name).tower for name, p in model.towers.named_parameters() if p.requires_grad}
-    found = [tower for tower in ("image", "text") if tower not in trained]
-    if config.data.crop_scale < 1 and "image" in found:
-        found.remove("image")
-    if "tokens" in build_objective.head_options(config) and "text" in found:
-        # the head reads token ids
-        found.remove("text")
-    return found
-
-
-def frozen_features(
-    config: Config,
-    data: TrainingData,
-    loaded: Loaded,
-    model: DualEncoder,
-    accelerator: Accelerator,
-    resumed: Path | None = None,
-) -> dict[str, Features]:
-    """`image` and `text` of the towers that are idle; every rank makes those of its shards, all
-    read all.
-
-    Args:
-        resumed: the checkpoint whose towers these will be; a rebuilt model has fresh weights until
-            then.
-
-    Raises:
-        ValueError: features cannot be written, or the checkpoint holds another model.
-    """
-    found = {}
-    catalog = data.catalog
-    folder = Path(config.tune.cache_folder) if config.tune.cache_folder else None
-    towers = idle_towers(config, data, model)
-    if towers and resumed is not None:
-        try:
-            model.load_state_dict(checkpoint.read_tensors(resumed, "model"), strict=False)
-        except RuntimeError as error:
-            # of another size
-            raise checkpoint.CheckpointError(f"{resumed}: holds another model ({error})") from None
-    for tower in towers:
-        assert catalog is not None
-        digest = _digest(tower, config, loaded, model, accelerator)
-        files = [feature_file(shard, tower, digest, folder) for shard in catalog.shards]
-        left = [k for k, file in enumerate(files) if not usable(file, catalog.shards[k], digest)]
-        # all have looked before anybody writes: they share the same list
-        world.barrier()
-        maker = Maker(config, catalog, loaded, Outputs(model), accelerator)
-        for k in tqdm(
-            left[world.rank() :: world.size()], desc=f"{tower} features", disable=world.rank() > 0
-        ):
-            features, first = maker.images(k) if tower == "image" else maker.texts(k)
-            write_features(files[k], catalog.shards[k], digest, features, first)
-        world.barrier()
-        found[tower] = Features(catalog, files)
-        if world.rank() == 0:
-            size = sum(file.stat().st_size for file in files) / 2**20
-            print(
-                f"{tower} tower frozen: read as features, {size:,.0f} MiB in {files[0].parent}",
-                file=sys.stderr,
-            )
-    return found
-
-
 @dataclass
-class Maker:
-    """Makes the features of one shard after another, on this rank alone."""
+class FeatureMaker:
+    """Computes the features of one shard after another, on this rank independently of others.
 
-    config: Config
+    `images` and `texts` return what `write_features` takes: (m, D) features, and (n + 1,) offsets,
+    where row i of the shard's index has the features `first[i] : first[i + 1]`.
+    """
+
     catalog: Catalog
-    loaded: Loaded
-    model: Any
+    encoder: Encoder
     accelerator: Accelerator
 
     def images(self, shard: int) -> tuple[Tensor, Tensor]:
-        """As `write_features` takes them."""
-        alone, rows, total = self._alone(shard)
+        """One feature per image; NaN for those that are left out or cannot be read."""
+        one_shard, rows, total = self._open(shard)
         try:
-            with world.alone(), self.accelerator.autocast():
-                made, there = self._encoder().images(alone)
-        except ValueError as error:
-            if "can be read" not in str(error):
-                raise
-            made = self._encoder().texts(["a"])[:0]
-            there = torch.empty(0, dtype=torch.int64)
+            made, there = self._encode_images(one_shard)
         finally:
-            os.close(alone.descriptor(0))
+            os.close(one_shard.descriptor(0))
         features = torch.full((total, made.shape[1]), torch.nan)
         features[rows[there]] = made
         return features, torch.arange(total + 1)
 
+    def _encode_images(self, one_shard: Catalog) -> tuple[Tensor, Tensor]:
+        try:
+            with world.alone(), self.accelerator.autocast():
+                return self.encoder.images(one_shard)
+        except ValueError as error:
+            # for an evaluation a set without one good image is an error, here it is a fact
+            if "can be read" not in str(error):
+                raise
+        # (0, D): both towers' outputs have the same width
+        with world.alone(), self.accelerator.autocast():
+            none = self.encoder.texts(["a"])[:0]
+        return none, torch.empty(0, dtype=torch.int64)
+
     def texts(self, shard: int) -> tuple[Tensor, Tensor]:
-        alone, rows, total = self._alone(shard)
+        """One feature per caption; none for pairs that are left out."""
+        one_shard, rows, total = self._open(shard)
         captions = list[str]()
         counts = torch.zeros(total, dtype=torch.int64)
-        for row, place_ in enumerate(rows.tolist()):
-            members = alone.read_text(row)
-            mine = captions_of(members.text, fields_of(members.json))
-            captions += mine
-            counts[place_] = len(mine)
-        os.close(alone.descriptor(0))
+        for row, row_in_index in enumerate(rows.tolist()):
+            members = one_shard.read_text(row)
+            own = captions_of(members.text, fields_of(members.json))
+            captions += own
+            counts[row_in_index] = len(own)
+        os.close(one_shard.descriptor(0))
         with world.alone(), self.accelerator.autocast():
-            features = self._encoder().texts(captions)
-        return features, torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+            features = self.encoder.texts(captions)
+        first = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+        return features, first
 
-    def _alone(self, shard: int) -> tuple[Catalog, Tensor, int]:
-        """One shard as a catalog, the rows of its index that these are, and how many the index
-        has.
+    def _open(self, shard: int) -> tuple[Catalog, Tensor, int]:
+        """One shard as a catalog, its pairs' rows in the shard's index, and that index's length.
+
+        They differ where the index knows pairs that are bad: a catalog leaves them out.
         """
         table = read_index(self.catalog.shards[shard], ["status"])
-        return self.catalog.only(shard), torch.from_numpy(good_rows(table)), len(table)
-
-    def _encoder(self) -> Encoder:
-        size = self.config.evaluate.batch_size
-        data = self.config.data
-        device = self.accelerator.device
-        return Encoder(
-            self.model, self.loaded.tokenize, device, size, data.workers, max_pixels=data.max_pixels
-        )
+        rows = torch.from_numpy(good_rows(table))
+        return self.catalog.only(shard), rows, len(table)
 
 
-def _digest(
-    tower: str, config: Config, loaded: Loaded, model: DualEncoder, accelerator: Accelerator
+def tower_digest(
+    tower: str, loaded: Loaded, model: DualEncoder, precision: str, max_pixels: int
 ) -> str:
-    """Of everything the features depend on: weights, preprocessing, tokens, precision."""
+    """A digest of all that features depend on: weights, layers, preprocessing, precision."""
+    # a sentence with capitals, a number, an accent and punctuation stands for the tokenizer
     probe = (
         loaded.tokenize(["A photo of 2 cats, é!"]).tolist()
         if tower == "text"
-        else (loaded.spec, config.data.max_pixels)
+        else (loaded.spec, max_pixels)
     )
-    place = model.towers.place
-    weights = {
-        name: x for name, x in model.towers.state_dict().items() if place(name).tower == tower
-    }
+    weights = {}
+    for name, tensor in model.towers.state_dict().items():
+        if model.towers.place(name).tower == tower:
+            weights[name] = tensor
+    # modules, too: an activation function has no weights
     layers = (
         (name, part)
         for name, part in model.towers.named_modules()
-        if place(f"{name}.").tower == tower
+        if model.towers.place(f"{name}.").tower == tower
     )
-    return model_digest(layers, weights, tower, probe, accelerator.mixed_precision)
+    return model_digest(layers, weights, tower, probe, precision)

@@ -1,74 +1,98 @@
-"""Config -> how many pairs go through the towers at a time."""
+"""Builds two ways to save activation memory: chunks of a batch, and activation checkpointing."""
+
+from typing import Literal
 
 import torch
 from accelerate import Accelerator
 
 from clipsmall.batch import Pairs
-from clipsmall.config import Config
 from clipsmall.distributed import world
 from clipsmall.model.chunks import largest_chunk
 from clipsmall.model.dual_encoder import DualEncoder, frozen
 from clipsmall.model.towers import Loaded
-from clipsmall.training import fsdp as sharded
+from clipsmall.training import fsdp
 
-# bytes of the loss: two tiles of 4,096 x 8,192 in float32, with masks
-TILES = 512 << 20
+# bytes that the loss needs in addition: two tiles of 4,096 x 8,192 in float32, with masks
+LOSS_BYTES = 512 << 20
 
 
-def chunk_size(config: Config, accelerator: Accelerator, loaded: Loaded, model: DualEncoder) -> int:
-    """0 = all of a rank's pairs at once. `auto` tries a forward and backward pass on a GPU; all
-    ranks get the least.
+def chunk_size(
+    asked: int | Literal["auto"],
+    rows: int,
+    parts: int,
+    accelerator: Accelerator,
+    loaded: Loaded,
+    model: DualEncoder,
+) -> int:
+    """Pairs that go through the towers at a time; 0 = all of a rank's pairs at once.
+
+    Args:
+        asked: model.chunk_size. `auto` finds the most that a GPU holds by trying forward and
+            backward passes; all ranks take the smallest answer.
+        rows: pairs of a rank.
+        parts: parts of a batch that naive accumulation compares within themselves; 1 = the whole.
 
     Raises:
         ValueError: BatchNorm, whose statistics would be a chunk's; or not even one pair fits.
     """
-    rows = config.data.batch_size // world.size()
-    given = config.model.chunk_size
-    kind = torch.nn.modules.batchnorm._BatchNorm
-    norms = any(isinstance(part, kind) and not frozen(part) for part in model.towers.modules())
-    if not given and config.optim.accumulate > 1 and not norms:
-        # who accumulates has memory for a part
-        given = rows // config.optim.accumulate
+    norms = trains_batch_norm(model)
+    given = asked
+    if not given and parts > 1 and not norms:
+        # who accumulates has memory for a part of the batch only
+        given = rows // parts
     if given and norms:
         raise ValueError(
-            "model.chunk_size: this model has BatchNorm, which would see a chunk for the batch; take one with "
-            "LayerNorm (a ViT, a ConvNeXt), or model.chunk_size=0"
+            "model.chunk_size: this model has BatchNorm, which would see a chunk for the batch; "
+            "take one with LayerNorm (a ViT, a ConvNeXt), or model.chunk_size=0"
         )
     if given != "auto":
         return given
     if accelerator.device.type != "cuda":
-        # a host swaps rather than refuses: there is nothing to try
+        # a host starts to swap where a GPU refuses: a try would answer nothing
         return 0
-    # DDP brings a rank's pixels whole
+    # DDP moves all of a rank's pixels to the GPU before the forward pass; one GPU takes a chunk's
     waiting = rows if world.size() > 1 else 0
-    found = (
-        largest_chunk(rows, lambda size: fits(size, accelerator, loaded, model, waiting)) or rows
-    )
+    largest = largest_chunk(rows, lambda size: fits(size, accelerator, loaded, model, waiting))
+    # 0 = all fit at once
+    found = largest or rows
     least = -int(world.maximum(torch.tensor(-found, device=accelerator.device)))
     return 0 if least == rows else least
 
 
+def trains_batch_norm(model: DualEncoder) -> bool:
+    """Whether the towers have a BatchNorm layer that computes statistics of its batch."""
+    # the base class of all of torch's, synchronised ones included
+    kind = torch.nn.modules.batchnorm._BatchNorm
+    return any(isinstance(part, kind) and not frozen(part) for part in model.towers.modules())
+
+
 def checkpoint_blocks(
-    config: Config, accelerator: Accelerator, loaded: Loaded, model: DualEncoder
+    asked: bool | Literal["auto"],
+    chunk_size: int | Literal["auto"],
+    rows: int,
+    accelerator: Accelerator,
+    loaded: Loaded,
+    model: DualEncoder,
 ) -> None:
-    """Make each block's activations anew, as asked; `auto`: on a GPU, if a rank's pairs do not fit
-    at once and there are no chunks, which cost as much and save more. All ranks decide alike.
+    """Turn activation checkpointing on if it is asked for, on all ranks alike.
+
+    `auto` turns it on where a rank's pairs do not fit a GPU at once and no chunks are asked for:
+    chunks cost as much time and save more memory.
+
+    Args:
+        asked: model.checkpoint_activations.
+        chunk_size: model.chunk_size.
+        rows: pairs of a rank.
 
     Raises:
         ValueError: asked of towers that cannot.
     """
-    asked = config.model.checkpoint_activations
-    if (
-        asked == "auto"
-        and accelerator.device.type == "cuda"
-        and not config.model.chunk_size
-        and loaded.towers.can_checkpoint
-    ):
-        rows = config.data.batch_size // world.size()
-        # towers that will be shared out are whole here: nothing can be tried, and who shares them
-        # is short of memory
-        full = sharded.asked() or not fits(rows, accelerator, loaded, model)
-        asked = bool(world.maximum(torch.tensor(float(full), device=accelerator.device)))
+    on_gpu = accelerator.device.type == "cuda"
+    if asked == "auto" and on_gpu and not chunk_size and loaded.towers.can_checkpoint:
+        # Towers that FSDP will shard are still whole here, so nothing can be tried; who shards
+        # them is short of memory.
+        short = fsdp.asked() or not fits(rows, accelerator, loaded, model)
+        asked = bool(world.maximum(torch.tensor(float(short), device=accelerator.device)))
     if asked is True:
         loaded.towers.checkpoint_activations()
     loaded.checkpointed = asked is True
@@ -77,32 +101,15 @@ def checkpoint_blocks(
 def fits(
     size: int, accelerator: Accelerator, loaded: Loaded, model: DualEncoder, waiting: int = 0
 ) -> bool:
-    """Whether `size` pairs go forth and back beside what else a step holds; the bytes of `waiting`
-    others, too.
+    """Whether a forward and backward pass of `size` pairs fits the GPU, tried out.
+
+    Memory for what else a step holds is allocated first: the optimizer's moments, DDP's copy of
+    the gradients, the loss, and the pixels of `waiting` pairs. The model is left as it was.
     """
-    device = accelerator.device
-    weights = [p for p in model.parameters() if p.requires_grad]
-    # BatchNorm counts every batch, this one of zeros, too
+    # BatchNorm counts every batch it sees, this one of zeros, too
     kept = [buffer.clone() for buffer in model.buffers()]
     try:
-        # AdamW's moments, and DDP's copy of the gradients
-        copies = 2 + (world.size() > 1)
-        beside = [torch.empty_like(weight) for weight in weights for _ in range(copies)]
-        beside.append(
-            torch.empty(TILES + waiting * 3 * loaded.spec.size**2, dtype=torch.uint8, device=device)
-        )
-        pixels = torch.zeros(
-            size, 3, loaded.spec.size, loaded.spec.size, dtype=torch.uint8, device=device
-        )
-        numbers = torch.arange(size, device=device)
-        with accelerator.autocast():
-            pairs = Pairs(pixels, loaded.tokenize(["a"] * size).to(device), numbers, numbers)
-            image, text = model.outputs(pairs, model.towers)
-        total = image.float().sum() + text.float().sum()
-        # not with both towers frozen
-        if total.requires_grad:
-            total.backward()  # type: ignore[no-untyped-call]
-        del beside, image, text, total
+        try_step(size, accelerator, loaded, model, waiting)
     except torch.OutOfMemoryError:
         return False
     finally:
@@ -111,3 +118,29 @@ def fits(
             buffer.copy_(before)
         torch.cuda.empty_cache()
     return True
+
+
+def try_step(
+    size: int, accelerator: Accelerator, loaded: Loaded, model: DualEncoder, waiting: int
+) -> None:
+    """One pass as in `fits`. Raises torch.OutOfMemoryError."""
+    device = accelerator.device
+    side = loaded.spec.size
+    # AdamW keeps two moments of each weight; DDP copies the gradients into buckets
+    copies = 2 + (world.size() > 1)
+    held = []
+    for weight in model.parameters():
+        if weight.requires_grad:
+            held += [torch.empty_like(weight) for _ in range(copies)]
+    waiting_bytes = waiting * 3 * side**2
+    held.append(torch.empty(LOSS_BYTES + waiting_bytes, dtype=torch.uint8, device=device))
+
+    pixels = torch.zeros(size, 3, side, side, dtype=torch.uint8, device=device)
+    ids = loaded.tokenize(["a"] * size).to(device)
+    numbers = torch.arange(size, device=device)
+    with accelerator.autocast():
+        image, text = model.outputs(Pairs(pixels, ids, numbers, numbers), model.towers)
+    total = image.float().sum() + text.float().sum()
+    # with both towers frozen there is no backward pass
+    if total.requires_grad:
+        total.backward()  # type: ignore[no-untyped-call]

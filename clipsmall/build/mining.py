@@ -1,4 +1,4 @@
-"""Config -> the batches of a run: as they come, or mined."""
+"""Builds the batches of a run: as the data has them, or mined."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -8,28 +8,32 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from clipsmall.batch import Pairs, Progress
-from clipsmall.build.data import Read, TrainingData
-from clipsmall.config import Config
+from clipsmall.build.data import ReadBatches, TrainingData
+from clipsmall.config.schema import MiningSection
 from clipsmall.data import Catalog, LoadedBatch
 from clipsmall.data.scores import all_scores
 from clipsmall.distributed import world
 from clipsmall.mining import SELECTIONS, Identity, MiningRecipe, Scored
 from clipsmall.mining.online import MinedBatches, PoolView
-from clipsmall.mining.schedule import Schedule
+from clipsmall.mining.schedule import Schedule, Stretch
 from clipsmall.mining.scored import scored
 from clipsmall.model.dual_encoder import DualEncoder
 from clipsmall.model.towers import Loaded
 
-# hard pairs in a batch of the default method: see README, Mining
+# mutually hard pairs in a batch of the method `groups`, with mining.group=auto
 GROUP = 4
 
 
-class Remaining:
-    """The batches after `progress`, which is read when iteration starts, to the last one."""
+class PlainBatches:
+    """The batches of the data's own order, from the one after `progress` to the run's last.
 
-    def __init__(self, read: Read, progress: Progress, steps: int) -> None:
+    `progress` is read when iteration starts: a resumed run knows it only then.
+    """
+
+    def __init__(self, read: ReadBatches, progress: Progress, steps: int) -> None:
         self.read = read
         self.progress = progress
         self.steps = steps
@@ -39,90 +43,84 @@ class Remaining:
 
 
 def batches(
-    config: Config,
+    mining: MiningSection,
     data: TrainingData,
     loaded: Loaded,
-    progress: Progress,
-    accelerator: Accelerator,
     encoder: DualEncoder,
+    accelerator: Accelerator,
+    progress: Progress,
+    *,
+    batch_size: int,
+    steps: int,
+    seed: int,
+    objective_weights: str,
 ) -> Iterable[LoadedBatch]:
-    """The run's batches after `progress`, which is read when iteration starts."""
-    pin = accelerator.device.type == "cuda"
-    if config.mining.method == "none":
-        return Remaining(data.reader(loaded, pin), progress, config.steps)
-    made = recipe(config)
-    plan = schedule(config, made, data.per_epoch)
-    stretches = plan.stretches()
-    if not any(stretch.pool for stretch in stretches):
-        raise ValueError(
-            f"mining: no pool of {plan.pool} batches, {plan.kept} of them played, and the plain ones that "
-            f"mining.fraction={plan.fraction} asks for fit between the shares {plan.start} and {plan.end} of "
-            f"{plan.steps} steps, and into an epoch of {plan.per_epoch} batches: take a smaller mining.pool, a larger "
-            "fraction, or a longer run"
-        )
-    rows = encoder.chunk_size or config.data.batch_size // world.size()
-    seen = partial(score, encoder, accelerator, rows, bool(loaded.description.get("relative_bias")))
-    known = reference(config, data.catalog) if made.method == "learnability" else None
-    # a pool stays in ordinary memory, its batches are pinned as they leave
-    read = data.reader(loaded, pin=False, hash_images=True)
+    """This rank's slices of the run's batches after `progress`.
+
+    Args:
+        batch_size: pairs of a step over all ranks.
+        steps: of the whole run.
+        objective_weights: `softmax` or `sigmoid`, how the run's objective weighs negatives.
+
+    Raises:
+        ValueError: groups that do not fit the method or the batch, a run too short for a pool, or
+            no scores where the method needs them.
+    """
+    on_gpu = accelerator.device.type == "cuda"
+    if mining.method == "none":
+        return PlainBatches(data.reader(loaded, pin=on_gpu), progress, steps)
+    recipe = mining_recipe(mining, batch_size, objective_weights)
+    stretches = mined_stretches(mining, recipe, steps, data.per_epoch)
+    score = partial(
+        score_pairs,
+        encoder,
+        accelerator,
+        # as many at a time as training has on the device
+        encoder.chunk_size or batch_size // world.size(),
+        bool(loaded.description.get("relative_bias")),
+    )
+    reference = None
+    if recipe.method == "learnability":
+        reference = reference_scores(mining.reference, data.catalog)
     return MinedBatches(
-        read, stretches, seen, made, config.seed, progress, not config.data.streaming, known, pin
+        # a pool stays in ordinary memory; its batches are pinned as they are handed out
+        data.reader(loaded, pin=False, hash_images=True),
+        stretches,
+        score,
+        recipe,
+        seed,
+        progress,
+        # a stream does not bring the pairs of a plan again
+        keep_plans=data.catalog is not None,
+        reference=reference,
+        pin=on_gpu,
     )
 
 
-def fixed(config: Config) -> tuple[str, ...]:
-    """What a mined run cannot change on its way, beside the settings of any run: pools lie at
-    shares of its length.
+def fixed_options(mining: MiningSection) -> tuple[str, ...]:
+    """Options that a resumed run cannot change, in addition to those of every run.
+
+    Pools lie at fractions of a run's length, so a mined run cannot be made longer.
     """
-    return ("mining", "optim.pairs") if config.mining.method != "none" else ("mining.method",)
+    return ("mining.method",) if mining.method == "none" else ("mining", "optim.pairs")
 
 
-def reference(config: Config, catalog: Catalog | None) -> Callable[[Identity], Scored]:
-    """What finds the scores of pairs by their numbers.
+def mining_recipe(mining: MiningSection, batch_size: int, objective_weights: str) -> MiningRecipe:
+    """How pools are turned into batches; `auto` options are decided here.
 
     Raises:
-        ValueError: streamed pairs have no numbers; a shard or a pair has no scores.
+        ValueError: groups for a method that selects whole batches.
     """
-    if catalog is None:
-        raise ValueError(
-            "mining.method=learnability looks scores up by a pair's number, which streamed pairs lack"
-        )
-    scores = all_scores(catalog, Path(config.mining.reference) if config.mining.reference else None)
-    if missing := len(catalog) - len(scores.row):
-        raise ValueError(
-            f"{missing} of {len(catalog)} pairs have no scores, as their images could not be read: have them left out "
-            "with data_tools.check_shards --decode"
-        )
-    numbers = catalog.index[scores.row]
-    order = np.argsort(numbers)
-
-    def found(identity: Identity) -> Scored:
-        places = order[np.searchsorted(numbers, identity.index, sorter=order)]
-        assert (numbers[places] == identity.index).all()
-        return scored(scores, places)
-
-    return found
-
-
-def recipe(config: Config) -> MiningRecipe:
-    """Raises ValueError for groups that do not fit the method or the batch."""
-    mining = config.mining
-    batch = config.data.batch_size
-    # auto: GROUP, or fewer where a batch is no multiple of it
-    auto = next((k for k in (GROUP, 3, 2) if batch % k == 0), 0) if mining.method == "groups" else 0
-    group = auto if mining.group == "auto" else mining.group
+    group = group_size(mining, batch_size)
     if group and mining.method in SELECTIONS:
         raise ValueError(
             f"mining.group={group}: {mining.method} selects whole batches; leave it at auto"
         )
-    by_pairs = next(iter(config.objective.mix)) in ("sigmoid", "bce")
     return MiningRecipe(
         method=mining.method,
-        batch_size=config.data.batch_size,
+        batch_size=batch_size,
         group=group,
-        weights=("sigmoid" if by_pairs else "softmax")
-        if mining.weights == "auto"
-        else mining.weights,
+        weights=objective_weights if mining.weights == "auto" else mining.weights,
         swaps=mining.swaps,
         keep=mining.keep,
         near=mining.near,
@@ -131,39 +129,112 @@ def recipe(config: Config) -> MiningRecipe:
     )
 
 
-def schedule(config: Config, made: MiningRecipe, per_epoch: int) -> Schedule:
-    """Pools of `mining.pool` pairs, in whole batches."""
-    mining = config.mining
-    least = math.ceil(1 / mining.keep) if made.method in SELECTIONS else 2
-    pool = max(mining.pool // config.data.batch_size, least)
-    return Schedule(
-        config.steps, pool, made.kept(pool), mining.fraction, mining.start, mining.end, per_epoch
+def group_size(mining: MiningSection, batch_size: int) -> int:
+    """Pairs of a group; 0 = the whole batch is one group."""
+    if mining.group != "auto":
+        return mining.group
+    if mining.method != "groups":
+        return 0
+    # a batch is cut into equal groups: fewer pairs where GROUP does not divide it
+    for size in (GROUP, 3, 2):
+        if batch_size % size == 0:
+            return size
+    return 0
+
+
+def mined_stretches(
+    mining: MiningSection, recipe: MiningRecipe, steps: int, per_epoch: int
+) -> list[Stretch]:
+    """When the run mines, with pools of about `mining.pool` pairs, in whole batches.
+
+    Raises:
+        ValueError: not one pool fits into the run.
+    """
+    # a selection needs batches that it can drop, an arrangement two to move pairs between
+    least = math.ceil(1 / mining.keep) if recipe.method in SELECTIONS else 2
+    pool = max(mining.pool // recipe.batch_size, least)
+    plan = Schedule(
+        steps,
+        pool,
+        recipe.kept(pool),
+        mining.fraction,
+        mining.start,
+        mining.end,
+        per_epoch,
     )
+    stretches = plan.stretches()
+    if not any(stretch.pool for stretch in stretches):
+        raise ValueError(
+            f"mining: no pool of {plan.pool} batches, {plan.kept} of them trained on, and the "
+            f"plain ones that mining.fraction={plan.fraction} asks for fit between the fractions "
+            f"{plan.start} and {plan.end} of {plan.steps} steps, and into an epoch of "
+            f"{plan.per_epoch} batches: take a smaller mining.pool, a larger fraction, or a "
+            "longer run"
+        )
+    return stretches
+
+
+def reference_scores(folder: str, catalog: Catalog | None) -> Callable[[Identity], Scored]:
+    """A function that finds pairs, by their numbers, as the reference model sees them.
+
+    Args:
+        folder: of the score sidecars; "" = next to the shards.
+
+    Raises:
+        ValueError: streamed pairs have no numbers; a shard or a pair has no scores.
+    """
+    if catalog is None:
+        raise ValueError(
+            "mining.method=learnability looks scores up by a pair's number, "
+            "which streamed pairs lack"
+        )
+    scores = all_scores(catalog, Path(folder) if folder else None)
+    if missing := len(catalog) - len(scores.row):
+        raise ValueError(
+            f"{missing} of {len(catalog)} pairs have no scores, as their images could not be read: "
+            "have them left out with data_tools.check_shards --decode"
+        )
+    numbers = catalog.index[scores.row]
+    order = np.argsort(numbers)
+
+    def find(identity: Identity) -> Scored:
+        rows = order[np.searchsorted(numbers, identity.index, sorter=order)]
+        assert (numbers[rows] == identity.index).all()
+        return scored(scores, rows)
+
+    return find
 
 
 @torch.no_grad()
-def score(
-    encoder: DualEncoder, accelerator: Accelerator, rows: int, relative: bool, pairs: Pairs
+def score_pairs(
+    encoder: DualEncoder,
+    accelerator: Accelerator,
+    rows: int,
+    relative_bias: bool,
+    pairs: Pairs,
 ) -> PoolView:
-    """Pairs as the model sees them now: eval mode, in the run's precision, `rows` at a time;
-    nothing is left behind.
+    """Pairs as the model sees them now: in eval mode and the run's precision.
 
-    `relative`: the model's bias is in units of its scale.
+    The model is left as it was: same mode, and no random numbers are drawn.
+
+    Args:
+        rows: pairs that go through the towers at a time.
+        relative_bias: the model's bias is in units of its scale.
     """
     training = encoder.training
     encoder.eval()
     device = accelerator.device
+
+    def encode(tower: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
+        parts = [tower(part.to(device)).float() for part in torch.split(inputs, rows)]
+        return torch.cat(parts)
+
     with accelerator.autocast():
-        image = torch.cat(
-            [
-                encoder.encode_image(part.to(device)).float()
-                for part in torch.split(pairs.image, rows)
-            ]
-        )
-        text = torch.cat(
-            [encoder.encode_text(part.to(device)).float() for part in torch.split(pairs.text, rows)]
-        )
+        image = encode(encoder.encode_image, pairs.image)
+        text = encode(encoder.encode_text, pairs.text)
     encoder.train(training)
     scale = encoder.logit_scale.exp()
     bias = encoder.logit_bias.detach()
-    return PoolView(image, text, scale, bias * scale if relative else bias)
+    if relative_bias:
+        bias = bias * scale
+    return PoolView(image, text, scale, bias)

@@ -1,7 +1,6 @@
-"""Config -> objects: one short function a noun. With the entries, the only room that knows
-Config.
-"""
+"""Builds a run from its whole config: hands every other builder its section and plain values."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,86 +9,176 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, set_seed
 
 from clipsmall.batch import Progress, RunContext
-from clipsmall.build import (
-    cache as build_cache,
-)
-from clipsmall.build import (
-    chunks as build_chunks,
-)
-from clipsmall.build import (
-    mining as build_mining,
-)
-from clipsmall.build import (
-    objective as build_objective,
-)
-from clipsmall.build import (
-    tuning as build_tuning,
-)
+from clipsmall.build import cache as build_cache
+from clipsmall.build import chunks as build_chunks
+from clipsmall.build import mining as build_mining
+from clipsmall.build import objective as build_objective
+from clipsmall.build import tuning as build_tuning
 from clipsmall.build.data import TrainingData, training_data
 from clipsmall.config import Config
+from clipsmall.config.schema import RunSection
+from clipsmall.data import LoadedBatch
 from clipsmall.distributed import devices, world
 from clipsmall.model import load as tower_loading
 from clipsmall.model.dual_encoder import DualEncoder, frozen
 from clipsmall.model.towers import Loaded
 from clipsmall.storage import checkpoint
 from clipsmall.storage.run_folder import RunFolder
-from clipsmall.training import fsdp as sharded
-from clipsmall.training import optim
+from clipsmall.training import fsdp, optim
 from clipsmall.training.feed import Feed, Stop
 from clipsmall.training.state import RunState
 
 
-def accelerator(config: Config) -> Accelerator:
-    """Devices and ranks. Raises ValueError for a precision the device lacks, and for ranks that are
-    not joined.
+def run_state(
+    config: Config, accelerator: Accelerator, resumed: Path | None, stop: Stop
+) -> tuple[torch.nn.Module, RunState]:
+    """The model as Accelerate wraps it, and all state of the run.
+
+    Args:
+        resumed: the checkpoint to continue from; None = a fresh run.
+        stop: how the run is asked to end.
+    """
+    set_seed(config.seed)
+    device = accelerator.device
+    progress = Progress()
+    data = training_data(config.data, config.seed)
+    loaded = loaded_towers(config, data, resumed)
+    setting = build_objective.setting(config, loaded, data.ids)
+    # from_pretrained leaves towers in eval mode
+    encoder = dual_encoder(config, loaded, setting).to(device).train()
+    save_memory(config, accelerator, loaded, encoder)
+    objective = build_objective.objective(config, setting)
+    if isinstance(objective, torch.nn.Module):
+        objective = objective.to(device)
+    cache_frozen_towers(config, data, loaded, encoder, accelerator, resumed)
+    batches = training_batches(config, data, loaded, encoder, accelerator, progress)
+
+    encoder = synchronised(encoder)
+    # only now: what was tried out and cached above, each rank did by itself, with whole towers
+    if fsdp.asked():
+        fsdp.shard_towers(encoder, device)
+    adamw = optimizer(config, encoder)
+    # before prepare_optimizer: LambdaLR wraps the step function that it finds
+    schedule = scheduler(config, adamw)
+    # sharded towers average their gradients themselves: all that they need of Accelerate is
+    # autocast, as in evaluation mode
+    model = accelerator.prepare_model(encoder, evaluation_mode=fsdp.asked())
+    adamw = accelerator.prepare_optimizer(adamw)
+    feed = Feed(
+        batches,
+        device,
+        stop,
+        config.data.max_error_rate,
+        data.pairs,
+        # towers that work in chunks fetch a chunk's images at a time
+        images=not encoder.chunk_size,
+    )
+    state = RunState(
+        accelerator=accelerator,
+        model=encoder,
+        loaded=loaded,
+        optimizer=adamw,
+        scheduler=schedule,
+        objective=objective,
+        feed=feed,
+        progress=progress,
+        config=config.model_dump(mode="json"),
+        fingerprint=data.fingerprint,
+        data_description=data.description,
+        fixed_options=build_objective.sections(config) + build_mining.fixed_options(config.mining),
+    )
+    # weights are equal on all ranks, but each draws dropout of its own
+    set_seed(config.seed + world.rank())
+    if resumed is not None:
+        state.load(resumed)
+    return model, state
+
+
+def accelerator(run: RunSection, out: str, chunk_size: int | str) -> Accelerator:
+    """Devices and ranks.
+
+    Args:
+        out: folder of the run, for trackers that write files.
+        chunk_size: model.chunk_size, to refuse what FSDP does not go with.
+
+    Raises:
+        ValueError: a precision that the device lacks, ranks that are not joined, a tracker that is
+            not installed, or a launcher's setting that this loop does not follow.
     """
     devices.check_kernels()
     gpu = torch.accelerator.is_available()
     made = Accelerator(
         cpu=not gpu,
-        mixed_precision=devices.precision(config.run.precision),
-        log_with=list(config.run.trackers) or None,
-        project_dir=config.out,
+        mixed_precision=devices.precision(run.precision),
+        log_with=list(run.trackers) or None,
+        project_dir=out,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=world.PATIENCE)],
     )
     world.check(made.num_processes)
-    started = {str(tracker) for tracker in made.log_with}
-    if missing := [name for name in config.run.trackers if name not in started]:
-        raise ValueError(
-            f"run.trackers: {missing[0]} is not installed; pip install 'clipsmall[{missing[0]}]'"
-        )
+    # Accelerate leaves out trackers that are not installed
+    available = {str(tracker) for tracker in made.log_with}
+    for name in run.trackers:
+        if name not in available:
+            raise ValueError(
+                f"run.trackers: {name} is not installed; pip install 'clipsmall[{name}]'"
+            )
     # Accelerate would divide the loss by it, and this loop adds nothing up
     if made.gradient_accumulation_steps != 1:
         raise ValueError(
-            f"gradient_accumulation_steps={made.gradient_accumulation_steps} of Accelerate: leave it out; a large "
-            "batch on a small device is model.chunk_size, small batches added up are optim.accumulate"
+            f"gradient_accumulation_steps={made.gradient_accumulation_steps} of Accelerate: "
+            "leave it out; a large batch on a small device is model.chunk_size, "
+            "small batches added up are optim.accumulate"
         )
     if made.mixed_precision == "fp16" and not gpu:
         raise ValueError(
-            "run.precision=fp16 needs a GPU (on a CPU Accelerate trains in fp32 silently); use fp32 or bf16"
+            "run.precision=fp16 needs a GPU (on a CPU Accelerate trains in fp32 silently); "
+            "use fp32 or bf16"
         )
     if made.mixed_precision == "bf16" and made.device.type == "cuda" and not devices.has_bf16():
         raise ValueError(
             f"run.precision=bf16: {torch.cuda.get_device_name()} has no bf16; use fp16"
         )
-    if sharded.asked():
-        sharded.check(made.mixed_precision, config.model.chunk_size)
+    if fsdp.asked():
+        fsdp.check_settings(made.mixed_precision, chunk_size)
     return made
 
 
+def resumed_folder(config: Config, folder: RunFolder, device: torch.device) -> Path | None:
+    """The checkpoint to continue from; None for a fresh run.
+
+    `resume=auto` takes the newest good one of `folder`, and starts fresh if there is none yet.
+
+    Raises:
+        CheckpointError: the named one is not whole, or none of those there is.
+        ValueError: ranks see different checkpoints.
+    """
+    if not config.resume:
+        return None
+    if config.resume != "auto":
+        checkpoint.verify(Path(config.resume))
+        return Path(config.resume)
+    found = checkpoint.newest(folder.checkpoints)
+    # a network disk may show some machines an older state
+    names = world.gather_bytes(str(found).encode(), device)
+    if len(set(names)) > 1:
+        listed = b", ".join(names).decode()
+        raise ValueError(f"{folder.checkpoints}: ranks see different checkpoints: {listed}")
+    return found
+
+
 def loaded_towers(config: Config, data: TrainingData, resumed: Path | None) -> Loaded:
-    """Of the checkpoint if the run continues (same vocabulary), else by name; tuned as the config
-    says.
+    """The towers: of the checkpoint if the run continues (same vocabulary), else by name.
+
+    What of them trains, and how attention is computed, is set as the config says.
     """
     if resumed is not None:
         loaded = tower_loading.rebuild(resumed)
     else:
-        loaded = tower_loading.load_towers(
-            config.model.name, config.model.pretrained, data.captions
-        )
-        # trained before: what a model card names
+        model = config.model
+        loaded = tower_loading.load_towers(model.name, model.pretrained, data.captions)
+        # only trained weights have a scale: the model card names them as its base
         if loaded.logit_scale is not None:
-            loaded.description |= {"base": config.model.name, "pretrained": config.model.pretrained}
+            loaded.description |= {"base": model.name, "pretrained": model.pretrained}
     build_tuning.tune(config.tune, loaded)
     if config.model.attention != "auto":
         loaded.towers.set_attention(config.model.attention)
@@ -128,34 +217,123 @@ def dual_encoder(config: Config, loaded: Loaded, setting: RunContext) -> DualEnc
     )
 
 
+def save_memory(
+    config: Config, accelerator: Accelerator, loaded: Loaded, encoder: DualEncoder
+) -> None:
+    """Set up activation checkpointing and chunks, in this order: `auto` tries what is set up."""
+    rows = config.data.batch_size // world.size()
+    build_chunks.checkpoint_blocks(
+        config.model.checkpoint_activations,
+        config.model.chunk_size,
+        rows,
+        accelerator,
+        loaded,
+        encoder,
+    )
+    encoder.chunk_size = build_chunks.chunk_size(
+        config.model.chunk_size,
+        rows,
+        config.optim.accumulate,
+        accelerator,
+        loaded,
+        encoder,
+    )
+
+
+def cache_frozen_towers(
+    config: Config,
+    data: TrainingData,
+    loaded: Loaded,
+    encoder: DualEncoder,
+    accelerator: Accelerator,
+    resumed: Path | None,
+) -> None:
+    """Let the data deliver the features of towers that give the same ones in every epoch."""
+    towers = build_cache.cacheable_towers(
+        config.tune,
+        data,
+        encoder,
+        steps=config.steps,
+        augmented=config.data.crop_scale < 1,
+        reads_tokens="tokens" in build_objective.head_options(config),
+    )
+    if not towers or data.catalog is None:
+        return
+    if resumed is not None:
+        build_cache.load_towers_of(resumed, encoder)
+    data.features |= build_cache.frozen_features(
+        towers,
+        config.tune.cache_folder,
+        data.catalog,
+        loaded,
+        encoder,
+        accelerator,
+        batch_size=config.evaluate.batch_size,
+        workers=config.data.workers,
+        max_pixels=config.data.max_pixels,
+    )
+
+
+def training_batches(
+    config: Config,
+    data: TrainingData,
+    loaded: Loaded,
+    encoder: DualEncoder,
+    accelerator: Accelerator,
+    progress: Progress,
+) -> Iterable[LoadedBatch]:
+    """This rank's slices of the run's batches, in the data's order or mined."""
+    by_pairs = next(iter(config.objective.mix)) in ("sigmoid", "bce")
+    return build_mining.batches(
+        config.mining,
+        data,
+        loaded,
+        encoder,
+        accelerator,
+        progress,
+        batch_size=config.data.batch_size,
+        steps=config.steps,
+        seed=config.seed,
+        objective_weights="sigmoid" if by_pairs else "softmax",
+    )
+
+
 def synchronised(model: DualEncoder) -> DualEncoder:
-    """BatchNorm over all ranks, as one process would have it.
+    """The model with BatchNorm over all ranks, as one process would compute it.
 
     Raises:
-        ValueError: on CPU ranks, where torch cannot; with FSDP, where nobody has tried.
+        ValueError: on CPU ranks, where torch cannot; with FSDP, where it is not tested.
     """
     kind = torch.nn.modules.batchnorm._BatchNorm
     norms = any(isinstance(part, kind) and not frozen(part) for part in model.modules())
     if world.size() == 1 or not norms:
         return model
-    if sharded.asked():
+    if fsdp.asked():
         raise ValueError(
             "this model has BatchNorm, which FSDP does not take here; launch without it"
         )
     if not next(model.parameters()).is_cuda:
         raise ValueError(
-            "this model has BatchNorm, which several CPU ranks would each compute for themselves: run one"
+            "this model has BatchNorm, which several CPU ranks would each compute for themselves: "
+            "run one"
         )
-    model.towers = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model.towers)  # type: ignore[no-untyped-call]
+    convert = torch.nn.SyncBatchNorm.convert_sync_batchnorm
+    model.towers = convert(model.towers)  # type: ignore[no-untyped-call]
     return model
 
 
 def optimizer(config: Config, model: DualEncoder) -> torch.optim.Optimizer:
     """AdamW that keeps the logit scale within its bounds after every step."""
-    lr = optim.scaled_lr(config.optim.lr, config.data.batch_size, config.optim.lr_scaling)
-    scale = build_tuning.lr_scale(config.optim.layer_decay, model)
+    asked = config.optim
+    lr = optim.scaled_lr(asked.lr, config.data.batch_size, asked.lr_scaling)
+    scale = build_tuning.lr_scale(asked.layer_decay, model)
     made = optim.adamw(
-        model, lr, config.optim.weight_decay, config.optim.betas, config.optim.eps, scale
+        model,
+        lr,
+        asked.weight_decay,
+        asked.betas,
+        asked.eps,
+        scale,
     )
     build_tuning.refuse_idle(made, model)
     made.register_step_post_hook(lambda *_: model.after_step())
@@ -163,89 +341,6 @@ def optimizer(config: Config, model: DualEncoder) -> torch.optim.Optimizer:
 
 
 def scheduler(config: Config, optimizer: torch.optim.Optimizer) -> Any:
-    return optim.warmup_cosine(
-        optimizer, config.steps, config.optim.warmup_pairs // config.data.batch_size
-    )
-
-
-def resumed_folder(config: Config, folder: RunFolder, device: torch.device) -> Path | None:
-    """The checkpoint to continue: the newest good one (`auto`; None if there is none yet), or the
-    one named.
-
-    Raises:
-        CheckpointError: the named one is not whole, or none of those there; ranks see different
-            ones.
-    """
-    if config.resume == "auto":
-        found = checkpoint.newest(folder.checkpoints)
-        names = world.gather_bytes(str(found).encode(), device)
-        # a network disk that some machines see as it was
-        if len(set(names)) > 1:
-            raise ValueError(
-                f"{folder.checkpoints}: ranks see different checkpoints: {b', '.join(names).decode()}"
-            )
-        return found
-    if config.resume:
-        checkpoint.verify(Path(config.resume))
-        return Path(config.resume)
-    return None
-
-
-def run_state(
-    config: Config, accelerator: Accelerator, resumed: Path | None, stop: Stop
-) -> tuple[torch.nn.Module, RunState]:
-    """The model as Accelerate wraps it, and all state of the run, put back from `resumed` if
-    given.
-    """
-    set_seed(config.seed)
-    data = training_data(config)
-    progress = Progress()
-    device = accelerator.device
-    loaded = loaded_towers(config, data, resumed)
-    setting = build_objective.setting(config, loaded, data.ids)
-    # from_pretrained leaves towers in eval mode
-    encoder = dual_encoder(config, loaded, setting).to(device).train()
-    build_chunks.checkpoint_blocks(config, accelerator, loaded, encoder)
-    encoder.chunk_size = build_chunks.chunk_size(config, accelerator, loaded, encoder)
-    objective = build_objective.objective(config, setting)
-    if isinstance(objective, torch.nn.Module):
-        objective = objective.to(device)
-    data.made |= build_cache.frozen_features(config, data, loaded, encoder, accelerator, resumed)
-    batches = build_mining.batches(config, data, loaded, progress, accelerator, encoder)
-    encoder = synchronised(encoder)
-    if sharded.asked():
-        # whole so far: what was tried out and cached above, each rank did alone
-        sharded.shard(encoder, device)
-    adamw = optimizer(config, encoder)
-    # before prepare, which keeps the step function it finds
-    schedule = scheduler(config, adamw)
-    # sharded towers average their gradients themselves: of Accelerate they need autocast, as in
-    # evaluation
-    model = accelerator.prepare_model(encoder, evaluation_mode=sharded.asked())
-    adamw = accelerator.prepare_optimizer(adamw)
-    state = RunState(
-        accelerator=accelerator,
-        model=encoder,
-        loaded=loaded,
-        optimizer=adamw,
-        scheduler=schedule,
-        objective=objective,
-        feed=Feed(
-            batches,
-            device,
-            stop,
-            config.data.max_error_rate,
-            data.pairs,
-            images=not encoder.chunk_size,
-        ),
-        progress=progress,
-        config=config.model_dump(mode="json"),
-        fingerprint=data.fingerprint,
-        source=data.words,
-        fixed=build_objective.sections(config) + build_mining.fixed(config),
-    )
-    # equal weights, but dropout of its own on every rank
-    set_seed(config.seed + world.rank())
-    if resumed is not None:
-        state.load(resumed)
-    return model, state
+    """Warm-up and cosine over the whole run."""
+    warmup = config.optim.warmup_pairs // config.data.batch_size
+    return optim.warmup_cosine(optimizer, config.steps, warmup)

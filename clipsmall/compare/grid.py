@@ -11,14 +11,8 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from clipsmall.config import Config
 from clipsmall.config.objectives import Section
-from clipsmall.config.reader import (
-    ConfigError,
-    lay_over,
-    of_kind,
-    read_yaml,
-    spelled_out,
-    validated,
-)
+from clipsmall.config.reader import lay_over, of_kind, spelled_out, validated
+from clipsmall.storage.yaml_files import ConfigError, read_yaml
 
 Tree = dict[str, Any]
 # seed of trials: more seeds for the runs leave it alone

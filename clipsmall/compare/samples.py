@@ -11,13 +11,14 @@ import torch
 from numpy.typing import NDArray
 
 from clipsmall.config import Config
-from clipsmall.config.reader import read_yaml, validated
+from clipsmall.config.reader import validated
 from clipsmall.data import open_catalog
 from clipsmall.data.order import permutation
 from clipsmall.evaluation import Encoder
 from clipsmall.model.saved import load_model
 from clipsmall.report_page.gallery import gallery, logit_matrix, shown_sets
 from clipsmall.report_page.page import Query
+from clipsmall.storage.yaml_files import read_yaml
 
 QUERIES = 3
 ANSWERS = 3

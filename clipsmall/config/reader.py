@@ -1,12 +1,8 @@
-"""A config from YAML files and `--section.field=value` words; everything that is wrong is said at
-once.
-"""
+"""Reads a config from YAML files and `--section.field=value` options, and reports every error."""
 
 import argparse
-import re
 import sys
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import yaml
@@ -15,67 +11,14 @@ from pydantic_core import ErrorDetails
 
 from clipsmall.config.objectives import Name
 from clipsmall.config.schema import Config
+from clipsmall.storage.yaml_files import ConfigError, parse_yaml, read_yaml
 
 M = TypeVar("M", bound=BaseModel)
 
-
-class ConfigError(ValueError):
-    """Everything that is wrong with a config, one line each."""
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """YAML says the last of two equal keys wins, silently; we say no."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        # `<<: *other` is laid under
-        named = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
-        keys = [self.construct_object(key, deep=deep) for key in named]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise ConfigError(f"key {key!r} stands twice (line {node.start_mark.line + 1})")
-        return super().construct_mapping(node, deep=deep)
-
-
-# YAML 1.1 also reads no, off, yes and on as truth values; ours are true and false.
-_StrictLoader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in rules if tag != "tag:yaml.org,2002:bool"]
-    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-
-
-# It also reads 1e-3 as a word: to it a number with an exponent has a point, and a sign in the
-# exponent.
-_StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("+-.0123456789"),
-)
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, _StrictLoader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{where}: not YAML: {' '.join(str(error).split())}") from None
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from None
-
-
-def read_yaml(path: str) -> dict[str, Any]:
-    """A YAML file as nested dicts. Raises ConfigError naming the file."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 ({error})") from None
-    found = _parse(text, path)
-    if not isinstance(found, dict):
-        raise ConfigError(f"{path}: must hold `section: ...`, not {type(found).__name__}")
-    return found
+# parts of a pydantic location that name a branch of a union, not a key of the user's
+UNION_BRANCHES = ("float", "literal['auto']")
+# of one error line: a wrong value may be a whole section
+LONGEST_LINE = 300
 
 
 def lay_over(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -90,139 +33,208 @@ def lay_over(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def spelled_out(tree: dict[str, Any]) -> dict[str, Any]:
-    """`objective: softmax` and `objective: {softmax: 1, vicreg: 0.1}` are short for `objective:
-    {name: ...}`.
+    """The short forms of `objective`, written in full.
+
+    `objective: softmax` and `objective: {softmax: 1, vicreg: 0.1}` both mean
+    `objective: {name: ...}`.
     """
     given = tree.get("objective")
-    weights = list(given.values()) if isinstance(given, dict) else []
-    mix = weights and all(
-        isinstance(weight, int | float) and not isinstance(weight, bool) for weight in weights
+    if isinstance(given, str) or is_mix(given):
+        return {**tree, "objective": {"name": given}}
+    return tree
+
+
+def is_mix(given: Any) -> bool:
+    """Whether this is a dict of numbers: weights by the objectives' names."""
+    if not isinstance(given, dict) or not given:
+        return False
+    # True is an int in Python, but no weight
+    return all(
+        isinstance(weight, int | float) and not isinstance(weight, bool)
+        for weight in given.values()
     )
-    return {**tree, "objective": {"name": given}} if mix or isinstance(given, str) else tree
 
 
 def refuse_one_weight(name: str, value: Any) -> None:
-    """`--objective.name.vicreg=0.2` would have to guess whether the other weights stay."""
+    """Raises ConfigError for an option that sets one weight of a mix.
+
+    With `--objective.name.vicreg=0.2` one would have to guess whether the other weights stay.
+    """
     _, _, last = name.rpartition(".")
-    if name.startswith("objective.name.") or (
-        last in get_args(Name) and not isinstance(value, dict)
-    ):
+    names_objective = last in get_args(Name) and not isinstance(value, dict)
+    if name.startswith("objective.name.") or names_objective:
         raise ConfigError(
             f"--{name}: give the whole mix, as in --objective='{{softmax: 1, {last}: 0.1}}'"
         )
 
 
-def fields(model: type[BaseModel] = Config, prefix: str = "") -> dict[str, Any]:
-    """Every leaf as `section.field` -> its pydantic FieldInfo."""
+def option_fields(model: type[BaseModel] = Config, prefix: str = "") -> dict[str, Any]:
+    """Every option as `section.field` -> its pydantic FieldInfo."""
     found: dict[str, Any] = {}
     for name, info in model.model_fields.items():
         inner = info.annotation
         if isinstance(inner, type) and issubclass(inner, BaseModel):
-            found |= fields(inner, f"{prefix}{name}.")
+            found |= option_fields(inner, f"{prefix}{name}.")
         else:
             found[f"{prefix}{name}"] = info
     return found
 
 
-def _line(error: ErrorDetails, known: list[str]) -> str:
-    # of several fields together, which the message names
-    if not error["loc"]:
-        return error["msg"].removeprefix("Value error, ")
-    path = (
-        ".".join(str(part) for part in error["loc"] if part not in ("float", "literal['auto']"))
-        or "config"
-    )
-    if error["type"] == "extra_forbidden":
-        leaf = path.rpartition(".")[2]
-        near = [name for name in known if name.rpartition(".")[2] == leaf] or get_close_matches(
-            path, known, 1, 0.5
-        )
-        return f"{path}: no such key" + (f"; did you mean {near[0]}?" if near else "")
-    if error["type"] == "missing":
-        return f"{path}: must be given"
-    return f"{path}: {error['msg'].removeprefix('Value error, ')} (got {error['input']!r})"[:300]
-
-
 def validated(tree: dict[str, Any]) -> Config:
-    """Raises ConfigError with one line for each thing wrong."""
+    """A tree as a Config. Raises ConfigError with one line for each thing wrong."""
     return of_kind(Config, tree)
 
 
 def of_kind(kind: type[M], tree: dict[str, Any], where: str = "") -> M:
-    """A tree as one of our models. Raises ConfigError with one line for each thing wrong; where:
-    its file.
+    """A tree as one of our pydantic models.
+
+    Args:
+        where: the file it was read from; every line of an error begins with it.
+
+    Raises:
+        ConfigError: with one line for each thing wrong.
     """
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
-        known = list(fields(kind))
-        lines = dict.fromkeys(_line(each, known) for each in error.errors())
-        raise ConfigError(
-            "\n".join(f"{where}: {line}" if where else line for line in lines)
-        ) from None
+        known = list(option_fields(kind))
+        lines = [error_line(each, known) for each in error.errors()]
+        # a union reports the same fault once per branch
+        lines = list(dict.fromkeys(lines))
+        if where:
+            lines = [f"{where}: {line}" for line in lines]
+        raise ConfigError("\n".join(lines)) from None
+
+
+def error_line(error: ErrorDetails, known: list[str]) -> str:
+    """One of pydantic's errors in one line, in terms of the user's keys."""
+    message = error["msg"].removeprefix("Value error, ")
+    # a rule about several fields of the whole config: the message names them
+    if not error["loc"]:
+        return message
+    parts = [str(part) for part in error["loc"] if part not in UNION_BRANCHES]
+    path = ".".join(parts) or "config"
+    if error["type"] == "extra_forbidden":
+        return f"{path}: no such key{suggestion(path, known)}"
+    if error["type"] == "missing":
+        return f"{path}: must be given"
+    return f"{path}: {message} (got {error['input']!r})"[:LONGEST_LINE]
+
+
+def suggestion(path: str, known: list[str]) -> str:
+    """`; did you mean ...?` with the nearest option, or nothing."""
+    # the right field in the wrong section is the likeliest mistake, then a misspelt name
+    _, _, leaf = path.rpartition(".")
+    near = []
+    for name in known:
+        if name.split(".")[-1] == leaf:
+            near.append(name)
+    if not near:
+        near = get_close_matches(path, known, n=1, cutoff=0.5)
+    if not near:
+        return ""
+    return f"; did you mean {near[0]}?"
 
 
 def help_text() -> str:
+    """All options with their descriptions and defaults, one line each, for `--help`."""
     lines = ["options, each as --section.field=value or in the YAML file:"]
-    for name, info in fields().items():
-        default = (
-            "required"
-            if info.is_required()
-            else yaml.safe_dump(
-                info.get_default(call_default_factory=True), default_flow_style=True
-            ).split("\n")[0]
-            if not isinstance(info.default, BaseModel)
-            else ""
-        )
-        lines.append(f"  --{name:<26} {info.description or ''} [{default}]")
+    for name, info in option_fields().items():
+        description = info.description or ""
+        lines.append(f"  --{name:<28} {description} [{default_text(info)}]")
     return "\n".join(lines)
 
 
-def read(words: list[str]) -> Config:
-    """`--config FILE` (several are laid over one another) and `--section.field=value`, which win.
+def default_text(info: Any) -> str:
+    """A field's default as one would write it in YAML."""
+    if info.is_required():
+        return "required"
+    if isinstance(info.default, BaseModel):
+        return ""
+    default = info.get_default(call_default_factory=True)
+    # YAML ends a plain scalar with a line of dots
+    return yaml.safe_dump(default, default_flow_style=True).split("\n")[0]
 
-    Prints and leaves with 0 on --help and --print_config.
+
+def read(words: list[str]) -> Config:
+    """The config of a command line: files, then single options, which win.
+
+    `--config FILE` may be given several times: later files are laid over earlier ones. Prints and
+    exits with code 0 on --help and --print_config.
 
     Raises:
         ConfigError: unknown or ill-valued keys, all of them at once.
     """
-    parser = argparse.ArgumentParser(
-        prog="clipsmall/train.py",
-        epilog=help_text(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        description="Train a dual encoder.",
-    )
-    parser.add_argument(
-        "--config", action="append", default=[], metavar="FILE", help="YAML; may be given again"
-    )
-    parser.add_argument(
-        "--print_config", action="store_true", help="print the resolved config and leave"
-    )
-    known, rest = parser.parse_known_args(words)
+    known, rest = command_parser().parse_known_args(words)
     tree: dict[str, Any] = {}
     for path in known.config:
         tree = lay_over(tree, spelled_out(read_yaml(path)))
-    while rest:
-        word = rest.pop(0)
-        name, equals, text = word.removeprefix("--").partition("=")
-        if not word.startswith("--") or not (equals or (rest and not rest[0].startswith("--"))):
-            raise ConfigError(f"{word}: expected --section.field=value")
-        value = _parse(text if equals else rest.pop(0), f"--{name}")
-        if name == "objective":
-            value = spelled_out({name: value})[name]
-        elif name.startswith("objective."):
-            refuse_one_weight(name, value)
-        for part in reversed(name.split(".")):
-            value = {part: value}
-        tree = lay_over(tree, value)
+    for name, value in options_of(rest):
+        tree = lay_over(tree, option_tree(name, value))
     config = validated(tree)
     if known.print_config:
-        print(written(config), end="")
+        print(config_yaml(config), end="")
         sys.exit(0)
     return config
 
 
-def written(config: Config) -> str:
+def command_parser() -> argparse.ArgumentParser:
+    """The options that are no part of the config itself."""
+    made = argparse.ArgumentParser(
+        prog="clipsmall/train.py",
+        epilog=help_text(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        # --conf must not mean --config: abbreviations would change meaning as options are added
+        allow_abbrev=False,
+        description="Train a dual encoder.",
+    )
+    made.add_argument(
+        "--config",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="YAML file; may be given several times, later files win",
+    )
+    made.add_argument(
+        "--print_config",
+        action="store_true",
+        help="print the resolved config and exit",
+    )
+    return made
+
+
+def options_of(words: list[str]) -> list[tuple[str, Any]]:
+    """`--section.field=value` or `--section.field value` as pairs of name and parsed value.
+
+    Raises:
+        ConfigError: a word that sets nothing, or a value that is not YAML.
+    """
+    found = []
+    left = list(words)
+    while left:
+        word = left.pop(0)
+        name, equals, text = word.removeprefix("--").partition("=")
+        value_follows = bool(left) and not left[0].startswith("--")
+        if not word.startswith("--") or not (equals or value_follows):
+            raise ConfigError(f"{word}: expected --section.field=value")
+        if not equals:
+            text = left.pop(0)
+        found.append((name, parse_yaml(text, f"--{name}")))
+    return found
+
+
+def option_tree(name: str, value: Any) -> dict[str, Any]:
+    """`section.field` and its value as the tree that a YAML file would give."""
+    if name == "objective":
+        value = spelled_out({name: value})[name]
+    elif name.startswith("objective."):
+        refuse_one_weight(name, value)
+    for part in reversed(name.split(".")):
+        value = {part: value}
+    tree: dict[str, Any] = value
+    return tree
+
+
+def config_yaml(config: Config) -> str:
     """The whole resolved config as YAML, which `read` takes back."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -1,4 +1,4 @@
-"""A run, described: strict pydantic models; every field has a default or must be given."""
+"""The config of a run as strict pydantic models: names, types, ranges, defaults and help texts."""
 
 from typing import Annotated, Literal
 
@@ -9,31 +9,48 @@ from clipsmall.config.objectives import ObjectiveSection, Section
 Shards = Annotated[
     list[str],
     BeforeValidator(lambda given: [given] if isinstance(given, str) else given),
-    Field(min_length=1, description="folders, globs or brace lists of tar shards"),
+    Field(
+        min_length=1,
+        description="tar shards: folders, glob patterns or brace ranges (a/{000..127}.tar)",
+    ),
 ]
 
 
 class ModelSection(Section):
     name: str = Field(
-        "configs/towers/glyph.json", description="tower JSON, open_clip model, folder or HF hub id"
+        "configs/towers/glyph.json",
+        description="a JSON file of our small towers, an open_clip model name, or the folder or "
+        "Hugging Face hub id of a CLIP or SigLIP",
     )
-    pretrained: str = Field("", description="open_clip weight tag; none = fresh weights")
+    pretrained: str = Field(
+        "",
+        description="weight tag of an open_clip model, as laion2b_s34b_b79k; "
+        "none = randomly initialised weights",
+    )
     chunk_size: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
         0,
-        description="pairs of a rank that go through the towers at a time; 0 = all; auto = as many as fit the GPU",
+        description="pairs that a rank passes through the towers at a time (GradCache: less "
+        "memory, same gradient); 0 = all; auto = as many as fit the GPU",
     )
     attention: Literal["auto", "sdpa", "eager"] = Field(
-        "auto", description="of HF towers; auto = sdpa, the lean one"
+        "auto",
+        description="attention implementation of Hugging Face towers; auto = sdpa, which needs "
+        "less memory",
     )
     checkpoint_activations: bool | Literal["auto"] = Field(
         "auto",
-        description="make each block's activations anew; auto: on a GPU, where a rank's pairs do not fit at once",
+        description="recompute each block's activations in the backward pass to save memory; "
+        "auto = on a GPU, if a rank's pairs do not fit otherwise",
     )
     logit_scale: float | Literal["auto"] = Field(
-        "auto", description="1/temperature at the start (not its log)"
+        "auto",
+        description="initial factor of the cosines, 1/temperature (not its logarithm), 1 to 100; "
+        "auto = as the weights were trained, else the objective's",
     )
     logit_bias: float | Literal["auto"] = Field(
-        "auto", description="auto: sigmoid starts at -log(negatives)"
+        "auto",
+        description="initial value added to every logit; auto = as the weights were trained, "
+        "else -log(negatives) for sigmoid and 0 for others",
     )
 
     @model_validator(mode="after")
@@ -45,39 +62,71 @@ class ModelSection(Section):
 
 class DataSection(Section):
     train: Shards
-    batch_size: int = Field(256, ge=2, description="pairs of one step over all ranks")
-    workers: int = Field(1, ge=0, description="loader processes a rank; never changes the order")
+    batch_size: int = Field(
+        256, ge=2, description="image-text pairs in one step, over all ranks together"
+    )
+    workers: int = Field(
+        1,
+        ge=0,
+        description="data loader processes per rank; does not change the order of pairs",
+    )
     shuffle_window: int = Field(
-        65_536, ge=0, description="pairs shuffled together; 0 = as they lie"
+        65_536,
+        ge=0,
+        description="pairs shuffled together (larger = more random, more seeks on the disk); "
+        "0 = no shuffling",
     )
     crop_scale: float = Field(
-        1.0, gt=0, le=1, description="least area of a random crop; 1 = no augmentation"
+        1.0,
+        gt=0,
+        le=1,
+        description="smallest fraction of an image's area that a random crop keeps; "
+        "1 = no random crops",
     )
     max_pixels: int = Field(
-        89_478_485, ge=1, description="larger images are refused from their header"
+        89_478_485,
+        ge=1,
+        description="larger images count as unreadable; they are recognised without decoding them",
     )
     max_error_rate: float = Field(
-        0.01, ge=0, le=1, description="share of bad pairs that stops the run"
+        0.01,
+        ge=0,
+        le=1,
+        description="fraction of unreadable pairs above which the run ends; below it they are "
+        "replaced by other pairs",
     )
     plan: str = Field(
         "",
-        description="batches put together beforehand by data_tools.mine_shards; none = shuffled pairs",
+        description="file of batches composed beforehand by data_tools.mine_shards; "
+        "none = shuffled pairs",
     )
     streaming: bool = Field(
-        False, description="remote or un-indexed shards: resampled order, no exact resume"
+        False,
+        description="read remote shards, or local ones without an index, from front to back: "
+        "random order, and a resumed run does not continue exactly",
     )
 
 
 class LoraSection(Section):
-    rank: int = Field(16, ge=1)
-    alpha: float = Field(32, gt=0, description="what adapters make is multiplied by alpha/rank")
-    dropout: float = Field(0.0, ge=0, lt=1)
+    rank: int = Field(16, ge=1, description="rank of each adapter's two matrices")
+    alpha: float = Field(
+        32, gt=0, description="scale of the adapters: their output is multiplied by alpha/rank"
+    )
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="dropout probability of the adapters' input"
+    )
     targets: list[str] | str = Field(
         "auto",
-        description="names of modules, or one regular expression of full names; auto: all linear maps in blocks",
+        description="which modules get adapters: a list of module names, or one regular "
+        "expression for full names; auto = all linear layers inside blocks",
     )
-    dora: bool = Field(False, description="a length of its own for each column (arXiv 2402.09353)")
-    rslora: bool = Field(False, description="alpha/sqrt(rank) instead (arXiv 2312.03732)")
+    dora: bool = Field(
+        False,
+        description="DoRA: also learn the length of each weight column (arXiv 2402.09353)",
+    )
+    rslora: bool = Field(
+        False, description="scale by alpha/sqrt(rank) instead of alpha/rank (arXiv 2312.03732)"
+    )
 
 
 Amount = Annotated[int, Field(ge=1)] | Literal["full", "lora", "frozen"]
@@ -85,88 +134,140 @@ Amount = Annotated[int, Field(ge=1)] | Literal["full", "lora", "frozen"]
 
 class TuneSection(Section):
     image: Amount = Field(
-        "full", description="what of the image tower trains; a number: its last so many blocks"
+        "full",
+        description="what trains in the image tower: full, lora (adapters only), frozen "
+        "(nothing), or a number n: its last n blocks",
     )
-    text: Amount = Field("full", description="what of the text tower trains")
+    text: Amount = Field(
+        "full", description="what trains in the text tower: full, lora, frozen, or a number n"
+    )
     projections: bool | Literal["auto"] = Field(
         "auto",
-        description="the maps onto the embeddings; auto: unless their tower is frozen or has adapters",
+        description="train the linear maps from the towers to the embeddings; auto = only if "
+        "their tower is neither frozen nor has adapters",
     )
     logit_scale: bool = Field(
-        True, description="false = stays as it is, whatever the objective would learn"
+        True,
+        description="train the logit scale, if the objective uses it; false = keep its "
+        "initial value",
     )
-    logit_bias: bool = True
+    logit_bias: bool = Field(
+        True,
+        description="train the logit bias, if the objective uses it; false = keep its "
+        "initial value",
+    )
     lora: LoraSection = LoraSection()
     cache: bool = Field(
         True,
-        description="features of a frozen tower are computed once, if nothing augments its input",
+        description="compute the features of a frozen tower once and read them from then on; "
+        "only if its input is not augmented",
     )
-    cache_folder: str = Field("", description="of these features; none = beside the shards")
+    cache_folder: str = Field(
+        "", description="where these features are written; none = next to the shards"
+    )
 
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimSection(Section):
-    lr: float = Field(1e-3, gt=0)
+    lr: float = Field(1e-3, gt=0, description="highest learning rate of AdamW")
     lr_scaling: Literal["none", "sqrt"] = Field(
-        "none", description="sqrt: lr is meant for batch 256"
+        "none",
+        description="none = lr as given; sqrt = lr is for batch 256 and grows with the square "
+        "root of the batch size",
     )
-    pairs: int = Field(300_000, ge=1, description="pairs to train on, over all ranks")
-    warmup_pairs: int = Field(10_000, ge=0)
-    weight_decay: float = Field(0.1, ge=0)
-    betas: tuple[Beta, Beta] = (0.9, 0.98)
-    eps: float = Field(1e-8, gt=0)
+    pairs: int = Field(
+        300_000, ge=1, description="length of the run: pairs seen in training, over all ranks"
+    )
+    warmup_pairs: int = Field(
+        10_000, ge=0, description="pairs over which the learning rate rises at the start"
+    )
+    weight_decay: float = Field(
+        0.1, ge=0, description="of weight matrices only; not of biases, norms and logit scale"
+    )
+    betas: tuple[Beta, Beta] = Field((0.9, 0.98), description="AdamW's two momentum coefficients")
+    eps: float = Field(1e-8, gt=0, description="AdamW's term against division by zero")
     layer_decay: float = Field(
-        1.0, gt=0, le=1, description="lr of a block over that of the block after it"
+        1.0,
+        gt=0,
+        le=1,
+        description="learning rate of a block divided by that of the next one; 1 = equal rates",
     )
-    clip: float = Field(1.0, gt=0, description="largest gradient norm")
+    clip: float = Field(
+        1.0, gt=0, description="gradients with a larger norm are scaled down to this norm"
+    )
     accumulate: int = Field(
-        1, ge=1, description="parts of a batch compared within themselves: the naive baseline"
+        1,
+        ge=1,
+        description="naive gradient accumulation: cut the batch into this many parts, each "
+        "compared only within itself (a baseline; see model.chunk_size)",
     )
 
 
 class MiningSection(Section):
     method: Literal[
         "none", "groups", "chain", "kmeans", "spectral", "shuffled", "osgd", "learnability"
-    ] = "none"
+    ] = Field(
+        "none",
+        description="how hard batches are composed from a pool of pairs: groups, chain, kmeans, "
+        "spectral; shuffled (a control); osgd and learnability select batches; none = off",
+    )
     group: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
         "auto",
-        description="pairs of a batch made hard for one another; 0 = all of them; auto: 4 for `groups`, else 0",
+        description="pairs of a batch that are hard negatives of one another; 0 = the whole "
+        "batch; auto = 4 for groups, else 0",
     )
     pool: int = Field(
-        2048, ge=4, description="pairs scored and dealt out together, two batches or more"
+        2048, ge=4, description="pairs that are scored and composed into batches together"
     )
     fraction: float = Field(
-        1.0, gt=0, le=1, description="share of mined batches; the others stay as they come"
+        1.0,
+        gt=0,
+        le=1,
+        description="fraction of mined batches; the others stay as they come",
     )
-    start: float = Field(0.05, ge=0, lt=1, description="share of the run before the first pool")
-    end: float = Field(0.9, gt=0, le=1, description="share of the run after which no pool begins")
-    swaps: int = Field(0, ge=0, description="sweeps of exchanges that make the arrangement harder")
+    start: float = Field(0.05, ge=0, lt=1, description="fraction of the run before mining starts")
+    end: float = Field(
+        0.9, gt=0, le=1, description="fraction of the run after which no new pool is mined"
+    )
+    swaps: int = Field(
+        0,
+        ge=0,
+        description="passes over a finished pool that swap pairs between batches to make them "
+        "harder",
+    )
     guard: float = Field(
         0.001,
         ge=0,
         lt=1,
-        description="share of pairs of pairs kept apart as too hard to be negatives",
+        description="fraction of sample pairs treated as likely false negatives and never put in "
+        "one batch",
     )
     ratio: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
         "auto",
-        description="fixed threshold in place of that share: negative cosine over the positives'",
+        description="fixed threshold instead of mining.guard's fraction: a negative's cosine "
+        "divided by the positives' cosine",
     )
     near: float = Field(
         0.95,
         gt=0,
         le=1,
-        description="cosine of two images or captions that are duplicates; 1 = none",
+        description="two images, or two captions, with a larger cosine count as duplicates; "
+        "1 = none do",
     )
     keep: float = Field(
-        0.1, gt=0, le=1, description="share of a pool that osgd and learnability train on"
+        0.1, gt=0, le=1, description="osgd, learnability: fraction of a pool that is trained on"
     )
     weights: Literal["auto", "softmax", "sigmoid"] = Field(
-        "auto", description="what hard means; auto: the objective's"
+        "auto",
+        description="how the hardness of a negative is measured: by its weight in this loss; "
+        "auto = the objective's kind",
     )
     reference: str = Field(
-        "", description="of learnability: folder of a scorer's sidecars, or the shards' own"
+        "",
+        description="learnability: folder with the scores of a reference model, made by "
+        "data_tools.mine_shards; none = next to the shards",
     )
 
     @model_validator(mode="after")
@@ -174,23 +275,29 @@ class MiningSection(Section):
         if self.start >= self.end:
             raise ValueError(f"start={self.start} must be less than end={self.end}")
         if self.group == 1:
-            raise ValueError("group=1: a pair alone is not hard; 0 is the whole batch")
+            raise ValueError("group=1: a single pair has no negatives; 0 is the whole batch")
         return self
 
 
 class RunSection(Section):
     precision: Literal["auto", "fp32", "fp16", "bf16"] = Field(
-        "auto", description="auto = the launcher's; if none, what the GPU has"
+        "auto",
+        description="of matrix products; auto = the launcher's setting, else the best that the "
+        "GPU has, and fp32 on a CPU",
     )
-    log_every: int = Field(10, ge=1, description="steps")
-    checkpoint_every: int = Field(500, ge=1, description="steps")
+    log_every: int = Field(10, ge=1, description="steps between lines in metrics.jsonl")
+    checkpoint_every: int = Field(500, ge=1, description="steps between checkpoints")
     max_bad_steps: int = Field(
-        20, ge=1, description="steps in a row that fp16 may skip before the run ends"
+        20,
+        ge=1,
+        description="fp16: skipped steps in a row (gradient not finite) that end the run",
     )
-    keep_checkpoints: int = Field(2, ge=2, description="one may be in the process of being written")
-    evaluate_every: int = Field(0, ge=0, description="steps; 0 = only at the end")
+    keep_checkpoints: int = Field(2, ge=2, description="newest checkpoints that are not deleted")
+    evaluate_every: int = Field(
+        0, ge=0, description="steps between evaluations; 0 = only at the end"
+    )
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
-        [], description="beside metrics.jsonl"
+        [], description="further places for the metrics: tensorboard, wandb, trackio"
     )
 
 
@@ -220,11 +327,17 @@ class EvaluateSection(Section):
 
 
 class Config(Section):
-    out: str = Field("runs/run", description="folder of the run's results")
+    """Everything that a user can set for a run."""
+
+    out: str = Field("runs/run", description="folder that the run writes its results to")
     resume: str = Field(
-        "", description="auto = the newest checkpoint of `out`, or a checkpoint folder"
+        "",
+        description="continue a run: auto = from the newest checkpoint in `out`, if there is one; "
+        "or a checkpoint's folder; none = start a new run",
     )
-    seed: int = Field(0, ge=0, lt=2**63)
+    seed: int = Field(
+        0, ge=0, lt=2**63, description="of initial weights, the order of pairs and dropout"
+    )
     data: DataSection
     model: ModelSection = ModelSection()
     objective: ObjectiveSection = ObjectiveSection()
@@ -235,38 +348,52 @@ class Config(Section):
     evaluate: EvaluateSection = EvaluateSection()
 
     @model_validator(mode="after")
-    def _fits(self) -> "Config":
+    def _has_a_step(self) -> "Config":
         if self.optim.pairs < self.data.batch_size:
             raise ValueError(
                 f"optim.pairs={self.optim.pairs} is less than one batch of {self.data.batch_size}"
             )
-        if self.data.batch_size % self.optim.accumulate or self.compared < 2:
+        return self
+
+    @model_validator(mode="after")
+    def _accumulates(self) -> "Config":
+        parts = self.optim.accumulate
+        if self.data.batch_size % parts or self.compared < 2:
             raise ValueError(
-                f"optim.accumulate={self.optim.accumulate} does not cut data.batch_size={self.data.batch_size} into "
-                "equal parts of two pairs or more"
+                f"optim.accumulate={parts} does not cut data.batch_size={self.data.batch_size} "
+                "into equal parts of two pairs or more"
             )
-        if self.mining.method != "none" and self.optim.accumulate > 1:
+        if self.mining.method != "none" and parts > 1:
             raise ValueError(
                 "mining makes whole batches hard, optim.accumulate compares parts of them: take one"
             )
-        if (
-            isinstance(self.mining.group, int)
-            and self.mining.group
-            and self.data.batch_size % self.mining.group
-        ):
+        return self
+
+    @model_validator(mode="after")
+    def _mines(self) -> "Config":
+        group = self.mining.group
+        if group != "auto" and group and self.data.batch_size % group:
             raise ValueError(
-                f"mining.group={self.mining.group} does not divide data.batch_size={self.data.batch_size}"
+                f"mining.group={group} does not divide data.batch_size={self.data.batch_size}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _reads(self) -> "Config":
         if self.data.plan and self.data.streaming:
             raise ValueError(
                 "data.plan names pairs of indexed shards, which data.streaming does not read"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _fills_prototypes(self) -> "Config":
         swav = self.objective.swav
         batch = self.data.batch_size
         if "swav" in self.objective.mix and batch + swav.queue < swav.prototypes:
             raise ValueError(
-                f"objective.swav.prototypes={swav.prototypes} cannot be shared out among a batch of {batch} and a "
-                f"queue of {swav.queue}: take a longer queue or fewer prototypes"
+                f"objective.swav.prototypes={swav.prototypes} cannot be shared out among a batch "
+                f"of {batch} and a queue of {swav.queue}: take a longer queue or fewer prototypes"
             )
         return self
 
@@ -277,4 +404,5 @@ class Config(Section):
 
     @property
     def steps(self) -> int:
+        """Steps of the whole run."""
         return self.optim.pairs // self.data.batch_size

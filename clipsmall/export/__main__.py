@@ -19,7 +19,6 @@ from typing import Any
 from torch import Tensor
 
 from clipsmall.cli import MODEL_HELP, refuse
-from clipsmall.config.reader import read_yaml
 from clipsmall.export import adapter, card, comparison, folder, hub, usage
 from clipsmall.model import lora
 from clipsmall.model.dual_encoder import DualEncoder
@@ -27,6 +26,7 @@ from clipsmall.model.saved import load_model
 from clipsmall.model.towers import Loaded
 from clipsmall.storage import checkpoint
 from clipsmall.storage.run_folder import RunFolder
+from clipsmall.storage.yaml_files import read_yaml
 
 
 def find_run(name: str) -> tuple[str, dict[str, Any]]:

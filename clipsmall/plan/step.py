@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from clipsmall.batch import Embeddings, Pairs, Progress
-from clipsmall.build import chunks as build_chunks
 from clipsmall.build import objective as build_objective
 from clipsmall.build import run as build
 from clipsmall.config import Config
@@ -141,8 +140,7 @@ class Stage:
         self.setting = build_objective.setting(config, loaded, ids)
         self.encoder = build.dual_encoder(config, loaded, self.setting).train()
         on_cpu: Any = SimpleNamespace(device=torch.device("cpu"))
-        build_chunks.checkpoint_blocks(config, on_cpu, loaded, self.encoder)
-        self.encoder.chunk_size = build_chunks.chunk_size(config, on_cpu, loaded, self.encoder)
+        build.save_memory(config, on_cpu, loaded, self.encoder)
         for head in self.encoder.heads.values():
             if hasattr(head, "average"):
                 meter.label(tensors(head.average), "averaged towers")

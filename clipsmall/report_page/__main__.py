@@ -17,13 +17,14 @@ import pandas as pd
 import torch
 
 from clipsmall.cli import refuse
-from clipsmall.config.reader import read_yaml, validated
+from clipsmall.config.reader import validated
 from clipsmall.data import open_catalog
 from clipsmall.evaluation import Encoder
 from clipsmall.model.saved import load_model
 from clipsmall.report_page import page
 from clipsmall.report_page.gallery import batch_rows, gallery, logit_matrix, shown_sets
 from clipsmall.storage.run_folder import RunFolder
+from clipsmall.storage.yaml_files import read_yaml
 
 TABLES: list[tuple[str, str, list[str], list[str], dict[str, str]]] = [
     (

@@ -128,7 +128,8 @@ def subject(config: Config, pairs: int) -> Subject:
     Raises:
         ValueError: the batch, or `pairs` if given, cannot be shared out among ranks and parts.
     """
-    accelerator = build.accelerator(of_two_steps(config, config.data.batch_size))
+    plain = of_two_steps(config, config.data.batch_size)
+    accelerator = build.accelerator(plain.run, plain.out, plain.model.chunk_size)
     # fp16: in its first steps a run lowers the scale until nothing overflows
     if accelerator.scaler is not None:
         accelerator.scaler = torch.amp.GradScaler(accelerator.device.type, init_scale=1024.0)
@@ -141,10 +142,10 @@ def subject(config: Config, pairs: int) -> Subject:
     least = swav.prototypes - swav.queue if "swav" in config.objective.mix else 0
     pairs = pairs or min(batch, -(-max(64, 4 * unit, least) // unit) * unit)
     more = pairs // 2 // unit * unit
-    data = training_data(of_two_steps(config, pairs + more))
+    data = training_data(of_two_steps(config, pairs + more).data, config.seed)
     if data.pairs < pairs + more:
         more = 0
-        data = training_data(of_two_steps(config, pairs))
+        data = training_data(of_two_steps(config, pairs).data, config.seed)
     config = of_two_steps(config, pairs)
     set_seed(config.seed)
     loaded = build.loaded_towers(config, data, None)
@@ -167,17 +168,17 @@ def chunk_size(it: Subject) -> tuple[int, str]:
     Raises:
         ValueError: the config asks for chunks of a model that has BatchNorm.
     """
-    size = build_chunks.chunk_size(it.config, it.accelerator, it.loaded, it.encoder)
+    asked = it.config.model.chunk_size
+    parts = it.config.optim.accumulate
+    size = build_chunks.chunk_size(asked, it.rows, parts, it.accelerator, it.loaded, it.encoder)
     if 0 < size < it.rows:
         return size, ""
     if it.rows == 1:
         return 0, "chunks: one pair a rank cannot be cut; give more --pairs"
     size = next((n for n in range(max(it.rows // 3, 2), it.rows) if it.rows % n), 1)
-    asked = it.config.model_copy(
-        update={"model": it.config.model.model_copy(update={"chunk_size": size})}
-    )
     try:
-        return build_chunks.chunk_size(asked, it.accelerator, it.loaded, it.encoder), ""
+        size = build_chunks.chunk_size(size, it.rows, parts, it.accelerator, it.loaded, it.encoder)
+        return size, ""
     except ValueError:
         return 0, "chunks: refused: BatchNorm, which would take a chunk for the batch"
 

@@ -1,3 +1,1 @@
-"""What a training run holds while it runs: its state, its feed of batches, its optimizer and its
-log.
-"""
+"""The parts of a training run: state, feed of batches, optimizer, FSDP and the log of metrics."""

@@ -1,6 +1,4 @@
-"""The stream of pairs a rank trains on: counts what was skipped, measures the wait, and ends when
-asked to.
-"""
+"""The pairs that a rank trains on: counts skipped ones, measures the wait, ends when asked to."""
 
 import json
 import signal
@@ -18,22 +16,27 @@ from clipsmall.distributed import world
 from clipsmall.mining.online import MinedBatches
 
 # pairs before the error rate is judged: one bad pair in a first batch of 32 is 3 %
-ENOUGH = 10_000
+JUDGED_FROM = 10_000
 
 
 class Stop:
-    """SIGTERM and the first Ctrl-C ask a run to save and leave; a second Ctrl-C ends it at once."""
+    """How a run is asked to end.
+
+    SIGTERM and the first Ctrl-C ask it to save and exit; a second Ctrl-C ends it at once.
+    """
 
     def __init__(self) -> None:
+        # number of the signal that asked; 0 = none has
         self.signal = 0
 
     def listen(self) -> "Stop":
+        """Take over both signals from now on."""
         signal.signal(signal.SIGTERM, self._note)
         signal.signal(signal.SIGINT, self._note)
         return self
 
     def end(self) -> None:
-        """Signals end the process again."""
+        """Let both signals end the process again, as if nobody had listened."""
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -47,11 +50,13 @@ class Feed:
     """Iterates over `Pairs` on `device`; all ranks end at the same step.
 
     Args:
-        loader: of this rank's batches, ending with the run.
+        loader: this rank's slices of the run's batches, up to the last.
         stop: looked at after every step, on all ranks together.
-        max_error_rate: bad pairs a pair seen, over all ranks, that end the run with a ShardError.
-        pairs: of the data set; the rate is judged against at least so many, or ENOUGH.
-        images: False leaves them in host memory, for a model that fetches them in chunks.
+        max_error_rate: ratio of unreadable to seen pairs, over all ranks, above which the run ends
+            with a ShardError.
+        pairs: in the data set. The rate is judged as if at least so many pairs, or JUDGED_FROM,
+            had been seen.
+        images: False leaves images in host memory, for a model that fetches them in chunks.
     """
 
     def __init__(
@@ -69,19 +74,22 @@ class Feed:
         self.images = images
         self.mining = loader if isinstance(loader, MinedBatches) else None
         self.max_error_rate = max_error_rate
-        self.enough = min(ENOUGH, pairs)
+        self.judged_from = min(JUDGED_FROM, pairs)
+        # of this rank
         self.skips = Skips()
         # seconds spent waiting for data
         self.waited = 0.0
+        # whether iteration ended because a signal asked for it
         self.stopped = False
 
     def __iter__(self) -> Iterator[Pairs]:
         batches: Any = iter(self.loader)
         try:
             while True:
-                start = time.perf_counter() - self.mined
+                # mining happens inside next(), but is no wait for data
+                before = time.perf_counter() - self.mined
                 loaded = next(batches, None)
-                self.waited += time.perf_counter() - self.mined - start
+                self.waited += time.perf_counter() - self.mined - before
                 if loaded is None:
                     return
                 self.skips.merge(loaded.skips)
@@ -90,7 +98,7 @@ class Feed:
                 if self.stopped:
                     return
         finally:
-            # ends the workers now: at interpreter exit they would be waited for
+            # ends the loader's workers now: at interpreter exit they would be waited for
             del batches
 
     @property
@@ -99,27 +107,34 @@ class Feed:
         return self.mining.seconds if self.mining else 0.0
 
     def _agree(self) -> None:
-        """Every rank learns whether one was told to stop, and how many bad pairs all have met."""
+        """Exchange between all ranks whether one was asked to stop, and how many pairs were bad.
+
+        Raises:
+            ShardError: too many, on all ranks alike.
+        """
         mine = torch.tensor(
             [self.stop.signal, self.skips.total, self.skips.seen], device=self.device
         )
-        told, bad, seen = world.total(mine).tolist()
-        self.stopped = told > 0
-        if bad > self.max_error_rate * max(seen, self.enough):
+        signals, bad, seen = world.total(mine).tolist()
+        self.stopped = signals > 0
+        if bad > self.max_error_rate * max(seen, self.judged_from):
             raise ShardError(
-                f"{bad} of {seen} pairs could not be read, over data.max_error_rate={self.max_error_rate}: "
-                f"{self.skips}; find them with: python -m data_tools.check_shards FOLDER --decode (then begin anew), "
+                f"{bad} of {seen} pairs could not be read, over data.max_error_rate="
+                f"{self.max_error_rate}: {self.skips}; find them with: python -m "
+                "data_tools.check_shards FOLDER --decode (then start a new run), "
                 "or go on with a higher rate"
             )
 
-    def skips_of_all(self) -> Skips:
-        """The skips of all ranks together; every rank must call."""
+    def all_skips(self) -> Skips:
+        """The skips of all ranks together. Every rank must call."""
         together = Skips()
-        for state in world.gather_bytes(json.dumps(self.state_dict()).encode(), self.device):
+        mine = json.dumps(self.state_dict()).encode()
+        for state in world.gather_bytes(mine, self.device):
             together.merge(self.read_skips(json.loads(state)))
         return together
 
     def state_dict(self) -> dict[str, Any]:
+        """This rank's skips, as JSON. The position in the data is `Progress`, the same on all."""
         return {
             "seen": self.skips.seen,
             "reasons": dict(self.skips.reasons),
@@ -131,4 +146,5 @@ class Feed:
 
     @staticmethod
     def read_skips(state: dict[str, Any]) -> Skips:
+        """The skips in a `state_dict`."""
         return Skips(state["seen"], Counter(state["reasons"]), state["examples"])

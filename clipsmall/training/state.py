@@ -1,6 +1,4 @@
-"""All state of a run in one place: what a checkpoint holds, and what a resumed run must share with
-it.
-"""
+"""Everything a checkpoint stores, and what a resumed run must have in common with it."""
 
 import json
 import sys
@@ -20,12 +18,12 @@ from clipsmall.model.load import save_model_files
 from clipsmall.model.towers import Loaded
 from clipsmall.storage import checkpoint
 from clipsmall.storage.checkpoint import CheckpointError
-from clipsmall.training import fsdp as sharded
+from clipsmall.training import fsdp
 from clipsmall.training.feed import Feed
 
-# A run that changes one of these is another run: its order, its loss or its weights would not be
-# continued.
-FIXED = (
+# A run that changes one of these is another run: its order of pairs, its loss or its weights would
+# not be those that the checkpoint belongs to.
+FIXED_OPTIONS = (
     "seed",
     "model.name",
     "objective.name",
@@ -51,49 +49,36 @@ FIXED = (
 )
 
 
-def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        found |= (
-            flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-        )
-    return found
-
-
-def _known(key: str, tree: dict[str, Any]) -> bool:
-    """Whether a flat tree has this option, or one inside it, or one it is inside of."""
-    return any(
-        f"{key}.".startswith(f"{each}.") or f"{each}.".startswith(f"{key}.") for each in tree
-    )
-
-
 @dataclass
 class RunState:
-    """The five homes of state: weights, optimizer and schedule, memory, place in the data, progress
-    and RNG.
+    """Everything a checkpoint stores, in five kinds.
+
+    Weights; optimizer and schedule; the objective's memory; the position in the data, with the
+    mining plan; progress and random generators. Nothing else may be carried from step to step.
     """
 
     accelerator: Accelerator
-    # unwrapped
+    # not wrapped by DDP
     model: DualEncoder
     loaded: Loaded
     optimizer: Any
     scheduler: Any
+    # a function, or a module with buffers if it remembers something between steps
     objective: Any
     feed: Feed
     progress: Progress
-    # as JSON
+    # the run's whole config as JSON
     config: dict[str, Any]
-    # of the training shards
+    # of the training shards: a resumed run must find the same
     fingerprint: str
-    # the training data in words
-    source: str = ""
-    # sections of the config that belong to this run, beside FIXED
-    fixed: tuple[str, ...] = ()
+    # one phrase for the opening lines
+    data_description: str = ""
+    # options that this run cannot change, in addition to FIXED_OPTIONS
+    fixed_options: tuple[str, ...] = ()
 
     @property
     def launch(self) -> dict[str, Any]:
-        """What the launcher decided, and no config file says."""
+        """What the launcher decided, which stands in no config file."""
         return {
             "ranks": world.size(),
             "precision": self.accelerator.mixed_precision,
@@ -101,30 +86,38 @@ class RunState:
         }
 
     def save(self, checkpoints: Path, keep: int) -> Path:
-        """Write `step_N`; every rank must call, the main one writes. Older ones beyond `keep` are
-        deleted.
+        """Write `step_N` and delete older checkpoints beyond `keep`.
+
+        Every rank must call; the main one writes. Returns the new folder.
         """
         device = self.accelerator.device
-        mine = {"rng": checkpoint.random_state(device), "feed": self.feed.state_dict()}
-        ranks = [json.loads(data) for data in world.gather_bytes(json.dumps(mine).encode(), device)]
-        folder = checkpoint.step_folder(checkpoints, self.progress.step)
-        moments, rest = checkpoint.split_optimizer(self.optimizer.state_dict())
         main = self.accelerator.is_main_process
-        weights, moments = (
-            sharded.gathered(each, keep=main) for each in (self.model.state_dict(), moments)
-        )
-        if self.accelerator.is_main_process:
-            memory = self.objective.state_dict() if isinstance(self.objective, nn.Module) else {}
+        folder = checkpoint.step_folder(checkpoints, self.progress.step)
+
+        # what differs from rank to rank
+        mine = {
+            "rng": checkpoint.random_state(device),
+            "feed": self.feed.state_dict(),
+        }
+        ranks = world.gather_bytes(json.dumps(mine).encode(), device)
+
+        # putting sharded tensors together takes all ranks, too
+        moments, optimizer_settings = checkpoint.split_optimizer(self.optimizer.state_dict())
+        moments = fsdp.gathered(moments, keep=main)
+        weights = fsdp.gathered(self.model.state_dict(), keep=main)
+
+        if main:
             scaler = self.accelerator.scaler
             state = {
                 "progress": self.progress.state_dict(),
-                "optimizer": rest,
+                "optimizer": optimizer_settings,
                 "scheduler": self.scheduler.state_dict(),
                 "scaler": scaler.state_dict() if scaler is not None else None,
-                "ranks": ranks,
+                "ranks": [json.loads(data) for data in ranks],
                 "config": {**self.config, "launch": self.launch},
                 "data": self.fingerprint,
             }
+            memory = self.objective.state_dict() if isinstance(self.objective, nn.Module) else {}
             plan = self.feed.mining.state_dict() if self.feed.mining else {}
             tensors = {
                 "model": weights,
@@ -136,101 +129,146 @@ class RunState:
                 folder, tensors, state, lambda path: save_model_files(self.loaded, path)
             )
             checkpoint.tidy(checkpoints, keep)
+        # nobody goes on, and perhaps ends the run, before the folder is complete
         world.barrier()
         return folder
 
     def load(self, folder: Path) -> None:
-        """Put everything back; the folder was verified.
+        """Restore everything from a checkpoint, which was verified before.
 
         Raises:
             CheckpointError: it belongs to another run, or to other shards.
         """
         state = checkpoint.read_state(folder)
         self._refuse_another_run(folder, state)
-        device = self.accelerator.device
-        weights = sharded.scattered(
-            checkpoint.read_tensors(folder, "model"), self.model.state_dict()
-        )
-        try:
-            missing = self.model.load_state_dict(weights, strict=False)
-        except RuntimeError as error:
-            # of another size
-            raise CheckpointError(
-                f"{folder}: holds another model ({str(error).splitlines()[-1].strip()})"
-            ) from None
-        if missing.missing_keys or missing.unexpected_keys:
-            names = (missing.missing_keys + missing.unexpected_keys)[:3]
-            raise CheckpointError(
-                f"{folder}: holds another model (first differing weights: {', '.join(names)})"
-            )
-        moments = sharded.scattered_moments(
-            checkpoint.read_tensors(folder, "optimizer"), self.optimizer.param_groups
-        )
-        self.optimizer.load_state_dict(checkpoint.joined_optimizer(moments, state["optimizer"]))
-        self.scheduler.load_state_dict(state["scheduler"])
-        if isinstance(self.objective, nn.Module):
-            try:
-                self.objective.load_state_dict(checkpoint.read_tensors(folder, "objective"))
-            except RuntimeError as error:
-                raise CheckpointError(
-                    f"{folder}: the objective's memory does not fit its options now: {error}"
-                ) from None
-        if self.accelerator.scaler is not None and state["scaler"]:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self._load_weights(folder)
+        self._load_optimizer(folder, state)
+        self._load_memory(folder)
         self.progress.step = state["progress"]["step"]
         self.progress.pairs = state["progress"]["pairs"]
         self._load_plan(folder)
-        self._load_ranks(state["ranks"], device)
+        self._load_ranks(state["ranks"])
+
+    def _load_weights(self, folder: Path) -> None:
+        whole = checkpoint.read_tensors(folder, "model")
+        weights = fsdp.scattered(whole, self.model.state_dict())
+        try:
+            differing = self.model.load_state_dict(weights, strict=False)
+        except RuntimeError as error:
+            # tensors of another size
+            reason = str(error).splitlines()[-1].strip()
+            raise CheckpointError(f"{folder}: holds another model ({reason})") from None
+        if names := [*differing.missing_keys, *differing.unexpected_keys]:
+            raise CheckpointError(
+                f"{folder}: holds another model (first differing weights: {', '.join(names[:3])})"
+            )
+
+    def _load_optimizer(self, folder: Path, state: dict[str, Any]) -> None:
+        whole = checkpoint.read_tensors(folder, "optimizer")
+        moments = fsdp.scattered_moments(whole, self.optimizer.param_groups)
+        joined = checkpoint.joined_optimizer(moments, state["optimizer"])
+        self.optimizer.load_state_dict(joined)
+        self.scheduler.load_state_dict(state["scheduler"])
+        # there is a scaler in fp16 only, and a run may change its precision
+        scaler = self.accelerator.scaler
+        if scaler is not None and state["scaler"]:
+            scaler.load_state_dict(state["scaler"])
+
+    def _load_memory(self, folder: Path) -> None:
+        if not isinstance(self.objective, nn.Module):
+            return
+        try:
+            self.objective.load_state_dict(checkpoint.read_tensors(folder, "objective"))
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"{folder}: the objective's memory does not fit its options now: {error}"
+            ) from None
 
     def _load_plan(self, folder: Path) -> None:
-        plan = checkpoint.read_tensors(folder, "mining")
-        if self.feed.mining:
-            try:
-                self.feed.mining.load_state_dict(plan)
-            except ValueError as error:
-                raise CheckpointError(f"{folder}: {error}") from None
+        if not self.feed.mining:
+            return
+        try:
+            self.feed.mining.load_state_dict(checkpoint.read_tensors(folder, "mining"))
+        except ValueError as error:
+            raise CheckpointError(f"{folder}: {error}") from None
 
-    def _refuse_another_run(self, folder: Path, state: dict[str, Any]) -> None:
-        was = flat(state["config"])
-        now = flat({**self.config, "launch": self.launch})
-        # an option that is newer than the checkpoint has no say: without it things were as its
-        # default has them
-        known = {key for key in now | was if _known(key, was) and _known(key, now)}
-        changed = {
-            key: (was.get(key), now.get(key))
-            for key in sorted(known)
-            if was.get(key) != now.get(key)
-        }
-        if fixed := [
-            key
-            for key in changed
-            if any(f"{key}.".startswith(f"{each}.") for each in FIXED + self.fixed)
-        ]:
-            said = "; ".join(
-                f"{key} was {changed[key][0]!r}, now {changed[key][1]!r}" for key in fixed
-            )
-            raise CheckpointError(
-                f"{folder}: another run: {said}. Change it back, or start anew with another --out"
-            )
-        if state["data"] != self.fingerprint:
-            raise CheckpointError(
-                f"{folder}: data.train or data.plan has changed since (other pairs, sizes or batches); restore it"
-            )
-        changed.pop("resume", None)
-        if changed and self.accelerator.is_main_process:
-            said = ", ".join(f"{key}: {old!r} -> {new!r}" for key, (old, new) in changed.items())
-            print(f"note: resumed with changes: {said}", file=sys.stderr)
-
-    def _load_ranks(self, ranks: list[dict[str, Any]], device: torch.device) -> None:
+    def _load_ranks(self, ranks: list[dict[str, Any]]) -> None:
         rank = world.rank()
         if len(ranks) == world.size():
-            checkpoint.set_random_state(ranks[rank]["rng"], device)
+            checkpoint.set_random_state(ranks[rank]["rng"], self.accelerator.device)
             self.feed.load_state_dict(ranks[rank]["feed"])
             return
-        # another world size: the order of pairs does not depend on it; generators (dropout) start
-        # anew, skips are kept
+        # Another number of ranks. The order of pairs does not depend on it; generators (dropout)
+        # get another seed, and the counts of skipped pairs are kept by the first rank.
         set_seed(self.config["seed"] + self.progress.step * 1_000 + rank)
         if rank == 0:
             for each in ranks:
-                kept = Feed.read_skips(each["feed"])
-                self.feed.skips.merge(kept)
+                self.feed.skips.merge(Feed.read_skips(each["feed"]))
+
+    def _refuse_another_run(self, folder: Path, state: dict[str, Any]) -> None:
+        """Raises CheckpointError if fixed options or the data differ; notes other changes."""
+        was = flattened(state["config"])
+        now = flattened({**self.config, "launch": self.launch})
+        changed = changed_options(was, now)
+        fixed = [name for name in changed if is_within(name, (*FIXED_OPTIONS, *self.fixed_options))]
+        if fixed:
+            differences = "; ".join(
+                f"{name} was {changed[name][0]!r}, now {changed[name][1]!r}" for name in fixed
+            )
+            raise CheckpointError(
+                f"{folder}: another run: {differences}. Change it back, or start a new run with "
+                "another --out"
+            )
+        if state["data"] != self.fingerprint:
+            raise CheckpointError(
+                f"{folder}: data.train or data.plan has changed since (other pairs, sizes or "
+                "batches); restore it"
+            )
+        changed.pop("resume", None)
+        if changed and self.accelerator.is_main_process:
+            changes = ", ".join(
+                f"{name}: {old!r} -> {new!r}" for name, (old, new) in changed.items()
+            )
+            print(f"note: resumed with changes: {changes}", file=sys.stderr)
+
+
+def flattened(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one of `section.field` -> value."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            found |= flattened(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found
+
+
+def changed_options(was: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Options with other values: name -> (old, new), sorted by name.
+
+    Options that did not exist when the checkpoint was saved are ignored: the run went as their
+    defaults have it. So are options that no longer exist.
+    """
+    changed = {}
+    for name in sorted(now | was):
+        if not is_known(name, was) or not is_known(name, now):
+            continue
+        old = was.get(name)
+        new = now.get(name)
+        if old != new:
+            changed[name] = (old, new)
+    return changed
+
+
+def is_known(name: str, options: dict[str, Any]) -> bool:
+    """Whether flattened options have this one, one inside it, or one that it is inside of.
+
+    An option may be a value in one config and a section in the other: `objective.name` is a word or
+    a mix of several.
+    """
+    return any(is_within(name, (other,)) or is_within(other, (name,)) for other in options)
+
+
+def is_within(name: str, sections: tuple[str, ...]) -> bool:
+    """Whether an option is one of these, or lies inside one of them."""
+    return any(f"{name}.".startswith(f"{section}.") for section in sections)

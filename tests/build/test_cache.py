@@ -1,5 +1,4 @@
-"""Tests of cached features: a frozen tower's outputs, computed once, change no number and lose no
-pair.
+"""Tests of cached features: computed once, they change no number and lose no pair.
 
 Seen to fail when: see the notes of the tests.
 """

@@ -262,9 +262,9 @@ def test_frozen_batch_norm_may_be_cut_into_chunks(tmp_path: Path) -> None:
         ).train()
         if amount == "full":
             with pytest.raises(ValueError, match="BatchNorm"):
-                build_chunks.chunk_size(config, alone, loaded, encoder)
+                build_chunks.chunk_size(2, BATCH, 1, alone, loaded, encoder)
         else:
-            assert build_chunks.chunk_size(config, alone, loaded, encoder) == 2
+            assert build_chunks.chunk_size(2, BATCH, 1, alone, loaded, encoder) == 2
             before = {
                 name: buffer.clone()
                 for name, buffer in encoder.towers.named_buffers()
@@ -605,7 +605,7 @@ def test_blocks_are_made_anew_where_a_batch_does_not_fit(
         monkeypatch.setattr(
             build_chunks.torch, "tensor", lambda value, device: torch.as_tensor(value)
         )
-        build_chunks.checkpoint_blocks(config, gpu, loaded, None)  # type: ignore[arg-type]
+        build_chunks.checkpoint_blocks("auto", chunk, BATCH, gpu, loaded, None)  # type: ignore[arg-type]
         monkeypatch.undo()
         assert loaded.checkpointed == expected
         assert loaded.towers.model.is_gradient_checkpointing == expected

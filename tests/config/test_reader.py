@@ -1,9 +1,8 @@
-"""Tests of the config: what wins over what, what is refused in which words, and that a refusal
-writes nothing.
+"""Tests of the config: which value wins, what is refused, and that a refusal writes nothing.
 
-Seen to fail when: `lay_over` replaces whole sections; `_StrictLoader` lets the second of two keys
-win; `read` takes `yaml.Loader`; 1e5 is read as a word, or a quoted '2024' as a number; `train.run`
-claims its folder before it opens the shards.
+Seen to fail when: `lay_over` replaces whole sections; `StrictLoader` lets the second of two keys
+win; `read` takes `yaml.Loader`; 1e5 is read as a word, or a quoted '2024' as a number;
+`train.run_training` claims its folder before it opens the shards.
 """
 
 import signal
@@ -17,8 +16,9 @@ import yaml
 from clipsmall.compare.grid import load
 from clipsmall.config import Config
 from clipsmall.config.objectives import Name, ObjectiveSection
-from clipsmall.config.reader import ConfigError, fields, lay_over, read, written
+from clipsmall.config.reader import config_yaml, lay_over, option_fields, read
 from clipsmall.objectives import OBJECTIVES
+from clipsmall.storage.yaml_files import ConfigError
 from tests import ROOT
 from tests.shards_for_tests import config as tiny
 
@@ -38,8 +38,7 @@ def refusal(*words: str) -> list[str]:
     return str(caught.value).splitlines()
 
 
-# ---- what wins
-# --------------------------------------------------------------------------------------------------
+# ---- what wins ----
 
 
 def test_only_the_shards_must_be_given() -> None:
@@ -110,8 +109,7 @@ def test_a_section_may_be_merged_from_an_anchor(tmp_path: Path) -> None:
     assert (optim.lr, optim.clip) == (0.2, 3.0)
 
 
-# ---- what is refused
-# --------------------------------------------------------------------------------------------
+# ---- what is refused ----
 
 
 @pytest.mark.parametrize(
@@ -141,7 +139,8 @@ def test_an_unknown_key_is_refused_with_the_nearest(word: str, line: str) -> Non
 def test_unknown_keys_in_files_are_refused_alike(tmp_path: Path) -> None:
     path = file(
         tmp_path,
-        "data: {train: [a], batchsize: 3}\nopt: {lr: 1}\nevaluate: {zero_shot: [{nam: x, data: [b]}]}\n",
+        "data: {train: [a], batchsize: 3}\nopt: {lr: 1}\n"
+        "evaluate: {zero_shot: [{nam: x, data: [b]}]}\n",
     )
     lines = refusal("--config", path)
     assert any(line.startswith("data.batchsize: no such key") for line in lines)
@@ -311,8 +310,7 @@ def test_abbreviations_are_no_options(tmp_path: Path) -> None:
     assert refusal(DATA, f"--conf={path}")[0].startswith("conf: no such key")
 
 
-# ---- what is written
-# --------------------------------------------------------------------------------------------
+# ---- what is written ----
 
 
 def everything(tmp_path: Path) -> list[str]:
@@ -342,7 +340,7 @@ def everything(tmp_path: Path) -> list[str]:
 def test_a_written_config_reads_back_equal(tmp_path: Path) -> None:
     for words in ([DATA], everything(tmp_path)):
         config = read(words)
-        assert read(["--config", file(tmp_path, written(config), "written.yaml")]) == config
+        assert read(["--config", file(tmp_path, config_yaml(config), "written.yaml")]) == config
 
 
 def test_print_config_prints_what_reads_back(
@@ -365,8 +363,8 @@ def test_help_lists_every_field(capsys: pytest.CaptureFixture[str]) -> None:
         read(["--help"])
     assert left.value.code == 0
     text = capsys.readouterr().out
-    assert len(fields()) > 30
-    for name, info in fields().items():
+    assert len(option_fields()) > 30
+    for name, info in option_fields().items():
         (line,) = [line for line in text.splitlines() if line.split()[:1] == [f"--{name}"]]
         assert (info.description or "") in line
         assert line.endswith("[required]" if info.is_required() else "]")
@@ -389,8 +387,7 @@ def test_the_grids_are_good(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert grid.out == f"runs/compare/{Path(name).stem}"
 
 
-# ---- a refusal writes nothing
-# -----------------------------------------------------------------------------------
+# ---- a refusal writes nothing ----
 
 
 @pytest.fixture
@@ -481,7 +478,7 @@ def test_objectives_are_mixed_by_weight(
     config = read([DATA, "--config", base, *words])
     assert config.objective.mix == mix
     assert (config.objective.mask_duplicates, config.objective.sinkhorn.iterations) == (False, 3)
-    assert read(["--config", file(tmp_path, written(config), "written.yaml")]) == config
+    assert read(["--config", file(tmp_path, config_yaml(config), "written.yaml")]) == config
 
 
 @pytest.mark.parametrize(

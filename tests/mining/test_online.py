@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from clipsmall import train
 from clipsmall.batch import Pairs, Progress
 from clipsmall.build import mining as build_mining
-from clipsmall.build.mining import recipe, reference
+from clipsmall.build.mining import mining_recipe, reference_scores
 from clipsmall.config.reader import read
 from clipsmall.data import LoadedBatch, Skips, open_catalog
 from clipsmall.data.preprocess import ImageSpec
@@ -426,7 +426,7 @@ def test_pairs_are_scored_in_eval_mode_and_nothing_is_left_behind(rows: int) -> 
         0, 256, (10, 3, 2, 2), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )
     pairs = Pairs(pixels, torch.arange(30).view(10, 3), index, index)
-    seen = build_mining.score(encoder, Accelerator(cpu=True), rows, False, pairs)
+    seen = build_mining.score_pairs(encoder, Accelerator(cpu=True), rows, False, pairs)
     assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
     assert torch.equal(torch.get_rng_state(), random)
     assert encoder.training
@@ -437,7 +437,7 @@ def test_pairs_are_scored_in_eval_mode_and_nothing_is_left_behind(rows: int) -> 
     assert torch.allclose(seen.text, encoder.encode_text(pairs.text), atol=1e-6)
     assert float(seen.scale) == pytest.approx(20.0)
     assert float(seen.bias) == -3.0
-    relative = build_mining.score(encoder, Accelerator(cpu=True), rows, True, pairs)
+    relative = build_mining.score_pairs(encoder, Accelerator(cpu=True), rows, True, pairs)
     # as the objective sees it
     assert float(relative.bias) == pytest.approx(-60.0)
 
@@ -468,14 +468,14 @@ def test_scoring_leaves_no_trace(glyphs: Path, tmp_path: Path) -> None:
             {"mining.method": "groups", "mining.group": 3},
             "mining.group=3 does not divide data.batch_size=16",
         ),
-        ({"mining.method": "groups", "mining.group": 1}, "group=1: a pair alone is not hard"),
+        ({"mining.method": "groups", "mining.group": 1}, "group=1: a single pair has no negatives"),
         (
             {"mining.method": "osgd", "mining.group": 4},
             "mining.group=4: osgd selects whole batches",
         ),
         (
             {"mining.method": "chain", "mining.pool": 4096},
-            "no pool of 256 batches, 256 of them played",
+            "no pool of 256 batches, 256 of them trained on",
         ),
         (
             {"mining.method": "chain", "mining.start": 0.9, "mining.end": 0.5},
@@ -525,7 +525,8 @@ def test_learnability_needs_scores_and_finds_them(
     assert mine_shards.main(scored) == 0
     # a pair is found by its number, in any order
     catalog = open_catalog(str(glyphs / "train"))
-    found = reference(read(words), catalog)
+    folder = read(words).mining.reference
+    found = reference_scores(folder, catalog)
     numbers = np.array([250, 3, 120])
     known = found(Identity(numbers, numbers, numbers))
     again = found(Identity(numbers[::-1], numbers, numbers))
@@ -538,7 +539,7 @@ def test_learnability_needs_scores_and_finds_them(
     whole = pq.read_table(paths[1])
     pq.write_table(whole.slice(1), paths[1])
     with pytest.raises(ValueError, match="1 of 300 pairs have no scores"):
-        reference(read(words), catalog)
+        reference_scores(folder, catalog)
     pq.write_table(whole, paths[1])
     assert train.main(words) == 0
     rows = [
@@ -554,7 +555,7 @@ def test_groups_fit_any_batch(glyphs: Path, tmp_path: Path, batch_size: int, gro
         tmp_path / "run",
         **{**MINING, "data.batch_size": batch_size, "mining.method": "groups"},
     )
-    assert recipe(read(words)).group == group
+    assert mining_recipe(read(words).mining, batch_size, "softmax").group == group
 
 
 @pytest.mark.parametrize("size", [3, 6])

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from clipsmall import train
 from clipsmall.batch import Pairs
 from clipsmall.build import chunks as build_chunks
-from clipsmall.config.reader import read
 from clipsmall.data.preprocess import ImageSpec
 from clipsmall.model.chunks import in_chunks, largest_chunk
 from clipsmall.model.dual_encoder import DualEncoder
@@ -238,9 +237,8 @@ def test_images_of_a_model_in_chunks_stay_where_they_are() -> None:
 def test_batch_norm_is_refused(tmp_path: Path) -> None:
     model, _ = noisy()
     model.towers.picture.append(nn.BatchNorm1d(8))
-    run = read(["--data.train=[x]", "--model.chunk_size=4"])
     with pytest.raises(ValueError, match="BatchNorm"):
-        build_chunks.chunk_size(run, None, None, model)  # type: ignore[arg-type]
+        build_chunks.chunk_size(4, 8, 1, None, None, model)  # type: ignore[arg-type]
 
 
 def test_a_run_in_chunks_logs_the_curve_of_a_whole_one(

@@ -80,9 +80,9 @@ def test_what_it_asks_of_a_run() -> None:
         given.steps * 4,
     )
     model = build.dual_encoder(given, loaded, setting)
-    assert build_chunks.chunk_size(given, None, loaded, model) == 8  # type: ignore[arg-type]
-    other = run("--optim.accumulate=4", "--model.chunk_size=3")
-    assert build_chunks.chunk_size(other, None, loaded, model) == 3  # type: ignore[arg-type]
+    for asked, size in ((0, 8), (3, 3)):
+        found = build_chunks.chunk_size(asked, 32, 4, None, loaded, model)  # type: ignore[arg-type]
+        assert found == size
     for words in (["--objective=byol"], ["--objective.queue=xbm"]):
         with pytest.raises(ValueError, match=r"take model\.chunk_size"):
             build_objective.objective(run("--optim.accumulate=4", *words), setting)

@@ -27,8 +27,8 @@ from clipsmall.data import open_catalog
 from clipsmall.distributed import world
 from clipsmall.evaluation import Encoder
 from clipsmall.storage import checkpoint
-from clipsmall.training import fsdp as sharded
-from clipsmall.training.fsdp import is_block, share, whole
+from clipsmall.training import fsdp
+from clipsmall.training.fsdp import full_tensor, is_block, local_part
 from clipsmall.training.optim import clipped_norm
 from tests import ROOT
 from tests.distributed.test_world import run_trainer
@@ -94,7 +94,7 @@ def trained(name: str, case: str) -> dict[str, Any]:
     setting = build_objective.setting(run, loaded, torch.arange(100))
     model = build.dual_encoder(run, loaded, setting).double().train()
     model.chunk_size = run.model.chunk_size  # type: ignore[assignment]
-    sharded.shard(model, CPU)
+    fsdp.shard_towers(model, CPU)
     objective = build_objective.objective(run, setting)
     columns = build_objective.columns(run)
     optimizer = build.optimizer(run, model)
@@ -124,18 +124,20 @@ def trained(name: str, case: str) -> dict[str, Any]:
     ]
     return {
         **found,
-        "weights": {name: whole(t.detach()).numpy() for name, t in model.state_dict().items()},
+        "weights": {
+            name: full_tensor(t.detach()).numpy() for name, t in model.state_dict().items()
+        },
         "held": [held(list(model.towers.parameters())), held(moments)],
         "gathered": [
             name for name, part in model.towers.named_modules() if hasattr(part, "reshard")
         ],
-        "whole": [name for name, p in model.named_parameters() if share(p) is p],
+        "whole": [name for name, p in model.named_parameters() if local_part(p) is p],
     }
 
 
 def held(tensors: list[Tensor]) -> float:
     """Bytes there are of bytes there would be."""
-    return sum(share(t).untyped_storage().nbytes() for t in tensors) / sum(
+    return sum(local_part(t).untyped_storage().nbytes() for t in tensors) / sum(
         t.nbytes for t in tensors
     )
 
@@ -187,8 +189,7 @@ def test_blocks_are_found_whole() -> None:
     assert not is_block("model.vision_model.encoder.layers.11.mlp")
 
 
-# ---- the whole trainer
-# -------------------------------------------------------------------------------------------
+# ---- the whole trainer ----
 
 
 def run_sharded(words: list[str]) -> tuple[int, bool]:
@@ -276,7 +277,7 @@ def encoded(shards: str, size: int) -> tuple[Tensor, Tensor]:
     run = config_of(f"{shards}/../towers.json")
     loaded = build.loaded_towers(run, SimpleNamespace(captions=lambda: ["a b c"]), None)  # type: ignore[arg-type]
     model = build.dual_encoder(run, loaded, build_objective.setting(run, loaded, None))
-    sharded.shard(model, CPU)
+    fsdp.shard_towers(model, CPU)
     encoder = Encoder(model, loaded.tokenize, CPU, size)
     images, rows = encoder.images(Spoilt(shards, size), only=range(4 * size))  # type: ignore[arg-type]
     assert rows.tolist() == list(range(size, 4 * size))
@@ -294,8 +295,7 @@ def test_ranks_with_fewer_batches_pass_as_often(ranks: Any, glyphs: Path, world_
         torch.testing.assert_close(found[1], texts)
 
 
-# ---- what is refused
-# ---------------------------------------------------------------------------------------------
+# ---- what is refused ----
 
 
 @pytest.mark.parametrize(
@@ -313,11 +313,11 @@ def test_what_does_not_go_with_it_is_refused(
     given: dict[str, str], precision: str, chunk_size: Any, says: str
 ) -> None:
     with environment(**FSDP):
-        assert sharded.asked()
-        sharded.check("bf16", 4)
+        assert fsdp.asked()
+        fsdp.check_settings("bf16", 4)
         with environment(**given), pytest.raises(ValueError, match=says):
-            sharded.check(precision, chunk_size)
-    assert not sharded.asked()
+            fsdp.check_settings(precision, chunk_size)
+    assert not fsdp.asked()
 
 
 class Adapted(nn.Module):
@@ -331,7 +331,7 @@ class Adapted(nn.Module):
 def refuses_adapted_attention() -> str:
     model: Any = SimpleNamespace(towers=nn.ModuleDict({"attn": Adapted()}))
     with pytest.raises(ValueError, match=r"tune\.lora\.targets: attn hides") as refused:
-        sharded.shard(model, CPU)
+        fsdp.shard_towers(model, CPU)
     return str(refused.value)
 
 
@@ -348,9 +348,9 @@ def test_what_the_launch_file_asks_for_is_taken() -> None:
     args = _validate_launch_command(launch_command_parser().parse_args(words))[0]
     given = prepare_multi_gpu_env(args)
     with environment(**{name: value for name, value in given.items() if "FSDP" in name}):
-        assert sharded.asked()
-        sharded.check(args.mixed_precision, 0)
-        assert {name for name in sharded.OTHERS if name in os.environ} == set(sharded.OTHERS)
+        assert fsdp.asked()
+        fsdp.check_settings(args.mixed_precision, 0)
+        assert {name for name in fsdp.UNSUPPORTED if name in os.environ} == set(fsdp.UNSUPPORTED)
 
 
 def refuses_batch_norm() -> str:

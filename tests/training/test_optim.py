@@ -24,7 +24,7 @@ from clipsmall.training.optim import (
     parameter_groups,
     running_statistics,
     scaled_lr,
-    skipped,
+    skipped_steps,
     warmup_cosine,
 )
 from tests.shards_for_tests import TOWERS
@@ -251,13 +251,13 @@ def test_running_statistics_of_a_bad_step_are_taken_back() -> None:
 def test_steps_that_were_not_taken_are_counted_from_the_optimizer() -> None:
     model = encoder()
     optimizer = adamw(model, lr=0.1, weight_decay=0.5, betas=(0.9, 0.98), eps=1e-8)
-    assert skipped(0, optimizer) == 0
-    assert skipped(3, optimizer) == 3
+    assert skipped_steps(0, optimizer) == 0
+    assert skipped_steps(3, optimizer) == 3
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.step()
-    assert skipped(3, optimizer) == 1
+    assert skipped_steps(3, optimizer) == 1
 
 
 def test_averaged_towers_keep_the_statistics_that_they_follow() -> None:

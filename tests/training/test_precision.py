@@ -1,5 +1,6 @@
-"""fp16 and steps that are not finite: skipped by all ranks alike, remembered by nothing, ended when
-they do not end.
+"""Tests of fp16 and of steps that are not finite.
+
+All ranks skip such a step alike, nothing remembers it, and a run of nothing else ends.
 
 Accelerate gives no scaler on a CPU, so `half` puts a real one where Accelerate's own would be, and
 float16 autocast with it; what overflows here, overflows in float16 arithmetic.
@@ -24,7 +25,6 @@ import torch
 from torch import Tensor
 
 from clipsmall.build import run as build
-from clipsmall.config.reader import validated
 from clipsmall.distributed import world
 from clipsmall.model.dual_encoder import DualEncoder
 from clipsmall.model.momentum import MovingAverage
@@ -32,7 +32,7 @@ from clipsmall.objectives import OBJECTIVES, ObjectiveSpec
 from clipsmall.objectives.softmax import softmax
 from clipsmall.storage import checkpoint
 from clipsmall.storage.run_folder import RunFolder
-from clipsmall.train import bad_batch
+from clipsmall.train import write_bad_batch
 from clipsmall.training.optim import NonFiniteError
 from clipsmall.training.state import RunState
 from tests.distributed.test_world import run_trainer
@@ -61,8 +61,8 @@ def half(patch: pytest.MonkeyPatch, scale: float) -> None:
     """Accelerate as it is on a GPU with mixed_precision=fp16."""
     made = build.accelerator
 
-    def scaled(given: Any) -> Any:
-        accelerator = made(given)
+    def scaled(*given: Any) -> Any:
+        accelerator = made(*given)
         accelerator.native_amp = True
         accelerator.state._mixed_precision = "fp16"
         accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
@@ -177,8 +177,7 @@ def taken(states: list[dict[str, Any]], what: str) -> list[int]:
     return [n for n in range(2, len(states) + 1) if states[n - 1][what] != states[n - 2][what]]
 
 
-# ---- a step that is skipped
-# ------------------------------------------------------------------------------------------
+# ---- a step that is skipped ----
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
@@ -240,8 +239,7 @@ def test_a_scale_too_large_is_found_out_and_training_goes_on(
     assert f"not finite: {len(bad)} of 24 steps" in answers[0][1]
 
 
-# ---- what remembers
-# --------------------------------------------------------------------------------------------------
+# ---- what remembers ----
 
 
 def finite_but(tensors: dict[str, Tensor]) -> None:
@@ -298,8 +296,7 @@ def test_nothing_remembers_features_that_are_not_finite(
         ]
 
 
-# ---- the end of it
-# ---------------------------------------------------------------------------------------------------
+# ---- the end of it ----
 
 
 def ended(answers: list[Any], out: Path) -> dict[str, Any]:
@@ -378,10 +375,9 @@ def test_bad_steps_apart_from_one_another_do_not_end_a_run(
 
 
 def test_a_stream_has_numbers_and_no_names(tmp_path: Path) -> None:
-    given = validated({"data": {"train": ["http://host/x.tar"], "streaming": True}})
     numbers = {"loss": math.nan, "grad_norm": 2.0}
     error = NonFiniteError("not finite", numbers, torch.tensor([7, 9]), torch.tensor([False, True]))
-    said = bad_batch(given, error, 5, RunFolder(str(tmp_path)))
+    said = write_bad_batch(None, error, 5, RunFolder(str(tmp_path)))
     assert "index [9] …" in said
     assert json.loads((tmp_path / "bad_batch.json").read_text()) == {
         "step": 5,

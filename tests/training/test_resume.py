@@ -355,8 +355,7 @@ def test_sigterm_to_one_rank_stops_all_at_the_same_step(glyphs: Path, tmp_path: 
     checkpoint.verify(last(out))
 
 
-# ---- the checkpoint itself
-# -------------------------------------------------------------------------------------
+# ---- the checkpoint itself ----
 
 
 def broken(whole: Path, tmp_path: Path, how: str) -> Path:
@@ -545,16 +544,25 @@ def test_a_kill_at_any_stage_of_a_save_leaves_the_last_one(tmp_path: Path, stage
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
 
 
+FULL_DISK = """
+import resource, signal, sys
+from pathlib import Path
+import torch
+from clipsmall.storage import checkpoint
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+folder = Path(sys.argv[1])
+def save(name, size):
+    tensors = {"model": {"w": torch.zeros(size)}}
+    checkpoint.save(folder / name, tensors, {}, lambda path: None)
+save("step_00000001", 9)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+save("step_00000002", 9999)
+"""
+
+
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path) -> None:
-    code = (
-        "import resource, signal, sys, torch\nfrom pathlib import Path\nfrom clipsmall.storage import checkpoint\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nfolder = Path(sys.argv[1])\n"
-        "checkpoint.save(folder / 'step_00000001', {'model': {'w': torch.zeros(9)}}, {}, lambda path: None)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
-        "checkpoint.save(folder / 'step_00000002', {'model': {'w': torch.zeros(9999)}}, {}, lambda path: None)\n"
-    )
     done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-c", FULL_DISK, str(tmp_path)], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode != 0
     assert "make room" in done.stderr

@@ -1,6 +1,4 @@
-"""The trainer as a user meets it: launchers, trackers, streams, bad pairs, NaN, and the page at the
-end.
-"""
+"""Tests of the trainer as users see it: launchers, trackers, streams, bad pairs, NaN, report."""
 
 import importlib.util
 import json
