@@ -19,6 +19,7 @@ from clipsmall.config.reader import (
     spelled_out,
     validated,
 )
+from clipsmall.evaluation.tasks import TASKS
 
 Tree = dict[str, Any]
 # seed of trials: more seeds for the runs leave it alone
@@ -39,8 +40,6 @@ NUMBERS = (
 )
 # of the tables, beside levels and metrics
 COLUMNS = (*COUNTS, *TESTS, *NUMBERS, "loss", "accuracy")
-CLASSIFIED = ("acc1", "acc5", "mean_per_class_recall")
-RETRIEVED = tuple(f"{way}_retrieval_recall@{k}" for way in ("image", "text") for k in (1, 5, 10))
 
 
 def nested(tree: Any) -> Tree:
@@ -298,10 +297,18 @@ def check(comparison: Comparison, config: Config) -> None:
         raise ConfigError(
             f"{least} pairs (budget.pairs, lr.pairs) are less than one batch of {config.data.batch_size}"
         )
-    known = [f"{each.name}/{metric}" for each in config.evaluate.zero_shot for metric in CLASSIFIED]
-    known += [f"{each.name}/{metric}" for each in config.evaluate.retrieval for metric in RETRIEVED]
+    known = []
+    # beginnings of metrics' names where a task cannot list them before they are measured
+    open_ended = []
+    for each in config.evaluate.all:
+        if each.task not in TASKS:
+            raise ConfigError(f"evaluate.tasks: no such task: {each.task!r}")
+        task = TASKS[each.task]
+        known += [task.log_name(each.name, metric) for metric in task.metrics]
+        if not task.metrics:
+            open_ended.append(task.log_name(each.name, ""))
     for column, key in comparison.metrics.items():
-        if key not in known:
+        if key not in known and not key.startswith(tuple(open_ended)):
             raise ConfigError(
                 f"metrics.{column}: {key!r} is not measured; there is {', '.join(known) or 'nothing'}"
             )
