@@ -1,42 +1,40 @@
-"""Evaluate models on data sets: a table of cells, of which those that are there already are not
-made again.
+"""Evaluate models on data sets: a table of results, each measured once.
 
-    python -m clipsmall.evaluate runs/demo --data data/glyphs/test_seen data/glyphs/test_unseen --empty_classes
-    python -m clipsmall.evaluate ViT-B-32,laion2b_s34b_b79k openai/clip-vit-base-patch32 --data wds/cifar100 \\
-        --tasks zero_shot linear_probe knn robustness calibration
-    torchrun --nproc_per_node 2 -m clipsmall.evaluate runs/demo --data data/coco/test --tasks retrieval geometry
+    python -m clipsmall.evaluate runs/demo --data data/glyphs/test_seen data/glyphs/test_unseen \\
+        --empty_classes
+    python -m clipsmall.evaluate ViT-B-32,laion2b_s34b_b79k openai/clip-vit-base-patch32 \\
+        --data wds/cifar100 --tasks zero_shot linear_probe knn robustness calibration
+    torchrun --nproc_per_node 2 -m clipsmall.evaluate runs/demo --data data/coco/test \\
+        --tasks retrieval geometry
 
 A model is a run or checkpoint of ours, a HF folder or hub id, or an open_clip name (`NAME,TAG` with
 weights). Data are folders of tars or CLIP_benchmark's layout, multi-label sets among them (CSV,
 image folders and HF data sets: make tars with data_tools.make_shards).
-Written to --out: a JSON cell a model, data set and task in CLIP_benchmark's format, `benchmark.csv`
-of all cells there, `MODEL/eval_results.jsonl` in DataComp's. Exit codes: 0 all cells are there; 1
-some failed; 2 bad input.
+Written to --out: one JSON cell per model, data set and task in CLIP_benchmark's format,
+`benchmark.csv` of all cells there, `MODEL/eval_results.jsonl` in DataComp's. A cell that is there
+already is not measured again. Exit codes: 0 all cells are there; 1 some failed; 2 bad input.
 """
 
 import argparse
-import math
-import os
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-import torch
 from accelerate import PartialState
 
 from clipsmall.cli import MODEL_HELP, refuse
 from clipsmall.distributed import world
 from clipsmall.evaluation import suite, tables
-from clipsmall.evaluation.corruptions import COMMON, FAMILIES, SEVERITIES
-from clipsmall.evaluation.features import Encoder
+from clipsmall.evaluation.command import add_encoder_options, join_ranks, load_encoder
 from clipsmall.evaluation.results import check_folder
 from clipsmall.evaluation.sets import DataSet, open_set
-from clipsmall.evaluation.suite import TASKS, NamedModel, Settings
-from clipsmall.model.saved import load_model
+from clipsmall.evaluation.suite import NamedModel, option_values
+from clipsmall.evaluation.tasks import TASKS, task_options
 
 
-def parser() -> argparse.ArgumentParser:
+def evaluate_parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="python -m clipsmall.evaluate",
         description=__doc__,
@@ -74,108 +72,102 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--train", default="", help="shards for probes; default: the folder `train` beside"
     )
-    made.add_argument("--k", type=int, default=20, help="neighbours of kNN")
-    made.add_argument(
-        "--temperature", type=float, default=0.07, help="of kNN's votes; 0 = majority"
-    )
-    made.add_argument("--corruptions", nargs="+", choices=FAMILIES, default=COMMON, metavar="NAME")
-    made.add_argument("--severities", nargs="+", type=int, choices=SEVERITIES, default=SEVERITIES)
-    made.add_argument(
-        "--candidates", type=int, default=32, help="pairs of a hard set of the task candidates"
-    )
-    made.add_argument("--batch_size", type=int, default=256)
-    made.add_argument("--workers", type=int, default=0, help="processes that decode images, a rank")
+    for name, option in task_options().items():
+        option.add_to(made, name)
+    add_encoder_options(made)
     return made
 
 
-def check(options: argparse.Namespace) -> None:
-    """Raises ValueError for a number that no task can take."""
-    for name, least in (("batch_size", 1), ("k", 1), ("candidates", 2)):
-        if getattr(options, name) < least:
-            raise ValueError(f"--{name}={getattr(options, name)}: must be at least {least}")
-    if not 0 <= options.temperature < math.inf:
-        raise ValueError(f"--temperature={options.temperature}: a number from 0 on (0 = majority)")
+def chosen_options(options: argparse.Namespace) -> dict[str, Any]:
+    """The options of the tasks, checked. Raises ValueError for a value that no task can take."""
+    if options.batch_size < 1:
+        raise ValueError(f"--batch_size={options.batch_size}: must be at least 1")
+    try:
+        return option_values(**vars(options))
+    except ValueError as error:
+        raise ValueError(f"--{error}") from None
 
 
-def titles(models: Sequence[str]) -> list[tuple[str, str]]:
-    """The name and weight tag of each model in the results: a folder's own name, or its path where
-    two share it.
+def model_titles(models: Sequence[str]) -> list[tuple[str, str]]:
+    """The name and weight tag of each model in the results.
+
+    A folder's own name, or its path where two share it.
     """
-    found = []
+    names = []
     for given in models:
-        name, _, tag = (given, "", "") if Path(given).exists() else given.partition(",")
-        found.append((Path(name).resolve().name if Path(name).exists() else name, tag))
-    often = Counter(found)
-    return [
-        (given.strip("/"), tag) if often[name, tag] > 1 else (name, tag)
-        for given, (name, tag) in zip(models, found, strict=True)
-    ]
+        if Path(given).exists():
+            names.append((Path(given).resolve().name, ""))
+            continue
+        name, _, tag = given.partition(",")
+        names.append((Path(name).resolve().name if Path(name).exists() else name, tag))
+    often = Counter(names)
+    titles = []
+    for given, (name, tag) in zip(models, names, strict=True):
+        titles.append((given.strip("/") if often[name, tag] > 1 else name, tag))
+    return titles
 
 
-def load(
+def load_named_model(
     given: str, title: tuple[str, str], state: PartialState, options: argparse.Namespace
 ) -> NamedModel:
-    name, tag = (given, "") if Path(given).exists() else (given.partition(",")[0], title[1])
-    model, loaded = load_model(name, tag)
-    encoder = Encoder(
-        model.to(state.device).eval(),
-        loaded.tokenize,
-        state.device,
-        options.batch_size,
-        options.workers,
-        True,
+    """The model given on the command line, under its title. Raises ValueError, as `load_model`."""
+    name = given if Path(given).exists() else given.partition(",")[0]
+    tag = "" if Path(given).exists() else title[1]
+    encoder = load_encoder(
+        name, tag, state.device, options.batch_size, options.workers, progress=True
     )
     return NamedModel(title[0], tag, encoder)
 
 
-def run(options: argparse.Namespace, state: PartialState, sets: list[DataSet]) -> list[str]:
+def evaluate_models(
+    options: argparse.Namespace,
+    state: PartialState,
+    sets: list[DataSet],
+    task_values: Mapping[str, Any],
+) -> list[str]:
     """All models, one after another; returns what went wrong."""
-    settings = Settings(
-        options.k,
-        options.temperature,
-        tuple(options.corruptions),
-        tuple(options.severities),
-        options.empty_classes,
-        options.candidates,
-    )
     failures = []
-    for given, title in zip(options.models, titles(options.models), strict=True):
+    for given, title in zip(options.models, model_titles(options.models), strict=True):
         try:
-            model = load(given, title, state, options)
+            model = load_named_model(given, title, state, options)
         except Exception as error:
-            # a broken checkpoint surfaces as anything; on all ranks alike
+            # a broken checkpoint may raise anything; on all ranks alike
             failures.append(f"{title[0]}: {error}")
             continue
-        failures += suite.evaluate(model, sets, options.tasks, settings, options.out)
+        failures += suite.evaluate(model, sets, options.tasks, task_values, options.out)
         # or two would be on the device while the next one loads
         del model
     return failures
 
 
-def main(words: list[str] | None = None) -> int:
-    options = parser().parse_args(words)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    try:
-        state = PartialState(cpu=not torch.accelerator.is_available(), timeout=world.PATIENCE)
-        world.check(state.num_processes)
-        sets = [
+def open_sets(options: argparse.Namespace) -> list[DataSet]:
+    """The data sets. Raises ValueError for one that cannot be opened, and for two of one name."""
+    sets = []
+    for path in options.data:
+        sets.append(
             open_set(path, options.classes, options.templates, options.label, options.train)
-            for path in options.data
-        ]
-        if twice := [
-            name for name, often in Counter(data.name for data in sets).items() if often > 1
-        ]:
+        )
+    for name, often in Counter(data.name for data in sets).items():
+        if often > 1:
             raise ValueError(
-                f"two data sets are called {twice[0]!r}: evaluate them with an --out of their own each"
+                f"two data sets are called {name!r}: evaluate them with an --out of their own each"
             )
-        check(options)
+    return sets
+
+
+def main(words: list[str] | None = None) -> int:
+    options = evaluate_parser().parse_args(words)
+    try:
+        state = join_ranks()
+        sets = open_sets(options)
+        task_values = chosen_options(options)
         check_folder(options.out)
     except ValueError as error:
         refuse(error)
-    failures = run(options, state, sets)
+    failures = evaluate_models(options, state, sets, task_values)
     if state.is_main_process:
         tables.write_tables(options.out)
-        print(tables.printed(tables.read_cells(options.out)))
+        print(tables.tables_text(tables.read_cells(options.out)))
         for line in failures:
             print(f"failed: {line}", file=sys.stderr)
     world.leave()

@@ -3,24 +3,24 @@
     python -m clipsmall.retrieve runs/demo --data data/glyphs/test_unseen
     python -m clipsmall.retrieve openai/clip-vit-base-patch32 --data data/coco/test
 
-recall@1, 5 and 10 over all pairs, several captions an image and several images a caption; ties
-count as a random order of the tied. The JSON cell is CLIP_benchmark's.
+recall@1, 5 and 10 over all pairs, several captions per image and several images per caption; ties
+count as a random order of the tied. The JSON cell is CLIP_benchmark's. The task `retrieval` of
+`python -m clipsmall.evaluate` is the same.
 """
 
 import sys
 
-from clipsmall.data import open_catalog
-from clipsmall.evaluation import Encoder, Result, retrieval
-from clipsmall.evaluation import command as commands
+from clipsmall.evaluation.command import run_single_task, single_task_parser
+from clipsmall.evaluation.sets import DataSet, given_set
 
 
 def main(words: list[str] | None = None) -> int:
-    options = commands.parser("retrieve", __doc__).parse_args(words)
+    options = single_task_parser("retrieve", __doc__).parse_args(words)
 
-    def measure(encoder: Encoder, name: str) -> Result:
-        return retrieval(encoder, open_catalog(options.data), name)
+    def open_data(name: str) -> DataSet:
+        return given_set(name, options.data, only_captioned=True)
 
-    return commands.evaluate(options, measure)
+    return run_single_task("retrieval", options, open_data)
 
 
 if __name__ == "__main__":

@@ -104,7 +104,7 @@ def run_training(config: Config, stop: Stop) -> int:
     folder = RunFolder(config.out)
     resumed = build.resumed_folder(config, folder, accelerator.device)
     folder.refuse_if_used(config.resume == "auto", resumed)
-    evaluations = build_jobs.evaluations(config)
+    evaluations = build_jobs.evaluation_requests(config.evaluate)
     model, state = build.run_state(config, accelerator, resumed, stop)
 
     if accelerator.is_main_process:
@@ -116,8 +116,16 @@ def run_training(config: Config, stop: Stop) -> int:
     report = MetricsLog(
         accelerator, folder.metrics, state.model, state.optimizer, state.feed, config.optim.pairs
     )
-    save = build_jobs.save_job(config, state, folder, resumed)
-    evaluate = build_jobs.evaluate_job(config, state, report, folder, evaluations)
+    save = build_jobs.save_job(state, folder, resumed, config.run.keep_checkpoints)
+    evaluate = build_jobs.evaluate_job(
+        evaluations,
+        state,
+        report,
+        folder,
+        model_name=Path(config.model.name).stem,
+        batch_size=config.evaluate.batch_size,
+        workers=config.data.workers,
+    )
     # a run shorter than log_every logs its last step
     log_every = min(config.run.log_every, config.steps)
     jobs: list[tuple[int, Job]] = [(log_every, report)]

@@ -1,22 +1,22 @@
 """Zero-shot classification of any model on any shards.
 
-    python -m clipsmall.zero_shot runs/demo --data data/glyphs/test_unseen --classes data/glyphs/classnames.txt
+    python -m clipsmall.zero_shot runs/demo --data data/glyphs/test_unseen \\
+        --classes data/glyphs/classnames.txt
     python -m clipsmall.zero_shot ViT-B-32 --pretrained laion2b_s34b_b79k --data imagenet/test \\
         --classes imagenet --templates openai
 
 Accuracy is top-1, top-5 and the mean over classes, beside chance; the JSON cell is
-CLIP_benchmark's.
+CLIP_benchmark's. The task `zero_shot` of `python -m clipsmall.evaluate` is the same.
 """
 
 import sys
 
-from clipsmall.data import open_catalog
-from clipsmall.evaluation import Encoder, Result, zero_shot
-from clipsmall.evaluation import command as commands
+from clipsmall.evaluation.command import run_single_task, single_task_parser
+from clipsmall.evaluation.sets import DataSet, given_set
 
 
 def main(words: list[str] | None = None) -> int:
-    parser = commands.parser("zero_shot", __doc__)
+    parser = single_task_parser("zero_shot", __doc__)
     parser.add_argument(
         "--classes",
         default="captions",
@@ -34,11 +34,16 @@ def main(words: list[str] | None = None) -> int:
     )
     options = parser.parse_args(words)
 
-    def measure(encoder: Encoder, name: str) -> Result:
-        catalog = open_catalog(options.data, captions=False)
-        return zero_shot(encoder, catalog, name, options.classes, options.templates, options.label)
+    def open_data(name: str) -> DataSet:
+        return given_set(
+            name,
+            options.data,
+            classes=options.classes,
+            templates=options.templates,
+            label=options.label,
+        )
 
-    return commands.evaluate(options, measure)
+    return run_single_task("zero_shot", options, open_data)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ will: the same command goes on where it stopped.
 """
 
 import argparse
-import os
 import sys
 import time
 from collections import Counter
@@ -19,14 +18,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from tqdm import tqdm
 
 from clipsmall.data import open_catalog
 from clipsmall.data.batch_plan import read_plan, write_plan
 from clipsmall.data.scores import all_scores, write_scores
 from clipsmall.distributed import world
-from clipsmall.evaluation import Encoder
+from clipsmall.evaluation.command import encoder_of, join_ranks
 from clipsmall.mining import MiningRecipe
 from clipsmall.mining.weights import WEIGHTS
 from clipsmall.model.saved import load_model
@@ -151,9 +149,7 @@ def parser() -> argparse.ArgumentParser:
 
 def score(args: argparse.Namespace) -> None:
     """Score the shards that have no scores yet, each on one rank."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=world.PATIENCE)
-    world.check(state.num_processes)
+    state = join_ranks()
     catalog = open_catalog(args.data)
     if args.scores and (
         twice := [n for n, c in Counter(shard.name for shard in catalog.shards).items() if c > 1]
@@ -165,9 +161,8 @@ def score(args: argparse.Namespace) -> None:
     scorer = scorer_of(model, args.model, args.pretrained)
     main_rank = world.rank() == 0
     sizes = catalog.sizes
-    model = model.to(state.device).eval()
-    encoder = Encoder(
-        model, loaded.tokenize, state.device, args.batch_size, args.workers, main_rank
+    encoder = encoder_of(
+        model, loaded, state.device, args.batch_size, args.workers, progress=main_rank
     )
     filled = [place for place, size in enumerate(sizes) if size]
     left = [

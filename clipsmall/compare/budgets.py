@@ -110,9 +110,13 @@ class Budgets:
     def _trial(self, setting: GridSetting) -> GridRun:
         pairs = max(self.comparison.budget.trial, 20 * batch(setting))
         steps = pairs // batch(setting)
+        evaluate: Tree = {"zero_shot": [], "retrieval": []}
+        # only where it is given: it is part of the digest in the run's folder name
+        if setting.tree.get("evaluate", {}).get("tasks"):
+            evaluate["tasks"] = []
         silent = {
             "run": {"log_every": max(1, steps // 10), "evaluate_every": 0},
-            "evaluate": {"zero_shot": [], "retrieval": []},
+            "evaluate": evaluate,
         }
         return make_run(
             self.comparison.out, setting, TRIED, [self._spent(setting, pairs), silent], "speed"

@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from clipsmall.config import Config
 from clipsmall.config.objectives import Section
 from clipsmall.config.reader import lay_over, of_kind, spelled_out, validated
+from clipsmall.evaluation.tasks import TASKS
 from clipsmall.storage.yaml_files import ConfigError, read_yaml
 
 Tree = dict[str, Any]
@@ -33,8 +34,6 @@ NUMBERS = (
 )
 # of the tables, beside levels and metrics
 COLUMNS = (*COUNTS, *TESTS, *NUMBERS, "loss", "accuracy")
-CLASSIFIED = ("acc1", "acc5", "mean_per_class_recall")
-RETRIEVED = tuple(f"{way}_retrieval_recall@{k}" for way in ("image", "text") for k in (1, 5, 10))
 
 
 def nested(tree: Any) -> Tree:
@@ -292,10 +291,18 @@ def check(comparison: Comparison, config: Config) -> None:
         raise ConfigError(
             f"{least} pairs (budget.pairs, lr.pairs) are less than one batch of {config.data.batch_size}"
         )
-    known = [f"{each.name}/{metric}" for each in config.evaluate.zero_shot for metric in CLASSIFIED]
-    known += [f"{each.name}/{metric}" for each in config.evaluate.retrieval for metric in RETRIEVED]
+    known = []
+    # beginnings of metrics' names where a task cannot list them before they are measured
+    open_ended = []
+    for each in config.evaluate.all:
+        if each.task not in TASKS:
+            raise ConfigError(f"evaluate.tasks: no such task: {each.task!r}")
+        task = TASKS[each.task]
+        known += [task.log_name(each.name, metric) for metric in task.metrics]
+        if not task.metrics:
+            open_ended.append(task.log_name(each.name, ""))
     for column, key in comparison.metrics.items():
-        if key not in known:
+        if key not in known and not key.startswith(tuple(open_ended)):
             raise ConfigError(
                 f"metrics.{column}: {key!r} is not measured; there is {', '.join(known) or 'nothing'}"
             )

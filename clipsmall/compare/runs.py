@@ -80,7 +80,7 @@ class GridRun:
         make room.
         """
         steps = self.config.steps
-        if self.config.evaluate.zero_shot or self.config.evaluate.retrieval:
+        if self.config.evaluate.all:
             return self.files.last_evaluation() >= steps
         return (self.files.checkpoints / f"step_{steps:08d}" / "manifest.json").exists()
 

@@ -14,9 +14,8 @@ from clipsmall.config import Config
 from clipsmall.config.reader import validated
 from clipsmall.data import open_catalog
 from clipsmall.data.order import permutation
-from clipsmall.evaluation import Encoder
-from clipsmall.model.saved import load_model
-from clipsmall.report_page.gallery import gallery, logit_matrix, shown_sets
+from clipsmall.evaluation.command import load_encoder
+from clipsmall.report_page.gallery import gallery, gallery_sets, logit_matrix
 from clipsmall.report_page.page import Query
 from clipsmall.storage.yaml_files import read_yaml
 
@@ -81,11 +80,11 @@ def _sample(title: str, folder: Path, config: Config) -> TestedSample:
     # `load_model` would ask the hub for such a name
     if not (folder / "checkpoints").is_dir():
         raise ValueError(f"{folder}: holds no checkpoints")
-    model, loaded = load_model(str(folder))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    encoder = Encoder(model.to(device).eval(), loaded.tokenize, device, config.evaluate.batch_size)
+    encoder = load_encoder(str(folder), "", device, config.evaluate.batch_size)
+    model = encoder.model
     shown = TestedSample(title, scale=model.logit_scale.exp().item())
-    for data, name, classes in shown_sets(config):
+    for data, name, classes in gallery_sets(config.evaluate):
         catalog = open_catalog(data)
         queries = gallery(encoder, catalog, name, classes)
         for direction in ("image_to_text", "text_to_image"):

@@ -1,8 +1,8 @@
 """The config of a run as strict pydantic models: names, types, ranges, defaults and help texts."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from clipsmall.config.objectives import ObjectiveSection, Section
 
@@ -305,7 +305,7 @@ class ZeroShotSection(Section):
     name: str = Field(description="of the result")
     data: Shards
     classes: str = Field(
-        "captions", description="imagenet, captions, labels, or a file with a class a line"
+        "captions", description="imagenet, captions, labels, or a file with one class per line"
     )
     templates: str = Field(
         "plain", description="plain, simple, openai, or a file of lines with {c}"
@@ -320,10 +320,41 @@ class RetrievalSection(Section):
     data: Shards
 
 
+class TaskSection(Section):
+    """Any task of `python -m clipsmall.evaluate`; its options are further keys, as `k: 5` of knn."""
+
+    # which options there are, the task knows
+    model_config = ConfigDict(extra="allow")
+
+    task: str = Field(description="zero_shot, retrieval, knn, ...: see clipsmall.evaluate --help")
+    name: str = Field(description="of the data set in the result")
+    data: Shards
+    train: list[str] = Field([], description="shards of labelled images that knn and probes need")
+    kind: Literal["", "retrieval", "multilabel"] = Field(
+        "", description="what the data set is made for; default: what it has"
+    )
+    classes: str = Field("captions", description="as zero_shot has it")
+    templates: str = Field("plain", description="as zero_shot has it")
+    label: str = Field("", description="as zero_shot has it")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keys that belong to the task."""
+        return dict(self.model_extra or {})
+
+
 class EvaluateSection(Section):
     batch_size: int = Field(512, ge=1)
     zero_shot: list[ZeroShotSection] = Field([])
     retrieval: list[RetrievalSection] = Field([])
+    tasks: list[TaskSection] = Field([], description="any task: {task: knn, name: ..., data: ...}")
+
+    @property
+    def all(self) -> list[TaskSection]:
+        """Everything to evaluate, in the order of results: `zero_shot`, `retrieval`, `tasks`."""
+        found = [TaskSection(task="zero_shot", **dict(each)) for each in self.zero_shot]
+        found += [TaskSection(task="retrieval", **dict(each)) for each in self.retrieval]
+        return found + self.tasks
 
 
 class Config(Section):

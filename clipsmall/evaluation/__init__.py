@@ -1,8 +1,6 @@
-"""Evaluations: pure functions over features, and the cells of the table they fill."""
+"""Evaluation: tasks (one file each), the features they share, and the results they make."""
 
-from clipsmall.evaluation.classification import zero_shot
 from clipsmall.evaluation.features import Encoder
-from clipsmall.evaluation.results import Result, print_cells, write_cell
-from clipsmall.evaluation.retrieval import retrieval
+from clipsmall.evaluation.results import Result, results_text, write_cell
 
-__all__ = ["Encoder", "Result", "print_cells", "retrieval", "write_cell", "zero_shot"]
+__all__ = ["Encoder", "Result", "results_text", "write_cell"]

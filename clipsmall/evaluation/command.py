@@ -1,6 +1,4 @@
-"""What the evaluation commands share: their common options, the device, the model, the way they
-end.
-"""
+"""What commands that evaluate share: joining the ranks, loading a model, one task on one set."""
 
 import argparse
 import os
@@ -13,13 +11,74 @@ from accelerate import PartialState
 
 from clipsmall.cli import MODEL_HELP, refuse
 from clipsmall.distributed import world
-from clipsmall.evaluation import Encoder, Result, print_cells, write_cell
-from clipsmall.evaluation.results import check_folder
-from clipsmall.evaluation.sets import set_name
+from clipsmall.evaluation.features import Encoder
+from clipsmall.evaluation.results import check_folder, results_text
+from clipsmall.evaluation.sets import DataSet, set_name
+from clipsmall.evaluation.suite import NamedModel, Request, measure, option_values, write_result
+from clipsmall.evaluation.view import DataView
+from clipsmall.model.dual_encoder import DualEncoder
 from clipsmall.model.saved import load_model
+from clipsmall.model.towers import Loaded
 
 
-def parser(command: str, description: str) -> argparse.ArgumentParser:
+def join_ranks() -> PartialState:
+    """The processes that the launcher started, joined; one process without a launcher.
+
+    Raises:
+        ValueError: processes that are not joined.
+    """
+    single_threaded_tokenizers()
+    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=world.PATIENCE)
+    world.check(state.num_processes)
+    return state
+
+
+def single_threaded_tokenizers() -> None:
+    """Loader workers are forked, and a forked tokenizer with threads would warn or hang."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def load_encoder(
+    name: str,
+    pretrained: str,
+    device: torch.device,
+    batch_size: int = 512,
+    workers: int = 0,
+    progress: bool = False,
+) -> Encoder:
+    """A model by name, as `load_model` takes it, on `device` and ready to encode.
+
+    Raises:
+        ValueError: no such model, a broken one, or a batch of nothing.
+    """
+    single_threaded_tokenizers()
+    model, loaded = load_model(name, pretrained)
+    return encoder_of(model, loaded, device, batch_size, workers, progress)
+
+
+def encoder_of(
+    model: DualEncoder,
+    loaded: Loaded,
+    device: torch.device,
+    batch_size: int = 512,
+    workers: int = 0,
+    progress: bool = False,
+) -> Encoder:
+    """A loaded model, moved to `device` and ready to encode. Raises ValueError, as `Encoder`."""
+    model = model.to(device).eval()
+    return Encoder(model, loaded.tokenize, device, batch_size, workers, progress)
+
+
+def add_encoder_options(parser: argparse.ArgumentParser) -> None:
+    """Add --batch_size and --workers."""
+    parser.add_argument("--batch_size", type=int, default=256)
+    parser.add_argument(
+        "--workers", type=int, default=0, help="processes of each rank that decode images"
+    )
+
+
+def single_task_parser(command: str, description: str) -> argparse.ArgumentParser:
+    """The options of a command that measures one task on one data set."""
     made = argparse.ArgumentParser(
         prog=f"python -m clipsmall.{command}",
         description=description,
@@ -37,38 +96,39 @@ def parser(command: str, description: str) -> argparse.ArgumentParser:
         "--name", default="", help="of the data set in the result; default: its folder's"
     )
     made.add_argument("--out", type=Path, default=Path("eval"), help="folder for the JSON cell")
-    made.add_argument("--batch_size", type=int, default=256)
-    made.add_argument("--workers", type=int, default=0, help="processes that decode images, a rank")
+    add_encoder_options(made)
     return made
 
 
-def evaluate(options: argparse.Namespace, measure: Callable[[Encoder, str], Result]) -> int:
-    """Load the model, measure, print the table and write the cell; exact on any number of ranks."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+def run_single_task(
+    task: str, options: argparse.Namespace, open_data: Callable[[str], DataSet]
+) -> int:
+    """Measure a task on the set that `open_data` returns for its name; print and write the result.
+
+    Exact on any number of ranks. Returns the exit code.
+    """
     try:
-        state = PartialState(cpu=not torch.accelerator.is_available(), timeout=world.PATIENCE)
-        world.check(state.num_processes)
+        state = join_ranks()
         check_folder(options.out)
-        model, loaded = load_model(options.model, options.pretrained)
-        encoder = Encoder(
-            model.to(state.device).eval(),
-            loaded.tokenize,
+        encoder = load_encoder(
+            options.model,
+            options.pretrained,
             state.device,
             options.batch_size,
             options.workers,
-            True,
+            progress=True,
         )
-        cell = measure(encoder, options.name or set_name(options.data[0]))
-        # two runs' checkpoints may have one name
-        pretrained = options.pretrained or encoder.digest()[:8]
+        data = open_data(options.name or set_name(options.data[0]))
+        request = Request(task, data, option_values(empty_classes=True))
+        result = measure(DataView(encoder, data, empty_classes=True), request)
+        source = Path(options.model)
+        name = source.resolve().name if source.exists() else options.model
+        # without a tag the weights' digest: two runs' checkpoints may have one name
+        model = NamedModel(name, options.pretrained, encoder)
         if state.is_main_process:
-            print(print_cells([cell]))
-            source = Path(options.model)
-            model_name = source.resolve().name if source.exists() else options.model
-            print(
-                f"written to {write_cell(cell, options.out, model_name, pretrained)}",
-                file=sys.stderr,
-            )
+            print(results_text([result]))
+            path = write_result(request, result, options.out, model.name, model.pretrained)
+            print(f"written to {path}", file=sys.stderr)
         world.leave()
     except ValueError as error:
         refuse(error)

@@ -1,12 +1,11 @@
-"""The corruption families of ImageNet-C at five severities, made on the fly, the same for a picture
-every time.
+"""ImageNet-C's corruption families at five severities, made on the fly, always the same per image.
 
-Hendrycks & Dietterich 2019, arXiv 1903.12261. Their pictures are 224 pixels wide (ImageNet-C) or 32
-(CIFAR-C), and each family has a strength for each severity and width; `STRENGTHS` holds both, and
-in between (and for any other width) strengths lie on a line over the logarithm of the short side,
-held at both ends. One number a family: second ones of theirs follow from it. Everything is numpy,
-scipy and Pillow, so results resemble the published sets but are not their bits; frost has no
-photographs behind it but drawn crystals, fog is filtered noise.
+Hendrycks & Dietterich 2019, arXiv 1903.12261. Their images are 224 pixels wide (ImageNet-C) or 32
+(CIFAR-C), and each family has a strength for each severity and width; `FAMILIES` holds both.
+Strengths of other widths are interpolated linearly over the logarithm of the short side, and
+constant beyond both ends. One number per family: where theirs has a second, it follows from the
+first. Everything is numpy, scipy and Pillow, so results resemble the published sets but are not
+equal to the bit; frost is drawn crystals, not photographs, and fog is filtered noise.
 """
 
 import zlib
@@ -19,11 +18,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from clipsmall.evaluation import distortions as d
+from clipsmall.evaluation.task import Option
 
 Five = tuple[float, float, float, float, float]
 
-# family -> its function, the strengths at 32 pixels, those at 224. Lengths are pixels, noise is of
-# pixels from 0 to 1
+# family -> its function, the strengths at 32 pixels, those at 224. Lengths are in pixels; noise is
+# on values from 0 to 1.
 FAMILIES: dict[str, tuple[Callable[..., d.Picture], Five, Five]] = {
     "gaussian_noise": (
         d.gaussian_noise,
@@ -64,22 +64,30 @@ FAMILIES: dict[str, tuple[Callable[..., d.Picture], Five, Five]] = {
 # the benchmark's; the last four are its extra ones, for tuning
 COMMON = tuple(FAMILIES)[:15]
 SEVERITIES = (1, 2, 3, 4, 5)
+# of the tasks that corrupt images
+OPTIONS = {
+    "corruptions": Option(
+        COMMON, "corruptions by name; default: ImageNet-C's fifteen", choices=tuple(FAMILIES)
+    ),
+    "severities": Option(SEVERITIES, "of the corruptions: 1 to 5", choices=SEVERITIES),
+}
 
 
 def strength(name: str, severity: int, side: int) -> float:
-    """How strong a corruption is on pictures whose short side is `side` pixels."""
+    """How strong a corruption is on images whose short side is `side` pixels."""
     _, small, large = FAMILIES[name]
-    share = float(np.clip(np.log(side / 32) / np.log(224 / 32), 0, 1))
-    return (1 - share) * small[severity - 1] + share * large[severity - 1]
+    # 0 at 32 pixels, 1 at 224
+    position = float(np.clip(np.log(side / 32) / np.log(224 / 32), 0, 1))
+    return (1 - position) * small[severity - 1] + position * large[severity - 1]
 
 
 @dataclass(frozen=True)
 class Corruption:
-    """A picture and its number -> the corrupted picture, for `Encoder.images(change=)`.
+    """An image and its number -> the corrupted image, for `Encoder.images(change=)`.
 
-    Pictures larger than `side` (the model's own size) are first made so small that their short side
-    has it, as the
-    published sets are: noise on larger ones would be averaged away by the model's own resizing.
+    Images larger than `side` (the model's own size) are first reduced until their short side has
+    it, as the published sets are: noise on larger ones would be averaged away by the model's own
+    resizing.
 
     Raises:
         ValueError: no such corruption or severity.
@@ -98,18 +106,16 @@ class Corruption:
             raise ValueError(f"severity {self.severity}: must be 1, 2, 3, 4 or 5")
 
     def __call__(self, image: Image.Image, number: int) -> Image.Image:
-        if (short := min(image.size)) > self.side:
-            image = image.resize(
-                [max(1, round(length * self.side / short)) for length in image.size],
-                Image.Resampling.BICUBIC,
-            )
-        # the same dice for all severities of a picture, so that a worse one is the same damage,
-        # only more of it
-        random = np.random.default_rng(
-            [number & 0xFFFFFFFFFFFFFFFF, zlib.crc32(self.name.encode())]
-        )
+        short = min(image.size)
+        if short > self.side:
+            reduced = [max(1, round(length * self.side / short)) for length in image.size]
+            image = image.resize(reduced, Image.Resampling.BICUBIC)
+        # The same seed for all severities of an image, so that a higher one is the same damage,
+        # only more of it.
+        family = zlib.crc32(self.name.encode())
+        random = np.random.default_rng([number & 0xFFFFFFFFFFFFFFFF, family])
+        distort, _, _ = FAMILIES[self.name]
         pixels: NDArray[Any] = np.asarray(image, dtype=np.float64) / 255
-        found = FAMILIES[self.name][0](
-            pixels, strength(self.name, self.severity, min(image.size)), random
-        )
-        return Image.fromarray((found.clip(0, 1) * 255).round().astype(np.uint8))
+        strong = strength(self.name, self.severity, min(image.size))
+        corrupted = distort(pixels, strong, random)
+        return Image.fromarray((corrupted.clip(0, 1) * 255).round().astype(np.uint8))

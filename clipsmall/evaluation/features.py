@@ -1,6 +1,4 @@
-"""Features of a whole data set: each rank encodes its batches, every rank gets all rows, none
-twice.
-"""
+"""Features of a whole data set: each rank encodes its batches, every rank gets all rows."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,8 +17,12 @@ from clipsmall.distributed import world
 from clipsmall.model.digest import model_digest
 from clipsmall.model.dual_encoder import DualEncoder
 
-# of a decoded picture and its pair's number
+# (decoded image, its pair's number) -> the changed image
 Change = Callable[[Image.Image, int], Image.Image]
+
+
+class NoReadableImage(ValueError):
+    """Not one image of those asked for can be read; the message names the first shard."""
 
 
 class _Images(Dataset[tuple[int, Tensor | None]]):
@@ -46,15 +48,20 @@ def _collate(samples: list[tuple[int, Tensor | None]]) -> tuple[Tensor, Tensor]:
     return torch.tensor([row for row, _ in good], dtype=torch.int64), images
 
 
-def _lacking(batches: list[Any], encoded: int) -> int:
-    """Passes that this rank has yet to make until it has made as many as any other: where towers
-    are sharded, a rank that passes alone waits for ever."""
-    return -(-len(batches) // world.size()) - encoded
+def _dummy_passes(batches: list[Any], encoded: int) -> int:
+    """How many dummy batches this rank must still run so that all ranks run equally many.
+
+    Where towers are sharded (FSDP), a rank that passes alone waits for ever.
+    """
+    # rounded up
+    most = -(-len(batches) // world.size())
+    return most - encoded
 
 
-def _mine(batches: list[Any]) -> list[Any]:
-    """Whole batches are dealt to ranks, cut as one process would: the features are the same to the
-    bit.
+def _of_this_rank(batches: list[Any]) -> list[Any]:
+    """Every `world.size()`-th batch.
+
+    Batches stay whole, cut as one process would: the features are the same to the bit.
     """
     return batches[world.rank() :: world.size()]
 
@@ -69,9 +76,7 @@ class Texts:
 
 @dataclass
 class Encoder:
-    """A model with what it needs to see data sets; put into eval mode for the duration of each
-    call.
-    """
+    """A model with what it needs to see data sets; each call is in eval mode."""
 
     model: DualEncoder
     tokenize: Callable[[list[str]], Tensor]
@@ -89,59 +94,60 @@ class Encoder:
     def images(
         self, catalog: Catalog, only: Sequence[int] | None = None, change: Change | None = None
     ) -> tuple[Tensor, Tensor]:
-        """(n, D) unit features and (n,) their rows in the catalog, ascending; broken images are not
-        among them.
+        """(n, D) unit features and (n,) their rows in the catalog, ascending.
+
+        Images that cannot be read are not among them.
 
         Args:
-            only: these rows; None = all. change: what happens to a picture before it is resized and
-                cropped.
+            only: these rows; None = all.
+            change: what happens to an image before it is resized and cropped.
 
         Raises:
-            ValueError: every image is broken.
+            NoReadableImage: no image can be read.
         """
         wanted = torch.arange(len(catalog)) if only is None else torch.tensor(only)
         batches = list(torch.split(wanted, self.batch_size))
         loader = DataLoader(
             _Images(catalog, ImageTransform(self.model.spec, max_pixels=self.max_pixels), change),
-            batch_sampler=[batch.tolist() for batch in _mine(batches)],
+            batch_sampler=[batch.tolist() for batch in _of_this_rank(batches)],
             num_workers=self.workers,
             collate_fn=_collate,
             worker_init_fn=outlive_the_signal,
             # the global one belongs to training
             generator=torch.Generator(),
         )
-        width = self._width()
         rows = [torch.empty(0, dtype=torch.int64)]
-        parts = [torch.empty(0, width)]
-        for here, images in self._bar(loader, "images"):
-            if len(here):
-                rows.append(here)
+        parts = [torch.empty(0, self._width())]
+        for batch_rows, images in self._bar(loader, "images"):
+            if len(batch_rows):
+                rows.append(batch_rows)
                 parts.append(self._encode(self.model.encode_image, images))
         side = self.model.spec.size
-        for _ in range(_lacking(batches, len(parts) - 1)):
-            self._encode(self.model.encode_image, torch.zeros(1, 3, side, side, dtype=torch.uint8))
+        blank = torch.zeros(1, 3, side, side, dtype=torch.uint8)
+        for _ in range(_dummy_passes(batches, len(parts) - 1)):
+            self._encode(self.model.encode_image, blank)
         features, found = self._gathered(torch.cat(rows), torch.cat(parts))
         if not len(found):
-            raise ValueError(f"{catalog.shards[0]} ...: none of {len(wanted)} images can be read")
+            raise NoReadableImage(
+                f"{catalog.shards[0]} ...: none of {len(wanted)} images can be read"
+            )
         return features, found
 
     def texts(self, captions: Sequence[str]) -> Tensor:
         """(n, D) unit features of n captions."""
-        batches = (
-            list(torch.split(torch.arange(len(captions)), self.batch_size)) if captions else []
-        )
+        batches = list[Tensor]()
+        if captions:
+            batches = list(torch.split(torch.arange(len(captions)), self.batch_size))
         rows = [torch.empty(0, dtype=torch.int64)]
         parts = [torch.empty(0, self._width())]
-        for here in self._bar(_mine(batches), "texts"):
-            rows.append(here)
-            parts.append(
-                self._encode(
-                    self.model.encode_text, self.tokenize([captions[i] for i in here.tolist()])
-                )
-            )
-        for _ in range(_lacking(batches, len(parts) - 1)):
+        for batch_rows in self._bar(_of_this_rank(batches), "texts"):
+            tokens = self.tokenize([captions[row] for row in batch_rows.tolist()])
+            rows.append(batch_rows)
+            parts.append(self._encode(self.model.encode_text, tokens))
+        for _ in range(_dummy_passes(batches, len(parts) - 1)):
             self._width()
-        return self._gathered(torch.cat(rows), torch.cat(parts))[0]
+        features, _ = self._gathered(torch.cat(rows), torch.cat(parts))
+        return features
 
     @torch.no_grad()
     def _encode(self, encode: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
@@ -191,45 +197,49 @@ def read_texts(catalog: Catalog, label: str = "", rows: Sequence[int] | None = N
     for row in range(len(catalog)) if rows is None else rows:
         members = catalog.read_text(row)
         fields = fields_of(members.json)
-        captions.append(captions_of(members.text, fields))
-        if label and label not in fields:
-            raise ValueError(
-                f"{catalog.name(row)}: its json has no field {label!r}; it has {', '.join(fields)}"
-            )
-        if not label and not members.label and not captions[-1]:
-            raise ValueError(
-                f"{catalog.name(row)}: has neither a .cls nor a caption; name a json field as label"
-            )
-        number = members.label.strip()
-        found = (
-            fields[label]
-            if label
-            else int(number)
-            if number.isdigit()
-            else members.label or captions[-1][0]
-        )
-        if not isinstance(found, str | int):
-            raise ValueError(
-                f"{catalog.name(row)}: label {found!r} is neither a name nor a whole number"
-            )
-        labels.append(found)
+        own_captions = captions_of(members.text, fields)
+        try:
+            labels.append(_label_of(fields, members.label, own_captions, label))
+        except ValueError as error:
+            raise ValueError(f"{catalog.name(row)}: {error}") from None
+        captions.append(own_captions)
     return Texts(captions, labels)
 
 
+def _label_of(
+    fields: dict[str, Any], cls_member: bytes, captions: list[str], label: str
+) -> str | int:
+    if not label and not cls_member:
+        if not captions:
+            raise ValueError("has neither a .cls nor a caption; name a json field as label")
+        return captions[0]
+    found: Any = cls_member
+    if label:
+        if label not in fields:
+            raise ValueError(f"its json has no field {label!r}; it has {', '.join(fields)}")
+        found = fields[label]
+    elif cls_member.strip().isdigit():
+        found = int(cls_member)
+    if not isinstance(found, str | int):
+        raise ValueError(f"label {found!r} is neither a name nor a whole number")
+    return found
+
+
 def class_indices(labels: Sequence[str | int], classes: Sequence[str]) -> Tensor:
-    """(n,) class numbers: a number as it is, a name by its place among the classes (blind to letter
-    case).
+    """(n,) class numbers: a number as it is, a name by its place among the classes.
+
+    Blind to letter case; of equal names the first counts.
 
     Raises:
         ValueError: a label that is no class.
     """
-    places = {name.casefold(): place for place, name in reversed(list(enumerate(classes)))}
-    found = np.array(
-        [label if isinstance(label, int) else places.get(label.casefold(), -1) for label in labels],
-        dtype=np.int64,
-    )
-    if (odd := np.flatnonzero((found < 0) | (found >= len(classes)))).size:
-        raise ValueError(
-            f"label {labels[int(odd[0])]!r} is none of the {len(classes)} classes; check classes and label"
-        )
-    return torch.from_numpy(found)
+    number_of = {name.casefold(): number for number, name in reversed(list(enumerate(classes)))}
+    numbers = []
+    for label in labels:
+        number = label if isinstance(label, int) else number_of.get(label.casefold(), -1)
+        if not 0 <= number < len(classes):
+            raise ValueError(
+                f"label {label!r} is none of the {len(classes)} classes; check classes and label"
+            )
+        numbers.append(number)
+    return torch.tensor(numbers, dtype=torch.int64)

@@ -1,6 +1,4 @@
-"""One result, as a file and a table: CLIP_benchmark's JSON cell, and a few lines for the
-terminal.
-"""
+"""One result, as a file and a table: CLIP_benchmark's JSON cell, and lines for the terminal."""
 
 import json
 import os
@@ -14,9 +12,9 @@ from typing import Any
 class Result:
     """One model on one data set for one task.
 
-    `metrics` are CLIP_benchmark's names (acc1, acc5, mean_per_class_recall,
-    image_retrieval_recall@5, ...), shares between 0 and 1, or a task's own; `chance` has the value
-    of a guess for some of them; `counts` says over how much.
+    `metrics` have CLIP_benchmark's names (acc1, acc5, mean_per_class_recall,
+    image_retrieval_recall@5, ...), or a task's own; `chance` has the value of a guess for some of
+    them; `counts` says over how much.
     """
 
     dataset: str
@@ -28,21 +26,21 @@ class Result:
     counts: dict[str, int] = field(default_factory=dict)
     # JSON behind the metrics: bins, a table of corruptions
     details: dict[str, Any] = field(default_factory=dict)
-    # digest of all the numbers depend on, by which a cell is known to be done
+    # digest of all that the numbers depend on: a file with this key need not be made again
     key: str = ""
+    # metrics are fractions, and printed in percent; not written
+    fractions: bool = True
 
 
 def check_folder(folder: Path) -> None:
-    """Before results are made: raises ValueError if they could not be written there. Makes
-    nothing.
-    """
-    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    """Raises ValueError if results could not be written there. Makes nothing."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise ValueError(f"--out={folder}: nothing can be written to {there}; give another folder")
 
 
 def safe(name: str) -> str:
-    """As part of a file name."""
+    """The name as part of a file name."""
     return re.sub(r"[^\w.@-]+", "-", name).strip("-")
 
 
@@ -74,13 +72,14 @@ def write_cell(cell: Result, folder: Path, model: str, pretrained: str) -> Path:
     return path
 
 
-def print_cells(cells: list[Result]) -> str:
-    """A table of data sets × metrics, percentages beside the chance level."""
+def results_text(results: list[Result]) -> str:
+    """One line per metric, in percent (where it is a fraction) beside the chance level."""
     lines = []
-    for cell in cells:
-        counts = ", ".join(f"{value:,} {name}" for name, value in cell.counts.items())
-        lines.append(f"{cell.dataset} · {cell.task.removeprefix('zeroshot_')} ({counts})")
-        for name, value in cell.metrics.items():
-            guess = f"   chance {cell.chance[name]:8.3%}" if name in cell.chance else ""
-            lines.append(f"  {name:<28}{value:8.2%}{guess}")
+    for result in results:
+        counts = ", ".join(f"{value:,} {name}" for name, value in result.counts.items())
+        lines.append(f"{result.dataset} · {result.task.removeprefix('zeroshot_')} ({counts})")
+        for name, value in result.metrics.items():
+            number = f"{value:8.2%}" if result.fractions else f"{value:8.4f}"
+            guess = f"   chance {result.chance[name]:8.3%}" if name in result.chance else ""
+            lines.append(f"  {name:<28}{number}{guess}")
     return "\n".join(lines)

@@ -1,9 +1,8 @@
-"""A data set to evaluate on: our shards, or CLIP_benchmark's layout as it is, with the words that
-belong to it.
-"""
+"""A data set to evaluate on: our shards, or CLIP_benchmark's layout, with its class names."""
 
 import hashlib
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,12 +11,9 @@ from clipsmall.data import Catalog, build_index, index_path, open_catalog, shard
 from clipsmall.data.index import IMAGE_SUFFIXES
 from clipsmall.distributed import world
 
-# dataset_type.txt -> the task it is made for
-KINDS = {
-    "retrieval": "retrieval",
-    "multilabel": "zero_shot",
-}
-# that data_tools.make_shards opens
+# what dataset_type.txt may say; other words mean nothing here
+KINDS = ("retrieval", "multilabel")
+# files that data_tools.make_shards opens
 TABLES = (
     ".csv",
     ".tsv",
@@ -30,62 +26,73 @@ TABLES = (
 
 @dataclass(frozen=True)
 class DataSet:
-    """Images, where their class names and templates come from (see `prompts`), and how to tell an
-    image's class.
-    """
+    """Images with the words that belong to them: class names, templates, and how to find labels."""
 
     name: str
-    # folder, glob or brace list
-    shards: str
-    # of the images that probes learn from; "" = none known
-    train: str
+    # folders, globs or brace lists
+    shards: tuple[str, ...]
+    # of the images to learn from; () = none known
+    train: tuple[str, ...]
     # one of KINDS, or "": whatever it has
     kind: str
+    # see `prompts`
     classes: str
     templates: str
+    # see `read_texts`
     label: str
+    # images without a caption are left out before anything is encoded
+    only_captioned: bool = False
 
     @cached_property
     def catalog(self) -> Catalog:
-        """Every image, with a caption or without. Raises ShardError."""
-        return _indexed(self.shards)
+        """Every image, with a caption or without (see `only_captioned`). Raises ShardError."""
+        return _indexed(self.shards, self.only_captioned)
 
     @cached_property
     def training(self) -> Catalog:
-        """The images that probes learn from. Raises ValueError where there are none, or the very
-        ones to classify.
+        """The images to learn from.
+
+        Raises:
+            ValueError: there are none, or they are the very ones to classify.
         """
         if not self.train:
             raise ValueError(
-                f"{self.name}: no images to learn from beside it (a folder `train`); name them by --train"
+                f"{self.name}: no images to learn from beside it (a folder `train`); "
+                "name them by --train"
             )
-        if both := {path.resolve() for path in shard_paths(self.train)} & {
-            path.resolve() for path in shard_paths(self.shards)
-        }:
+        learned = {path.resolve() for path in shard_paths(list(self.train))}
+        asked = {path.resolve() for path in shard_paths(list(self.shards))}
+        if both := learned & asked:
             raise ValueError(
-                f"{self.name}: would learn from the images it is asked about ({min(both)}); see --train"
+                f"{self.name}: would learn from the images it is asked about ({min(both)}); "
+                "see --train"
             )
         return _indexed(self.train)
 
     @property
-    def tasks(self) -> list[str]:
-        """What it is made for: retrieval where it has captions, zero_shot where it has a class list
-        or label.
-        """
+    def has_captions(self) -> bool:
+        """Is it made for tasks on captions?"""
+        return self.kind == "retrieval" or (not self.kind and self._some_captions)
+
+    @property
+    def has_classes(self) -> bool:
+        """Is it made for classification: has it a class list, or labels but no captions?"""
         if self.kind:
-            return [KINDS[self.kind]]
-        captions = bool(self.catalog.caption_hash.any())
-        return ["zero_shot"] * (self.classes != "captions" or not captions) + [
-            "retrieval"
-        ] * captions
+            return self.kind == "multilabel"
+        return self.classes != "captions" or not self._some_captions
+
+    @property
+    def _some_captions(self) -> bool:
+        return bool(self.catalog.caption_hash.any())
 
     def digest(self, training: bool) -> str:
-        """Of all that results on it depend on."""
-        words = [
-            self.label,
-            self.catalog.fingerprint,
-            *["multilabel"] * (self.kind == "multilabel"),
-        ]
+        """Of all that results on it depend on; `training`: also of the images to learn from.
+
+        Keys of results depend on it: what goes in, and in which order, stays.
+        """
+        words = [self.label, self.catalog.fingerprint]
+        if self.kind == "multilabel":
+            words.append("multilabel")
         if training:
             try:
                 words.append(self.training.fingerprint)
@@ -94,13 +101,38 @@ class DataSet:
                 words.append(str(error))
         for words_or_file in (self.classes, self.templates):
             path = Path(words_or_file)
-            # bytes that are no text are for the task to refuse
-            words.append(
-                path.read_text(encoding="utf-8", errors="replace")
-                if path.is_file()
-                else words_or_file
-            )
+            if path.is_file():
+                # bytes that are no text are for the task to refuse
+                words.append(path.read_text(encoding="utf-8", errors="replace"))
+            else:
+                words.append(words_or_file)
         return hashlib.sha256("\0".join(words).encode()).hexdigest()
+
+
+def given_set(
+    name: str,
+    shards: Sequence[str],
+    train: Sequence[str] = (),
+    kind: str = "",
+    classes: str = "captions",
+    templates: str = "plain",
+    label: str = "",
+    only_captioned: bool = False,
+) -> DataSet:
+    """A data set as it is given, opened; nothing is looked for beside its shards.
+
+    Raises:
+        ValueError: no shards, or an unknown kind.
+    """
+    if kind and kind not in KINDS:
+        raise ValueError(f"{name}: kind={kind}: must be one of {', '.join(KINDS)}, or left out")
+    data = DataSet(
+        name, tuple(shards), tuple(train), kind, classes, templates, label, only_captioned
+    )
+    # opened now: what is missing shows before training or a model's loading
+    assert len(data.catalog)
+    assert not train or len(data.training)
+    return data
 
 
 def open_set(
@@ -133,24 +165,26 @@ def open_set(
     def beside(file: str, otherwise: str) -> str:
         return str(root / file) if (root / file).exists() else otherwise
 
-    found = DataSet(
+    learn_from = train or beside("train", "")
+    data = DataSet(
         name=set_name(path),
-        shards=shards,
-        train=train or beside("train", ""),
+        shards=(shards,),
+        train=(learn_from,) if learn_from else (),
         kind=kind if kind in KINDS else "",
         classes=classes or beside("classnames.txt", "labels" if label else "captions"),
         templates=templates or beside("zeroshot_classification_templates.txt", "plain"),
         label=label,
     )
-    # opened now: what is missing is told before a model is loaded
-    assert len(found.catalog)
-    assert not train or len(found.training)
-    return found
+    # opened now: what is missing shows before a model is loaded
+    assert len(data.catalog)
+    assert not train or len(data.training)
+    return data
 
 
 def set_name(path: str) -> str:
-    """The name of a data set in results: of a folder with `test/` in it its own, else with its
-    parent's in front.
+    """The name of a data set in results: its folder's, with the parent's in front.
+
+    Of a folder with `test/` in it, its own name.
     """
     root = Path(path).resolve()
     return root.name if _has_test(root) else f"{root.parent.name}/{root.name}"
@@ -167,48 +201,56 @@ def _word(path: Path) -> str:
 def _refuse_images(path: str) -> None:
     """Raises ValueError for images that are no shards yet, and says how they become some."""
     place = Path(path.removeprefix("hf:")).resolve()
-    # train fits beside
+    # so that `train` can be made beside `test`
     made = f"{place.parent.name}-shards/test" if place.name == "test" else f"{place.stem}-shards"
     if path.startswith("hf:"):
         columns = "--split test --caption COLUMN --label COLUMN"
     elif place.suffix in TABLES and place.is_file():
         columns = "--label COLUMN"
-    elif place.is_dir() and not any(place.glob("*.tar")) and any(map(_is_image, place.rglob("*"))):
+    elif _holds_images(place):
         columns = "--label class"
     else:
         return
     given = shlex.quote(path)
     out = shlex.quote(f"data/{made}")
     raise ValueError(
-        f"{path}: no shards (*.tar) yet; make them: python -m data_tools.make_shards {given} {out} {columns}; "
+        f"{path}: no shards (*.tar) yet; make them: "
+        f"python -m data_tools.make_shards {given} {out} {columns}; "
         f"then evaluate with --data {out} --label label"
     )
 
 
-def _is_image(path: Path) -> bool:
-    return path.suffix[1:].lower() in IMAGE_SUFFIXES
+def _holds_images(folder: Path) -> bool:
+    """A folder of images, at any depth, and of no tars."""
+    if not folder.is_dir() or any(folder.glob("*.tar")):
+        return False
+    return any(path.suffix[1:].lower() in IMAGE_SUFFIXES for path in folder.rglob("*"))
 
 
 def _check_count(shards: str) -> None:
-    said = _word(Path(shards) / "nshards.txt")
+    """Raises ValueError where nshards.txt names another number of tars."""
+    wanted = _word(Path(shards) / "nshards.txt")
     there = len(shard_paths(shards))
-    if said and said != str(there):
+    if wanted and wanted != str(there):
         raise ValueError(
-            f"{shards}: nshards.txt says {said}, {there} tars are there; copy the missing ones"
+            f"{shards}: nshards.txt says {wanted}, {there} tars are there; copy the missing ones"
         )
 
 
-def _indexed(shards: str) -> Catalog:
+def _indexed(shards: Sequence[str], only_captioned: bool = False) -> Catalog:
     """The catalog; tars that nobody has indexed yet are indexed now, by one rank."""
     try:
-        for shard in shard_paths(shards) if world.rank() == 0 else []:
+        for shard in shard_paths(list(shards)) if world.rank() == 0 else []:
             if not index_path(shard).exists():
                 write_index(shard, build_index(shard))
     except OSError as error:
         raise ValueError(
-            f"{shards}: has no index and none can be written beside it ({error.strerror})"
+            f"{', '.join(shards)}: has no index and none can be written beside it "
+            f"({error.strerror})"
         ) from None
     finally:
         # also after an error, or the others would wait here for ever; they fail below
         world.barrier()
-    return open_catalog(shards, captions=False)
+    # a single one stands in messages as it was given
+    patterns = shards[0] if len(shards) == 1 else list(shards)
+    return open_catalog(patterns, captions=only_captioned)

@@ -1,6 +1,4 @@
-"""All cells of a folder as tables: CLIP_benchmark's CSV, DataComp's lines, and a page for the
-terminal.
-"""
+"""All results of a folder as tables: CLIP_benchmark's CSV, DataComp's lines, the terminal's."""
 
 import json
 import os
@@ -10,8 +8,9 @@ from typing import Any
 import pandas as pd
 
 from clipsmall.evaluation.results import safe
+from clipsmall.evaluation.tasks import TASKS
 
-# CLIP_benchmark's columns, in its order; what else we measure stands behind
+# CLIP_benchmark's columns, in its order; what else we measure comes after them
 FIRST = [
     "acc1",
     "acc5",
@@ -32,9 +31,7 @@ WIDE = 3
 
 
 def read_cells(folder: Path) -> list[dict[str, Any]]:
-    """Every cell in the folder, ours or CLIP_benchmark's, by file name; other JSON is passed
-    over.
-    """
+    """Every result in the folder, ours or CLIP_benchmark's, by file name; other JSON is ignored."""
     found = []
     # not the parts of files that a kill left behind
     for path in sorted(folder.glob("[!.]*.json")):
@@ -42,62 +39,54 @@ def read_cells(folder: Path) -> list[dict[str, Any]]:
             cell = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
-        if isinstance(cell, dict) and {"dataset", "model", "pretrained", "task", "metrics"} <= set(
-            cell
-        ):
+        keys = {"dataset", "model", "pretrained", "task", "metrics"}
+        if isinstance(cell, dict) and keys <= set(cell):
             found.append(cell)
     return found
 
 
-def benchmark(cells: list[dict[str, Any]]) -> pd.DataFrame:
-    """A row a cell, a column a metric, as `clip_benchmark build` joins them."""
+def benchmark_table(cells: list[dict[str, Any]]) -> pd.DataFrame:
+    """One row per cell, one column per metric, as `clip_benchmark build` joins them."""
     rows = []
     for cell in cells:
-        told = {
-            name: cell.get(name, "en")
-            for name in ("dataset", "model", "pretrained", "task", "language")
-        }
-        rows.append(
-            {**cell["metrics"], **told, "model_fullname": f"{cell['model']} {cell['pretrained']}"}
-        )
+        row = dict(cell["metrics"])
+        for name in ("dataset", "model", "pretrained", "task", "language"):
+            row[name] = cell.get(name, "en")
+        row["model_fullname"] = f"{cell['model']} {cell['pretrained']}"
+        rows.append(row)
     table = pd.DataFrame(rows)
-    return table.reindex(columns=[*FIRST, *(name for name in table.columns if name not in FIRST)])
+    others = [name for name in table.columns if name not in FIRST]
+    return table.reindex(columns=[*FIRST, *others])
 
 
 def eval_results(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Zero-shot and retrieval cells of one model as DataComp's lines: key, dataset, metrics with
-    `main_metric`.
+    """The cells of one model that DataComp knows, as its lines.
+
+    Each has key, dataset, and metrics with `main_metric`.
     """
+    by_name = {task.result_name: task for task in TASKS.values() if task.datacomp_key}
     lines = []
     for cell in cells:
-        metrics = dict(cell["metrics"])
-        if cell["task"] == "zeroshot_classification":
-            key = cell["dataset"]
-            main = [metrics.get("acc1", metrics.get("mean_average_precision"))]
-        elif cell["task"] == "zeroshot_retrieval":
-            key = f"retrieval/{cell['dataset']}"
-            main = [metrics.get("image_retrieval_recall@1"), metrics.get("text_retrieval_recall@1")]
-        else:
-            continue
-        known = [value for value in main if value is not None]
+        task = by_name.get(cell["task"])
+        main = task.main_values(cell["metrics"]) if task else []
         # CLIP_benchmark's own cells need not have them
-        if len(known) < len(main):
+        if not task or not main:
             continue
-        metrics["main_metric"] = sum(known) / len(known)
-        if len(known) > 1:
+        metrics = dict(cell["metrics"])
+        metrics["main_metric"] = sum(main) / len(main)
+        if len(main) > 1:
             metrics["mean_recall@1"] = metrics["main_metric"]
+        key = task.datacomp_key.format(dataset=cell["dataset"])
         lines.append({"key": key, "dataset": cell["dataset"], "metrics": metrics})
     return lines
 
 
 def write_tables(folder: Path) -> None:
-    """`benchmark.csv` of all cells in the folder, and `MODEL_PRETRAINED/eval_results.jsonl` of each
-    model.
-    """
+    """`benchmark.csv` of all cells, and `MODEL_PRETRAINED/eval_results.jsonl` of each model."""
     cells = read_cells(folder)
     if not cells:
         return
-    _write(folder / "benchmark.csv", benchmark(cells).to_csv(index=False))
+    _write(folder / "benchmark.csv", benchmark_table(cells).to_csv(index=False))
     models: dict[str, list[dict[str, Any]]] = {}
     for cell in cells:
         models.setdefault(f"{safe(cell['model'])}_{safe(cell['pretrained'])}", []).append(cell)
@@ -116,25 +105,22 @@ def _write(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def printed(cells: list[dict[str, Any]]) -> str:
-    """A table a task: models on data sets down and metrics across, or the other way round where
-    that is too wide.
-    """
+def tables_text(cells: list[dict[str, Any]]) -> str:
+    """One table per task, with a row per model and data set, or with columns where that is wide."""
     parts = []
     for task in dict.fromkeys(cell["task"] for cell in cells):
-        here = [cell for cell in cells if cell["task"] == task]
+        own = [cell for cell in cells if cell["task"] == task]
         index = pd.MultiIndex.from_tuples(
-            [(cell["dataset"], cell["model"], cell["pretrained"]) for cell in here],
+            [(cell["dataset"], cell["model"], cell["pretrained"]) for cell in own],
             names=["dataset", "model", "pretrained"],
         )
-        table = pd.DataFrame([cell["metrics"] for cell in here], index=index).sort_index()
+        table = pd.DataFrame([cell["metrics"] for cell in own], index=index).sort_index()
         if len(table.columns) > WIDE:
             table = table.T
-        missed = sum(cell.get("counts", {}).get("skipped", 0) for cell in here)
-        note = (
-            f" ({missed:,} images could not be used: see counts.skipped of its cells)"
-            if missed
-            else ""
-        )
-        parts.append(f"{task}{note}\n{table.to_string(float_format='{:.4f}'.format, na_rep='')}")
+        numbers = table.to_string(float_format="{:.4f}".format, na_rep="")
+        missed = sum(cell.get("counts", {}).get("skipped", 0) for cell in own)
+        note = ""
+        if missed:
+            note = f" ({missed:,} images could not be used: see counts.skipped of its cells)"
+        parts.append(f"{task}{note}\n{numbers}")
     return "\n\n".join(parts)

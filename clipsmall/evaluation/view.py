@@ -11,28 +11,28 @@ from torch import Tensor
 from clipsmall.evaluation import prompts
 from clipsmall.evaluation.classification import class_features
 from clipsmall.evaluation.features import Change, Encoder, Texts, class_indices, read_texts
-from clipsmall.evaluation.hits import refuse_non_finite
 from clipsmall.evaluation.multilabel import read_targets
-from clipsmall.evaluation.retrieval import Relevance, relevance
+from clipsmall.evaluation.recall import Relevance, relevance
 from clipsmall.evaluation.sets import DataSet
+from clipsmall.evaluation.top_k import refuse_non_finite
 
 
 @dataclass
 class DataView:
     """A model and a data set, and what tasks share of the two.
 
-    `change` is what happens to pictures first; `empty_classes` allows classes without an image.
+    `change` is what happens to images first; `empty_classes` allows classes without an image.
     """
 
     encoder: Encoder
     data: DataSet
     empty_classes: bool = False
     change: Change | None = None
-    # from the train images; for changed pictures, too
+    # by task: what it learned from the training images, used for changed images, too
     learned: dict[str, Any] = field(default_factory=dict)
 
     def changed(self, change: Change) -> "DataView":
-        """The same data set with other pictures: texts, classes and what was learned are shared."""
+        """The same data set with other images: texts, classes and what was learned are shared."""
         other = copy.copy(self)
         other.__dict__.pop("encoded", None)
         other.change = change
@@ -40,9 +40,10 @@ class DataView:
 
     @cached_property
     def encoded(self) -> tuple[Tensor, Tensor]:
-        found, rows = self.encoder.images(self.data.catalog, change=self.change)
-        refuse_non_finite(found, "image")
-        return found, rows
+        """(n, D) features of the images that can be read, and (n,) their rows in the catalog."""
+        features, rows = self.encoder.images(self.data.catalog, change=self.change)
+        refuse_non_finite(features, "image")
+        return features, rows
 
     @property
     def images(self) -> Tensor:
@@ -63,16 +64,17 @@ class DataView:
 
     @cached_property
     def words(self) -> Texts:
+        """Captions and labels of all rows of the catalog."""
         return read_texts(self.data.catalog, self.data.label)
 
     @cached_property
     def captioned(self) -> Tensor:
-        """Places among `images` of those with a caption."""
+        """Which of `images` have a caption: their positions."""
         captions = self.words.captions
-        places = [place for place, row in enumerate(self.encoded[1].tolist()) if captions[row]]
-        if not places:
+        positions = [i for i, row in enumerate(self.encoded[1].tolist()) if captions[row]]
+        if not positions:
             raise ValueError(f"{self.data.name}: no image has a caption; this task needs some")
-        return torch.tensor(places)
+        return torch.tensor(positions)
 
     @cached_property
     def captions(self) -> tuple[list[str], Relevance]:
@@ -83,9 +85,9 @@ class DataView:
     @cached_property
     def texts(self) -> Tensor:
         """(m, D) features of the distinct captions."""
-        found = self.encoder.texts(self.captions[0])
-        refuse_non_finite(found, "text")
-        return found
+        features = self.encoder.texts(self.captions[0])
+        refuse_non_finite(features, "text")
+        return features
 
     # ---- classes ----
 
@@ -98,7 +100,7 @@ class DataView:
             )
         # a .npy names no class: without a list of them there are none
         words = Texts([], []) if self.data.kind == "multilabel" else self.words
-        names = prompts.classes(self.data.classes, words.captions, words.labels)
+        names = prompts.class_names(self.data.classes, words.captions, words.labels)
         if not names:
             raise ValueError(
                 f"{self.data.name}: no class names; give a classnames.txt beside it, or --classes"
@@ -115,14 +117,15 @@ class DataView:
         """`names`; raises ValueError (without `empty_classes`) where one has no image."""
         names = self.names
         if self.data.kind == "multilabel":
-            here = set(self.all_targets.any(dim=0).nonzero()[:, 0].tolist())
+            with_image = set(self.all_targets.any(dim=0).nonzero()[:, 0].tolist())
         else:
-            here = set(class_indices(self.words.labels, names).tolist())
-        empty = [name for place, name in enumerate(names) if place not in here]
+            with_image = set(class_indices(self.words.labels, names).tolist())
+        empty = [name for number, name in enumerate(names) if number not in with_image]
         if empty and not self.empty_classes and self.data.classes != "captions":
             raise ValueError(
-                f"{self.data.name}: class {empty[0]!r} has no image, like {len(empty)} of {len(names)} classes in "
-                f"{self.data.classes}; take them out, or allow it by --empty_classes"
+                f"{self.data.name}: class {empty[0]!r} has no image, like {len(empty)} of "
+                f"{len(names)} classes in {self.data.classes}; take them out, or allow it by "
+                "--empty_classes"
             )
         return names
 
@@ -140,40 +143,44 @@ class DataView:
     @cached_property
     def class_features(self) -> Tensor:
         """(C, D)."""
-        found = class_features(self.encoder, self.classes, prompts.templates(self.data.templates))
-        refuse_non_finite(found, "class")
-        return found
+        classes = self.classes
+        templates = prompts.prompt_templates(self.data.templates)
+        features = class_features(self.encoder, classes, templates)
+        refuse_non_finite(features, "class")
+        return features
 
-    # ---- what probes learn from ----
+    # ---- training images ----
 
     @cached_property
     def training(self) -> tuple[Tensor, Tensor, Tensor, int]:
-        """(N, D) features and (N,) labels to learn from, (n,) labels of `images`, and how many
+        """What tasks learn from: features and labels, and the labels of `images` to judge by.
+
+        (N, D) features and (N,) labels to learn from, (n,) labels of `images`, and how many
         classes.
 
         Raises:
-            ValueError: an image to classify is of a class that none of those to learn from has.
+            ValueError: an image to classify is of a class that no training image has.
         """
         catalog = self.data.training
         features, rows = self.encoder.images(catalog)
         refuse_non_finite(features, "train image")
-        told = [str(label) for label in read_texts(catalog, self.data.label).labels]
-        names = sorted({told[row].casefold() for row in rows.tolist()})
-        asked = [str(label) for label in self.words.labels]
-        known = set(names)
-        strange = [
-            asked[row] for row in self.encoded[1].tolist() if asked[row].casefold() not in known
-        ]
-        if strange:
+        # label of each training image, and of each image to classify, blind to letter case
+        of_catalog = [str(label) for label in read_texts(catalog, self.data.label).labels]
+        learned = [of_catalog[row].casefold() for row in rows.tolist()]
+        all_asked = [str(label) for label in self.words.labels]
+        asked = [all_asked[row] for row in self.encoded[1].tolist()]
+        names = sorted(set(learned))
+        number_of = {name: number for number, name in enumerate(names)}
+        unknown = [name for name in asked if name.casefold() not in number_of]
+        if unknown:
             raise ValueError(
-                f"{self.data.name}: {len(strange)} images are of classes without a train image, as {strange[0]!r}; "
-                f"learn from other shards than {self.data.train} (--train)"
+                f"{self.data.name}: {len(unknown)} images are of classes without a train image, "
+                f"as {unknown[0]!r}; learn from other shards than {', '.join(self.data.train)} "
+                "(--train)"
             )
-        places = {name: place for place, name in enumerate(names)}
-        here = torch.tensor([places[asked[row].casefold()] for row in self.encoded[1].tolist()])
         return (
             features,
-            torch.tensor([places[told[row].casefold()] for row in rows.tolist()]),
-            here,
+            torch.tensor([number_of[name] for name in learned]),
+            torch.tensor([number_of[name.casefold()] for name in asked]),
             len(names),
         )

@@ -1,9 +1,8 @@
-"""A run as one HTML page: curves, result tables beside chance, what the model retrieves, the logit
-matrix.
+"""A run as one HTML page: curves, results beside chance, retrieved examples, the logit matrix.
 
     python -m clipsmall.report_page runs/demo [--open]
 
-writes `report.html` into the run's folder. It works from disk, alone, without a network.
+writes `report.html` into the run's folder. It works from disk, without a network or other files.
 """
 
 import argparse
@@ -19,32 +18,16 @@ import torch
 from clipsmall.cli import refuse
 from clipsmall.config.reader import validated
 from clipsmall.data import open_catalog
-from clipsmall.evaluation import Encoder
-from clipsmall.model.saved import load_model
+from clipsmall.evaluation.command import load_encoder
+from clipsmall.evaluation.task import PageTable
+from clipsmall.evaluation.tasks import TASKS
 from clipsmall.report_page import page
-from clipsmall.report_page.gallery import batch_rows, gallery, logit_matrix, shown_sets
+from clipsmall.report_page.gallery import first_batch, gallery, gallery_sets, logit_matrix
 from clipsmall.storage.run_folder import RunFolder
 from clipsmall.storage.yaml_files import read_yaml
 
-TABLES: list[tuple[str, str, list[str], list[str], dict[str, str]]] = [
-    (
-        "Zero-shot classification",
-        "zeroshot_classification",
-        ["acc1", "acc5", "mean_per_class_recall"],
-        ["images", "classes"],
-        {"": ""},
-    ),
-    (
-        "Retrieval",
-        "zeroshot_retrieval",
-        ["recall@1", "recall@5", "recall@10"],
-        ["images", "captions"],
-        {"image_retrieval_": "caption → image", "text_retrieval_": "image → caption"},
-    ),
-]
 
-
-def metrics(folder: RunFolder) -> pd.DataFrame:
+def metrics_table(folder: RunFolder) -> pd.DataFrame:
     """metrics.jsonl; raises ValueError when the run has not logged a step yet."""
     there = folder.metrics.exists() and folder.metrics.stat().st_size
     table = pd.read_json(folder.metrics, lines=True) if there else pd.DataFrame()
@@ -56,70 +39,88 @@ def metrics(folder: RunFolder) -> pd.DataFrame:
 
 
 def result_tables(folder: RunFolder, names: list[str]) -> list[page.Table]:
-    """The JSON cells as a table a task, each metric beside its chance level, data sets in the order
-    of `names`.
-    """
-    cells = [json.loads(path.read_text()) for path in folder.evaluations.glob("*.json")]
-    cells.sort(
-        key=lambda cell: names.index(cell["dataset"]) if cell["dataset"] in names else len(names)
-    )
-    note = "Shares of right answers, beside those of a guess."
-    found = []
-    for title, task, metrics, counts, prefixes in TABLES:
-        columns = ["data", *(["query"] if len(prefixes) > 1 else []), *counts]
-        for metric in metrics:
-            columns += (
-                [metric, f"chance of {metric}"] if metric != "mean_per_class_recall" else [metric]
-            )
-        rows = []
-        for cell in cells:
-            for prefix, query in prefixes.items() if cell["task"] == task else ():
-                row: list[Any] = [cell["dataset"], *([query] if query else [])]
-                row += [cell["counts"].get(name) for name in counts]
-                for name in columns[len(row) :]:
-                    source = cell["chance" if name.startswith("chance of ") else "metrics"]
-                    row.append(source.get(prefix + name.removeprefix("chance of ")))
-                rows.append(row)
-        if rows:
-            found.append(page.Table(title, note, columns, rows))
-    return found
+    """The results of a run as one table per task, data sets in the order of `names`."""
+    results = [json.loads(path.read_text()) for path in folder.evaluations.glob("[!.]*.json")]
+
+    def position(result: dict[str, Any]) -> int:
+        return names.index(result["dataset"]) if result["dataset"] in names else len(names)
+
+    results.sort(key=position)
+    tables = []
+    for task in TASKS.values():
+        own = [result for result in results if result["task"] == task.result_name]
+        if own and task.page_table:
+            tables.append(_wide_table(task.page_table, own))
+        elif own:
+            tables.append(_long_table(task.result_name, own))
+    return tables
 
 
-def report(folder: RunFolder) -> page.RunReport:
+def _wide_table(layout: PageTable, results: list[dict[str, Any]]) -> page.Table:
+    """One row per data set, each metric beside the value of a guess."""
+    several_rows = len(layout.rows) > 1
+    columns = ["data", *(["query"] if several_rows else []), *layout.counts]
+    for metric in layout.metrics:
+        columns.append(metric)
+        if metric in layout.with_chance:
+            columns.append(f"chance of {metric}")
+    rows = []
+    for result in results:
+        for prefix, query in layout.rows.items():
+            row: list[Any] = [result["dataset"]]
+            if several_rows:
+                row.append(query)
+            row += [result["counts"].get(name) for name in layout.counts]
+            for metric in layout.metrics:
+                row.append(result["metrics"].get(prefix + metric))
+                if metric in layout.with_chance:
+                    row.append(result["chance"].get(prefix + metric))
+            rows.append(row)
+    note = "Fractions of right answers, beside those of a guess."
+    return page.Table(layout.title, note, columns, rows)
+
+
+def _long_table(title: str, results: list[dict[str, Any]]) -> page.Table:
+    """One row per data set and metric."""
+    rows = []
+    for result in results:
+        for metric, value in result["metrics"].items():
+            rows.append([result["dataset"], metric, value, result["chance"].get(metric)])
+    note = "As python -m clipsmall.evaluate measures it."
+    return page.Table(title, note, ["data", "metric", "value", "of a guess"], rows)
+
+
+def run_report(folder: RunFolder) -> page.RunReport:
     """Everything the page shows. Raises ValueError for a folder that holds no run."""
     config = validated(read_yaml(str(folder.path / "run.yaml")))
-    model, loaded = load_model(str(folder.path))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    encoder = Encoder(model.to(device).eval(), loaded.tokenize, device, config.evaluate.batch_size)
-    table = metrics(folder)
-    sets = shown_sets(config)
-    queries = [
-        query
-        for data, name, names in sets
-        for query in gallery(encoder, open_catalog(data), name, names)
-    ]
+    encoder = load_encoder(str(folder.path), "", device, config.evaluate.batch_size)
+    model = encoder.model
+    table = metrics_table(folder)
+    queries = []
+    for data, name, classes in gallery_sets(config.evaluate):
+        queries += gallery(encoder, open_catalog(data), name, classes)
     matrix = None
     labels = list[str]()
-    # of a stream nothing can be looked up
+    # of a stream no pair can be read again
     if not config.data.streaming:
         catalog = open_catalog(config.data.train)
-        made, labels = logit_matrix(
-            encoder, catalog, batch_rows(config, catalog), model.logit_scale.exp()
-        )
+        rows = first_batch(catalog, config.seed, config.data.shuffle_window, config.data.batch_size)
+        made, labels = logit_matrix(encoder, catalog, rows, model.logit_scale.exp())
         matrix = made.numpy()
     trained = table.dropna(subset="loss")
     last = trained.iloc[-1]
-    seconds = (trained["pairs"].diff().fillna(trained["pairs"]) / trained["pairs_per_second"]).sum()
-    names = [z.name for z in config.evaluate.zero_shot] + [
-        r.name for r in config.evaluate.retrieval
-    ]
+    pairs_of_row = trained["pairs"].diff().fillna(trained["pairs"])
+    seconds = (pairs_of_row / trained["pairs_per_second"]).sum()
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    names = [each.name for each in config.evaluate.all]
     return page.RunReport(
         title=f"{folder.path.name}: {config.objective.title} at batch {config.data.batch_size}",
         subtitle=f"{int(last['pairs']):,} pairs seen from {', '.join(config.data.train)}",
         facts=[
             ("objective", config.objective.title),
             ("batch size", f"{config.data.batch_size:,} pairs"),
-            ("parameters", f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M"),
+            ("parameters", f"{parameters / 1e6:.2f} M"),
             ("pairs seen", f"{int(last['pairs']):,}"),
             ("training time", f"{seconds / 60:.1f} min"),
             ("speed", f"{trained['pairs_per_second'].median():,.0f} pairs/s"),
@@ -148,14 +149,14 @@ def main(words: list[str] | None = None) -> int:
     )
     options = parser.parse_args(words)
     folder = RunFolder(options.run)
+    path = folder.path / "report.html"
     try:
-        page.write(report(folder), path := folder.path / "report.html")
+        page.write(run_report(folder), path)
     except ValueError as error:
         refuse(error)
     print(f"report: {path.resolve()}")
-    if options.open and (
-        sys.platform == "darwin" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
-    ):
+    screen = sys.platform == "darwin" or "DISPLAY" in os.environ or "WAYLAND_DISPLAY" in os.environ
+    if options.open and screen:
         webbrowser.open(path.resolve().as_uri())
     return 0
 

@@ -3,12 +3,13 @@
 import torch
 from torch import Tensor
 
-from clipsmall.config import Config
+from clipsmall.config.schema import EvaluateSection
 from clipsmall.data import Catalog, caption_hash
 from clipsmall.data.order import Order, permutation
 from clipsmall.evaluation import Encoder
 from clipsmall.evaluation.features import read_texts
-from clipsmall.evaluation.prompts import classes
+from clipsmall.evaluation.prompts import class_names
+from clipsmall.evaluation.tasks import TASKS
 from clipsmall.report_page import page
 
 QUERIES = 8
@@ -17,12 +18,24 @@ CANDIDATES = 10_000
 MATRIX = 256
 
 
-def shown_sets(config: Config) -> list[tuple[list[str], str, str]]:
-    """(shards, name, classes) of the run's zero-shot sets whose classes are names, or else of its
-    retrieval sets.
+def gallery_sets(section: EvaluateSection) -> list[tuple[list[str], str, str]]:
+    """(shards, name, classes) of the data sets that a gallery can show, each once.
+
+    Those on which images are matched with named classes; if there are none, those with captions.
     """
-    named = [(z.data, z.name, z.classes) for z in config.evaluate.zero_shot if not z.label]
-    return named or [(r.data, r.name, "captions") for r in config.evaluate.retrieval]
+    named = []
+    captioned = []
+    for each in section.all:
+        matches = TASKS[each.task].matches
+        if matches == "classes" and not each.label and not each.kind:
+            named.append((each.data, each.name, each.classes))
+        elif matches == "captions":
+            captioned.append((each.data, each.name, "captions"))
+    found: list[tuple[list[str], str, str]] = []
+    for one in named or captioned:
+        if one not in found:
+            found.append(one)
+    return found
 
 
 def gallery(encoder: Encoder, catalog: Catalog, name: str, class_file: str) -> list[page.Query]:
@@ -30,47 +43,49 @@ def gallery(encoder: Encoder, catalog: Catalog, name: str, class_file: str) -> l
 
     Searched are at most CANDIDATES pairs, evenly spread over the data set.
     """
-    candidates = list(range(0, len(catalog), -(-len(catalog) // CANDIDATES)))
+    # rounded up
+    step = -(-len(catalog) // CANDIDATES)
+    candidates = list(range(0, len(catalog), step))
     captions = dict(zip(candidates, read_texts(catalog, rows=candidates).captions, strict=True))
-    hashes = {
-        row: {caption_hash(caption) for caption in of_one} for row, of_one in captions.items()
-    }
+    hashes = {}
+    for row, its_captions in captions.items():
+        hashes[row] = {caption_hash(caption) for caption in its_captions}
     features, rows = encoder.images(catalog, candidates)
-    names = classes(class_file, list(captions.values()), [])
-    names_features = encoder.texts(names)
     shown = permutation(len(rows), 0)[:QUERIES].tolist()
+
+    names = class_names(class_file, list(captions.values()), [])
+    names_features = encoder.texts(names)
     queries = []
-    for place in shown:
-        row = int(rows[place])
-        own = catalog.read(row).image
-        best, order = (features[place] @ names_features.T).topk(min(ANSWERS, len(names)))
-        found = [
-            (names[i], score, caption_hash(names[i]) in hashes[row])
-            for score, i in zip(best.tolist(), order.tolist(), strict=True)
-        ]
-        queries.append(page.Query(own, captions[row][0], "image_to_text", name, texts=found))
-    texts = encoder.texts([captions[int(rows[place])][0] for place in shown])
-    for place, text in zip(shown, texts, strict=True):
-        row = int(rows[place])
-        wanted = caption_hash(captions[row][0])
+    for position in shown:
+        row = int(rows[position])
+        best, order = (features[position] @ names_features.T).topk(min(ANSWERS, len(names)))
+        texts = []
+        for score, number in zip(best.tolist(), order.tolist(), strict=True):
+            name_found = names[number]
+            texts.append((name_found, score, caption_hash(name_found) in hashes[row]))
+        image = catalog.read(row).image
+        queries.append(page.Query(image, captions[row][0], "image_to_text", name, texts=texts))
+
+    asked = encoder.texts([captions[int(rows[position])][0] for position in shown])
+    for position, text in zip(shown, asked, strict=True):
+        row = int(rows[position])
+        caption = captions[row][0]
+        wanted = caption_hash(caption)
         best, order = (text @ features.T).topk(min(ANSWERS, len(features)))
         images = []
-        for score, i in zip(best.tolist(), rows[order].tolist(), strict=True):
-            images.append((catalog.read(i).image, captions[i][0], score, wanted in hashes[i]))
-        queries.append(
-            page.Query(
-                catalog.read(row).image, captions[row][0], "text_to_image", name, images=images
-            )
-        )
+        for score, other in zip(best.tolist(), rows[order].tolist(), strict=True):
+            right = wanted in hashes[other]
+            images.append((catalog.read(other).image, captions[other][0], score, right))
+        image = catalog.read(row).image
+        queries.append(page.Query(image, caption, "text_to_image", name, images=images))
     return queries
 
 
-def batch_rows(config: Config, catalog: Catalog) -> list[int]:
-    """The first MATRIX rows of the run's first global batch."""
-    shuffled = Order(catalog.sizes, config.seed, config.data.shuffle_window)
-    rows: list[int] = shuffled.rows(
-        0, torch.arange(min(MATRIX, config.data.batch_size)).numpy()
-    ).tolist()
+def first_batch(catalog: Catalog, seed: int, shuffle_window: int, batch_size: int) -> list[int]:
+    """The first MATRIX rows of a run's first global batch."""
+    shuffled = Order(catalog.sizes, seed, shuffle_window)
+    positions = torch.arange(min(MATRIX, batch_size)).numpy()
+    rows: list[int] = shuffled.rows(0, positions).tolist()
     return rows
 
 
@@ -78,13 +93,13 @@ def batch_rows(config: Config, catalog: Catalog) -> list[int]:
 def logit_matrix(
     encoder: Encoder, catalog: Catalog, rows: list[int], scale: Tensor
 ) -> tuple[Tensor, list[str]]:
-    """(n, n) scaled cosines of n pairs, images down and texts across, in the order of `rows`; and
-    their captions.
+    """(n, n) scaled cosines of n pairs, images down and texts across; and their captions.
 
-    Pairs whose image is broken are left out.
+    In the order of `rows`. Pairs whose image cannot be read are left out.
     """
     images, found = encoder.images(catalog, sorted(rows))
-    places = {row: place for place, row in enumerate(found.tolist())}
-    good = [row for row in rows if row in places]
-    captions = [of_one[0] for of_one in read_texts(catalog, rows=good).captions]
-    return scale.cpu() * images[[places[row] for row in good]] @ encoder.texts(captions).T, captions
+    position_of = {row: position for position, row in enumerate(found.tolist())}
+    good = [row for row in rows if row in position_of]
+    captions = [its_captions[0] for its_captions in read_texts(catalog, rows=good).captions]
+    in_order = images[[position_of[row] for row in good]]
+    return scale.cpu() * in_order @ encoder.texts(captions).T, captions

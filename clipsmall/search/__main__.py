@@ -10,7 +10,6 @@ install 'clipsmall[demo]'.
 
 import argparse
 import hashlib
-import os
 import re
 import sys
 from pathlib import Path
@@ -20,14 +19,12 @@ import torch
 from clipsmall.cli import MODEL_HELP, refuse
 from clipsmall.data import Catalog, open_catalog
 from clipsmall.distributed import devices
-from clipsmall.evaluation import Encoder
-from clipsmall.model.saved import load_model
+from clipsmall.evaluation.command import load_encoder
 from clipsmall.search import INDEXES, Searcher, embed, page
 
 
 def main(words: list[str] | None = None) -> int:
     options = _options(words)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         page.require_gradio()
         catalog = open_catalog(options.data)
@@ -55,9 +52,13 @@ def main(words: list[str] | None = None) -> int:
 
 def _searcher(options: argparse.Namespace, catalog: Catalog, folder: Path) -> Searcher:
     device = _device(options.device)
-    model, loaded = load_model(options.model, options.pretrained)
-    encoder = Encoder(
-        model.to(device).eval(), loaded.tokenize, device, options.batch_size, options.workers, True
+    encoder = load_encoder(
+        options.model,
+        options.pretrained,
+        device,
+        options.batch_size,
+        options.workers,
+        progress=True,
     )
     embeddings = embed(encoder, catalog, folder, f"{options.model} {options.pretrained}".strip())
     broken = sum(catalog.left_out.values())

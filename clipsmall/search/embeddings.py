@@ -19,7 +19,7 @@ from clipsmall.data.index import proof
 from clipsmall.data.scores import good_rows
 from clipsmall.evaluation import Encoder
 from clipsmall.evaluation.features import read_texts
-from clipsmall.evaluation.hits import refuse_non_finite
+from clipsmall.evaluation.top_k import refuse_non_finite
 from clipsmall.search.store import EmbeddingStore, Part, alone
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipsmall.evaluation.hits import scores
+from clipsmall.evaluation.top_k import scores
 
 # rows: at D = 512 their float32 copy, 4 MiB, stays in the cache; of 16,384 it takes seven times as
 # long

@@ -16,12 +16,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipsmall.evaluation import candidates, suite
-from clipsmall.evaluation.candidates import alike, confusable, recalls_within, sets
-from clipsmall.evaluation.matching import one_to_one
-from clipsmall.evaluation.retrieval import relevance
+from clipsmall.evaluation.recall import one_to_one, relevance
 from clipsmall.evaluation.sets import open_set
-from clipsmall.evaluation.suite import Settings
+from clipsmall.evaluation.suite import option_values
+from clipsmall.evaluation.tasks import TASKS, candidates
+from clipsmall.evaluation.tasks.candidates import (
+    candidate_sets,
+    confusable,
+    measure_candidates,
+    recalls_within,
+    word_cosines,
+)
 from clipsmall.evaluation.view import DataView
 from clipsmall.mining.swaps import conflicts
 from tests.evaluation.test_evaluation import small_encoder, unit_rows, write_pictures
@@ -51,7 +56,7 @@ def seen(captions: list[list[str]], images: Tensor, texts: Tensor) -> DataView:
 
 
 def test_captions_are_alike_by_words_weighted_by_rarity() -> None:
-    found = alike(["letter e", "Letter  E!", "letter a", "sign a", "?", "!"])
+    found = word_cosines(["letter e", "Letter  E!", "letter a", "sign a", "?", "!"])
     counts = np.array(
         [
             [1, 1, 0, 0, 0, 0],
@@ -73,26 +78,26 @@ def test_captions_are_alike_by_words_weighted_by_rarity() -> None:
 
 
 def test_families_are_found_and_random_sets_mix_them() -> None:
-    words = alike(FAMILIES)
+    words = word_cosines(FAMILIES)
     cannot = np.zeros_like(words, dtype=bool)
-    hard, random = sets(words, cannot, 4)
+    hard, random = candidate_sets(words, cannot, 4)
     assert sorted(hard.flatten().tolist()) == sorted(random.flatten().tolist()) == list(range(20))
     assert {tuple({FAMILIES[i].split()[0] for i in members}) for members in hard} == {
         (script,) for script in SCRIPTS
     }
-    again = sets(words, cannot, 4)
+    again = candidate_sets(words, cannot, 4)
     assert np.array_equal(hard, again[0])
     assert np.array_equal(random, again[1])
     assert max(len({FAMILIES[i].split()[0] for i in members}) for members in random) > 2
 
 
 def test_no_set_holds_two_that_may_not_meet(monkeypatch: pytest.MonkeyPatch) -> None:
-    words = alike(FAMILIES)
+    words = word_cosines(FAMILIES)
     cannot = np.zeros_like(words, dtype=bool)
     # within families, all but the last
     for a, b in ((0, 5), (2, 12), (5, 15), (3, 17)):
         cannot[a, b] = cannot[b, a] = True
-    for made in sets(words, cannot, 4):
+    for made in candidate_sets(words, cannot, 4):
         assert len(made) == 5
         assert not conflicts(made, cannot).any()
     with monkeypatch.context() as patch:
@@ -100,16 +105,16 @@ def test_no_set_holds_two_that_may_not_meet(monkeypatch: pytest.MonkeyPatch) -> 
         # where it fails, sets are left out
         patch.setattr(candidates, "separated", lambda *_: rows)
         cannot[8, 9] = cannot[9, 8] = True
-        assert sets(words, cannot, 4)[1].tolist() == np.delete(rows, 2, axis=0).tolist()
+        assert candidate_sets(words, cannot, 4)[1].tolist() == np.delete(rows, 2, axis=0).tolist()
     cannot[:] = True
     np.fill_diagonal(cannot, False)
-    assert [len(made) for made in sets(words, cannot, 4)] == [0, 0]
+    assert [len(made) for made in candidate_sets(words, cannot, 4)] == [0, 0]
 
 
 def test_confusable_pairs_are_those_that_share_a_caption() -> None:
     captions = [["a", "b"], ["b", "c"], ["c"], ["d", "a"], ["e"], ["B "]]
     texts, belongs = relevance(captions)
-    images, own = one_to_one(belongs)
+    images, own = one_to_one(belongs, limit=2000)
     found = confusable(belongs, images, own)
     owned = [
         {
@@ -166,7 +171,7 @@ def test_hard_sets_are_harder_for_a_model_that_reads(monkeypatch: pytest.MonkeyP
         dim=1,
     )
     images = F.normalize(texts + 1.5 * unit_rows(96, 24, seed=6), dim=1)
-    cell = candidates.candidates(seen(names, images, texts), 8)
+    cell = measure_candidates(seen(names, images, texts), 8)
     for way in ("image", "text"):
         hard, random = (
             cell.metrics[f"{name}_{way}_retrieval_recall@1"] for name in ("hard", "random")
@@ -176,8 +181,8 @@ def test_hard_sets_are_harder_for_a_model_that_reads(monkeypatch: pytest.MonkeyP
     assert cell.chance == dict.fromkeys(cell.metrics, 1 / 8)
     assert cell.counts == {"candidates": 8, "sets": 12, "pairs": 96, "skipped": 0}
 
-    words = alike([name for (name,) in names])
-    groups = sets(words, np.zeros((96, 96), dtype=bool), 8)[0]
+    words = word_cosines([name for (name,) in names])
+    groups = candidate_sets(words, np.zeros((96, 96), dtype=bool), 8)[0]
     forth, back = recalls_within(images, texts, torch.from_numpy(groups))
     assert cell.metrics["hard_text_retrieval_recall@1"] == forth
     assert cell.metrics["hard_image_retrieval_recall@1"] == back
@@ -188,7 +193,7 @@ def test_hard_sets_are_harder_for_a_model_that_reads(monkeypatch: pytest.MonkeyP
 
     # every other pair; the last two fill no set
     monkeypatch.setattr(candidates, "PAIRS", 50)
-    cell = candidates.candidates(seen(names, images, texts), 23)
+    cell = measure_candidates(seen(names, images, texts), 23)
     assert cell.counts == {"candidates": 23, "sets": 2, "pairs": 46, "skipped": 0}
 
 
@@ -208,9 +213,7 @@ def test_all_models_meet_the_same_sets(pictures: Path, monkeypatch: pytest.Monke
     second = small_encoder()
     for weights in second.model.parameters():
         weights.data.mul_(-1.3)
-    found = [
-        candidates.candidates(DataView(e, open_set(str(pictures))), 6) for e in (first, second)
-    ]
+    found = [measure_candidates(DataView(e, open_set(str(pictures))), 6) for e in (first, second)]
     assert not torch.equal(met[0][0], met[2][0])
     # hard
     assert torch.equal(met[0][2], met[2][2])
@@ -221,7 +224,7 @@ def test_all_models_meet_the_same_sets(pictures: Path, monkeypatch: pytest.Monke
 
     view = DataView(first, open_set(str(pictures)))
     belongs = view.captions[1]
-    images, own = one_to_one(belongs)
+    images, own = one_to_one(belongs, limit=2000)
     rights = {*zip(belongs.image.tolist(), belongs.text.tolist(), strict=True)}
     for groups in (met[0][2], met[1][2]):
         for members in groups.tolist():
@@ -232,18 +235,18 @@ def test_all_models_meet_the_same_sets(pictures: Path, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("size", [1, 0, -3, 200])
 def test_sets_of_impossible_sizes_are_refused(size: int, pictures: Path) -> None:
     view = DataView(small_encoder(), open_set(str(pictures)))
-    pairs = len(one_to_one(view.captions[1])[0])
+    pairs = len(one_to_one(view.captions[1], limit=2000)[0])
     with pytest.raises(
         ValueError, match=rf"--candidates={size}: must be 2 to {pairs}, the pairs with a caption"
     ):
-        candidates.candidates(view, size)
+        measure_candidates(view, size)
 
 
 def test_images_that_share_their_captions_are_refused() -> None:
     captions = [["a", "b", "c"]] * 3
     view = seen(captions, unit_rows(3, 4), unit_rows(3, 4))
     with pytest.raises(ValueError, match=r"--candidates=3: images share so many captions"):
-        candidates.candidates(view, 3)
+        measure_candidates(view, 3)
 
 
 def test_its_size_is_part_of_its_own_key_alone(pictures: Path, tmp_path: Path) -> None:
@@ -266,4 +269,4 @@ def test_its_size_is_part_of_its_own_key_alone(pictures: Path, tmp_path: Path) -
     assert after["candidates"]["key"] != before["candidates"]["key"]
     assert after["candidates"]["counts"]["candidates"] == 6
     assert all(math.isclose(value, 1 / 6) for value in after["candidates"]["chance"].values())
-    assert suite.evaluations(Settings(candidates=7), [])["candidates"].keywords == {"size": 7}
+    assert TASKS["candidates"].chosen(option_values(candidates=7)) == {"candidates": 7}

@@ -9,7 +9,6 @@ on another line; the probe is learned anew for each corruption.
 
 from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +16,6 @@ import torch
 from PIL import Image
 
 from clipsmall.data import open_catalog
-from clipsmall.evaluation import probe, suite
 from clipsmall.evaluation.corruptions import COMMON, FAMILIES, SEVERITIES, Corruption, strength
 from clipsmall.evaluation.distortions import (
     brightness,
@@ -28,8 +26,10 @@ from clipsmall.evaluation.distortions import (
     saturate,
 )
 from clipsmall.evaluation.features import Encoder
-from clipsmall.evaluation.robustness import robustness
 from clipsmall.evaluation.sets import open_set
+from clipsmall.evaluation.suite import Request, measure, option_values
+from clipsmall.evaluation.tasks import linear_probe
+from clipsmall.evaluation.tasks.robustness import robustness
 from clipsmall.evaluation.view import DataView
 from tests.evaluation.test_evaluation import COLOURS, small_encoder, write_pictures
 
@@ -182,15 +182,13 @@ def test_robustness_is_the_mean_of_the_tasks_on_corrupted_pictures(tmp_path: Pat
     view = view_of(tmp_path)
     names = ("contrast", "fog")
     severities = (2, 5)
-    tasks = {
-        task: suite.evaluations(suite.Settings(k=3), [])[task]
-        for task in ("zero_shot", "retrieval", "knn")
-    }
-    cell = robustness(view, tasks, names, severities)
-    for task, measure in tasks.items():
+    tasks = ("zero_shot", "retrieval", "knn")
+    options = option_values(k=3, corruptions=names, severities=severities)
+    cell = measure(view, Request("robustness", view.data, options, repeated=tasks))
+    for task in tasks:
 
-        def main(there: DataView, task: str = task, measure: Any = measure) -> float:
-            metrics = measure(there).metrics
+        def main(there: DataView, task: str = task) -> float:
+            metrics = measure(there, Request(task, view.data, options)).metrics
             if task != "retrieval":
                 return metrics["acc1"]
             return (metrics["image_retrieval_recall@1"] + metrics["text_retrieval_recall@1"]) / 2
@@ -223,9 +221,10 @@ def test_the_probe_is_learned_once_and_from_clean_pictures(
     real = Encoder.images
     monkeypatch.setattr(Encoder, "images", lambda *a, **k: seen.append((a, k)) or real(*a, **k))
     fitted = []
-    real_fit = probe.fit
-    monkeypatch.setattr(probe, "fit", lambda *a: fitted.append(a) or real_fit(*a))
-    robustness(view, {"linear_probe": suite.linear_probe}, ("fog",), (1, 3))
+    real_fit = linear_probe.fit
+    monkeypatch.setattr(linear_probe, "fit", lambda *a: fitted.append(a) or real_fit(*a))
+    options = option_values(corruptions=("fog",), severities=(1, 3))
+    measure(view, Request("robustness", view.data, options, repeated=("linear_probe",)))
     train = [k for a, k in seen if a[1] is view.data.training]
     assert train == [{}]
     assert len(seen) == 4

@@ -1,6 +1,6 @@
 """Tests of the evaluations against open_clip's own, against counting by hand, and on several ranks.
 
-Seen to fail when: prompts are averaged before they are normalised; `hits` counts ties as hits or as
+Seen to fail when: prompts are averaged before they are normalised; `in_top_k` counts ties as hits or as
 misses; `scores` multiplies in float32 (equal features in a one-row block differ); every rank
 encodes every batch; a broken image stays in with zeros; `relevance` keeps equal captions apart;
 recall divides by captions instead of queries.
@@ -10,7 +10,6 @@ import json
 import math
 from collections.abc import Callable
 from fractions import Fraction
-from importlib import import_module
 from io import BytesIO
 from itertools import combinations, permutations
 from pathlib import Path
@@ -29,13 +28,29 @@ from torch import Tensor
 from clipsmall import retrieve, zero_shot
 from clipsmall.data import Catalog, build_index, open_catalog, write_index
 from clipsmall.data.preprocess import ImageSpec
-from clipsmall.evaluation import Encoder, Result, classification, print_cells, prompts, write_cell
-from clipsmall.evaluation import retrieval as measure_retrieval
-from clipsmall.evaluation import zero_shot as measure_zero_shot
+from clipsmall.evaluation import (
+    Encoder,
+    Result,
+    classification,
+    prompts,
+    recall,
+    results_text,
+    write_cell,
+)
 from clipsmall.evaluation.classification import accuracies, class_features
 from clipsmall.evaluation.features import class_indices, read_texts
-from clipsmall.evaluation.hits import chance, hits, refuse_non_finite, scores, tied_hit
-from clipsmall.evaluation.retrieval import recalls, relevance
+from clipsmall.evaluation.recall import recalls, relevance
+from clipsmall.evaluation.sets import DataSet
+from clipsmall.evaluation.tasks.retrieval import retrieval
+from clipsmall.evaluation.tasks.zero_shot import zero_shot as classify
+from clipsmall.evaluation.top_k import (
+    chance_in_top_k,
+    in_top_k,
+    refuse_non_finite,
+    scores,
+    tied_in_top_k,
+)
+from clipsmall.evaluation.view import DataView
 from clipsmall.model.dual_encoder import DualEncoder
 from clipsmall.model.load import load_towers
 from clipsmall.model.towers.small import SmallConfig, SmallTowers, WordTokenizer
@@ -44,8 +59,6 @@ from tests.model.test_towers import write_clip, write_open_clip_folder, write_op
 from tests.shard_samples import write_tar
 from tests.shards_for_tests import TOWERS
 
-# the package's `retrieval` is the function
-RECALL = import_module("clipsmall.evaluation.retrieval")
 COLOURS = ["red", "green", "blue", "navy", "teal", "olive", "gold", "pink"]
 BROKEN = b"\x89PNG\r\n\x1a\n" + bytes(40)
 
@@ -97,6 +110,29 @@ def small_encoder(batch_size: int = 16, **options: Any) -> Encoder:
     tokenizer = WordTokenizer.train([*COLOURS, "picture", *map(str, range(100))], config.text)
     model = DualEncoder(SmallTowers(config), ImageSpec(16), 10.0, 0.0, False)
     return Encoder(model, tokenizer, torch.device("cpu"), batch_size, **options)
+
+
+def view_of(encoder: Encoder, catalog: Catalog, name: str, *words: str) -> DataView:
+    """A view of a catalog that is open already; words: classes, templates, label."""
+    classes, templates, label = (*words, *("captions", "plain", "")[len(words) :])
+    data = DataSet(name, tuple(map(str, catalog.shards)), (), "", classes, templates, label)
+    data.__dict__["catalog"] = catalog
+    return DataView(encoder, data, empty_classes=True)
+
+
+def measure_zero_shot(
+    encoder: Encoder,
+    catalog: Catalog,
+    name: str,
+    classes: str = "captions",
+    templates: str = "plain",
+    label: str = "",
+) -> Result:
+    return classify(view_of(encoder, catalog, name, classes, templates, label))
+
+
+def measure_retrieval(encoder: Encoder, catalog: Catalog, name: str) -> Result:
+    return retrieval(view_of(encoder, catalog, name))
 
 
 def classes_file(folder: Path) -> str:
@@ -164,7 +200,7 @@ def test_zero_shot_is_open_clips_own(
         torch.device("cpu"),
         30,
     )
-    weights = class_features(encoder, COLOURS, prompts.templates(templates))
+    weights = class_features(encoder, COLOURS, prompts.prompt_templates(templates))
     torch.testing.assert_close(weights.T, classifier, rtol=0, atol=1e-5)
     cell = measure_zero_shot(
         encoder, catalog, "pictures", classes_file(tmp_path), templates, "kind"
@@ -223,26 +259,26 @@ def test_templates_are_applied_class_by_class() -> None:
 
 @settings(deadline=None)
 @given(st.integers(-1, 7), st.integers(0, 4), st.integers(0, 4))
-def test_tied_hit_is_the_share_of_all_draws(slots: int, right: int, wrong: int) -> None:
+def test_tied_in_top_k_is_the_share_of_all_draws(slots: int, right: int, wrong: int) -> None:
     draws = list(combinations(range(right + wrong), min(max(slots, 0), right + wrong)))
     expected = np.mean([any(answer < right for answer in draw) for draw in draws])
-    assert tied_hit(*map(torch.tensor, (slots, right, wrong))).item() == pytest.approx(
+    assert tied_in_top_k(*map(torch.tensor, (slots, right, wrong))).item() == pytest.approx(
         expected, abs=1e-14
     )
 
 
 @pytest.mark.parametrize("answers", [10**3, 10**6, 10**8])
 @pytest.mark.parametrize("right", [1, 3, 100])
-def test_tied_hit_is_exact_for_millions_of_answers(answers: int, right: int) -> None:
+def test_tied_in_top_k_is_exact_for_millions_of_answers(answers: int, right: int) -> None:
     for k in (1, 5, 10):
         expected = float(1 - Fraction(math.comb(answers - right, k), math.comb(answers, k)))
-        found = tied_hit(*map(torch.tensor, (k, right, answers - right))).item()
+        found = tied_in_top_k(*map(torch.tensor, (k, right, answers - right))).item()
         assert found == pytest.approx(expected, rel=1e-6, abs=1e-14)
 
 
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.tuples(st.integers(0, 2), st.booleans()), min_size=1, max_size=5))
-def test_hits_is_the_mean_over_all_orders_of_the_tied(answers: list[tuple[int, bool]]) -> None:
+def test_in_top_k_is_the_mean_over_all_orders_of_the_tied(answers: list[tuple[int, bool]]) -> None:
     if not any(right for _, right in answers):
         return
     ks = tuple(range(1, len(answers) + 1))
@@ -251,7 +287,11 @@ def test_hits_is_the_mean_over_all_orders_of_the_tied(answers: list[tuple[int, b
     values = torch.tensor([[float(score) for score, _ in answers]])
     right = torch.tensor([[r for _, r in answers]])
     torch.testing.assert_close(
-        hits(values, right, ks)[0], torch.tensor(expected), rtol=0, atol=1e-12, check_dtype=False
+        in_top_k(values, right, ks)[0],
+        torch.tensor(expected),
+        rtol=0,
+        atol=1e-12,
+        check_dtype=False,
     )
 
 
@@ -262,7 +302,7 @@ def test_a_model_that_says_always_the_same_gets_chance(
     """Also where a block of scores has one row: BLAS then rounds equal columns differently."""
     for rows in (1, 2, 1000):
         monkeypatch.setattr(classification, "chunk_rows", lambda columns, rows=rows: rows)
-        monkeypatch.setattr(RECALL, "chunk_rows", lambda columns, rows=rows: rows)
+        monkeypatch.setattr(recall, "chunk_rows", lambda columns, rows=rows: rows)
         for seed in range(4):
             same = unit_rows(1, 512, seed=seed)
             all_same = same.expand(n, -1).contiguous()
@@ -272,8 +312,8 @@ def test_a_model_that_says_always_the_same_gets_chance(
             assert found.get("acc5", 5 / n) == pytest.approx(5 / n, abs=1e-12)
             _, belongs = relevance([[f"caption {i}"] for i in range(n)])
             for side in ("image", "text"):
-                for k, recall in recalls(all_same, all_same, belongs, side).items():
-                    assert recall == pytest.approx(k / n, abs=1e-12)
+                for k, value in recalls(all_same, all_same, belongs, side).items():
+                    assert value == pytest.approx(k / n, abs=1e-12)
 
 
 def test_equal_features_get_equal_scores() -> None:
@@ -287,8 +327,8 @@ def test_chance_is_what_random_scores_reach() -> None:
     right = torch.zeros(4000, 12, dtype=torch.bool)
     right[:, :3] = True
     values = torch.rand(4000, 12, generator=generator)
-    found = hits(values, right, (1, 5)).mean(dim=0)
-    expected = chance(torch.full((4000,), 12), torch.full((4000,), 3), (1, 5))
+    found = in_top_k(values, right, (1, 5)).mean(dim=0)
+    expected = chance_in_top_k(torch.full((4000,), 12), torch.full((4000,), 3), (1, 5))
     torch.testing.assert_close(found, expected, atol=0.03, rtol=0, check_dtype=False)
     assert expected.tolist() == pytest.approx([3 / 12, 1 - math.comb(9, 5) / math.comb(12, 5)])
 
@@ -337,8 +377,8 @@ def test_recall_is_a_brute_force_count(owned: list[list[int]], seed: int) -> Non
         assert np.array_equal(belongs.block(side, 0, len(r)).numpy(), r)
         found = recalls(queries, answers, belongs, side)
         assert set(found) == {k for k in (1, 5, 10) if k == 1 or k < len(answers)}
-        for k, recall in found.items():
-            assert recall == pytest.approx(brute_force(v, r, k), abs=1e-12)
+        for k, value in found.items():
+            assert value == pytest.approx(brute_force(v, r, k), abs=1e-12)
 
 
 def test_retrieval_counts_both_ways(shards: Path) -> None:
@@ -383,7 +423,7 @@ def test_chunks_change_nothing(
 
     whole = measure()
     monkeypatch.setattr(classification, "chunk_rows", few)
-    monkeypatch.setattr(RECALL, "chunk_rows", few)
+    monkeypatch.setattr(recall, "chunk_rows", few)
     assert measure() == whole
     assert len(calls) == 3
 
@@ -582,15 +622,15 @@ def test_what_cannot_be_classified_is_refused_by_name(
 
 def test_classes_and_templates_by_name(tmp_path: Path) -> None:
     (tmp_path / "t.txt").write_text("a {c} of {c}\n\n  {c}, {x}  \n", encoding="utf-8")
-    assert [template("cat") for template in prompts.templates(str(tmp_path / "t.txt"))] == [
+    assert [template("cat") for template in prompts.prompt_templates(str(tmp_path / "t.txt"))] == [
         "a cat of cat",
         "cat, {x}",
     ]
-    assert [template("cat") for template in prompts.templates("plain")] == ["cat"]
-    assert prompts.templates("simple")[0]("cat") == "itap of a cat."
-    assert len(prompts.classes("imagenet", [], [])) == 1000
-    assert prompts.classes("captions", [["b", "a"], ["c", "a"]], []) == ["a", "b", "c"]
-    assert prompts.classes("labels", [], ["b", "a", "b"]) == ["a", "b"]
+    assert [template("cat") for template in prompts.prompt_templates("plain")] == ["cat"]
+    assert prompts.prompt_templates("simple")[0]("cat") == "itap of a cat."
+    assert len(prompts.class_names("imagenet", [], [])) == 1000
+    assert prompts.class_names("captions", [["b", "a"], ["c", "a"]], []) == ["a", "b", "c"]
+    assert prompts.class_names("labels", [], ["b", "a", "b"]) == ["a", "b"]
 
 
 def spoilt(model: DualEncoder, side: str) -> None:
@@ -647,7 +687,7 @@ def test_a_cell_is_clip_benchmarks(tmp_path: Path) -> None:
         "language": "en",
     }
     assert (content["chance"], content["counts"]) == ({"acc1": 0.001}, {"images": 4000})
-    table = print_cells([cell, cell]).splitlines()
+    table = results_text([cell, cell]).splitlines()
     assert len(table) == 6
     assert table[0] == "wds/image net · classification (4,000 images)"
     assert table[1].split() == ["acc1", "50.00%", "chance", "0.100%"]
@@ -825,14 +865,14 @@ def test_a_label_that_is_missing_ends_zero_shot_with_2(
 
 def test_class_numbers_are_not_places_in_a_list_of_captions() -> None:
     with pytest.raises(ValueError, match="classes=captions: labels are numbers here"):
-        prompts.classes("captions", [["zebra"], ["apple"]], [0, 1])
+        prompts.class_names("captions", [["zebra"], ["apple"]], [0, 1])
     with pytest.raises(ValueError, match="classes=labels: labels are numbers here"):
-        prompts.classes("labels", [["zebra"], ["apple"]], [0, 1])
+        prompts.class_names("labels", [["zebra"], ["apple"]], [0, 1])
 
 
 def test_names_that_differ_in_letter_case_are_one_class() -> None:
-    assert prompts.classes("captions", [["red dot", "Red dot"], ["a"], ["A"]], ["x"]) == [
+    assert prompts.class_names("captions", [["red dot", "Red dot"], ["a"], ["A"]], ["x"]) == [
         "A",
         "Red dot",
     ]
-    assert prompts.classes("labels", [], ["straße", "STRASSE", "cat"]) == ["STRASSE", "cat"]
+    assert prompts.class_names("labels", [], ["straße", "STRASSE", "cat"]) == ["STRASSE", "cat"]

@@ -26,10 +26,10 @@ from sklearn.model_selection import train_test_split
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
-from clipsmall.evaluation import calibration, geometry, matching, probe, top1
 from clipsmall.evaluation.corruptions import Corruption
-from clipsmall.evaluation.retrieval import relevance
+from clipsmall.evaluation.recall import one_to_one, relevance
 from clipsmall.evaluation.sets import open_set
+from clipsmall.evaluation.tasks import calibration, geometry, knn, linear_probe, matching, top1
 from clipsmall.evaluation.view import DataView
 from tests.evaluation.test_corruptions import scene
 from tests.evaluation.test_evaluation import COLOURS, small_encoder, unit_rows, write_pictures
@@ -66,13 +66,13 @@ def view(folder: Path) -> DataView:
 @pytest.mark.parametrize("k", [1, 4, 50])
 def test_votes_are_scikit_learns(k: int) -> None:
     (train, labels), (test, _) = clusters(200, 5, 0), clusters(60, 5, 1)
-    found = probe.votes(train, labels, test, 5, k, temperature=0)
+    found = knn.votes(train, labels, test, 5, k, temperature=0)
     theirs = KNeighborsClassifier(k, metric="cosine", algorithm="brute").fit(train.double(), labels)
     assert np.allclose(found / k, theirs.predict_proba(test.double()))
     weighted = KNeighborsClassifier(
         k, metric="cosine", algorithm="brute", weights=lambda far: np.exp(-far / 0.07)
     ).fit(train.double(), labels)
-    found = probe.votes(train, labels, test, 5, k, temperature=0.07)
+    found = knn.votes(train, labels, test, 5, k, temperature=0.07)
     assert np.allclose(
         found / found.sum(dim=1, keepdim=True), weighted.predict_proba(test.double()), atol=1e-5
     )
@@ -82,21 +82,21 @@ def test_far_neighbours_vote_at_any_temperature() -> None:
     # cosines far from 1
     train = F.one_hot(torch.tensor([0, 1, 2])).float()
     test = torch.tensor([[0.1, 0.15, 0.0]])
-    found = probe.votes(train, torch.tensor([0, 1, 1]), test, 2, 2, temperature=1e-3)
+    found = knn.votes(train, torch.tensor([0, 1, 1]), test, 2, 2, temperature=1e-3)
     assert found.tolist() == [[pytest.approx(math.exp(-50)), 1.0]]
 
 
 def test_votes_of_more_than_there_are_are_refused() -> None:
     train, labels = clusters(20, 3, 0)
-    assert probe.votes(train, labels, train, 3, 20).shape == (20, 3)
+    assert knn.votes(train, labels, train, 3, 20).shape == (20, 3)
     for k in (0, 21):
         with pytest.raises(ValueError, match=rf"k={k}: there are 20 images to learn from"):
-            probe.votes(train, labels, train, 3, k)
+            knn.votes(train, labels, train, 3, k)
 
 
 def test_the_probe_is_scikit_learns_with_the_best_strength() -> None:
     (train, labels), (test, truth) = clusters(240, 4, 0), clusters(200, 4, 1)
-    model, strength = probe.fit(train, labels)
+    model, strength = linear_probe.fit(train, labels)
     x = train.double().numpy()
     y = labels.numpy()
     direct = LogisticRegression(C=strength, max_iter=1000).fit(x, y)
@@ -118,11 +118,11 @@ def test_probe_cells_are_scikit_learns_numbers(view: DataView) -> None:
     assert classes == 7
     for cell, theirs in (
         (
-            probe.linear_probe(view),
-            LogisticRegression(C=probe.fit(train, labels)[1], max_iter=1000),
+            linear_probe.linear_probe(view),
+            LogisticRegression(C=linear_probe.fit(train, labels)[1], max_iter=1000),
         ),
         (
-            probe.knn(view, k=1, temperature=0),
+            knn.knn(view, k=1, temperature=0),
             KNeighborsClassifier(1, metric="cosine", algorithm="brute"),
         ),
     ):
@@ -132,7 +132,7 @@ def test_probe_cells_are_scikit_learns_numbers(view: DataView) -> None:
             balanced_accuracy_score(truth, predicted)
         )
         assert cell.counts["train"] == 60
-    told = LogisticRegression(C=probe.fit(train, labels)[1], max_iter=1000).fit(
+    told = LogisticRegression(C=linear_probe.fit(train, labels)[1], max_iter=1000).fit(
         train.double(), labels
     )
     best = np.argsort(-told.predict_proba(view.images.double()), axis=1)[:, :5]
@@ -142,17 +142,17 @@ def test_probe_cells_are_scikit_learns_numbers(view: DataView) -> None:
             for row, own in zip(best, truth.tolist(), strict=True)
         ]
     )
-    assert probe.linear_probe(view).metrics["acc5"] == pytest.approx(expected)
+    assert linear_probe.linear_probe(view).metrics["acc5"] == pytest.approx(expected)
 
 
 def test_rare_and_single_classes() -> None:
     train, labels = clusters(30, 3, 0)
     # once: no part of it can be held out alike
     labels[0] = 7
-    model, _ = probe.fit(train, labels)
+    model, _ = linear_probe.fit(train, labels)
     assert 7 in model.classes_
     with pytest.raises(ValueError, match="two classes at least; all 30 train images are of one"):
-        probe.fit(train, torch.zeros(30, dtype=torch.int64))
+        linear_probe.fit(train, torch.zeros(30, dtype=torch.int64))
 
 
 def test_a_class_that_was_never_learned_is_named(folder: Path, tmp_path: Path) -> None:
@@ -163,7 +163,7 @@ def test_a_class_that_was_never_learned_is_named(folder: Path, tmp_path: Path) -
     with pytest.raises(
         ValueError, match=r"images are of classes without a train image, as '\d'; learn from other"
     ):
-        probe.knn(view, k=1)
+        knn.knn(view, k=1)
 
 
 # ---- calibration
@@ -237,7 +237,7 @@ def test_calibration_is_of_the_models_own_probabilities(
     assert cell.metrics["sigmoid_ece"] == pytest.approx(
         calibration.ece(calibration.equal_width(told, true)), abs=1e-5
     )
-    calibration.draw(cell, tmp_path / "x.png")
+    calibration.draw_reliability(cell, tmp_path / "x.json")
     assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
 
     (tmp_path / "pairs").mkdir()
@@ -374,7 +374,7 @@ def test_the_assignment_of_equal_scores_is_a_guess() -> None:
 
 def test_one_to_one_takes_each_once() -> None:
     _, belongs = relevance([["a", "b"], ["a"], ["b"], ["c"], ["c", "d"], ["e"]])
-    images, texts = matching.one_to_one(belongs)
+    images, texts = one_to_one(belongs, limit=2000)
     assert list(zip(images.tolist(), texts.tolist(), strict=True)) == [
         (0, 0),
         (2, 1),
@@ -382,7 +382,7 @@ def test_one_to_one_takes_each_once() -> None:
         (4, 3),
         (5, 4),
     ]
-    images, texts = matching.one_to_one(belongs, limit=2)
+    images, texts = one_to_one(belongs, limit=2)
     assert list(zip(images.tolist(), texts.tolist(), strict=True)) == [(0, 0), (4, 3)]
 
 

@@ -24,9 +24,10 @@ from torch import Tensor
 
 from clipsmall.data import open_catalog
 from clipsmall.evaluation import multilabel, suite
-from clipsmall.evaluation.hits import scores
 from clipsmall.evaluation.sets import open_set
-from clipsmall.evaluation.suite import NamedModel, Settings
+from clipsmall.evaluation.suite import NamedModel, option_values
+from clipsmall.evaluation.tasks import TASKS
+from clipsmall.evaluation.top_k import scores
 from clipsmall.evaluation.view import DataView
 from tests.evaluation.test_evaluation import BROKEN, COLOURS, picture, small_encoder, unit_rows
 from tests.evaluation.test_suite import cells, load, run, write_model
@@ -247,9 +248,9 @@ def test_tasks_that_need_one_class_an_image_say_so(
     folder = write_voc(tmp_path / "voc")
     out = tmp_path / "out"
     few = ["--corruptions", "contrast", "--severities", "1"]
-    assert run(model, "--data", folder, "--out", out, "--tasks", *suite.TASKS, *few) == 1
+    assert run(model, "--data", folder, "--out", out, "--tasks", *TASKS, *few) == 1
     failed = [line for line in capsys.readouterr().err.splitlines() if line.startswith("failed: ")]
-    others = [task for task in suite.TASKS if task not in suite.OF_SEVERAL_LABELS]
+    others = [name for name, task in TASKS.items() if not task.multilabel]
     assert failed == [
         f"failed: model on voc, {task}: a multi-label set has no such cell, only zero_shot and top1"
         for task in others
@@ -260,7 +261,7 @@ def test_tasks_that_need_one_class_an_image_say_so(
 
 def on_a_rank(folder: Path, out: Path) -> list[str]:
     return suite.evaluate(
-        NamedModel("m", "", small_encoder(7)), [open_set(str(folder))], [], Settings(), out
+        NamedModel("m", "", small_encoder(7)), [open_set(str(folder))], [], option_values(), out
     )
 
 

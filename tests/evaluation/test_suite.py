@@ -27,20 +27,23 @@ from clipsmall.data import open_catalog
 from clipsmall.data.preprocess import ImageSpec
 from clipsmall.distributed import world
 from clipsmall.evaluation import Encoder, suite
-from clipsmall.evaluation import retrieval as measure_retrieval
-from clipsmall.evaluation import zero_shot as measure_zero_shot
-from clipsmall.evaluation.retrieval import Relevance, recalls
-from clipsmall.evaluation.sets import open_set
-from clipsmall.evaluation.suite import NamedModel, Settings
+from clipsmall.evaluation.recall import Relevance, recalls
+from clipsmall.evaluation.sets import DataSet, given_set, open_set
+from clipsmall.evaluation.suite import NamedModel, measure, option_values, requests
 from clipsmall.evaluation.tables import FIRST, eval_results, write_tables
+from clipsmall.evaluation.tasks import TASKS
+from clipsmall.evaluation.tasks.zero_shot import zero_shot
 from clipsmall.evaluation.view import DataView
 from clipsmall.model.dual_encoder import DualEncoder
 from clipsmall.model.load import save_model_files
+from clipsmall.model.saved import load_model
 from clipsmall.model.towers.small import SmallConfig, WordTokenizer, load_small
 from clipsmall.storage import checkpoint
 from data_tools import make_shards
 from tests.evaluation.test_evaluation import (
     COLOURS,
+    measure_retrieval,
+    measure_zero_shot,
     picture,
     small_encoder,
     spoilt,
@@ -54,8 +57,11 @@ from tests.shards_for_tests import TOWERS
 
 # no picture is pink
 SEEN = COLOURS[:-1]
-ALL = [*suite.TASKS]
-FEW = Settings(k=5, corruptions=("contrast", "jpeg_compression"), severities=(1, 5), candidates=6)
+ALL = [*TASKS]
+RESULT_NAMES = {task.result_name for task in TASKS.values()}
+FEW = option_values(
+    k=5, corruptions=("contrast", "jpeg_compression"), severities=(1, 5), candidates=6
+)
 
 
 def write_model(folder: Path, seed: int = 0, bias: float = 0.0) -> Path:
@@ -125,9 +131,7 @@ def test_cells_and_tables_are_clip_benchmarks_and_datacomps(
     assert run(home / "model", home / "other", *options(home, tmp_path), "--tasks", *ALL) == 0
     digest = {name: load(home / name).digest()[:8] for name in ("model", "other")}
     assert {path.name for path in tmp_path.glob("*.json")} == {
-        f"pictures_{digest[name]}_{name}_en_{task}.json"
-        for name in digest
-        for task in suite.TASKS.values()
+        f"pictures_{digest[name]}_{name}_en_{task}.json" for name in digest for task in RESULT_NAMES
     }
     pngs = {path.name for path in tmp_path.glob("*.png")}
     assert pngs == {f"pictures_{digest[name]}_{name}_en_calibration.png" for name in digest}
@@ -160,26 +164,27 @@ def test_cells_and_tables_are_clip_benchmarks_and_datacomps(
         == (found["image_retrieval_recall@1"] + found["text_retrieval_recall@1"]) / 2
     )
     said = capsys.readouterr().out
-    assert all(task in said for task in suite.TASKS.values())
+    assert all(task in said for task in RESULT_NAMES)
     assert f"{table.acc1.dropna().iloc[0]:.4f}" in said
 
 
 def load(folder: Path) -> Encoder:
-    model, loaded = evaluate.load_model(str(folder))
+    model, loaded = load_model(str(folder))
     return Encoder(model.eval(), loaded.tokenize, torch.device("cpu"), 16)
 
 
-def test_the_suite_measures_what_the_single_commands_do(home: Path) -> None:
-    """Those are held to open_clip's own classifier and to a count by hand in test_evaluation.py."""
+def test_a_set_as_given_is_measured_as_one_that_is_looked_up(home: Path) -> None:
+    """As training and the single commands open it, and as `evaluate` does."""
     encoder = load(home / "model")
-    data = open_set(str(home / "pictures"), label="kind")
-    catalog = open_catalog(str(home / "pictures" / "test"))
-    view = DataView(encoder, data)
+    found = open_set(str(home / "pictures"), label="kind")
+    shards = [str(home / "pictures" / "test")]
     classes = str(home / "pictures" / "classnames.txt")
-    assert suite.zero_shot(view) == measure_zero_shot(
-        encoder, catalog, "pictures", classes, "plain", "kind"
-    )
-    assert suite.retrieval(view) == measure_retrieval(encoder, catalog, "pictures")
+    given = given_set("pictures", shards, classes=classes, label="kind")
+    captioned = given_set("pictures", shards, only_captioned=True)
+    for task, data in (("zero_shot", given), ("retrieval", captioned)):
+        (asked,) = requests(data, [task], FEW)
+        result = measure(DataView(encoder, found), asked)
+        assert measure(DataView(encoder, data, empty_classes=True), asked) == result
 
 
 def test_features_are_made_once_for_all_tasks(
@@ -335,8 +340,9 @@ def test_a_list_that_is_no_text_fails_its_task_with_its_name(
         (["--k", "0"], "--k=0: must be at least 1"),
         (["--candidates", "1"], "--candidates=1: must be at least 2"),
         (["--batch_size", "0"], "--batch_size=0: must be at least 1"),
-        (["--temperature", "-1"], "--temperature=-1.0: a number from 0 on"),
-        (["--temperature", "nan"], "--temperature=nan: a number from 0 on"),
+        (["--temperature", "-1"], "--temperature=-1.0: must be a finite number of at least 0"),
+        (["--temperature", "nan"], "--temperature=nan: must be a finite number of at least 0"),
+        (["--temperature", "inf"], "--temperature=inf: must be a finite number of at least 0"),
         (["--out", "file"], "--out=file: nothing can be written to file"),
         (["--out", "file/deeper"], "--out=file/deeper: nothing can be written to"),
     ],
@@ -350,7 +356,7 @@ def test_what_cannot_be_is_told_before_a_model_is_loaded(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(evaluate, "load_model", None)
+    monkeypatch.setattr(evaluate, "load_encoder", None)
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit) as left:
         run("model", *options(home, tmp_path / "out"), *words)
@@ -405,26 +411,30 @@ def test_clip_benchmarks_layout_is_read_as_it_is(home: Path, tmp_path: Path) -> 
     )
 
 
+def made_for(data: DataSet) -> list[str]:
+    return [request.task for request in requests(data, [], FEW)]
+
+
 def test_what_a_data_set_is_called_and_made_for(home: Path, tmp_path: Path) -> None:
     assert open_set(str(home / "pictures")).name == "pictures"
     part = open_set(str(home / "pictures" / "test"))
-    assert (part.name, part.tasks) == ("pictures/test", ["zero_shot", "retrieval"])
-    assert part.train == str(home / "pictures" / "train")
+    assert (part.name, made_for(part)) == ("pictures/test", ["zero_shot", "retrieval"])
+    assert part.train == (str(home / "pictures" / "train"),)
     assert part.classes == str(home / "pictures" / "classnames.txt")
     assert (
         open_set(str(home / "pictures" / "test" / "{00000..00001}.tar")).catalog.fingerprint
         == part.catalog.fingerprint
     )
     write_pictures(tmp_path / "plain")
-    assert open_set(str(tmp_path / "plain")).tasks == ["retrieval"]
-    assert open_set(str(tmp_path / "plain"), label="kind").tasks == ["zero_shot", "retrieval"]
+    assert made_for(open_set(str(tmp_path / "plain"))) == ["retrieval"]
+    assert made_for(open_set(str(tmp_path / "plain"), label="kind")) == ["zero_shot", "retrieval"]
     (write_wds(tmp_path / "nameless") / "classnames.txt").unlink()
     nameless = open_set(str(tmp_path / "nameless"))
-    assert nameless.tasks == ["zero_shot"]
+    assert made_for(nameless) == ["zero_shot"]
     with pytest.raises(
         ValueError, match=r"classes=captions: labels are numbers here; give a classnames\.txt"
     ):
-        suite.zero_shot(DataView(small_encoder(), nameless))
+        zero_shot(DataView(small_encoder(), nameless))
     with pytest.raises(ValueError, match=r"no images to learn from beside it .* --train"):
         _ = open_set(str(tmp_path / "plain")).training
 
@@ -645,7 +655,7 @@ def on_a_rank(home: Path, out: Path) -> list[str]:
 def test_cells_are_the_same_on_any_number_of_ranks(home: Path, ranks: Any, tmp_path: Path) -> None:
     assert ranks(1, on_a_rank, home, tmp_path / "1") == [[]]
     assert ranks(3, on_a_rank, home, tmp_path / "3") == [[]] * 3
-    assert set(cells(tmp_path / "1")) == set(suite.TASKS.values())
+    assert set(cells(tmp_path / "1")) == RESULT_NAMES
     assert cells(tmp_path / "3") == cells(tmp_path / "1")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "3").iterdir()}
     assert ranks(2, on_a_rank, home, tmp_path / "3") == [[]] * 2
@@ -681,7 +691,7 @@ def test_models_that_share_a_name_are_told_apart(home: Path, tmp_path: Path) -> 
     for name in ("a/run", "b/run", "c/alone"):
         (tmp_path / name).mkdir(parents=True)
     given = [str(tmp_path / name) for name in ("a/run", "b/run", "c/alone")]
-    assert evaluate.titles([*given, "ViT-B-32,openai", "org/name"]) == [
+    assert evaluate.model_titles([*given, "ViT-B-32,openai", "org/name"]) == [
         (given[0].strip("/"), ""),
         (given[1].strip("/"), ""),
         ("alone", ""),

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipsmall.data import build_index, open_catalog, write_index
-from clipsmall.evaluation import Encoder
+from clipsmall.evaluation import Encoder, command
 from clipsmall.model.dual_encoder import DualEncoder
 from clipsmall.model.towers.small import SmallConfig, WordTokenizer, load_small
 from clipsmall.search import Answer, Exact, Hit, Searcher, embed, index, page, results
@@ -543,7 +543,8 @@ def ask(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callab
     monkeypatch.setattr(page, "require_gradio", lambda: None)
     encoder = made_encoder()
     tokenize = type("Loaded", (), {"tokenize": staticmethod(encoder.tokenize)})
-    monkeypatch.setattr(search, "load_model", lambda name, pretrained: (encoder.model, tokenize))
+    loaded = (encoder.model, tokenize)
+    monkeypatch.setattr(command, "load_model", lambda name, pretrained: loaded)
 
     class Made:
         def block_thread(self) -> None:

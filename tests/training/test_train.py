@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,8 @@ import yaml
 from clipsmall import retrieve, train
 from clipsmall.data import Catalog, ShardError, open_catalog
 from clipsmall.data.preprocess import ImageTransform
-from clipsmall.evaluation import retrieval
 from clipsmall.evaluation.features import read_texts
+from clipsmall.evaluation.tasks import TASKS
 from clipsmall.model.dual_encoder import unit
 from clipsmall.model.saved import load_model
 from clipsmall.objectives import OBJECTIVES, ObjectiveSpec
@@ -212,10 +213,11 @@ def test_the_speed_knows_nothing_of_evaluations(
     def slow(*arguments: object, **options: object) -> object:
         # seconds
         late[0] += 10_000
-        return retrieval(*arguments, **options)  # type: ignore[arg-type]
+        return task.measure(*arguments, **options)
 
     monkeypatch.setattr(time, "perf_counter", lambda: clock() + late[0])
-    monkeypatch.setattr("clipsmall.build.jobs.retrieval", slow)
+    task = TASKS["retrieval"]
+    monkeypatch.setitem(TASKS, "retrieval", replace(task, measure=slow))
     changes = {
         "run.evaluate_every": 5,
         "evaluate.retrieval": f"[{{name: test, data: [{glyphs / 'test'}]}}]",

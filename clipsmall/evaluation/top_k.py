@@ -9,39 +9,41 @@ def scores(queries: Tensor, answers: Tensor) -> Tensor:
     """(q, D), (n, D) -> (q, n) cosines, where equal features get equal scores.
 
     BLAS sums the columns of a one-row product, or of a block's edge, in another order than the
-    rest; in float64, rounded to float32, the order is no longer seen.
+    rest; in float64, rounded to float32, the order no longer shows.
     """
     return (queries.double() @ answers.double().T).float()
 
 
-def tied_hit(slots: Tensor, right: Tensor, wrong: Tensor) -> Tensor:
-    """Chance that `slots` places, filled at random from `right` + `wrong` tied answers, hold a
-    right one.
+def tied_in_top_k(slots: Tensor, right: Tensor, wrong: Tensor) -> Tensor:
+    """Probability that `slots` random draws from right + wrong tied answers hold a right one.
 
     1 − C(wrong, slots) / C(right + wrong, slots), for integer tensors of one shape; slots below 1
-    give 0. One
-    factor a slot: accurate to 1e-14 for any number of answers, where log-gamma loses all digits.
+    give 0. One factor per slot: accurate to 1e-14 for any number of answers, where log-gamma loses
+    all digits.
     """
     miss = torch.ones(slots.shape, dtype=torch.float64)
-    for taken in range(max(int(slots.max()), 0) if slots.numel() else 0):
-        still_wrong = (wrong - taken).clamp(min=0).double() / (right + wrong - taken).clamp(min=1)
+    most = max(int(slots.max()), 0) if slots.numel() else 0
+    for taken in range(most):
+        wrong_left = (wrong - taken).clamp(min=0).double()
+        left = (right + wrong - taken).clamp(min=1)
+        still_wrong = wrong_left / left
         miss = torch.where(slots > taken, miss * still_wrong, miss)
     return torch.where(right > 0, 1 - miss, 0.0)
 
 
-def hits(scores: Tensor, right: Tensor, ks: tuple[int, ...]) -> Tensor:
+def in_top_k(scores: Tensor, right: Tensor, ks: tuple[int, ...]) -> Tensor:
     """(q, n) scores and (q, n) True for right answers -> (q, len(ks)): is one of the k best right?
 
     Ties are broken at random, and the answer is the probability: a model whose features are all
     equal gets the chance level k/n, neither 0 nor 1. Without ties every entry is 0 or 1.
     """
     best = scores.masked_fill(~right, -torch.inf).max(dim=1, keepdim=True).values
-    # all of them wrong
+    # answers above the best right one are all wrong
     above = _count(scores > best)
     tied = scores == best
     tied_right = _count(tied & right)
     tied_wrong = _count(tied & ~right)
-    return torch.stack([tied_hit(k - above, tied_right, tied_wrong) for k in ks], dim=1)
+    return torch.stack([tied_in_top_k(k - above, tied_right, tied_wrong) for k in ks], dim=1)
 
 
 def _count(mask: Tensor) -> Tensor:
@@ -49,24 +51,26 @@ def _count(mask: Tensor) -> Tensor:
     return torch.from_numpy(np.count_nonzero(mask.numpy(), axis=1))
 
 
-def chance(answers: Tensor, right: Tensor, ks: tuple[int, ...]) -> Tensor:
-    """(q,) numbers of answers and of right ones -> (len(ks),) mean hit of a random ranking."""
-    return torch.stack(
-        [tied_hit(torch.full_like(answers, k), right, answers - right).mean() for k in ks]
-    )
+def chance_in_top_k(answers: Tensor, right: Tensor, ks: tuple[int, ...]) -> Tensor:
+    """(q,) numbers of answers and of right ones -> (len(ks),) what a random ranking reaches."""
+    levels = []
+    for k in ks:
+        slots = torch.full_like(answers, k)
+        levels.append(tied_in_top_k(slots, right, answers - right).mean())
+    return torch.stack(levels)
 
 
 def chunk_rows(columns: int, budget: int = 1 << 24) -> int:
-    """Rows of a (rows, columns) score block that stay within `budget` entries (128 MiB in
-    float64).
-    """
+    """Rows of a (rows, columns) score block with at most `budget` entries (128 MiB in float64)."""
     return max(1, budget // max(columns, 1))
 
 
 def refuse_non_finite(features: Tensor, what: str) -> None:
     """Raises ValueError: NaN compares false with everything and would pass for a bad model."""
-    if not torch.isfinite(features).all():
-        bad = int((~torch.isfinite(features)).any(dim=-1).sum())
+    finite = torch.isfinite(features)
+    if not finite.all():
+        bad = int((~finite).any(dim=-1).sum())
         raise ValueError(
-            f"{bad} of {len(features)} {what} features are not finite: the model has diverged or is broken"
+            f"{bad} of {len(features)} {what} features are not finite: "
+            "the model has diverged or is broken"
         )

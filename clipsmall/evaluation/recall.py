@@ -1,0 +1,139 @@
+"""Retrieval: does a caption find its image, and an image its caption, among all of a data set?"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from clipsmall.data import caption_hash
+from clipsmall.distributed import world
+from clipsmall.evaluation.results import Result
+from clipsmall.evaluation.top_k import (
+    chance_in_top_k,
+    chunk_rows,
+    in_top_k,
+    refuse_non_finite,
+    scores,
+)
+
+KS = (1, 5, 10)
+
+
+@dataclass
+class Relevance:
+    """Which of n images and m distinct captions belong together, as (pairs,) coordinates."""
+
+    image: Tensor
+    text: Tensor
+    images: int
+    texts: int
+
+    def block(self, side: str, start: int, stop: int) -> Tensor:
+        """(stop − start, other side) True where query and answer belong together."""
+        if side == "image":
+            query, answer, answers = self.image, self.text, self.texts
+        else:
+            query, answer, answers = self.text, self.image, self.images
+        inside = (query >= start) & (query < stop)
+        block = torch.zeros(stop - start, answers, dtype=torch.bool)
+        block[query[inside] - start, answer[inside]] = True
+        return block
+
+    def counts(self, side: str) -> Tensor:
+        """(queries,) how many answers are right."""
+        if side == "image":
+            return torch.bincount(self.image, minlength=self.images)
+        return torch.bincount(self.text, minlength=self.texts)
+
+
+def relevance(captions: list[list[str]]) -> tuple[list[str], Relevance]:
+    """Captions by image -> the distinct captions, and which image has which.
+
+    Captions that are equal up to case and white space are one.
+    """
+    number_of: dict[int, int] = {}
+    texts = list[str]()
+    pairs = set[tuple[int, int]]()
+    for image, its_captions in enumerate(captions):
+        for caption in its_captions:
+            number = number_of.setdefault(caption_hash(caption), len(texts))
+            if number == len(texts):
+                texts.append(caption)
+            pairs.add((image, number))
+    columns = torch.tensor(sorted(pairs), dtype=torch.int64).reshape(-1, 2)
+    return texts, Relevance(columns[:, 0], columns[:, 1], len(captions), len(texts))
+
+
+def one_to_one(belongs: Relevance, limit: int) -> tuple[Tensor, Tensor]:
+    """(p,), (p,) images and texts that belong together, each once.
+
+    At most `limit` pairs, evenly chosen.
+    """
+    text_of = dict[int, int]()
+    taken = set[int]()
+    for image, text in zip(belongs.image.tolist(), belongs.text.tolist(), strict=True):
+        if image not in text_of and text not in taken:
+            text_of[image] = text
+            taken.add(text)
+    # rounded up
+    step = -(-len(text_of) // limit)
+    chosen = list(text_of.items())[::step]
+    images = torch.tensor([image for image, _ in chosen])
+    texts = torch.tensor([text for _, text in chosen])
+    return images, texts
+
+
+def recalls(queries: Tensor, answers: Tensor, belongs: Relevance, side: str) -> dict[int, float]:
+    """recall@k: the fraction of queries with a right answer among the k best.
+
+    Exact, in chunks of queries. Memory: half a GiB, and the answers in float64, however many there
+    are.
+    """
+    ks = tuple(k for k in KS if k == 1 or k < len(answers))
+    total = torch.zeros(len(ks), dtype=torch.float64)
+    size = chunk_rows(len(answers))
+    # once, not in every chunk
+    answers = answers.double()
+    bar = tqdm(
+        range(0, len(queries), size),
+        desc=f"{side} queries",
+        delay=3,
+        leave=False,
+        disable=None if world.rank() == 0 else True,
+    )
+    for start in bar:
+        part = queries[start : start + size]
+        right = belongs.block(side, start, start + len(part))
+        total += in_top_k(scores(part, answers), right, ks).sum(dim=0)
+    return dict(zip(ks, (total / len(queries)).tolist(), strict=True))
+
+
+def both_recalls(
+    images: Tensor, texts: Tensor, belongs: Relevance, name: str, task: str, skipped: int = 0
+) -> Result:
+    """(n, D) images, (m, D) distinct captions -> recall@k both ways, with those of a guess.
+
+    `image_retrieval_recall@k`: a caption finds one of its images; `text_retrieval_recall@k`: an
+    image one of its captions (CLIP_benchmark's names and definition). Equal captions count as one
+    text with several right images.
+
+    Raises:
+        ValueError: features that are not finite.
+    """
+    refuse_non_finite(images, "image")
+    refuse_non_finite(texts, "text")
+    result = Result(name, task, {})
+    result.counts = {"images": len(images), "captions": len(texts), "skipped": skipped}
+    ways = (
+        ("image_retrieval", "text", texts, images),
+        ("text_retrieval", "image", images, texts),
+    )
+    for way, side, queries, answers in ways:
+        found = recalls(queries, answers, belongs, side)
+        number_of_answers = torch.full((len(queries),), len(answers))
+        guess = chance_in_top_k(number_of_answers, belongs.counts(side), tuple(found))
+        for k, level in zip(found, guess.tolist(), strict=True):
+            result.metrics[f"{way}_recall@{k}"] = found[k]
+            result.chance[f"{way}_recall@{k}"] = level
+    return result

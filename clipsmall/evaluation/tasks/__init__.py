@@ -1,0 +1,38 @@
+"""All evaluation tasks by name: one file each, which ends with the task's entry."""
+
+from clipsmall.evaluation.task import Option, Task
+from clipsmall.evaluation.tasks import (
+    calibration,
+    candidates,
+    geometry,
+    knn,
+    linear_probe,
+    matching,
+    retrieval,
+    robustness,
+    top1,
+    zero_shot,
+)
+
+TASKS: dict[str, Task] = {
+    "zero_shot": zero_shot.TASK,
+    "retrieval": retrieval.TASK,
+    "linear_probe": linear_probe.TASK,
+    "knn": knn.TASK,
+    "robustness": robustness.TASK,
+    "calibration": calibration.TASK,
+    "geometry": geometry.TASK,
+    "matching": matching.TASK,
+    "top1": top1.TASK,
+    "candidates": candidates.TASK,
+}
+
+
+def task_options() -> dict[str, Option]:
+    """The options of all tasks by name."""
+    found: dict[str, Option] = {}
+    for name, task in TASKS.items():
+        for key, option in task.options.items():
+            if found.setdefault(key, option) != option:
+                raise TypeError(f"option {key} of {name}: another task has one of that name")
+    return found

@@ -1,0 +1,150 @@
+"""Retrieval among hard candidates: small sets of pairs whose captions share most of their words."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clipsmall.evaluation.recall import Relevance, one_to_one
+from clipsmall.evaluation.results import Result
+from clipsmall.evaluation.task import Option, Task
+from clipsmall.evaluation.top_k import in_top_k, scores
+from clipsmall.evaluation.view import DataView
+from clipsmall.mining.initial_groups import grown
+from clipsmall.mining.scored import Bools, Floats, Ints, Scored, one_owner
+from clipsmall.mining.swaps import conflicts, separated, swapped
+
+NAME = "candidates"
+# at most: all pairs of them are 100 MB (and COCO's test images are as many)
+PAIRS = 5000
+# of exchanges between sets: mean cosine of words 0.132, 0.155, 0.159 after none, one, two; 0.159
+# after ten
+SWEEPS = 2
+# single letters, which scikit-learn drops, and what is no letter: each caption has words
+WORD = r"\w+|[^\w\s]"
+
+
+def measure_candidates(view: DataView, candidates: int = 32) -> Result:
+    """R@1 both ways within hard sets of pairs, and within random sets of the same pairs.
+
+    The counterpart between images and texts of Cho et al.'s corrupted top-1 (arXiv 2307.05906, §5),
+    whose candidates are versions of one image. Sets are made as the miner makes groups (they grow,
+    then exchange pairs), but captions alone decide what is hard, no model's scores: pairs of one set
+    share many words, weighted by tf-idf. So all models get the same sets, and none gets its own
+    mistakes; sets chosen by a model would be hardest for similar models. In a script without spaces
+    a sentence is one word: such sets are hardly harder than random ones, as `details` show.
+
+    A pair is an image with one of its captions, each once, and no set holds a caption that is right
+    for two of its images, so a guess is right once in `candidates`. Up to 5,000 pairs, evenly
+    chosen; those that fill no set are left out.
+
+    Args:
+        candidates: pairs of a set.
+
+    Raises:
+        ValueError: no set of that size can be made.
+    """
+    size = candidates
+    images = view.images[view.captioned]
+    texts = view.texts
+    belongs = view.captions[1]
+    mine, own = one_to_one(belongs, PAIRS)
+    if not 2 <= size <= len(mine):
+        raise ValueError(
+            f"--candidates={size}: must be 2 to {len(mine)}, "
+            "the pairs with a caption of their own here"
+        )
+    words = word_cosines([view.captions[0][text] for text in own.tolist()])
+    hard, random = candidate_sets(words, confusable(belongs, mine, own), size)
+    if not len(hard) or not len(random):
+        raise ValueError(
+            f"--candidates={size}: images share so many captions that no set can do without; "
+            "choose fewer"
+        )
+    result = Result(view.data.name, NAME, {}, details={"word_cosine": {}})
+    for name, groups in (("hard", hard), ("random", random)):
+        image_finds, text_finds = recalls_within(images[mine], texts[own], torch.from_numpy(groups))
+        result.metrics[f"{name}_image_retrieval_recall@1"] = text_finds
+        result.metrics[f"{name}_text_retrieval_recall@1"] = image_finds
+        inside = [words[np.ix_(members, members)].sum() for members in groups]
+        # over the pairs of a set, without the diagonal
+        result.details["word_cosine"][name] = float(np.mean(inside)) / (size * (size - 1))
+    result.chance = dict.fromkeys(result.metrics, 1 / size)
+    result.counts = {
+        "candidates": size,
+        "sets": len(hard),
+        "pairs": hard.size,
+        "skipped": view.skipped,
+    }
+    return result
+
+
+def word_cosines(captions: list[str]) -> Floats:
+    """n captions -> (n, n) cosines of their words, weighted by tf-idf; 0 on the diagonal."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    words = TfidfVectorizer(token_pattern=WORD, dtype=np.float32).fit_transform(captions)
+    cosines: Floats = (words @ words.T).toarray()
+    np.fill_diagonal(cosines, 0)
+    return cosines
+
+
+def confusable(belongs: Relevance, images: Tensor, texts: Tensor) -> Bools:
+    """(p,), (p,) pairs -> (p, p) True where one pair's caption is right for the other's image."""
+    # the pair of each text and of each image; −1 = of none
+    pair_of_text = torch.full((belongs.texts,), -1)
+    pair_of_text[texts] = torch.arange(len(texts))
+    pair_of_image = torch.full((belongs.images,), -1)
+    pair_of_image[images] = torch.arange(len(images))
+    one = pair_of_image[belongs.image]
+    other = pair_of_text[belongs.text]
+    two_pairs = (one >= 0) & (other >= 0) & (one != other)
+    found = np.zeros((len(images),) * 2, dtype=bool)
+    found[one[two_pairs].numpy(), other[two_pairs].numpy()] = True
+    return found | found.T
+
+
+def candidate_sets(words: Floats, cannot: Bools, size: int) -> tuple[Ints, Ints]:
+    """(p, p) word cosines and which pairs may not meet -> (m, size) pairs of hard and random sets.
+
+    The same ones every time.
+    """
+    quotas = one_owner(len(words), size)
+    random = np.random.default_rng(0)
+    # `grown` only asks them for their number
+    pairs = Scored(words, words)
+    groups = grown(pairs, quotas, cannot, random, words)
+    hard = swapped(words, groups, quotas.owner, cannot, SWEEPS, random)
+    hard = hard[conflicts(hard, cannot) == 0]
+    shuffled = random.permutation(hard.ravel()).reshape(hard.shape)
+    others = separated(shuffled, quotas.owner, cannot, random)
+    return hard, others[conflicts(others, cannot) == 0]
+
+
+def recalls_within(images: Tensor, texts: Tensor, groups: Tensor) -> tuple[float, float]:
+    """(p, D), (p, D), (m, C) -> fraction of images that find their caption in their set, and back.
+
+    Ties count as a random order.
+    """
+    own = torch.eye(groups.shape[1], dtype=torch.bool)
+    found = []
+    for members in groups:
+        cosines = scores(images[members], texts[members])
+        both = torch.cat([in_top_k(cosines, own, (1,)), in_top_k(cosines.T, own, (1,))], dim=1)
+        found.append(both.mean(dim=0))
+    image_finds, text_finds = torch.stack(found).mean(dim=0).tolist()
+    return image_finds, text_finds
+
+
+TASK = Task(
+    NAME,
+    measure_candidates,
+    options={
+        "candidates": Option(32, "pairs of a hard set of the task candidates", least=2),
+    },
+    matches="captions",
+    metrics=tuple(
+        f"{name}_{way}_retrieval_recall@1"
+        for name in ("hard", "random")
+        for way in ("image", "text")
+    ),
+)

@@ -1,0 +1,108 @@
+"""The shape of an embedding: its modality gap, how even it is, how many directions it uses."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from clipsmall.evaluation.recall import Relevance
+from clipsmall.evaluation.results import Result
+from clipsmall.evaluation.task import Task
+from clipsmall.evaluation.top_k import chunk_rows
+from clipsmall.evaluation.view import DataView
+
+NAME = "geometry"
+
+
+def modality_gap(images: Tensor, texts: Tensor) -> float:
+    """(n, D), (m, D) -> ‖mean image − mean text‖ (Liang et al. 2022, arXiv 2203.02053, §2)."""
+    return float((images.double().mean(dim=0) - texts.double().mean(dim=0)).norm())
+
+
+def alignment(images: Tensor, texts: Tensor) -> float:
+    """(p, D), (p, D) of pairs -> E ‖x − y‖²; 0 is best.
+
+    Wang & Isola 2020, arXiv 2005.10242, §4.1, with α = 2.
+    """
+    return (images.double() - texts.double()).square().sum(dim=1).mean().item()
+
+
+def uniformity(rows: Tensor, t: float = 2.0) -> float:
+    """(n, D) unit rows -> log E exp(−t ‖x − y‖²) over all pairs x ≠ y; lower is more even.
+
+    Wang & Isola 2020, arXiv 2005.10242, §4.1.
+    """
+    x = rows.double()
+    if len(x) < 2:
+        return 0.0
+    total = 0.0
+    for part in torch.split(x, chunk_rows(len(x))):
+        # ‖x − y‖² = 2 − 2 x·y
+        total += (2 * t * (part @ x.T - 1)).exp().sum().item()
+    with_itself = (2 * t * (x.square().sum(dim=1) - 1)).exp().sum().item()
+    mean = max(total - with_itself, 1e-300) / (len(x) * (len(x) - 1))
+    return math.log(mean)
+
+
+def effective_rank(rows: Tensor) -> float:
+    """(n, D) -> exp of the entropy of the normalised singular values: 1 to min(n, D).
+
+    Roy & Vetterli 2007, eq. 3 and 4.
+    """
+    values = torch.linalg.svdvals(rows.double())
+    fractions = values[values > 0] / values.sum()
+    return float((-(fractions * fractions.log()).sum()).exp())
+
+
+def mean_cosines(images: Tensor, texts: Tensor, belongs: Relevance) -> tuple[float, float]:
+    """The mean cosine of the pairs that belong together, and of all the others (NaN for none)."""
+    x = images.double()
+    y = texts.double()
+    own = (x[belongs.image] * y[belongs.text]).sum().item()
+    everything = (x.sum(dim=0) @ y.sum(dim=0)).item()
+    others = len(x) * len(y) - len(belongs.image)
+    return own / len(belongs.image), (everything - own) / others if others else math.nan
+
+
+def geometry(view: DataView) -> Result:
+    """All of the above over the images with captions and the distinct captions of a data set."""
+    images = view.images[view.captioned]
+    texts = view.texts
+    belongs = view.captions[1]
+    pairs, others = mean_cosines(images, texts, belongs)
+    metrics = {
+        "modality_gap": modality_gap(images, texts),
+        "alignment": alignment(images[belongs.image], texts[belongs.text]),
+        "image_uniformity": uniformity(images),
+        "text_uniformity": uniformity(texts),
+        "image_effective_rank": effective_rank(images),
+        "text_effective_rank": effective_rank(texts),
+        "mean_cosine_of_pairs": pairs,
+    }
+    # of a single pair there are no others
+    if not math.isnan(others):
+        metrics["mean_cosine_of_others"] = others
+    return Result(
+        view.data.name,
+        NAME,
+        metrics,
+        counts={"images": len(images), "captions": len(texts), "width": images.shape[1]},
+        fractions=False,
+    )
+
+
+TASK = Task(
+    NAME,
+    geometry,
+    matches="captions",
+    metrics=(
+        "modality_gap",
+        "alignment",
+        "image_uniformity",
+        "text_uniformity",
+        "image_effective_rank",
+        "text_effective_rank",
+        "mean_cosine_of_pairs",
+        "mean_cosine_of_others",
+    ),
+)

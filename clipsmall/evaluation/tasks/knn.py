@@ -1,0 +1,76 @@
+"""k nearest neighbours: an image goes to the class of the training images around it."""
+
+import torch
+from torch import Tensor
+
+from clipsmall.evaluation.results import Result
+from clipsmall.evaluation.task import Option, Task
+from clipsmall.evaluation.top_k import chunk_rows, scores
+from clipsmall.evaluation.trained import classified
+from clipsmall.evaluation.view import DataView
+
+NAME = "knn"
+
+
+def votes(
+    train: Tensor, labels: Tensor, test: Tensor, classes: int, k: int, temperature: float = 0.07
+) -> Tensor:
+    """(N, D), (N,), (n, D) -> (n, C) votes of the k nearest by cosine.
+
+    A vote is worth exp(cosine / temperature): Wu et al. 2018, arXiv 1805.01978, §3.4, whose
+    temperature is the default; 0 = every vote counts 1 (majority).
+
+    Raises:
+        ValueError: k is not between 1 and N.
+    """
+    refuse_k(k, len(train))
+    parts = []
+    # once, not in every chunk
+    train = train.double()
+    for part in torch.split(test, chunk_rows(len(train))):
+        near = scores(part, train).double().topk(k, dim=1)
+        if temperature:
+            # only ratios of votes matter; at a small temperature exp(cosine / temperature) overflows
+            best = near.values[:, :1]
+            worth = ((near.values - best) / temperature).exp()
+        else:
+            worth = torch.ones_like(near.values)
+        counted = torch.zeros(len(part), classes, dtype=torch.float64)
+        parts.append(counted.scatter_add_(1, labels[near.indices], worth))
+    return torch.cat(parts)
+
+
+def refuse_k(k: int, count: int) -> None:
+    """Raises ValueError if there are no k images to learn from."""
+    if not 1 <= k <= count:
+        raise ValueError(
+            f"k={k}: there are {count} images to learn from; choose k from 1 to {count}"
+        )
+
+
+def knn(view: DataView, k: int = 20, temperature: float = 0.07) -> Result:
+    """Classify images by their `k` nearest among the training images; see `votes`.
+
+    Raises:
+        ValueError: k larger than the training set, or classes without a training image.
+    """
+    # before anything is encoded
+    refuse_k(k, len(view.data.training))
+    train, labels, _, classes = view.training
+    return classified(
+        view, NAME, votes(train, labels, view.images, classes, k, temperature), {"k": k}
+    )
+
+
+TASK = Task(
+    NAME,
+    knn,
+    options={
+        "k": Option(20, "neighbours of kNN", least=1),
+        "temperature": Option(0.07, "of kNN's votes; 0 = majority", least=0),
+    },
+    learns=True,
+    main=(("acc1",),),
+    repeatable=True,
+    metrics=("acc1", "acc5", "mean_per_class_recall"),
+)

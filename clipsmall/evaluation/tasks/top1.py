@@ -1,0 +1,178 @@
+"""Cho et al.'s two retrieval tasks, and what they become between images and texts."""
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import v2
+
+from clipsmall.evaluation.corruptions import COMMON, OPTIONS, SEVERITIES, Corruption
+from clipsmall.evaluation.features import Change
+from clipsmall.evaluation.recall import Relevance, recalls
+from clipsmall.evaluation.results import Result
+from clipsmall.evaluation.task import Task
+from clipsmall.evaluation.top_k import in_top_k, refuse_non_finite, scores
+from clipsmall.evaluation.view import DataView
+
+NAME = "top1"
+
+
+@dataclass(frozen=True)
+class Augmented:
+    """A random view of an image as SimCLR makes it (arXiv 2002.05709, §A).
+
+    Always the same for an image and `view`. Crop of 8 to 100 % of the area, flip, colour jitter
+    (0.4, 0.4, 0.2, 0.1; 4 of 5), grey (1 of 5), blur.
+    """
+
+    view: int
+    side: int
+    # a corruption, which comes first
+    before: Change | None = None
+
+    def __call__(self, image: Image.Image, number: int) -> Image.Image:
+        if self.before is not None:
+            image = self.before(image, number)
+        # a tenth of the side, made odd
+        kernel = max(3, self.side // 10 | 1)
+        crop = v2.RandomResizedCrop(
+            self.side, scale=(0.08, 1.0), interpolation=v2.InterpolationMode.BICUBIC
+        )
+        steps = v2.Compose(
+            [
+                crop,
+                v2.RandomHorizontalFlip(),
+                v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8),
+                v2.RandomGrayscale(p=0.2),
+                v2.GaussianBlur(kernel, sigma=(0.1, 2.0)),
+            ]
+        )
+        # each corruption has views of its own, as in the paper
+        corruption = zlib.crc32(repr(self.before).encode())
+        seed = (number * 1_000_003 + corruption * 2 + self.view) % 2**63
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            changed: Image.Image = steps(image)
+        return changed
+
+
+@dataclass(frozen=True)
+class InTurn:
+    """Each image by one of several corruptions, by its number."""
+
+    changes: tuple[Corruption, ...]
+
+    def __call__(self, image: Image.Image, number: int) -> Image.Image:
+        return self.changes[number % len(self.changes)](image, number)
+
+
+def top1(
+    view: DataView,
+    corruptions: Sequence[str] = COMMON,
+    severities: Sequence[int] = (1, 3, 5),
+    limit: int = 1000,
+) -> Result:
+    """R@1, both ways averaged, ties as a random order (Cho et al., arXiv 2307.05906, §5).
+
+    - `top1_accuracy`: two random views of every image; does one find the other among all?
+    - `corrupted_top1_accuracy/S`: all corruptions of one image at severity S, two random views of
+      each; does a view find the other of its own corruption among these? Pure hard negatives; a
+      guess is right once in as many.
+    - `cross_modal_top1_accuracy`: images and captions instead of two views; and
+      `cross_modal_corrupted_top1_accuracy/S`: corrupted images (each by one corruption, in turn)
+      and captions.
+
+    The paper multiplies projector outputs as they are; here rows are of length one, as this model
+    compares them. The corrupted task is measured on `limit` images, evenly chosen. Data without
+    captions has no cross-modal part.
+    """
+    catalog = view.data.catalog
+    side = view.encoder.model.spec.size
+    rows = list(range(len(catalog)))
+    # rounded up
+    step = -(-len(rows) // limit)
+    some = rows[::step]
+
+    def augmented(only: list[int], number: int, before: Change | None = None) -> Tensor:
+        change = Augmented(number, side, before)
+        features, _ = view.encoder.images(catalog, only, change)
+        refuse_non_finite(features, "image")
+        return features
+
+    def corrupted(damage: list[Corruption], number: int) -> Tensor:
+        """(images, corruptions, D)"""
+        return torch.stack([augmented(some, number, each) for each in damage], dim=1)
+
+    result = Result(view.data.name, NAME, {})
+    result.counts = {
+        "images": len(view.images),
+        "skipped": view.skipped,
+        "corruptions": len(corruptions),
+    }
+    result.metrics["top1_accuracy"] = both_ways(augmented(rows, 0), augmented(rows, 1))
+    result.chance["top1_accuracy"] = 1 / len(view.images)
+    with_captions = bool(catalog.caption_hash.any())
+    if with_captions:
+        images = view.images[view.captioned]
+        result.metrics["cross_modal_top1_accuracy"] = cross_modal(
+            images, view.texts, view.captions[1]
+        )
+    for severity in severities:
+        name = f"corrupted_top1_accuracy/{severity}"
+        damage = [Corruption(corruption, severity, side) for corruption in corruptions]
+        first = corrupted(damage, 0)
+        second = corrupted(damage, 1)
+        result.metrics[name] = among_corruptions(first, second)
+        result.chance[name] = 1 / len(damage)
+        result.counts["images_corrupted"] = len(first)
+        if with_captions:
+            changed = view.changed(InTurn(tuple(damage)))
+            images = changed.images[view.captioned]
+            result.metrics[f"cross_modal_{name}"] = cross_modal(
+                images, view.texts, view.captions[1]
+            )
+    return result
+
+
+def both_ways(first: Tensor, second: Tensor) -> float:
+    """(n, D), (n, D) of two views -> the mean of both directions' R@1."""
+    own = torch.arange(len(first))
+    return cross_modal(first, second, Relevance(own, own, len(first), len(first)))
+
+
+def cross_modal(images: Tensor, texts: Tensor, belongs: Relevance) -> float:
+    """(n, D), (m, D) -> the mean of both directions' R@1."""
+    image_finds = recalls(images, texts, belongs, "image")[1]
+    text_finds = recalls(texts, images, belongs, "text")[1]
+    return sum((image_finds, text_finds)) / 2
+
+
+def among_corruptions(first: Tensor, second: Tensor) -> float:
+    """(n, C, D), (n, C, D) of two views of C corruptions of n images -> R@1 among the C.
+
+    The mean over images and both directions.
+    """
+    own = torch.eye(first.shape[1], dtype=torch.bool)
+    found = []
+    unit_first = F.normalize(first, dim=-1)
+    unit_second = F.normalize(second, dim=-1)
+    for one, other in zip(unit_first, unit_second, strict=True):
+        there = in_top_k(scores(one, other), own, (1,)).mean().item()
+        back = in_top_k(scores(other, one), own, (1,)).mean().item()
+        found.append(there + back)
+    return sum(found) / len(found) / 2
+
+
+_CORRUPTED = tuple(f"corrupted_top1_accuracy/{severity}" for severity in SEVERITIES)
+_PLAIN = ("top1_accuracy", *_CORRUPTED)
+TASK = Task(
+    NAME,
+    top1,
+    options=OPTIONS,
+    multilabel=True,
+    metrics=(*_PLAIN, *(f"cross_modal_{name}" for name in _PLAIN)),
+)
