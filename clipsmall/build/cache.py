@@ -51,8 +51,7 @@ def idle_towers(config: Config, data: TrainingData, model: DualEncoder) -> list[
     found = [tower for tower in ("image", "text") if tower not in trained]
     if config.data.crop_scale < 1 and "image" in found:
         found.remove("image")
-    if "tokens" in build_objective.head_options(config) and "text" in found:
-        # the head reads token ids
+    if build_objective.reads_token_ids(config) and "text" in found:
         found.remove("text")
     return found
 

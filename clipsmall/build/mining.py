@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from clipsmall.batch import Pairs, Progress
+from clipsmall.build import objective as build_objective
 from clipsmall.build.data import Read, TrainingData
 from clipsmall.config import Config
 from clipsmall.data import Catalog, LoadedBatch
@@ -115,12 +116,11 @@ def recipe(config: Config) -> MiningRecipe:
         raise ValueError(
             f"mining.group={group}: {mining.method} selects whole batches; leave it at auto"
         )
-    by_pairs = next(iter(config.objective.mix)) in ("sigmoid", "bce")
     return MiningRecipe(
         method=mining.method,
         batch_size=config.data.batch_size,
         group=group,
-        weights=("sigmoid" if by_pairs else "softmax")
+        weights=build_objective.mining_weights(config)
         if mining.weights == "auto"
         else mining.weights,
         swaps=mining.swaps,

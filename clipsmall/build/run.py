@@ -108,7 +108,7 @@ def dual_encoder(config: Config, loaded: Loaded, setting: RunContext) -> DualEnc
             "options": given,
         }
     asked = build_objective.kinds(config)
-    if "sigmoid" in config.objective.mix and config.objective.sigmoid.relative_bias:
+    if build_objective.relative_bias(config):
         # in units of the scale: others want the product
         loaded.description["relative_bias"] = True
     # SigLIP's are around 117

@@ -261,13 +261,8 @@ class Config(Section):
             raise ValueError(
                 "data.plan names pairs of indexed shards, which data.streaming does not read"
             )
-        swav = self.objective.swav
-        batch = self.data.batch_size
-        if "swav" in self.objective.mix and batch + swav.queue < swav.prototypes:
-            raise ValueError(
-                f"objective.swav.prototypes={swav.prototypes} cannot be shared out among a batch of {batch} and a "
-                f"queue of {swav.queue}: take a longer queue or fewer prototypes"
-            )
+        if problem := self.objective.too_small(self.data.batch_size):
+            raise ValueError(problem)
         return self
 
     @property

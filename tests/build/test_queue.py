@@ -342,7 +342,7 @@ def test_features_that_age_are_told() -> None:
         ),
         (
             ["--objective=dcl", "--objective.queue=moco", "--objective.moco.alpha=0.4"],
-            "soft targets are softmax's",
+            "soft targets serve softmax with default options, not dcl",
         ),
         (["--objective.queue=xbm", "--objective.moco.alpha=0.4"], ""),
         (["--objective.queue=moco", "--optim.accumulate=4"], "take model.chunk_size"),
