@@ -17,7 +17,7 @@ from clipsmall.model.small import SmallConfig, WordTokenizer
 from clipsmall.model.towers import Loaded, small
 from clipsmall.objectives import OBJECTIVES
 from clipsmall.objectives.options import given_to_heads
-from tests.objectives.test_objectives import SETTING, call, embeddings, with_duplicates
+from tests.objectives.pair_losses import SETTING, call, embeddings, with_duplicates
 from tests.shards_for_tests import TOWERS
 
 

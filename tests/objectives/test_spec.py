@@ -151,7 +151,6 @@ def test_every_objective_and_queue_has_a_section() -> None:
 # the same word for another thing: a scoring of mining, a selection, an operation of torch, a column
 # of a table, a loss of the synthetic study
 HOMONYMS = {
-    "build/run.py": {"softmax"},
     "config/objectives.py": {"softmax"},
     "config/schema.py": {"softmax", "sigmoid", "spectral"},
     "evaluation/calibration.py": {"softmax", "sigmoid"},
