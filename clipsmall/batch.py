@@ -1,6 +1,4 @@
-"""What flows through training: decoded pairs, what the towers make of them, and how far a run has
-come.
-"""
+"""What flows through training: decoded pairs, their embeddings, and the progress of a run."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -8,66 +6,112 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
 class Pairs(NamedTuple):
-    """A decoded batch of B image-text pairs: this rank's share of the global batch."""
+    """A decoded batch of B image-text pairs: this rank's part of the global batch."""
 
     # (B, 3, H, W) uint8; the towers normalise
     image: Tensor
     # (B, L) int64 token ids
     text: Tensor
-    # the pair's stable number in the data set, unique within a global batch: (B,) int64
+    # (B,) int64, the pair's stable number in the data set, unique within a global batch
     index: Tensor  # type: ignore[assignment]
-    # (B,) int64, hash of the normalised caption: equal captions are no negatives
+    # (B,) int64, hash of the normalised caption: pairs with equal captions are no negatives
     caption_hash: Tensor
 
     def to(self, device: torch.device, images: bool = True) -> "Pairs":
-        """All of it, or all but the images: those of a model that works in chunks travel one by
-        one.
+        """A copy on the device.
+
+        Args:
+            device: where to.
+            images: False leaves the images where they are: a model that works in chunks moves them
+                chunk by chunk.
         """
-        here = Pairs(
-            *(
-                field if field is self.image else field.to(device, non_blocking=True)
-                for field in self
-            )
+        return Pairs(
+            image=self.image.to(device, non_blocking=True) if images else self.image,
+            text=self.text.to(device, non_blocking=True),
+            index=self.index.to(device, non_blocking=True),
+            caption_hash=self.caption_hash.to(device, non_blocking=True),
         )
-        return here._replace(image=self.image.to(device, non_blocking=True)) if images else here
 
 
 class Embeddings(NamedTuple):
-    """What the towers make of B pairs. As `rows`: my own; as `columns`: those of the whole global
-    batch.
+    """What the towers make of pairs: unit embeddings, scale, bias, and the heads' outputs.
+
+    Objectives are called with two of these, `objective(rows, columns)`:
+
+    - **rows** are *local*: the b pairs of this rank, over which its loss is a mean.
+    - **columns** are *gathered*: all N pairs that a row is compared with, the global batch of all
+      ranks, and with a queue those of former steps, too.
+
+    Row i of one process is column i as well; with more ranks `index` says which column is a row's
+    own pair, its positive. So no objective needs to know a rank or the number of ranks.
     """
 
     # (B, D), unit length
     image: Tensor
     # (B, D), unit length
     text: Tensor
-    index: Tensor  # type: ignore[assignment]  # (B,) int64
-    # (B,) int64
+    # (B,) int64, see Pairs
+    index: Tensor  # type: ignore[assignment]
+    # (B,) int64, see Pairs
     caption_hash: Tensor
-    # () positive, already exponentiated; multiplies every cosine
+    # () positive, already exponentiated (1/temperature); multiplies every cosine
     logit_scale: Tensor
     # () added to every scaled cosine
     logit_bias: Tensor
-    # what the objective asked the model for beside; see heads
+    # entries by name, which the model's heads deliver
     extra: Mapping[str, Tensor] = MappingProxyType({})
-    # of columns that a queue made: the plain batch's, through which gradients flow
+    # columns with a queue: the columns of the batch alone, through which gradients flow
     live: "Embeddings | None" = None
-    # of columns: the first so many meet their own row only
+    # columns: the first `own_only` are used as positives, never as negatives
     own_only: int = 0
+
+    @classmethod
+    def of(
+        cls,
+        image: Tensor,
+        text: Tensor,
+        logit_scale: float = 1 / 0.07,
+        logit_bias: float = 0.0,
+        **extra: Tensor,
+    ) -> "Embeddings":
+        """Embeddings of different pairs with different captions, for a single process.
+
+        Args:
+            image: (B, D) image features, of any length: they are normalised.
+            text: (B, D) text features; row i belongs to image i.
+            logit_scale: factor of the cosines.
+            logit_bias: added to the scaled cosines.
+            extra: what the heads of an objective deliver.
+        """
+        numbers = torch.arange(len(image), device=image.device)
+        return cls(
+            image=F.normalize(image, dim=-1),
+            text=F.normalize(text, dim=-1),
+            index=numbers,
+            caption_hash=numbers,
+            logit_scale=torch.tensor(logit_scale, device=image.device),
+            logit_bias=torch.tensor(logit_bias, device=image.device),
+            extra=extra,
+        )
 
 
 @dataclass
 class Progress:
-    """How far a run has come. Pairs seen is the unit; an epoch is never inferred from a length."""
+    """How far a run has come, in steps and in pairs seen.
+
+    Pairs seen are the unit of everything; an epoch is never inferred from a length.
+    """
 
     step: int = 0
     pairs: int = 0
 
     def advance(self, pairs: int) -> None:
+        """One step, over so many pairs."""
         self.step += 1
         self.pairs += pairs
 
@@ -83,10 +127,10 @@ class RunContext:
     width: int
     # pairs that are compared with one another: a step's over all ranks, or a part of them
     batch_size: int
-    # times the objective is called in the whole run
+    # how often the objective is called in the whole run
     steps: int
     seed: int = 0
-    # to be copied by a head that keeps a moving average of them
+    # the model's, to be copied by a head that keeps a moving average of them
     towers: Any = None
     # token ids are below it; 0 = unknown
     vocabulary: int = 0

@@ -1,8 +1,8 @@
-"""Config -> what is compared and how: the objective, and what it asks of the model (heads, scale,
-bias).
+"""Build the objective of a run: the losses, the heads they need, and how columns are gathered.
+
+Whatever depends on a particular objective is asked of its `ObjectiveSpec`, never of its name.
 """
 
-import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -16,149 +16,226 @@ from clipsmall.config import Config
 from clipsmall.distributed import world
 from clipsmall.model.heads import HEADS
 from clipsmall.model.towers import Loaded
-from clipsmall.objectives import OBJECTIVES, ObjectiveSpec
+from clipsmall.objectives import OBJECTIVES, QUEUES, ObjectiveSpec
 from clipsmall.objectives.accumulated import Accumulated
+from clipsmall.objectives.options import FOR_ALL, Options, given_to_heads
 
 
 def setting(config: Config, loaded: Loaded, ids: Tensor | None) -> RunContext:
-    """Facts of the run for heads and objectives with a memory."""
-    embeddings = [
-        part.num_embeddings for part in loaded.towers.modules() if isinstance(part, nn.Embedding)
-    ]
+    """Facts of the run for heads and objectives with a memory.
+
+    Args:
+        config: of the run.
+        loaded: the towers.
+        ids: (n,) ascending `index` of all training pairs; None for a stream.
+    """
+    embeddings = [part for part in loaded.towers.modules() if isinstance(part, nn.Embedding)]
+    # the largest table is that of tokens; positions are fewer
+    vocabulary = max((part.num_embeddings for part in embeddings), default=0)
     return RunContext(
         width=width(loaded),
         batch_size=config.compared,
         steps=config.steps * config.optim.accumulate,
         seed=config.seed,
         towers=loaded.towers,
-        # of tokens; positions are fewer
-        vocabulary=max(embeddings, default=0),
+        vocabulary=vocabulary,
         ids=ids,
     )
 
 
 @torch.no_grad()
 def width(loaded: Loaded) -> int:
-    """D of the embeddings: the text tower is asked with one word."""
+    """D of the embeddings, found by running the text tower on one word."""
     training = loaded.towers.training
     loaded.towers.eval()
-    found: Tensor = loaded.towers.text(loaded.tokenize(["a"]))
+    embedding: Tensor = loaded.towers.text(loaded.tokenize(["a"]))
     loaded.towers.train(training)
-    return found.shape[1]
+    return embedding.shape[1]
+
+
+# ---- what the mix asks for
 
 
 def kinds(config: Config) -> list[ObjectiveSpec]:
+    """The specs of the mix, in its order."""
     return [OBJECTIVES[name] for name in config.objective.mix]
 
 
+def options(config: Config, spec: ObjectiveSpec) -> Options:
+    """The values of the section that an objective reads."""
+    return config.objective.options(spec.section)
+
+
 def sections(config: Config) -> tuple[str, ...]:
-    """Of the config, those that this run's loss depends on."""
-    used = sorted({kind.section for kind in kinds(config)} | {config.objective.queue} - {"none"})
-    return tuple(f"objective.{section}" for section in used)
+    """The sections of the config that this run's loss depends on."""
+    used = {spec.section for spec in kinds(config)}
+    if config.objective.queue != "none":
+        used.add(config.objective.queue)
+    return tuple(f"objective.{section}" for section in sorted(used))
 
 
-def options(config: Config, kind: ObjectiveSpec) -> dict[str, Any]:
-    return dict(getattr(config.objective, kind.section))
+def without_effect(config: Config) -> list[str]:
+    """Sections that were changed for an objective or a queue that this run does not have."""
+    used = sections(config)
+    defaults = type(config.objective)()
+    names = {spec.section for spec in OBJECTIVES.values()} | set(QUEUES)
+    idle = []
+    for name in sorted(names):
+        changed = getattr(config.objective, name) != getattr(defaults, name)
+        if changed and f"objective.{name}" not in used:
+            idle.append(f"objective.{name}")
+    return idle
 
 
 def head_options(config: Config) -> dict[str, dict[str, Any]]:
-    """The heads that the objectives of the mix and the queue ask for, each once, with its options.
+    """The heads that the objectives of the mix and the queue ask for, with their options.
 
     Raises:
         ValueError: two of them ask for one head with different options.
     """
-    asked: dict[str, dict[str, Any]] = {}
-    wanted = [
-        (name, {option: options(config, kind)[option] for option in its})
-        for kind in kinds(config)
-        for name, its in kind.heads.items()
-    ]
-    for name, mine in [*wanted, *build_queue.head_options(config).items()]:
-        if asked.setdefault(name, mine) != mine:
-            raise ValueError(
-                f"objective: two of {config.objective.title} ask for {name}, with {asked[name]} and {mine}; give them "
-                "the same options"
-            )
-    return asked
+    asked = [given_to_heads(spec.heads, options(config, spec)) for spec in kinds(config)]
+    asked.append(build_queue.head_options(config))
+    heads: dict[str, dict[str, Any]] = {}
+    for each in asked:
+        for name, its in each.items():
+            known = heads.setdefault(name, its)
+            if known != its:
+                raise ValueError(
+                    f"objective: two of {config.objective.title} ask for {name}, with {known} and "
+                    f"{its}; give them the same options"
+                )
+    return heads
 
 
 def heads(config: Config, setting: RunContext) -> dict[str, nn.Module]:
+    """The heads of the run, with fresh weights."""
     return {name: HEADS[name](setting, **its) for name, its in head_options(config).items()}
 
 
+def reads_token_ids(config: Config) -> bool:
+    """Whether a head needs the token ids of every pair, so cached text features do not suffice."""
+    return any(HEADS[name].reads_token_ids for name in head_options(config))
+
+
 def through(config: Config) -> str:
-    """The head that retrieval goes through: only if no objective of the mix aligns the towers' own
-    features.
+    """The head that retrieval goes through; "" if an objective matches the towers' own features.
 
     Raises:
-        ValueError: the objectives align different heads, and nothing in common.
+        ValueError: the objectives match different heads, and nothing in common.
     """
-    found = {kind.through(options(config, kind)) for kind in kinds(config)} - {None}
-    if len(found) > 1 and "" not in found:
+    found = {spec.retrieval_head(options(config, spec)) for spec in kinds(config)}
+    matched = [head for head in found if head is not None]
+    if len(matched) > 1 and "" not in matched:
         raise ValueError(
-            f"objective.name: {config.objective.title} aligns {' and '.join(sorted(map(str, found)))}, and nothing to "
-            "retrieve by; add an objective that aligns the towers' own features, such as softmax"
+            f"objective.name: {config.objective.title} aligns {' and '.join(sorted(matched))}, and "
+            "nothing to retrieve by; add an objective that aligns the towers' own features, such "
+            "as softmax"
         )
-    return str(found.pop()) if len(found) == 1 else ""
+    return matched[0] if len(matched) == 1 else ""
 
 
-def learns_scale(config: Config, kind: ObjectiveSpec) -> bool:
-    return kind.scale is not None and kind.learns_scale(options(config, kind))
+def least_batch(config: Config) -> int:
+    """The smallest batch that the options of the mix allow."""
+    return max(spec.least_batch(options(config, spec)) for spec in kinds(config))
+
+
+def mining_weights(config: Config) -> str:
+    """How mining weighs negatives by default: as the first objective of the mix does."""
+    return kinds(config)[0].mining_weights
+
+
+# ---- scale and bias
+
+
+def learns_scale(config: Config, spec: ObjectiveSpec) -> bool:
+    return spec.scale is not None and spec.learns_scale(options(config, spec))
+
+
+def relative_bias(config: Config) -> bool:
+    """Whether the bias is in units of the scale."""
+    return any(spec.relative_bias(options(config, spec)) for spec in kinds(config))
 
 
 def starts(config: Config, loaded: Loaded, setting: RunContext) -> tuple[float, float]:
-    """logit_scale and logit_bias at the start: as the user says, else as the weights were trained,
-    else as the first objective that learns them starts."""
-    scales = [
-        kind.scale
-        for kind in kinds(config)
-        if kind.scale is not None and learns_scale(config, kind)
-    ]
-    biases = [kind.bias for kind in kinds(config) if kind.bias is not None]
-    scale: float = scales[0] if scales else 1.0
+    """logit_scale and logit_bias at the start.
+
+    Those the user gives, else those the weights were trained with, else those of the first
+    objective that learns them.
+    """
+    scale = _initial_scale(config, loaded)
+    return scale, _initial_bias(config, loaded, setting, scale)
+
+
+def _initial_scale(config: Config, loaded: Loaded) -> float:
     if config.model.logit_scale != "auto":
-        scale = config.model.logit_scale
-    elif loaded.logit_scale is not None:
-        scale = loaded.logit_scale
-    bias = biases[0](build_queue.columns(config, setting)) if biases else 0.0
+        return config.model.logit_scale
+    if loaded.logit_scale is not None:
+        return loaded.logit_scale
+    for spec in kinds(config):
+        if spec.scale is not None and learns_scale(config, spec):
+            return spec.scale
+    return 1.0
+
+
+def _initial_bias(config: Config, loaded: Loaded, setting: RunContext, scale: float) -> float:
     if config.model.logit_bias != "auto":
-        bias = config.model.logit_bias
+        return config.model.logit_bias
+    bias = 0.0
+    if loaded.logit_bias is not None:
+        bias = loaded.logit_bias
     else:
-        bias = bias if loaded.logit_bias is None else loaded.logit_bias
-        relative = "sigmoid" in config.objective.mix and config.objective.sigmoid.relative_bias
-        bias = bias / scale if relative else bias
-    return scale, bias
+        learned = [spec.bias for spec in kinds(config) if spec.bias is not None]
+        if learned:
+            bias = learned[0](build_queue.columns(config, setting))
+    return bias / scale if relative_bias(config) else bias
+
+
+# ---- the objective itself
 
 
 def objective(config: Config, setting: RunContext) -> Callable[..., dict[str, Tensor]]:
-    """One objective, or several by weight, with their options.
+    """One objective, or several by weight, with their options, and the queue around them.
 
     Raises:
-        ValueError: none of them trains both towers, or one needs all columns at once in a ring.
+        ValueError: none of them trains both towers; one needs all columns at once in a ring; a
+            queue, or accumulation, that does not fit.
     """
-    if config.objective.exchange == "ring":
-        for name in config.objective.mix:
-            if not OBJECTIVES[name].ring:
-                raise ValueError(
-                    f"objective.exchange=ring: {name} needs all columns at once; use gather"
-                )
-    if not any(kind.alone(options(config, kind)) for kind in kinds(config)):
-        raise ValueError(
-            f"objective.name: {config.objective.title} does not train the text tower; make it a second term, as in "
-            f"--objective='{{softmax: 1, {next(iter(config.objective.mix))}: 0.2}}'"
-        )
-    made = {}
+    _refuse_ring(config)
+    _refuse_one_tower(config)
+    built = {name: _built(config, OBJECTIVES[name], setting) for name in config.objective.mix}
+    whole = build_queue.queued(config, built, setting)
+    if whole is None:
+        whole = build_queue.joined(config.objective.mix, built)
+    if config.optim.accumulate > 1:
+        return Accumulated(whole, parts(config))
+    return whole
+
+
+def _built(config: Config, spec: ObjectiveSpec, setting: RunContext) -> Callable[..., Any]:
+    """One objective of the mix, with its options."""
+    given = {**options(config, spec), FOR_ALL: config.objective.mask_duplicates}
+    taken = spec.taken(given)
+    return spec.make(setting, **taken) if spec.is_class else partial(spec.make, **taken)
+
+
+def _refuse_ring(config: Config) -> None:
+    if config.objective.exchange != "ring":
+        return
     for name in config.objective.mix:
-        kind = OBJECTIVES[name]
-        known = inspect.signature(kind.make).parameters
-        given = {**options(config, kind), "mask_duplicates": config.objective.mask_duplicates}
-        mine = {option: value for option, value in given.items() if option in known}
-        as_class = isinstance(kind.make, type)
-        made[name] = kind.make(setting, **mine) if as_class else partial(kind.make, **mine)
-    whole = build_queue.queued(config, made, setting) or build_queue.joined(
-        config.objective.mix, made
+        if not OBJECTIVES[name].ring:
+            raise ValueError(
+                f"objective.exchange=ring: {name} needs all columns at once; use gather"
+            )
+
+
+def _refuse_one_tower(config: Config) -> None:
+    if any(spec.trains_both_towers(options(config, spec)) for spec in kinds(config)):
+        return
+    first = next(iter(config.objective.mix))
+    raise ValueError(
+        f"objective.name: {config.objective.title} does not train the text tower; make it a second "
+        f"term, as in --objective='{{softmax: 1, {first}: 0.2}}'"
     )
-    return Accumulated(whole, parts(config)) if config.optim.accumulate > 1 else whole
 
 
 def parts(config: Config) -> int:
@@ -174,30 +251,18 @@ def parts(config: Config) -> int:
         raise ValueError(f"optim.accumulate={count} does not divide the {local} pairs of a rank")
     if config.objective.queue != "none" or head_options(config):
         raise ValueError(
-            f"optim.accumulate is a baseline for objectives that compare pairs alone; {config.objective.title} asks "
-            "for more: take model.chunk_size, which gives the whole batch's gradient"
+            "optim.accumulate is a baseline for objectives that need nothing but pairs; "
+            f"{config.objective.title} asks for more: take model.chunk_size, which gives the whole "
+            "batch's gradient"
         )
     return count
 
 
-def without_effect(config: Config) -> list[str]:
-    """Options that were changed for an objective that is not in the mix."""
-    used = {kind.section for kind in kinds(config)} | {config.objective.queue}
-    known = {kind.section for kind in OBJECTIVES.values()} | {"moco", "xbm"}
-    plain = type(config.objective)()
-    return [
-        f"objective.{section}"
-        for section in sorted(known - used)
-        if getattr(config.objective, section) != getattr(plain, section)
-    ]
-
-
 def columns(config: Config) -> Callable[[Embeddings], Embeddings]:
-    """How everybody's embeddings come to my rows."""
+    """How the embeddings of all ranks come to my rows: `objective.exchange`."""
     known = {"gather": world.columns, "ring": world.ring_columns, "host": world.host_columns}
     if config.objective.exchange == "host":
         # a backward pass over two devices runs in two threads, and ranks would start their
-        # collectives in different
-        # orders: one thread goes by the order of the forward pass
+        # collectives in different orders; one thread keeps the order of the forward pass
         torch.autograd.set_multithreading_enabled(False)
     return known[config.objective.exchange]

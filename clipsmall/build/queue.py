@@ -1,8 +1,8 @@
-"""Config -> the queue around an objective: its size, what it asks of the model, and whether it is
-too long.
+"""Build the queue around an objective: its size, and what it asks of the model.
+
+Whatever depends on the kind of queue is asked of its `QueueSpec`, never of its name.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,161 +10,175 @@ from torch import Tensor
 
 from clipsmall.batch import RunContext
 from clipsmall.config import Config
-from clipsmall.objectives import OBJECTIVES
+from clipsmall.objectives import OBJECTIVES, QUEUES, SECTIONS, QueueSpec
 from clipsmall.objectives.combination import Combination
-from clipsmall.objectives.queued import InBatch, Queued
-from clipsmall.objectives.soft_targets import SoftTargets
+from clipsmall.objectives.options import Options, given_to_heads
+from clipsmall.objectives.queued import LONGEST, InBatch, Queued
 
-LONGEST = 65_536
-# batches of an xbm queue. From scratch on the glyphs at batch 32 (100,000 pairs, met after 0.3 of
-# them) 4 batches gave 31 % where none gave 22 %, and 16 nothing at all: they are told apart by
-# their age.
-FRESH = 4
-# of K(1 − m)/B: how many times the averaged towers' memory the oldest key is old; see `size`
-STALE = 0.5
+
+def spec(config: Config) -> QueueSpec | None:
+    """Of the run's queue; None without one."""
+    return QUEUES.get(config.objective.queue)
+
+
+def options(config: Config) -> Options:
+    """The values of the queue's section; none without a queue."""
+    if config.objective.queue == "none":
+        return {}
+    return config.objective.options(config.objective.queue)
 
 
 def size(config: Config, pairs: int | None) -> int:
     """K, the pairs a queue holds; 0 without one.
 
-    moco: the oldest key is K/B steps old, the averaged towers remember 1/(1 − m) steps. Published
-    recipes keep r = K(1 − m)/B between 0.12 and 0.64 (BLIP, ALBEF, MoCo); auto takes the largest K
-    with r ≤ 0.5, at most 65,536 and the data set (`pairs`), a multiple of B. xbm has no average to
-    be true to: auto is 4 batches.
+    `auto` is what the queue thinks best (see `queued.longest` for moco; 4 batches for xbm), at most
+    65,536 and the data set, a multiple of the batch.
+
+    Args:
+        config: of the run.
+        pairs: of the data set; None for a stream.
     """
-    objective = config.objective
-    batch = config.data.batch_size
-    if objective.queue == "none":
+    queue = spec(config)
+    if queue is None:
         return 0
-    given = objective.moco.size if objective.queue == "moco" else objective.xbm.size
+    given: Any = options(config)["size"]
     if given != "auto":
-        return given
-    wanted = longest(batch, objective.moco.momentum) if objective.queue == "moco" else FRESH * batch
+        return int(given)
+    batch = config.data.batch_size
+    wanted = queue.auto_size(options(config), batch)
     return max(min(wanted, LONGEST, pairs or LONGEST) // batch, 1) * batch
 
 
 def columns(config: Config, setting: RunContext) -> int:
-    """What a row meets, its own pair included, once a queue is full; for xbm, which is met later,
-    at the start.
+    """How many columns a row meets, its own pair included, once a queue is full.
+
+    A queue that is used only later in the run does not count: this is for the start.
     """
-    if config.objective.queue != "moco":
+    queue = spec(config)
+    if queue is None or not queue.from_start:
         return setting.batch_size
     held = size(config, None if setting.ids is None else len(setting.ids))
-    return held + (setting.batch_size if config.objective.moco.in_batch else 1)
+    return held + (setting.batch_size if in_batch(config) else 1)
+
+
+def in_batch(config: Config) -> bool:
+    """Whether the batch's other pairs are negatives beside a queue."""
+    return bool(options(config).get("in_batch", True))
 
 
 def told(objective: object) -> str:
-    """For the opening line of a run."""
+    """The queue in the opening line of a run; "" without one."""
     return f", {objective.past.size:,} pairs in the queue" if isinstance(objective, Queued) else ""
 
 
 def warnings(config: Config, fresh: bool) -> list[str]:
-    """What to say of a queue that will not do what it is there for. fresh: weights that nothing has
-    trained yet.
+    """What to say of a queue that will not do what it is there for.
+
+    Args:
+        config: of the run.
+        fresh: the weights have not been trained yet.
     """
-    objective = config.objective
-    moco = config.objective.moco
-    batch = config.data.batch_size
+    queue = spec(config)
+    if queue is None:
+        return []
     found = []
-    if objective.queue != "none" and config.data.streaming:
+    if config.data.streaming:
         found.append(
-            "streamed pairs have no number of their own: a queue may hold older copies of a row's pair"
+            "streamed pairs have no number of their own: a queue may hold older copies of a row's "
+            "pair"
         )
-    if objective.queue == "xbm" and fresh and size(config, None) > FRESH * batch:
-        found.append(
-            f"objective.xbm.size={objective.xbm.size} is more than {FRESH} batches: features of weights that learn "
-            "from scratch age fast, and the queue is told apart by its age; take fewer, or objective.queue=moco"
-        )
-    if (
-        objective.queue == "moco"
-        and moco.size != "auto"
-        and moco.size > longest(batch, moco.momentum)
-    ):
-        most = STALE * batch / moco.size
-        # one digit of 1 - m, rounded down
-        digit = 10.0 ** math.floor(math.log10(most))
-        found.append(
-            f"objective.moco.size={moco.size} at momentum {moco.momentum} and batch {batch}: the oldest keys are "
-            f"{moco.size / batch:,.0f} steps old, the averaged towers remember {1 / (1 - moco.momentum):,.0f} (r = "
-            f"K(1-m)/B = {moco.size * (1 - moco.momentum) / batch:.2g}); take {longest(batch, moco.momentum)} or "
-            f"fewer, or momentum {1 - most // digit * digit:.10g}"
-        )
-    return found
-
-
-def longest(batch: int, momentum: float) -> int:
-    return max(round(STALE * batch / (1 - momentum)) // batch, 1) * batch
+    found.append(queue.warning(options(config), config.data.batch_size, fresh))
+    return [each for each in found if each]
 
 
 def head_options(config: Config) -> dict[str, dict[str, Any]]:
     """The heads that the queue asks for, with their options."""
-    moco = config.objective.moco
-    return (
-        {"momentum": {"momentum": moco.momentum, "schedule": moco.schedule}}
-        if config.objective.queue == "moco"
-        else {}
-    )
+    queue = spec(config)
+    return {} if queue is None else given_to_heads(queue.heads, options(config))
 
 
 def softened(
-    config: Config, made: dict[str, Callable[..., Any]], setting: RunContext
+    config: Config, built: dict[str, Callable[..., Any]], setting: RunContext
 ) -> dict[str, Callable[..., Any]]:
-    """softmax against soft targets, if `objective.moco.alpha` asks for them.
+    """The objectives of the mix, with soft targets if the queue's `alpha` asks for them.
 
     Raises:
-        ValueError: there is no queue of moco, or no plain softmax to soften.
+        ValueError: no objective of the mix takes soft targets with its options.
     """
-    objective = config.objective
-    alpha = config.objective.moco.alpha
-    if not alpha or objective.queue != "moco":
-        return made
-    if "softmax" not in made or objective.softmax.intra_modal:
-        raise ValueError("objective.moco.alpha: soft targets are softmax's, without intra_modal")
-    targets = SoftTargets(setting, alpha, objective.moco.ramp, objective.mask_duplicates)
-    return {**made, "softmax": targets}
+    given = options(config)
+    alpha = given.get("alpha", 0.0)
+    if not alpha:
+        return built
+    replaced = dict(built)
+    for name in built:
+        section = config.objective.options(OBJECTIVES[name].section)
+        make = OBJECTIVES[name].soft_targets(section)
+        if make is not None:
+            replaced[name] = make(setting, alpha, given["ramp"], config.objective.mask_duplicates)
+    if replaced == built:
+        raise ValueError(
+            f"objective.{config.objective.queue}.alpha: soft targets serve "
+            f"{', '.join(_takers_of_soft_targets())} with default options, not "
+            f"{config.objective.title}"
+        )
+    return replaced
+
+
+def _takers_of_soft_targets() -> list[str]:
+    takers = []
+    for name, each in OBJECTIVES.items():
+        if each.soft_targets(dict(SECTIONS[each.section]())) is not None:
+            takers.append(name)
+    return takers
 
 
 def queued(
-    config: Config, made: dict[str, Callable[..., Any]], setting: RunContext
+    config: Config, built: dict[str, Callable[..., Any]], setting: RunContext
 ) -> Callable[..., dict[str, Tensor]] | None:
-    """The objectives of the mix with a queue around them; None if there is none.
+    """The objectives of the mix with a queue around them; None if there is no queue.
 
     Raises:
         ValueError: no objective of the mix takes more columns than the batch; columns that are not
             gathered; negatives drawn from a batch that gives none.
     """
-    objective = config.objective
-    in_batch = objective.queue == "xbm" or objective.moco.in_batch
-    if objective.queue == "none":
+    kind: Any = config.objective.queue
+    if kind == "none":
         return None
-    if not any(OBJECTIVES[name].queue for name in made):
-        takers = ", ".join(name for name, kind in OBJECTIVES.items() if kind.queue)
+    _refuse(config)
+    given: dict[str, Callable[..., Any]] = {}
+    for name, each in softened(config, built, setting).items():
+        given[name] = each if OBJECTIVES[name].queue else InBatch(each)
+    pairs = None if setting.ids is None else len(setting.ids)
+    inner = joined(config.objective.mix, given)
+    start = round(options(config).get("start", 0.0) * config.optim.pairs)
+    return Queued(inner, kind, size(config, pairs), setting.width, in_batch(config), start)
+
+
+def _refuse(config: Config) -> None:
+    """Raises ValueError for a queue that does not fit the mix or the exchange."""
+    objective = config.objective
+    if not any(OBJECTIVES[name].queue for name in objective.mix):
+        takers = ", ".join(name for name, each in OBJECTIVES.items() if each.queue)
         raise ValueError(
-            f"objective.queue={objective.queue}: {', '.join(made)} compares exactly the batch; a queue serves "
-            f"{takers}, or a mix with one of them"
+            f"objective.queue={objective.queue}: {', '.join(objective.mix)} compares exactly the "
+            f"batch; a queue serves {takers}, or a mix with one of them"
         )
-    if "bce" in made and objective.bce.mode != "balanced" and not in_batch:
-        raise ValueError(
-            "objective.moco.in_batch=false: bce draws its few negatives from the batch, too; use mode balanced"
-        )
+    if not in_batch(config):
+        for name in objective.mix:
+            section = objective.options(OBJECTIVES[name].section)
+            if reason := OBJECTIVES[name].needs_batch_negatives(section):
+                raise ValueError(f"objective.{objective.queue}.in_batch=false: {reason}")
     if objective.exchange != "gather":
         raise ValueError(
-            f"objective.queue={objective.queue}: every rank holds the queue; use objective.exchange=gather"
+            f"objective.queue={objective.queue}: every rank holds the queue; use "
+            "objective.exchange=gather"
         )
-    given = {
-        name: each if OBJECTIVES[name].queue else InBatch(each)
-        for name, each in softened(config, made, setting).items()
-    }
-    pairs = None if setting.ids is None else len(setting.ids)
-    inner = joined(objective.mix, given)
-    start = round(objective.xbm.start * config.optim.pairs) if objective.queue == "xbm" else 0
-    return Queued(inner, objective.queue, size(config, pairs), setting.width, in_batch, start)
 
 
 def joined(
-    mix: dict[str, float], made: dict[str, Callable[..., Any]]
+    mix: dict[str, float], built: dict[str, Callable[..., Any]]
 ) -> Callable[..., dict[str, Tensor]]:
     """One objective as it is, several by weight."""
     if list(mix.values()) == [1.0]:
-        return next(iter(made.values()))
-    return Combination({name: (weight, made[name]) for name, weight in mix.items()})
+        return next(iter(built.values()))
+    return Combination({name: (weight, built[name]) for name, weight in mix.items()})

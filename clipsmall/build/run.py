@@ -198,7 +198,7 @@ def dual_encoder(config: Config, loaded: Loaded, setting: RunContext) -> DualEnc
             "options": given,
         }
     asked = build_objective.kinds(config)
-    if "sigmoid" in config.objective.mix and config.objective.sigmoid.relative_bias:
+    if build_objective.relative_bias(config):
         # in units of the scale: others want the product
         loaded.description["relative_bias"] = True
     # SigLIP's are around 117
@@ -255,7 +255,7 @@ def cache_frozen_towers(
         encoder,
         steps=config.steps,
         augmented=config.data.crop_scale < 1,
-        reads_tokens="tokens" in build_objective.head_options(config),
+        reads_tokens=build_objective.reads_token_ids(config),
     )
     if not towers or data.catalog is None:
         return
@@ -283,7 +283,6 @@ def training_batches(
     progress: Progress,
 ) -> Iterable[LoadedBatch]:
     """This rank's slices of the run's batches, in the data's order or mined."""
-    by_pairs = next(iter(config.objective.mix)) in ("sigmoid", "bce")
     return build_mining.batches(
         config.mining,
         data,
@@ -294,7 +293,7 @@ def training_batches(
         batch_size=config.data.batch_size,
         steps=config.steps,
         seed=config.seed,
-        objective_weights="sigmoid" if by_pairs else "softmax",
+        objective_weights=build_objective.mining_weights(config),
     )
 
 

@@ -415,17 +415,8 @@ class Config(Section):
             raise ValueError(
                 "data.plan names pairs of indexed shards, which data.streaming does not read"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _fills_prototypes(self) -> "Config":
-        swav = self.objective.swav
-        batch = self.data.batch_size
-        if "swav" in self.objective.mix and batch + swav.queue < swav.prototypes:
-            raise ValueError(
-                f"objective.swav.prototypes={swav.prototypes} cannot be shared out among a batch "
-                f"of {batch} and a queue of {swav.queue}: take a longer queue or fewer prototypes"
-            )
+        if problem := self.objective.too_small(self.data.batch_size):
+            raise ValueError(problem)
         return self
 
     @property

@@ -1,14 +1,17 @@
-"""Heads: learnable parts beside the towers that an objective asks for; they deliver
-`Embeddings.extra`.
+"""Heads: learnable parts beside the towers, which fill `Embeddings.extra` for an objective.
+
+A head's options are declared in its `__init__`, as an objective's are in its signature: see
+`objectives.options`.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
 from clipsmall.batch import Pairs, RunContext
@@ -16,62 +19,81 @@ from clipsmall.distributed.batch_norm import GlobalBatchNorm
 from clipsmall.model.dual_encoder import MAX_LOG_SCALE, unit
 from clipsmall.model.momentum import MovingAverage
 
+# towers -> their outputs for the batch at hand, images (B, D) and texts (B, D)
 Outputs = Callable[[Any], tuple[Tensor, Tensor]]
 
 
 class Head(nn.Module):
-    """Called with a batch and what the towers made of it; what it returns is put into
-    `Embeddings.extra`.
+    """Learnable part that turns the towers' outputs into entries of `Embeddings.extra`.
 
-    A head is built as `Head(setting, **options)`, belongs to the model, and is trained, averaged by
-    DDP and saved with it. `after_step` is called once after every optimizer step.
+    A head is built as `Head(context, **options)`. It belongs to the model: it is trained, averaged
+    by DDP and saved with it.
     """
+
+    # True: it needs the token ids of every pair, so cached text features do not suffice
+    reads_token_ids = False
 
     def forward(
         self, pairs: Pairs, image: Tensor, text: Tensor, outputs: Outputs
     ) -> dict[str, Tensor]:
-        """
+        """The entries of `Embeddings.extra`.
+
         Args:
-            image, text: (B, D) the towers' outputs, not normalised.
-            outputs: towers -> what they make of the same pairs, in the model's chunks.
+            pairs: the batch.
+            image: (B, D) the image tower's outputs, not normalised.
+            text: (B, D) the text tower's.
+            outputs: computes the outputs of other towers for the same batch, in the model's chunks.
         """
         raise NotImplementedError
 
     def after_step(self, towers: nn.Module) -> None:
-        """What changes with a step and not by a gradient."""
+        """Called after every optimizer step: updates that are not made by a gradient."""
 
     def retrieve_image(self, image: Tensor) -> Tensor:
-        """Unit rows to retrieve by, of the tower's outputs (B, D); asked only of heads that
-        retrieval goes through.
+        """Unit rows to retrieve by, from the tower's outputs (B, D).
+
+        Called only for the head that a model retrieves through.
         """
         raise NotImplementedError
 
     def retrieve_text(self, text: Tensor) -> Tensor:
+        """The same for texts."""
         raise NotImplementedError
 
 
-def _hidden(before: int, after: int) -> list[nn.Module]:
-    """No bias: the normalisation would take it away again, and its gradient is 0."""
+def _hidden_layer(before: int, after: int) -> list[nn.Module]:
+    """Linear, batch normalisation, ReLU."""
+    # without bias: the normalisation would remove it, and its gradient would be 0
     return [nn.Linear(before, after, bias=False), GlobalBatchNorm(after), nn.ReLU()]
 
 
 class Projectors(Head):
-    """An MLP for each modality: `image_projected`, `text_projected`, not normalised; for barlow and
-    vicreg.
+    """An MLP per modality: `image_projected`, `text_projected` (B, widths[-1]), not normalised.
 
     Hidden layers are Linear, batch normalisation, ReLU; the last is Linear without bias (Barlow
     Twins, arXiv 2103.03230, §2.2; VICReg, arXiv 2105.04906, §4.2: three layers of 8,192).
 
+    A model with projectors retrieves through them: nothing has matched the towers' own outputs, as
+    each modality has a projector of its own (the papers discard theirs before linear probes).
+
     Args:
-        widths: of the layers, the last the output's. Default none: the towers' outputs as they are.
-            With a projector
-            retrieval goes through it: between the towers' outputs before it nothing has been
-            matched, as each modality has its own (the papers throw theirs away for linear probes).
+        context: `width` is used.
+        widths: of the layers; the last is the output. None: the towers' outputs as they are.
     """
 
-    def __init__(self, setting: RunContext, widths: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        context: RunContext,
+        widths: Annotated[
+            tuple[Annotated[int, Field(ge=1)], ...],
+            Field(
+                description="layers of a projector, the last its output; [] = the towers' outputs"
+            ),
+        ] = (),
+    ) -> None:
         super().__init__()
-        self.image, self.text = (_projector([setting.width, *widths]) for _ in range(2))
+        self.image = _projector([context.width, *widths])
+        self.text = _projector([context.width, *widths])
 
     def forward(
         self, pairs: Pairs, image: Tensor, text: Tensor, outputs: Outputs
@@ -86,47 +108,63 @@ class Projectors(Head):
 
 
 def _projector(widths: Sequence[int]) -> nn.Sequential:
-    steps = list(pairwise(widths))
-    layers = [layer for before, after in steps[:-1] for layer in _hidden(before, after)]
-    return nn.Sequential(
-        *layers, *(nn.Linear(before, after, bias=False) for before, after in steps[-1:])
-    )
+    """From widths[0] to widths[-1]; of one width nothing is made."""
+    if len(widths) == 1:
+        return nn.Sequential()
+    *hidden, last = pairwise(widths)
+    layers: list[nn.Module] = []
+    for before, after in hidden:
+        layers += _hidden_layer(before, after)
+    layers.append(nn.Linear(*last, bias=False))
+    return nn.Sequential(*layers)
 
 
 class Predictors(Head):
-    """What each modality predicts of the other: `image_predicted`, `text_predicted`; and
-    `image_raw`, `text_raw`.
+    """An MLP per modality that predicts the other: `image_predicted`, `text_predicted` (B, D).
 
-    Linear, batch normalisation, ReLU, Linear; (B, D) -> (B, D). Models trained through them
-    retrieve through them: `image(x)` and `text(x)` also serve in evaluation, with the running
-    statistics.
+    Also delivers the towers' outputs: `image_raw`, `text_raw` (B, D). Each MLP is Linear, batch
+    normalisation, ReLU, Linear. Models that are trained through predictors retrieve through them,
+    with the running statistics.
+
+    SimSiam narrows to ¼ of D (arXiv 2011.10566, §3: 2,048 to 512), BYOL widens to 16 (arXiv
+    2006.07733, §3.2: 256 to 4,096). Between two views of an image the width matters little; between
+    modalities the predictor alone maps one onto the other. Synthetic pairs, D = 32, batch 64,
+    recall through predictors of ¼, 1, 4, 16: simsiam 4, 68, 93, 97 %; byol from 1 on 77, 94, 97 %.
 
     Args:
-        hidden: width of the hidden layer in multiples of D. SimSiam narrows to ¼ (arXiv 2011.10566,
-            §3: 2,048 to 512), BYOL widens to 16 (arXiv 2006.07733, §3.2: 256 to 4,096). Between two
-            views of an image that matters little; between modalities the predictor is all that maps
-            one onto the other. Synthetic pairs, D = 32,
-            batch 64, recall through predictors of ¼, 1, 4, 16: simsiam 4, 68, 93, 97 %; byol from 1
-                on 77, 94, 97 %.
+        context: `width` is used.
+        hidden: width of the hidden layer, as a multiple of D.
     """
 
-    def __init__(self, setting: RunContext, hidden: float = 4.0) -> None:
+    def __init__(
+        self,
+        context: RunContext,
+        hidden: Annotated[
+            float, Field(gt=0, description="hidden width of the predictors, in embedding widths")
+        ] = 4.0,
+    ) -> None:
         super().__init__()
-        between = max(1, round(hidden * setting.width))
-        self.image, self.text = (
-            nn.Sequential(*_hidden(setting.width, between), nn.Linear(between, setting.width))
-            for _ in range(2)
-        )
+        width = context.width
+        between = max(1, round(hidden * width))
+        self.image = nn.Sequential(*_hidden_layer(width, between), nn.Linear(between, width))
+        self.text = nn.Sequential(*_hidden_layer(width, between), nn.Linear(between, width))
 
     def forward(
         self, pairs: Pairs, image: Tensor, text: Tensor, outputs: Outputs
     ) -> dict[str, Tensor]:
-        predicted = {"image_predicted": self.image(image), "text_predicted": self.text(text)}
-        return {**predicted, "image_raw": image, "text_raw": text}
+        return {
+            "image_predicted": self.image(image),
+            "text_predicted": self.text(text),
+            "image_raw": image,
+            "text_raw": text,
+        }
 
     def retrieve_image(self, image: Tensor) -> Tensor:
-        """(B, 2D): the prediction of the text beside the image's embedding. Its product with a
-        text's (embedding beside prediction of the image) is the mean of the two cosines."""
+        """(B, 2D) the prediction of the text, then the image's embedding.
+
+        For texts it is the embedding, then the prediction of the image; so the product of the two
+        is the mean of the two cosines between a prediction and what it predicts.
+        """
         return torch.cat([unit(self.image(image)), unit(image)], dim=-1) / math.sqrt(2)
 
     def retrieve_text(self, text: Tensor) -> Tensor:
@@ -134,27 +172,33 @@ class Predictors(Head):
 
 
 class Momentum(Head):
-    """A moving average of the towers, without gradient: `image_target`, `text_target`, not
-    normalised.
+    """Moving average of the towers, without gradient: `image_target`, `text_target` (B, D).
 
-    See `MovingAverage`. Costs a third more time a step, and the towers' memory once more.
+    They are not normalised; see `MovingAverage`. A step takes a third more time, and the towers
+    stand in memory once more. BYOL averages with .996, growing to 1; ALBEF with .995 and OTTER with
+    .999, both constant.
 
     Args:
-        momentum: the average's share at the start: BYOL .996; ALBEF .995 and OTTER .999, both
-            constant.
-        schedule: cosine (to 1 at the end of the run) or constant.
+        context: `towers` and `steps` are used.
+        momentum: weight of the past in the average, at the start.
+        schedule: cosine lets `momentum` grow to 1 at the end of the run.
     """
 
     def __init__(
         self,
-        setting: RunContext,
-        momentum: float = 0.996,
-        schedule: Literal["cosine", "constant"] = "cosine",
+        context: RunContext,
+        momentum: Annotated[
+            float,
+            Field(ge=0, lt=1, description="weight of the past in the moving average of the towers"),
+        ] = 0.996,
+        schedule: Annotated[
+            Literal["cosine", "constant"],
+            Field(description="of the momentum; cosine goes to 1 at the end of the run"),
+        ] = "cosine",
     ) -> None:
         super().__init__()
-        self.average = MovingAverage(
-            setting.towers, momentum, setting.steps if schedule == "cosine" else 0
-        )
+        steps = context.steps if schedule == "cosine" else 0
+        self.average = MovingAverage(context.towers, momentum, steps)
 
     @torch.no_grad()
     def forward(
@@ -168,13 +212,24 @@ class Momentum(Head):
 
 
 class Prototypes(Head):
-    """Directions that features are assigned to: `prototypes` (P, D), unit rows, for swav; not one
-    row a pair.
+    """Directions that features are assigned to: `prototypes` (P, D), unit rows.
+
+    Unlike other entries of `Embeddings.extra` they are not one row per pair.
+
+    Args:
+        context: `width` is used.
+        prototypes: how many, P.
     """
 
-    def __init__(self, setting: RunContext, prototypes: int = 512) -> None:
+    def __init__(
+        self,
+        context: RunContext,
+        prototypes: Annotated[
+            int, Field(ge=2, description="directions that features are assigned to")
+        ] = 512,
+    ) -> None:
         super().__init__()
-        self.weight = nn.Parameter(F.normalize(torch.randn(prototypes, setting.width), dim=1))
+        self.weight = nn.Parameter(F.normalize(torch.randn(prototypes, context.width), dim=1))
 
     def forward(
         self, pairs: Pairs, image: Tensor, text: Tensor, outputs: Outputs
@@ -187,13 +242,12 @@ class Prototypes(Head):
 
 
 class SoftScale(Head):
-    """A second temperature, of the logits that meet soft targets: `soft_scale` (), for
-    sinkhorn_targets.
+    """A second logit scale, of the logits that are compared with soft targets: `soft_scale` ().
 
     Starts at e^3.9 = 49.4 and stays between 1 and 100, as in OTTER's code (arXiv 2112.09445).
     """
 
-    def __init__(self, setting: RunContext) -> None:
+    def __init__(self, context: RunContext) -> None:
         super().__init__()
         self.log = nn.Parameter(torch.tensor(3.9))
 
@@ -208,20 +262,25 @@ class SoftScale(Head):
 
 
 class Tokens(Head):
-    """Which words the image says: `token_logits` (B, V) from the image tower's output, and
-    `token_ids` (B, L).
+    """Predicts a caption's tokens from the image: `token_logits` (B, V) and `token_ids` (B, L).
+
+    Args:
+        context: `width` and `vocabulary` (V) are used.
 
     Raises:
         ValueError: the vocabulary's size is not known.
     """
 
-    def __init__(self, setting: RunContext) -> None:
+    reads_token_ids = True
+
+    def __init__(self, context: RunContext) -> None:
         super().__init__()
-        if not setting.vocabulary:
+        if not context.vocabulary:
             raise ValueError(
-                "superclass needs the size of the text tower's vocabulary, which this model does not tell"
+                "predicting tokens needs the size of the text tower's vocabulary, which this model "
+                "does not tell"
             )
-        self.classes = nn.Linear(setting.width, setting.vocabulary)
+        self.classes = nn.Linear(context.width, context.vocabulary)
 
     def forward(
         self, pairs: Pairs, image: Tensor, text: Tensor, outputs: Outputs

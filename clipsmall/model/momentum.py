@@ -1,4 +1,4 @@
-"""A copy of the towers that follows them slowly: what targets and queues are made with."""
+"""Moving average of the towers, which makes the targets of BYOL and the keys of MoCo."""
 
 import copy
 import math
@@ -11,13 +11,20 @@ from torch import Tensor, nn
 class MovingAverage(nn.Module):
     """average ← m · average + (1 − m) · towers after every step, starting as a copy.
 
-    With `steps`, m goes from `momentum` to 1: 1 − m = (1 − momentum)(1 + cos(π step/steps))/2
-    (BYOL, Grill et al. 2020, arXiv 2006.07733, §3.2); with 0 it is constant. Floating buffers are
-    averaged like parameters (the references copy parameters only, and keep the running statistics
-    of a fresh network), those of integers copied.
+    Also known as: exponential moving average (EMA), mean teacher, momentum encoder.
 
-    Always in evaluation mode: targets have no dropout, and need no batch statistics, which each CPU
-    rank would make of its own rows only.
+    With `steps` above 0, m goes from `momentum` to 1: 1 − m = (1 − momentum)(1 + cos(π step/steps))
+    / 2 (BYOL, Grill et al. 2020, arXiv 2006.07733, §3.2); with 0 it is constant. Floating buffers
+    are averaged like parameters (the references average parameters only, and keep the running
+    statistics of a fresh network), integer buffers are copied.
+
+    The average is always in evaluation mode: targets have no dropout, and need no batch statistics,
+    which each CPU rank would compute from its own rows only.
+
+    Args:
+        towers: to be copied and followed.
+        momentum: m at the start.
+        steps: of the run, over which m grows to 1; 0 = m is constant.
     """
 
     def __init__(self, towers: nn.Module, momentum: float, steps: int) -> None:
@@ -35,16 +42,19 @@ class MovingAverage(nn.Module):
 
     @torch.no_grad()
     def update(self, towers: nn.Module) -> None:
-        # on the device: nothing waits
+        """One step towards the towers."""
+        # 1 − m, computed on the device, so that the host does not wait
         share = torch.full_like(self.step, 1 - self.momentum, dtype=torch.float32)
         if self.steps:
-            share *= (1 + torch.cos(math.pi * (self.step / self.steps).clamp(max=1))) / 2
+            done = (self.step / self.steps).clamp(max=1)
+            share *= (1 + torch.cos(math.pi * done)) / 2
         for mine, theirs in zip(self.towers.parameters(), towers.parameters(), strict=True):
             mine.lerp_(theirs, share.to(mine.dtype))
         for kept, new in zip(self.towers.buffers(), towers.buffers(), strict=True):
-            # equal ones stay: an attention mask's −inf would become NaN
             if kept.is_floating_point():
-                kept.copy_(torch.where(kept == new, kept, kept.lerp(new, share.to(kept.dtype))))
+                moved = kept.lerp(new, share.to(kept.dtype))
+                # equal entries stay: lerp would make NaN of an attention mask's −inf
+                kept.copy_(torch.where(kept == new, kept, moved))
             else:
                 kept.copy_(new)
         self.step += 1

@@ -9,13 +9,27 @@ from clipsmall.batch import Embeddings
 
 
 class Accumulated(nn.Module):
-    """The mean of an objective over `parts` parts of the batch: what accumulating the gradients of
-    small batches does.
+    """The mean of an objective over `parts` parts of the batch, as accumulated gradients give it.
 
-    A baseline, and what not to do: B/parts − 1 negatives instead of B − 1 (chunked towers give all
-    of them). Made in one step, so that nothing else in a run knows of it. Pair i of the global
+    A baseline, and what not to do: B/parts − 1 negatives in place of B − 1 (chunked towers give all
+    of them). Computed in one step, so that nothing else in a run knows of it. Pair i of the global
     batch is in part i mod parts: the same parts on any number of ranks. An objective with a memory
-    is called once a part, one after another.
+    is called once per part, one after another.
+
+    Called with rows and columns.
+
+    Args:
+        objective: of (rows, columns).
+        parts: how many; divides a rank's pairs.
+
+    Returns:
+        What the objective returns, its mean over the parts.
+
+    Example:
+        >>> from clipsmall.objectives.softmax import softmax
+        >>> pairs = Embeddings.of(torch.eye(4), torch.eye(4), logit_scale=2.0)
+        >>> Accumulated(softmax, parts=2)(pairs, pairs)["effective_negatives"].item()
+        1.0
     """
 
     def __init__(
@@ -26,17 +40,19 @@ class Accumulated(nn.Module):
         self.parts = parts
 
     def forward(self, rows: Embeddings, columns: Embeddings) -> dict[str, Tensor]:
-        made = [
-            self.objective(part(rows, k, self.parts), part(columns, k, self.parts))
-            for k in range(self.parts)
-        ]
-        return {name: torch.stack([each[name] for each in made]).mean() for name in made[0]}
+        found = []
+        for k in range(self.parts):
+            some_rows = every_nth(rows, k, self.parts)
+            some_columns = every_nth(columns, k, self.parts)
+            found.append(self.objective(some_rows, some_columns))
+        return {name: torch.stack([each[name] for each in found]).mean() for name in found[0]}
 
 
-def part(pairs: Embeddings, k: int, parts: int) -> Embeddings:
-    """Every `parts`-th pair from the k-th on."""
-    fields = {
-        name: getattr(pairs, name)[k::parts].contiguous()
-        for name in ("image", "text", "index", "caption_hash")
-    }
-    return pairs._replace(**fields)
+def every_nth(pairs: Embeddings, first: int, n: int) -> Embeddings:
+    """Every n-th pair from `first` on."""
+    return pairs._replace(
+        image=pairs.image[first::n].contiguous(),
+        text=pairs.text[first::n].contiguous(),
+        index=pairs.index[first::n].contiguous(),
+        caption_hash=pairs.caption_hash[first::n].contiguous(),
+    )

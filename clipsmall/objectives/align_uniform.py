@@ -1,82 +1,142 @@
 """Alignment and uniformity: true pairs close, everything spread over the sphere."""
 
+from typing import Annotated
+
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from clipsmall.batch import Embeddings
 from clipsmall.distributed import similarity, world
 from clipsmall.distributed.similarity import Layout
-from clipsmall.objectives.pairs import layout, negatives, own_column, scaled
+from clipsmall.objectives.pairs import layout_of, negative_counts, own_features, scaled
+from clipsmall.objectives.spec import ObjectiveSpec, Options
 
 
 def align_uniform(
     rows: Embeddings,
     columns: Embeddings,
     mask_duplicates: bool = True,
-    align: float = 1.0,
-    uniform: float = 1.0,
-    alpha: float = 2.0,
-    t: float = 2.0,
-    cross: bool = False,
+    align: Annotated[float, Field(gt=0, description="weight of the alignment")] = 1.0,
+    uniform: Annotated[float, Field(ge=0, description="weight of the uniformity")] = 1.0,
+    alpha: Annotated[
+        float, Field(gt=0, description="power of the distance between a pair's embeddings")
+    ] = 2.0,
+    t: Annotated[float, Field(gt=0, description="sharpness of the uniformity's kernel")] = 2.0,
+    cross: Annotated[
+        bool,
+        Field(description="uniformity of images against texts; needs align >= t * uniform"),
+    ] = False,
 ) -> dict[str, Tensor]:
-    """Alignment and uniformity (Wang & Isola 2020, arXiv 2005.10242, §4.1) with image and text as
-    the two views.
+    """Alignment of true pairs and uniformity of each modality.
 
-    L = align · mean_i ‖I_i − T_i‖^alpha + uniform · ½ [ U(I) + U(T) ],  U(X) = log mean_{i≠j}
-    exp(−t ‖X_i − X_j‖²).
+    Also known as:
+        Alignment and uniformity loss, hypersphere loss, Align-Uniform; the uniformity is a
+        Gaussian-potential (RBF) energy.
 
-    Uniformity is one logarithm over all pairs of the batch, where softmax has one a row: little
-    bias from small batches, 16 and up. Within the modalities nothing pushes an image from another's
-    text: `align` alone has to close the gap between the modalities, and its weight against
-    `uniform` is what there is to tune.
+    Formula:
+        L = align · mean_i ‖I_i − T_i‖^alpha + uniform · ½ [ U(I) + U(T) ],
+        U(X) = log mean_{i≠j} exp(−t ‖X_i − X_j‖²).
+
+    Source:
+        Wang & Isola 2020, arXiv 2005.10242, §4.1, with image and text as the two views.
+
+    When to use:
+        Batches of 16 and up. Uniformity is one logarithm over all pairs of the batch, where softmax
+        has one per row: little bias from small batches.
+
+    When not:
+        Where nothing can be tuned: within the modalities nothing pushes an image from another's
+        text, `align` alone has to close the gap between them, and its weight against `uniform`
+        decides.
+
+    Related:
+        `spectral` spreads by squares of cosines; `softmax` is the same two forces in one logarithm
+        per row.
 
     Args:
-        rows: my b pairs. columns: the N pairs of the global batch.
+        rows: my b pairs; `image`, `text` (b, D).
+        columns: the N pairs of the global batch.
         mask_duplicates: pairs with the same caption are not pushed apart.
-        cross: one U over images against texts, log mean_{i≠j} exp(−t ‖I_i − T_j‖²), instead of the
-            two within.
+        align: weight of the first term.
+        uniform: weight of the second term.
+        alpha: power of the distance.
+        t: of the kernel.
+        cross: one U over images against texts, log mean_{i≠j} exp(−t ‖I_i − T_j‖²), in place of the
+            two within the modalities.
 
-    Returns `loss` (the same on all ranks but for alignment, the mean over my rows), its parts
-    `alignment` and `uniformity`, `effective_negatives`.
+    Returns:
+        `loss` () the same on all ranks but for the alignment, the mean over my rows; its parts
+        `alignment` and `uniformity` (); `effective_negatives` ().
 
     Raises:
-        ValueError: cross with align < t · uniform: the optimum is then that all images sit opposite
-            all texts.
+        ValueError: cross with align < t · uniform: in the optimum all images sit opposite all
+            texts.
+
+    Example:
+        >>> import torch
+        >>> pairs = Embeddings.of(torch.eye(4), torch.eye(4))
+        >>> align_uniform(pairs, pairs)["loss"].item()  # −t ‖X_i − X_j‖² = −2 · 2
+        -4.0
     """
-    if cross and align < t * uniform:
-        raise ValueError(
-            f"align_uniform: cross=true with align={align} < t · uniform = {t * uniform} drives images and texts to "
-            "opposite poles; raise align"
-        )
-    place = layout(rows, columns, mask_duplicates)
-    counts = negatives(place).to(similarity.wide(rows.image))
-    own = own_column(rows.text, columns.text, place)
-    apart = (rows.image.to(counts.dtype) - own.to(counts.dtype)).square().sum(dim=1)
-    # the power's slope at 0 is infinite below alpha 2, and NaN from autograd's 0 · inf
-    alignment = (
-        apart if alpha == 2 else apart.clamp(min=torch.finfo(apart.dtype).tiny) ** (alpha / 2)
-    ).mean()
-    ways = [(rows.image, columns.image), (rows.text, columns.text)]
+    problem = opposite_poles(
+        {"cross": cross, "align": align, "t": t, "uniform": uniform},
+    )
+    if problem:
+        raise ValueError(f"align_uniform: {problem}")
+    layout = layout_of(rows, columns, mask_duplicates)
+    counts = negative_counts(layout).to(similarity.wide(rows.image))
+    own = own_features(rows.text, columns.text, layout)
+    distance = (rows.image.to(counts.dtype) - own.to(counts.dtype)).square().sum(dim=1)
+    if alpha != 2:
+        # the power's slope at 0 is infinite below alpha 2, and autograd's 0 · inf is NaN
+        distance = distance.clamp(min=torch.finfo(distance.dtype).tiny) ** (alpha / 2)
+    alignment = distance.mean()
     if cross:
-        ways = [(rows.image, columns.text)]
+        compared = [(rows.image, columns.text)]
+    else:
+        compared = [(rows.image, columns.image), (rows.text, columns.text)]
     pairs = world.total(counts.sum())
-    spread = alignment.new_zeros(())
-    for x, y in ways:
-        spread = spread + log_mean_kernel(x, y, place, t, pairs) / len(ways)
+    uniformity = alignment.new_zeros(())
+    for x, y in compared:
+        uniformity = uniformity + log_mean_kernel(x, y, layout, t, pairs) / len(compared)
     return {
-        "loss": align * alignment + uniform * spread,
+        "loss": align * alignment + uniform * uniformity,
         "alignment": alignment.detach(),
-        "uniformity": spread.detach(),
+        "uniformity": uniformity.detach(),
         "effective_negatives": counts.mean(),
     }
 
 
-def log_mean_kernel(x: Tensor, y: Tensor, place: Layout, t: float, pairs: Tensor) -> Tensor:
-    """() log of the mean of exp(−t ‖x_i − y_j‖²) over all ranks' `pairs` that count; 0 if there are
-    none.
+def log_mean_kernel(x: Tensor, y: Tensor, layout: Layout, t: float, pairs: Tensor) -> Tensor:
+    """() log of the mean of exp(−t ‖x_i − y_j‖²) over all ranks' pairs that count.
+
+    Args:
+        x: (b, D) my rows.
+        y: (N, D) the columns.
+        layout: which of their pairs count.
+        t: of the kernel.
+        pairs: () how many count on all ranks; with none the result is 0.
     """
     if pairs == 0:
+        # still a function of both: DDP refuses what gets no gradient
         return (x.sum() + y.sum()) * 0.0
-    sums = similarity.logsumexp(scaled(x, x.new_tensor(2 * t)), y, place, columns=False).rows
+    sums = similarity.logsumexp(scaled(x, x.new_tensor(2 * t)), y, layout, columns=False).rows
     # ‖x − y‖² = 2 − 2 cos
     return world.gather(sums).logsumexp(dim=0) - pairs.log() - 2 * t
+
+
+def opposite_poles(options: Options) -> str:
+    """Whether these options drive the modalities apart, and what to do; "" if not."""
+    repulsion = options["t"] * options["uniform"]
+    if not options["cross"] or options["align"] >= repulsion:
+        return ""
+    return (
+        f"cross=true with align={options['align']:g} < t * uniform = {repulsion:g} drives images "
+        "and texts to opposite poles; raise align"
+    )
+
+
+SPEC = ObjectiveSpec(
+    align_uniform, section="align_uniform", scale=None, contradiction=opposite_poles
+)

@@ -1,38 +1,72 @@
-"""Barlow Twins: what image and text say in one coordinate agrees, and different coordinates say
-different things.
-"""
+"""Barlow Twins: one coordinate of image and text agrees, different coordinates do not correlate."""
+
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from clipsmall.batch import Embeddings
 from clipsmall.distributed import world
 from clipsmall.distributed.batch_norm import moments
+from clipsmall.objectives.spec import ObjectiveSpec, Options
 
 
-def barlow(rows: Embeddings, columns: Embeddings, redundancy: float = 5e-3) -> dict[str, Tensor]:
-    """Barlow Twins between the modalities (Zbontar et al. 2021, arXiv 2103.03230, eq. 1 and 2).
+def barlow(
+    rows: Embeddings,
+    columns: Embeddings,
+    redundancy: Annotated[
+        float, Field(ge=0, description="weight of the correlations between coordinates")
+    ] = 5e-3,
+) -> dict[str, Tensor]:
+    """Cross-correlation between the modalities' coordinates, driven to the identity.
 
-    L = Σ_d (1 − c_dd)² + redundancy · Σ_{d≠e} c_de²,  c = X̂ᵀ Ŷ / N,  with X̂ and Ŷ standardised in
-    each coordinate over the global batch (eps 1e-5).
+    Also known as:
+        Barlow Twins, redundancy reduction, cross-correlation loss.
 
-    No pair is compared with another: memory is D², whatever the batch, and the paper finds little
-    lost down to 256. Chance alone makes the second sum D(D−1)/N: with a batch below D choose
-    `redundancy` near 1/D, or it drowns the first. The paper's 5e-3 is for D = 8,192 and a batch of
-    2,048. The loss does not see means, cosines do: synthetic pairs (D = 32, batch 64, redundancy
-    1/D) were found at 79 %, and at 97 % once the features were centred.
+    Formula:
+        L = Σ_d (1 − c_dd)² + redundancy · Σ_{d≠e} c_de²,  c = X̂ᵀ Ŷ / N,
+        X̂ and Ŷ standardised in each coordinate over the global batch (eps 1e-5).
+
+    Source:
+        Zbontar et al. 2021, arXiv 2103.03230, eq. 1 and 2.
+
+    When to use:
+        Small batches with wide embeddings: no pair is compared with another, memory is D² whatever
+        the batch, and the paper finds little lost down to 256.
+
+    When not:
+        With the paper's `redundancy` at a small batch: chance alone makes the second sum D(D−1)/N.
+        With a batch below D choose `redundancy` near 1/D, or it drowns the first sum (5e-3 is for
+        D = 8,192 and a batch of 2,048). The loss does not see means, cosines do: synthetic pairs
+        (D = 32, batch 64, redundancy 1/D) were found at 79 %, and at 97 % once the features were
+        centred.
+
+    Related:
+        `vicreg` keeps each modality's own covariance in place of the one between them.
 
     Args:
         rows: my b pairs, with `image_projected`, `text_projected` (b, D) of the head `projectors`,
             not normalised.
         columns: not looked at.
+        redundancy: weight of the second sum.
 
-    Returns `loss` (the same on all ranks) and its parts `invariance` and `redundancy` (weighted).
+    Returns:
+        `loss` () the same on all ranks; its parts `invariance` () and `redundancy` () (weighted).
 
     Raises:
         ValueError: a batch of one pair, which has no variance.
+
+    Example:
+        >>> features = torch.tensor([[1.0, 1], [1, -1], [-1, 1], [-1, -1]])
+        >>> pairs = Embeddings.of(
+        ...     features, features, image_projected=features, text_projected=-features
+        ... )
+        >>> round(barlow(pairs, pairs)["loss"].item(), 3)  # both coordinates opposite: (1 + 1)²
+        8.0
     """
-    image, text = (_standard(rows.extra[name]) for name in ("image_projected", "text_projected"))
+    image = _standardised(rows.extra["image_projected"])
+    text = _standardised(rows.extra["text_projected"])
     with torch.autocast(image.device.type, enabled=False):
         correlation = world.add(image.T @ text) / (len(image) * world.size())
     own = correlation.diagonal()
@@ -45,8 +79,23 @@ def barlow(rows: Embeddings, columns: Embeddings, redundancy: float = 5e-3) -> d
     }
 
 
-def _standard(x: Tensor) -> Tensor:
+def _standardised(x: Tensor) -> Tensor:
+    """(b, D) mean 0 and variance 1 in each coordinate, over the global batch."""
     if len(x) * world.size() < 2:
         raise ValueError("barlow standardises over pairs: it needs a batch of at least 2")
     _, centred, variance = moments(x)
     return centred * (variance + 1e-5).rsqrt()
+
+
+def retrieval_head(options: Options) -> str:
+    """With projectors only their outputs match."""
+    return "projectors" if options["widths"] else ""
+
+
+SPEC = ObjectiveSpec(
+    barlow,
+    section="barlow",
+    heads={"projectors": {}},
+    scale=None,
+    retrieval_head=retrieval_head,
+)

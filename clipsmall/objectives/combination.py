@@ -11,31 +11,46 @@ from clipsmall.batch import Embeddings
 class Combination(nn.Module):
     """L = Σ weight · loss over named objectives; those with a memory keep it here.
 
-    Called with (rows, columns); returns `loss`, each part's loss by its name, its terms as
-    `name/term`, and the most `effective_negatives` that a part tells.
+    Also known as:
+        Multi-task loss, weighted sum of losses, a mix.
+
+    Called with rows and columns, which every part gets.
+
+    Args:
+        parts: the weight and the objective of each name.
+
+    Returns:
+        `loss` (); each part's loss by its name, and its terms as `name/term`, without gradient;
+        `effective_negatives` () the largest of the parts'.
+
+    Example:
+        >>> from clipsmall.objectives.softmax import softmax
+        >>> from clipsmall.objectives.spectral import spectral
+        >>> pairs = Embeddings.of(torch.eye(4), torch.eye(4), logit_scale=2.0)
+        >>> mix = Combination({"softmax": (1.0, softmax), "spectral": (0.1, spectral)})
+        >>> round(mix(pairs, pairs)["loss"].item(), 4)  # 0.3408 − 0.1 · 2
+        0.1408
     """
 
     def __init__(self, parts: dict[str, tuple[float, Callable[..., dict[str, Tensor]]]]) -> None:
         super().__init__()
         self.parts = parts
-        self.memories = nn.ModuleDict(
-            {name: part for name, (_, part) in parts.items() if isinstance(part, nn.Module)}
-        )
+        modules = {name: part for name, (_, part) in parts.items() if isinstance(part, nn.Module)}
+        self.memories = nn.ModuleDict(modules)
 
     def forward(self, rows: Embeddings, columns: Embeddings) -> dict[str, Tensor]:
-        made = {name: part(rows, columns) for name, (_, part) in self.parts.items()}
-        losses = {
-            "loss": torch.stack(
-                [weight * made[name]["loss"] for name, (weight, _) in self.parts.items()]
-            ).sum()
-        }
-        for name, terms in made.items():
+        found = {}
+        weighted = []
+        for name, (weight, part) in self.parts.items():
+            found[name] = part(rows, columns)
+            weighted.append(weight * found[name]["loss"])
+        losses = {"loss": torch.stack(weighted).sum()}
+        negatives = []
+        for name, terms in found.items():
             for term, value in terms.items():
                 losses[name if term == "loss" else f"{name}/{term}"] = value.detach()
-        if met := [
-            terms["effective_negatives"]
-            for terms in made.values()
-            if "effective_negatives" in terms
-        ]:
-            losses["effective_negatives"] = torch.stack(met).amax()
+            if "effective_negatives" in terms:
+                negatives.append(terms["effective_negatives"])
+        if negatives:
+            losses["effective_negatives"] = torch.stack(negatives).amax()
         return losses

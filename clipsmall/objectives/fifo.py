@@ -1,4 +1,4 @@
-"""The last pairs that were pushed, starting with none: what queues are made of."""
+"""First-in-first-out memory of pairs' features: what queues are made of."""
 
 from collections.abc import Iterable
 
@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 
 def finite(*features: Tensor) -> Tensor:
-    """() bool: whether a memory may take them, all or none.
+    """() bool: whether all features are finite, so that a memory may take them.
 
     fp16 skips a step whose features overflowed; a queue would bring them back as columns of all
-    steps to come. Judged on the device, so that the host need not wait, and for the batch as a
+    steps to come. Computed on the device, so that the host need not wait, and for the batch as a
     whole, so that a queue gets no gaps.
     """
     return torch.stack([each.isfinite().all() for each in features]).all()
@@ -19,8 +19,13 @@ def finite(*features: Tensor) -> Tensor:
 class Fifo(nn.Module):
     """Features of the last `size` pairs of all ranks, each with the pair's index and caption.
 
-    Buffers, the same on every rank; the first `len` rows are filled, in no order of time once it
-    wraps around.
+    Its contents are buffers, the same on every rank. It starts empty; the first `len` rows are
+    filled, in no order of time once it wraps around.
+
+    Args:
+        size: pairs.
+        width: D of the features.
+        features: names of the buffers (size, D).
     """
 
     def __init__(self, size: int, width: int, features: Iterable[str]) -> None:
@@ -34,7 +39,7 @@ class Fifo(nn.Module):
         self.register_buffer("index", torch.zeros(size, dtype=torch.int64))
         # hash
         self.register_buffer("caption", torch.zeros(size, dtype=torch.int64))
-        # ever; the next one goes to seen % size
+        # pairs pushed so far; the next one goes to row seen % size
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
 
     def __len__(self) -> int:
@@ -42,14 +47,22 @@ class Fifo(nn.Module):
 
     @torch.no_grad()
     def push(self, index: Tensor, caption: Tensor, **features: Tensor) -> None:
-        """(N,), (N,) and (N, D) each: the same on all ranks. Any N: of more than fit the last stay.
+        """Let pairs in, the same on all ranks; of more than fit the last stay.
 
         Features that are not all finite are not taken: see `finite`.
+
+        Args:
+            index: (N,) of the pairs.
+            caption: (N,) hash of their captions.
+            features: (N, D) each.
         """
         count = len(index)
         sound = finite(*features.values())
-        spots = ((self.seen + torch.arange(count, device=index.device)) % self.size)[-self.size :]
+        following = torch.arange(count, device=index.device)
+        positions = ((self.seen + following) % self.size)[-self.size :]
         for name, rows in {"index": index, "caption": caption, **features}.items():
             kept = self.get_buffer(name)
-            kept[spots] = torch.where(sound, rows[-self.size :].to(kept.dtype), kept[spots])
+            new = rows[-self.size :].to(kept.dtype)
+            # where, not if: the host does not wait for `sound`
+            kept[positions] = torch.where(sound, new, kept[positions])
         self.seen += count * sound

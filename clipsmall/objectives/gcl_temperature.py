@@ -1,4 +1,4 @@
-"""A temperature of its own for every image and every text, learned inside the objective."""
+"""A temperature of its own for every image and every text, learned inside the objective `gcl`."""
 
 from typing import Literal
 
@@ -10,21 +10,24 @@ from clipsmall.distributed.similarity import Layout
 from clipsmall.objectives.pairs import Direction, scaled
 
 Rule = Literal["momentum", "adam"]
-# both papers' code cuts slopes here: the log u of a pair that is new to the model jumps by tens
+# both papers' code clips slopes here: the log u of a pair that is new to the model jumps by tens
 STEEPEST = 5.0
 
 
 class Temperatures(nn.Module):
-    """Two temperatures a pair, of its image and of its text, moved when the pair comes by.
+    """Two temperatures per pair, of its image and of its text, updated when the pair is in a batch.
 
-    momentum: z ← (1 − β) z + β s,  τ ← τ − lr z, cut to `bounds`; β = 0.9 (iSogCLR, arXiv
-    2305.11965, algorithm 1).
-    adam: Adam with betas 0.9 and 0.999, bias corrected by the pair's own visits (FastCLIP-v2, arXiv
-    2407.01445).
+    - momentum: z ← (1 − β) z + β s,  τ ← τ − lr z, clipped to `bounds`; β = 0.9 (iSogCLR, arXiv
+      2305.11965, algorithm 1).
+    - adam: Adam with betas 0.9 and 0.999, bias corrected by the pair's own visits (FastCLIP-v2,
+      arXiv 2407.01445).
 
     Args:
         pairs: n, of the data set.
-        start: every τ before its first step. lr: of τ. bounds: least and largest τ.
+        start: every τ before its first step.
+        lr: learning rate of τ.
+        bounds: least and largest τ.
+        rule: how τ is updated, see above.
     """
 
     def __init__(
@@ -45,34 +48,43 @@ class Temperatures(nn.Module):
             self.register_buffer("visits", torch.zeros(pairs, 1, dtype=torch.int32))
 
     @torch.no_grad()
-    def update(self, spots: Tensor, slopes: Tensor) -> None:
-        """spots: (N,) rows of the tables, each once. slopes: (N, 2) of what these pairs' τ are to
-        lower.
+    def update(self, positions: Tensor, slopes: Tensor) -> None:
+        """One step of some pairs' temperatures.
+
+        Args:
+            positions: (N,) rows of the tables, each once.
+            slopes: (N, 2) of the loss by these pairs' τ.
         """
         slopes = slopes.to(self.tau.dtype).clamp(-STEEPEST, STEEPEST)
-        self.slope[spots] = self.slope[spots].lerp(slopes, 0.1 if self.adam else 0.9)
-        step = self.slope[spots]
+        new_weight = 0.1 if self.adam else 0.9
+        self.slope[positions] = self.slope[positions].lerp(slopes, new_weight)
+        step = self.slope[positions]
         if self.adam:
-            self.visits[spots] += 1
-            self.square[spots] = self.square[spots].lerp(slopes.square(), 0.001)
-            times = self.visits[spots].to(slopes.dtype)
-            step = (
-                step / (1 - 0.9**times) / ((self.square[spots] / (1 - 0.999**times)).sqrt() + 1e-8)
-            )
-        self.tau[spots] = (self.tau[spots] - self.lr * step).clamp(*self.bounds)
+            self.visits[positions] += 1
+            self.square[positions] = self.square[positions].lerp(slopes.square(), 0.001)
+            visits = self.visits[positions].to(slopes.dtype)
+            mean = step / (1 - 0.9**visits)
+            square = self.square[positions] / (1 - 0.999**visits)
+            step = mean / (square.sqrt() + 1e-8)
+        self.tau[positions] = (self.tau[positions] - self.lr * step).clamp(*self.bounds)
 
 
-def mean_exponent(x: Tensor, y: Tensor, scale: Tensor, place: Layout, way: Direction) -> Tensor:
+def mean_exponent(
+    x: Tensor, y: Tensor, scale: Tensor, layout: Layout, direction: Direction
+) -> Tensor:
     """(b,) mean of S_ij − S_ii over a row's negatives under their softmax; without gradient.
 
-    x: (b, D) my rows. y: what they were compared with in `way`, at `scale` (b,).
+    Args:
+        x: (b, D) my rows.
+        y: (N, D) the columns that they were compared with in `direction`.
+        scale: (b,) of the rows.
+        layout: which columns are negatives.
+        direction: the log sums.
     """
-    others = way.others.detach().masked_fill(way.others == -torch.inf, 0.0)
-    return (
-        similarity.row_sums(scaled(x, scale), y, place, _entropy, -others)
-        + others
-        - way.own.detach()
-    )
+    no_negative = direction.others == -torch.inf
+    others = direction.others.detach().masked_fill(no_negative, 0.0)
+    entropy = similarity.row_sums(scaled(x, scale), y, layout, _entropy, -others)
+    return entropy + others - direction.own.detach()
 
 
 def _entropy(log_weights: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,55 +1,90 @@
 """SSL-HSIC: embeddings depend on which pair they are of, and on nothing else."""
 
 from functools import partial
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from clipsmall.batch import Embeddings
 from clipsmall.distributed import similarity, world
 from clipsmall.distributed.similarity import Layout
 from clipsmall.objectives.pairs import dots, whole_batch
+from clipsmall.objectives.spec import ObjectiveSpec
 
 
 def hsic(
-    rows: Embeddings, columns: Embeddings, gamma: float = 1.0, width: float = 1.0
+    rows: Embeddings,
+    columns: Embeddings,
+    gamma: Annotated[
+        float,
+        Field(ge=0, description="weight of the spread; the paper's 3 is for a batch of 4,096"),
+    ] = 1.0,
+    width: Annotated[float, Field(gt=0, description="of the kernel")] = 1.0,
 ) -> dict[str, Tensor]:
-    """SSL-HSIC with image and text as the two views (Li et al. 2021, arXiv 2106.08320, §3).
+    """Dependence between embeddings and the identity of pairs, by a kernel.
 
-    L = −HSIC(Z, Y) + gamma √HSIC(Z, Z),  k(x, y) = width / √(width² + ‖x − y‖²),  over the n = 2N
-    points Z = [X; Y]: HSIC(Z, Y) = mean_i k(x_i, y_i) − mean_ab K_ab,  HSIC(Z, Z) = mean_ab (H K
-    H)²_ab,  H = 1 − 11ᵀ/n.
+    Also known as:
+        SSL-HSIC, Hilbert-Schmidt independence criterion with an inverse multiquadric (IMQ) kernel,
+        the HSIC bottleneck.
 
-    The kernel is exact (the paper draws 512 random features, and also learns `width`, from 1). The
-    second estimate is too large by about 1/N, and where gamma makes too much of it all embeddings
-    become one (a loss of 0 tells): gamma 3, the paper's at a batch of 4,096, did so at batch 16 on
-    synthetic pairs and at 256 on the glyphs; 1 did not.
+    Formula:
+        L = −HSIC(Z, Y) + gamma √HSIC(Z, Z),  k(x, y) = width / √(width² + ‖x − y‖²),
+        over the n = 2N points Z = [X; Y]:  HSIC(Z, Y) = mean_i k(x_i, y_i) − mean_ab K_ab,
+        HSIC(Z, Z) = mean_ab (H K H)²_ab,  H = 1 − 11ᵀ/n.
 
-    (H K H)² is never made. With row means r and mean m of K − (mean of K), mean (H K H)² = mean (K
-    − …)² − 2 mean r² + m², and its gradient by K_ab is 2 ((K − …)_ab − r_a − r_b + m) / n². Taking
-    the mean out first costs nothing and saves the digits that the difference would lose.
+    Source:
+        Li et al. 2021, arXiv 2106.08320, §3, with image and text as the two views. The kernel is
+        exact here; the paper draws 512 random features, and also learns `width`, from 1.
+
+    When to use:
+        To compare a kernel method with the others, at batches of 64 and up.
+
+    When not:
+        With a large gamma at a small batch: the second estimate is too large by about 1/N, and
+        where gamma makes too much of it all embeddings become one (a loss of 0 shows that). Gamma
+        3, the paper's at a batch of 4,096, did so at batch 16 on synthetic pairs and at 256 on the
+        glyphs; 1 did not. Not with a queue.
+
+    Related:
+        `align_uniform` and `spectral` spread embeddings by other kernels.
 
     Args:
-        rows: my b pairs. columns: the N pairs of the global batch.
-        gamma: how much the spread of the embeddings as such counts. width: the kernel's.
+        rows: my b pairs; `image`, `text` (b, D).
+        columns: the N pairs of the global batch.
+        gamma: how much the spread of the embeddings as such counts.
+        width: of the kernel.
 
-    Returns `loss` (the same on all ranks), `dependence` HSIC(Z, Y) and `redundancy` √HSIC(Z, Z).
+    Returns:
+        `loss` () the same on all ranks; `dependence` () HSIC(Z, Y); `redundancy` () √HSIC(Z, Z).
 
     Raises:
         ValueError: columns are not as many as all ranks' rows (a queue).
+
+    Example:
+        >>> pairs = Embeddings.of(torch.eye(2), torch.eye(2))
+        >>> terms = hsic(pairs, pairs)
+        >>> round(terms["dependence"].item(), 4)  # 1 − ½ (1 + 1/√3)
+        0.2113
     """
     if not whole_batch(rows, columns):
         raise ValueError(f"hsic needs all ranks' rows as columns, not {len(columns.index)} pairs")
+    # (H K H)² is never made. With row means r and mean m of K − (mean of K), its mean is
+    # mean (K − …)² − 2 mean r² + m², and its gradient by K_ab is
+    # 2 ((K − …)_ab − r_a − r_b + m) / n². Subtracting the mean first costs nothing and saves the
+    # digits that the difference would lose.
     n = 2 * len(columns.index)
     x = torch.cat([rows.image, rows.text])
     y = torch.cat([columns.image, columns.text])
-    everywhere = Layout(torch.arange(len(x), device=x.device), n, keep_own=True, ring=len(y) < n)
+    everything = Layout(torch.arange(len(x), device=x.device), n, keep_own=True, ring=len(y) < n)
     kernel = partial(_kernel, width=width)
-    row_means = similarity.row_sums(x, y, everywhere, kernel) / n
+    row_means = similarity.row_sums(x, y, everything, kernel) / n
     mean = world.mean(row_means.mean())
-    # the mean over my rows and all columns
-    each = torch.full_like(row_means, 1 / (n * len(x)))
-    squares = similarity.total(x, y, everywhere, partial(_squared, width=width, mean=mean), each)
+    # with these weights a total is the mean over my rows and all columns
+    weights = torch.full_like(row_means, 1 / (n * len(x)))
+    squared = partial(_squared, width=width, mean=mean)
+    squares = similarity.total(x, y, everything, squared, weights)
 
     r = row_means - mean
     m = world.mean(r.mean())
@@ -58,8 +93,11 @@ def hsic(
     deviation = (variance.clamp(min=0) + 1e-10).sqrt()
     slope = gamma / (2 * deviation)
     pairs = _kernel(dots(rows.image, rows.text), width)[0].mean()
-    linear = similarity.total(x, y, everywhere, kernel, each * (1 + slope * (2 * m - 4 * r)))
+    # the part of the gradient that is linear in K
+    linear_weights = weights * (1 + slope * (2 * m - 4 * r))
+    linear = similarity.total(x, y, everything, kernel, linear_weights)
     dependence = world.mean(pairs) - mean
+    # has the loss's gradient, but another value
     surrogate = linear + slope * squares - pairs
     return {
         "loss": surrogate + (gamma * deviation - dependence - surrogate).detach(),
@@ -77,3 +115,6 @@ def _kernel(cosines: Tensor, width: float) -> tuple[Tensor, Tensor]:
 def _squared(cosines: Tensor, width: float, mean: Tensor) -> tuple[Tensor, Tensor]:
     k, slope = _kernel(cosines, width)
     return (k - mean).square(), 2 * (k - mean) * slope
+
+
+SPEC = ObjectiveSpec(hsic, section="hsic", scale=None)

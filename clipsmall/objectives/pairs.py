@@ -1,5 +1,6 @@
-"""Which columns belong to which rows, and how a row's own pair compares with all others: what pair
-losses share.
+"""What pair losses share: a row's own column, its negatives, and the log sums over them.
+
+Rows are local, columns gathered: see `clipsmall.batch.Embeddings`.
 """
 
 from dataclasses import replace
@@ -13,36 +14,46 @@ from clipsmall.batch import Embeddings
 from clipsmall.distributed import similarity, world
 from clipsmall.distributed.similarity import Layout
 
+# columns that are masked at a time where the columns left out must be counted one by one
+COUNTED_AT_ONCE = 1024
 
-def own_places(rows: Embeddings, columns: Embeddings) -> Tensor:
-    """(b,) where each row's own pair stands among the N columns; found by `index`, so no rank
-    offset exists.
 
-    A queue holds older copies of a pair: the first column of that index is its own.
+def own_columns(rows: Embeddings, columns: Embeddings) -> Tensor:
+    """(b,) for each row the column that holds the same pair, its positive.
+
+    Found by `index`, so no rank offset exists. A queue holds older copies of a pair: of several
+    columns the first is taken, which is that of the batch.
     """
     known, order = columns.index.sort(stable=True)
-    places: Tensor = order[torch.searchsorted(known, rows.index)]
-    return places
+    positions: Tensor = order[torch.searchsorted(known, rows.index)]
+    return positions
 
 
-def layout(
+def layout_of(
     rows: Embeddings, columns: Embeddings, mask_duplicates: bool, keep_own: bool = False
 ) -> Layout:
-    """Rows against columns, without a row's own pair (unless `keep_own`) and, if asked, without
-    equal captions.
+    """Which columns are negatives of which rows.
 
-    A pair is never its own negative: of a queue, older copies of it are left out, asked or not.
+    A pair is never its own negative: older copies of it in a queue are left out in any case.
+
+    Args:
+        rows: my b pairs.
+        columns: the N pairs they are compared with.
+        mask_duplicates: columns with a row's own caption are no negatives of it.
+        keep_own: a row's own column counts with the others.
     """
+    # (b,), (N,): a column whose number equals the row's is no negative
     groups = []
-    if mask_duplicates and repeats(columns.caption_hash):
+    if mask_duplicates and has_repeats(columns.caption_hash):
         groups.append((rows.caption_hash, columns.caption_hash))
-    if columns.live is not None and repeats(columns.index):
+    if columns.live is not None and has_repeats(columns.index):
         groups.append((rows.index, columns.index))
     if columns.own_only:
-        others = torch.arange(len(columns.index), device=columns.index.device) >= columns.own_only
-        groups.append((torch.zeros_like(rows.index), others.long()))
+        positions = torch.arange(len(columns.index), device=columns.index.device)
+        is_negative = (positions >= columns.own_only).long()
+        groups.append((torch.zeros_like(rows.index), is_negative))
     return Layout(
-        own=own_places(rows, columns),
+        own=own_columns(rows, columns),
         columns=len(columns.index),
         groups=tuple(groups),
         keep_own=keep_own,
@@ -50,56 +61,62 @@ def layout(
     )
 
 
-def both(first: Tensor, second: Tensor) -> Tensor:
-    """(b,), (b,) log sums -> log(e^first + e^second). Both may be -inf: a row with no column, whose
-    gradient is 0 where logaddexp's own is NaN."""
-    none = (first == -torch.inf) & (second == -torch.inf)
-    sums = torch.logaddexp(first.masked_fill(none, 0.0), second.masked_fill(none, 0.0))
-    return sums.masked_fill(none, -torch.inf)
+def add_log_sums(first: Tensor, second: Tensor) -> Tensor:
+    """(b,) log(e^first + e^second) of two log sums (b,).
+
+    Both may be −inf, in a row that has no column; its gradient is 0 here, NaN with logaddexp alone.
+    """
+    empty = (first == -torch.inf) & (second == -torch.inf)
+    sums = torch.logaddexp(first.masked_fill(empty, 0.0), second.masked_fill(empty, 0.0))
+    return sums.masked_fill(empty, -torch.inf)
 
 
-def repeats(numbers: Tensor) -> bool:
+def has_repeats(numbers: Tensor) -> bool:
     return len(torch.unique(numbers)) < len(numbers)
 
 
-def negatives(place: Layout) -> Tensor:
-    """(b,) int64 how many columns each row is told apart from: all but its own and those of its
-    groups.
-    """
-    others = torch.full_like(place.own, place.columns - 1)
-    if not place.groups:
+def negative_counts(layout: Layout) -> Tensor:
+    """(b,) int64 how many negatives each row has: all columns but its own and those left out."""
+    others = torch.full_like(layout.own, layout.columns - 1)
+    if not layout.groups:
         return others
-    if len(place.groups) == 1:
-        of_rows, of_columns = place.groups[0]
+    if len(layout.groups) == 1:
+        # of one group the equal columns are counted by binary search; the row's own is among them
+        of_rows, of_columns = layout.groups[0]
         known = of_columns.sort().values
-        return (
-            others
-            + 1
-            - (torch.searchsorted(known, of_rows, right=True) - torch.searchsorted(known, of_rows))
-        )
-    counted = replace(place, keep_own=False, chosen=None)
-    others = torch.zeros_like(place.own)
-    for start in range(0, place.columns, 1024):
-        j = slice(start, min(start + 1024, place.columns))
+        before = torch.searchsorted(known, of_rows)
+        up_to = torch.searchsorted(known, of_rows, right=True)
+        return others + 1 - (up_to - before)
+    # groups may overlap: the mask itself is counted, a few columns at a time
+    counted = replace(layout, keep_own=False, chosen=None)
+    others = torch.zeros_like(layout.own)
+    for start in range(0, layout.columns, COUNTED_AT_ONCE):
+        j = slice(start, min(start + COUNTED_AT_ONCE, layout.columns))
         others += (~counted.left_out(slice(None), j)).sum(dim=1)
     return others
 
 
 def dots(x: Tensor, y: Tensor) -> Tensor:
-    """(b,) row by row, at least in float32."""
-    return (x.to(similarity.wide(x)) * y.to(similarity.wide(x))).sum(dim=1)
+    """(b,) inner products of row i of x (b, D) with row i of y (b, D), at least in float32."""
+    dtype = similarity.wide(x)
+    return (x.to(dtype) * y.to(dtype)).sum(dim=1)
 
 
-def own_column(mine: Tensor, columns: Tensor, place: Layout) -> Tensor:
-    """(b, D) each row's own column of one modality; a queue's keys are others than `mine`, the
-    rows' own.
+def own_features(mine: Tensor, columns: Tensor, layout: Layout) -> Tensor:
+    """(b, D) features of each row's own column, in one modality.
+
+    Args:
+        mine: (b, D) my rows' features in that modality. In a ring they are the columns' own; a
+            moco queue has other features for the same pairs.
+        columns: (N, D) the columns' features.
+        layout: of the rows.
     """
-    return mine if place.ring else picked(columns, place.own)
+    return mine if layout.ring else columns_at(columns, layout.own)
 
 
-def picked(columns: Tensor, places: Tensor) -> Tensor:
-    """Some of the columns, which may lie in host memory, where `places` are."""
-    return columns[places.to(columns.device)].to(places.device)
+def columns_at(columns: Tensor, positions: Tensor) -> Tensor:
+    """Some of the columns, which may lie in host memory, on the device of `positions`."""
+    return columns[positions.to(columns.device)].to(positions.device)
 
 
 def whole_batch(rows: Embeddings, columns: Embeddings) -> bool:
@@ -107,25 +124,30 @@ def whole_batch(rows: Embeddings, columns: Embeddings) -> bool:
     return columns.live is None and len(columns.index) == len(rows.index) * world.size()
 
 
-class Way(NamedTuple):
-    """My rows of one modality, what they are compared with, and each row's own column of it (b,
-    D).
-    """
+class Comparison(NamedTuple):
+    """My rows of one modality, and what they are compared with in the other."""
 
+    # (b, D) my rows
     x: Tensor
+    # (N, D) the columns
     y: Tensor
+    # (b, D) the own column of each row
     own: Tensor
 
 
-def ways(rows: Embeddings, columns: Embeddings, place: Layout, both: bool = False) -> list[Way]:
-    """Images among texts, and texts among images; the latter only for a queue, or if asked for.
+def comparisons(
+    rows: Embeddings, columns: Embeddings, layout: Layout, both_directions: bool = False
+) -> list[Comparison]:
+    """Images among texts; and texts among images for a queue, or with `both_directions`.
 
     Where the columns are the batch itself, the second matrix is the first one's transpose.
     """
-    forth = Way(rows.image, columns.text, own_column(rows.text, columns.text, place))
-    if not both and whole_batch(rows, columns):
-        return [forth]
-    return [forth, Way(rows.text, columns.image, own_column(rows.image, columns.image, place))]
+    own_texts = own_features(rows.text, columns.text, layout)
+    images_among_texts = Comparison(rows.image, columns.text, own_texts)
+    if not both_directions and whole_batch(rows, columns):
+        return [images_among_texts]
+    own_images = own_features(rows.image, columns.image, layout)
+    return [images_among_texts, Comparison(rows.text, columns.image, own_images)]
 
 
 class Direction(NamedTuple):
@@ -133,20 +155,21 @@ class Direction(NamedTuple):
 
     # (b,) of the true pairs; differentiable
     own: Tensor
-    # (b,) log sum exp of the columns that are negatives, −inf where none is; differentiable
+    # (b,) log sum exp of the negatives, −inf where there is none; differentiable
     others: Tensor
-    # (b,) the highest of these
+    # (b,) the highest negative
     hardest: Tensor
 
     @property
     def accuracy(self) -> Tensor:
-        """The share of rows whose own pair scores higher than every negative."""
+        """() fraction of rows whose own pair scores higher than every negative."""
         return (self.own > self.hardest).float().mean().detach()
 
     @property
-    def surprise(self) -> Tensor:
-        """(b,) −log softmax of the own pair: LSE over all columns less the own logit, without
-        cancellation.
+    def cross_entropy(self) -> Tensor:
+        """(b,) −log softmax of the own pair: log sum over all columns − own logit.
+
+        Computed from the negatives' log sum, so that nothing cancels.
         """
         return F.softplus(self.others - self.own)
 
@@ -154,45 +177,54 @@ class Direction(NamedTuple):
 def directions(
     rows: Embeddings,
     columns: Embeddings,
-    place: Layout,
+    layout: Layout,
     scales: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Direction, Direction]:
     """Images among texts, and texts among images.
 
-    One sweep over one matrix serves both where the columns are the batch itself and both have one
-    scale; its column sums go over all ranks' rows. Elsewhere (a queue, temperatures of each row)
-    there are two matrices.
+    One pass over one matrix serves both where the columns are the batch itself and both directions
+    have one scale; its column sums go over all ranks' rows. Elsewhere (a queue, a temperature per
+    row) there are two matrices.
 
     Args:
-        scales: (b,) or () of my images and of my texts; default: the model's logit_scale for both.
+        rows: my b pairs.
+        columns: the N pairs they are compared with.
+        layout: which of them are negatives.
+        scales: (b,) or () of my images and of my texts; None = the model's logit_scale for both.
     """
-    of_image, of_text = scales if scales is not None else (rows.logit_scale, rows.logit_scale)
-    image = scaled(rows.image, of_image)
-    own = dots(image, own_column(rows.text, columns.text, place))
+    image_scale, text_scale = scales or (rows.logit_scale, rows.logit_scale)
+    image = scaled(rows.image, image_scale)
+    own = dots(image, own_features(rows.text, columns.text, layout))
     if scales is None and whole_batch(rows, columns):
-        sums = similarity.logsumexp(image, columns.text, place)
-        there = sums.columns[place.own], sums.column_max[place.own]
-        return Direction(own, sums.rows, sums.row_max), Direction(own, *there)
-    text = scaled(rows.text, of_text)
-    forth = similarity.logsumexp(image, columns.text, place, columns=False)
-    back = similarity.logsumexp(text, columns.image, place, columns=False)
-    its = dots(text, own_column(rows.image, columns.image, place))
-    return Direction(own, forth.rows, forth.row_max), Direction(its, back.rows, back.row_max)
+        sums = similarity.logsumexp(image, columns.text, layout)
+        of_images = Direction(own, sums.rows, sums.row_max)
+        of_texts = Direction(own, sums.columns[layout.own], sums.column_max[layout.own])
+        return of_images, of_texts
+    text = scaled(rows.text, text_scale)
+    forth = similarity.logsumexp(image, columns.text, layout, columns=False)
+    back = similarity.logsumexp(text, columns.image, layout, columns=False)
+    own_of_texts = dots(text, own_features(rows.image, columns.image, layout))
+    of_images = Direction(own, forth.rows, forth.row_max)
+    of_texts = Direction(own_of_texts, back.rows, back.row_max)
+    return of_images, of_texts
 
 
-def within(rows: Embeddings, columns: Embeddings, place: Layout) -> tuple[Tensor, Tensor]:
-    """(b,) log sums of each image among the other images, and of each text among the other texts,
-    scaled.
+def within_modalities(
+    rows: Embeddings, columns: Embeddings, layout: Layout
+) -> tuple[Tensor, Tensor]:
+    """(b,) log sums of each image among the other images, and of each text among the other texts.
+
+    Of logits: cosines times the model's logit_scale.
     """
     image = scaled(rows.image, rows.logit_scale)
     text = scaled(rows.text, rows.logit_scale)
-    return (
-        similarity.logsumexp(image, columns.image, place, columns=False).rows,
-        similarity.logsumexp(text, columns.text, place, columns=False).rows,
-    )
+    among_images = similarity.logsumexp(image, columns.image, layout, columns=False)
+    among_texts = similarity.logsumexp(text, columns.text, layout, columns=False)
+    return among_images.rows, among_texts.rows
 
 
 def scaled(x: Tensor, scale: Tensor) -> Tensor:
     """(b, D) rows times a scale () or (b,), at least in float32."""
     x = x.to(similarity.wide(x))
-    return x * (scale[:, None] if scale.dim() else scale).to(x.dtype)
+    factor = scale[:, None] if scale.dim() else scale
+    return x * factor.to(x.dtype)

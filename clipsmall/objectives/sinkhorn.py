@@ -1,93 +1,144 @@
-"""Sinkhorn: the likelihood of the batch's true pairing, with rows and columns competing at once."""
+"""Sinkhorn: the likelihood of the batch's true pairing, rows and columns competing at once."""
 
 from contextlib import nullcontext
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from clipsmall.batch import Embeddings
 from clipsmall.distributed import similarity, world
 from clipsmall.distributed.similarity import Layout
-from clipsmall.objectives.pairs import dots, layout, negatives, own_column, scaled, whole_batch
+from clipsmall.objectives.pairs import (
+    dots,
+    layout_of,
+    negative_counts,
+    own_features,
+    scaled,
+    whole_batch,
+)
+from clipsmall.objectives.spec import ObjectiveSpec
 
 
 def sinkhorn(
     rows: Embeddings,
     columns: Embeddings,
     mask_duplicates: bool = True,
-    iterations: int = 20,
-    tolerance: float = 1e-3,
-    unrolled: bool = False,
+    iterations: Annotated[
+        int, Field(ge=0, description="at most; 0 = one direction of softmax")
+    ] = 20,
+    tolerance: Annotated[float, Field(ge=0, description="largest row error to stop at")] = 1e-3,
+    unrolled: Annotated[bool, Field(description="differentiate through the iterations")] = False,
 ) -> dict[str, Tensor]:
-    """Negative log likelihood of the pairing under the entropic transport plan (inverse optimal
-    transport).
+    """Negative log likelihood of the true pairing under the entropic transport plan.
 
-    P_ij = exp(S_ij + f_i + g_j) has row and column sums 1; L = −mean_i log P_ii = −mean_i (S_ii +
-    f_i + g_i), and by the envelope theorem dL/dS = (P − E)/N: nothing is unrolled (Shi et al. 2023,
-    "Understanding and Generalizing Contrastive Learning from the Inverse Optimal Transport
-    Perspective"; the dual potentials and their log-domain updates as in Peyré & Cuturi 2019, arXiv
-    1803.00567, §4.4). As −g are the columns' log sums of S + f, holding f alone constant gives just
-    this value and just this gradient.
+    Also known as:
+        Inverse optimal transport (IOT), entropic OT matching loss, GCA/IOT-CL, Sinkhorn matching
+        (as in SuperGlue), doubly normalised InfoNCE.
 
-    L ≤ min of the two InfoNCE directions at convergence, and bounds the exact pairing likelihood (a
-    permanent) within 1 nat a pair. Per-image and per-text constants do not change it, so hubs are
-    not punished and a plain
-    argmax over all captions suffers: `{sinkhorn: 0.5, softmax: 0.5}` is the remedy. Batches of 16
-    and up; an iteration costs two matrix products.
+    Formula:
+        P_ij = exp(S_ij + f_i + g_j) has row and column sums 1;
+        L = −mean_i log P_ii = −mean_i (S_ii + f_i + g_i),  dL/dS = (P − E)/N by the envelope
+        theorem: nothing is unrolled. As −g are the columns' log sums of S + f, holding f alone
+        constant gives just this value and just this gradient.
+
+    Source:
+        Shi et al. 2023, "Understanding and Generalizing Contrastive Learning from the Inverse
+        Optimal Transport Perspective"; potentials and log-domain updates as in Peyré & Cuturi 2019,
+        arXiv 1803.00567, §4.4.
+
+    When to use:
+        Batches of 16 and up, matching one to one. An iteration costs two matrix products.
+
+    When not:
+        Where captions are retrieved by a plain argmax: constants per image and per text do not
+        change the loss, so hubs are not punished. `{sinkhorn: 0.5, softmax: 0.5}` is the remedy.
+        With a queue it compares the batch alone: the plan needs a square matrix.
+
+    Related:
+        At convergence L is at most the smaller of softmax's two directions, and bounds the exact
+        pairing likelihood (a permanent) within 1 nat per pair. `sinkhorn_targets` and `swav` use
+        the same iterations to make targets.
 
     Args:
-        rows: my b pairs. columns: the N pairs of the global batch, exactly all ranks' rows.
+        rows: my b pairs; `image`, `text` (b, D).
+        columns: the N pairs of the global batch, exactly all ranks' rows.
         mask_duplicates: columns with the row's own caption get no mass; False = plain.
         iterations: at most; each ends on the column step. 0 is half an iteration: one direction of
             softmax.
         tolerance: stop when no row sum is further than this from 1. 0 = always all iterations.
-        unrolled: differentiate through the iterations instead; the same as they converge, 3 to 4
-            times the cost.
+        unrolled: differentiate through the iterations instead; the same as they converge, at 3 to
+            4 times the cost.
 
-    Returns `loss` (mean over my rows), `row_error` (largest |row sum − 1|, all ranks),
-    `iterations`, `effective_negatives`.
+    Returns:
+        `loss` () mean over my rows; `row_error` () largest |row sum − 1| of all ranks;
+        `iterations` (); `effective_negatives` ().
 
     Raises:
-        ValueError: columns are not as many as all ranks' rows (a queue): the plan needs a square
-            matrix.
+        ValueError: columns are not as many as all ranks' rows (a queue).
+
+    Example:
+        >>> import torch
+        >>> pairs = Embeddings.of(torch.eye(4), torch.eye(4), logit_scale=2.0)
+        >>> round(sinkhorn(pairs, pairs)["loss"].item(), 4)  # symmetric: softmax's loss
+        0.3408
     """
     if not whole_batch(rows, columns):
+        needed = len(rows.index) * world.size()
         raise ValueError(
-            f"sinkhorn needs {len(rows.index) * world.size()} columns, all ranks' rows, not {len(columns.index)}"
+            f"sinkhorn needs {needed} columns, all ranks' rows, not {len(columns.index)}"
         )
-    place = layout(rows, columns, mask_duplicates, keep_own=True)
+    layout = layout_of(rows, columns, mask_duplicates, keep_own=True)
     x = scaled(rows.image, rows.logit_scale)
-    own = dots(x, own_column(rows.text, columns.text, place))
+    own = dots(x, own_features(rows.text, columns.text, layout))
     with nullcontext() if unrolled else torch.no_grad():
-        f, used, error = potentials(x, columns.text, place, iterations, tolerance)
+        f, used, error = potentials(x, columns.text, layout, iterations, tolerance)
     if iterations:
-        minus_g = similarity.logsumexp(x, columns.text, place, u=f, rows=False).columns[place.own]
+        # of all columns; each row takes its own column's
+        column_sums = similarity.logsumexp(x, columns.text, layout, u=f, rows=False).columns
+        minus_g = column_sums[layout.own]
         loss = (minus_g - own - f).mean()
     else:
-        loss = (similarity.logsumexp(x, columns.text, place, columns=False).rows - own).mean()
+        row_sums = similarity.logsumexp(x, columns.text, layout, columns=False).rows
+        loss = (row_sums - own).mean()
     return {
         "loss": loss,
         "row_error": error,
         "iterations": torch.tensor(float(used), device=x.device),
-        "effective_negatives": negatives(place).float().mean(),
+        "effective_negatives": negative_counts(layout).float().mean(),
     }
 
 
 def potentials(
-    x: Tensor, y: Tensor, place: Layout, iterations: int, tolerance: float
+    x: Tensor, y: Tensor, layout: Layout, iterations: int, tolerance: float
 ) -> tuple[Tensor, int, Tensor]:
-    """f (b,) of my rows before the last column step, the iterations used, and the largest row error
-    of all ranks.
+    """Sinkhorn's iterations, in logs.
+
+    Args:
+        x: (b, D) my rows, times the scale.
+        y: (N, D) the columns.
+        layout: which pairs may have mass.
+        iterations: at most.
+        tolerance: largest row error to stop at.
+
+    Returns:
+        f (b,) of my rows before the last column step; the iterations used; () the largest row error
+        of all ranks, so that all stop together.
     """
-    f = -similarity.logsumexp(x, y, place, columns=False).rows
+    f = -similarity.logsumexp(x, y, layout, columns=False).rows
     used = 0
     error = f.new_tensor(torch.inf)
     while used < iterations:
         used += 1
-        g = -similarity.logsumexp(x, y, place, u=f, rows=False).columns
-        row = similarity.logsumexp(x, y, place, v=g, columns=False).rows
-        error = world.maximum((row.detach() + f.detach()).exp().sub(1).abs().max())
+        g = -similarity.logsumexp(x, y, layout, u=f, rows=False).columns
+        row = similarity.logsumexp(x, y, layout, v=g, columns=False).rows
+        row_sums = (row.detach() + f.detach()).exp()
+        error = world.maximum(row_sums.sub(1).abs().max())
         if used == iterations or bool(error <= tolerance):
             break
         f = -row
     return f, used, error
+
+
+SPEC = ObjectiveSpec(sinkhorn, section="sinkhorn")

@@ -1,106 +1,142 @@
-"""Sinkhorn targets: a slowly averaged teacher says which other captions an image may also match."""
+"""Sinkhorn targets: a slowly averaged teacher says which other captions an image may match."""
 
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from clipsmall.batch import Embeddings
 from clipsmall.distributed import similarity, world
 from clipsmall.distributed.similarity import Layout
 from clipsmall.model.dual_encoder import unit
-from clipsmall.objectives.pairs import directions, layout, negatives, scaled, whole_batch
+from clipsmall.objectives.pairs import directions, layout_of, negative_counts, scaled, whole_batch
 from clipsmall.objectives.sinkhorn import potentials
+from clipsmall.objectives.spec import ObjectiveSpec
 
 
 def sinkhorn_targets(
     rows: Embeddings,
     columns: Embeddings,
     mask_duplicates: bool = True,
-    alpha: float = 0.5,
-    epsilon: float = 0.15,
-    iterations: int = 5,
+    alpha: Annotated[float, Field(ge=0, le=1, description="weight of the plain softmax")] = 0.5,
+    epsilon: Annotated[float, Field(gt=0, description="temperature of the targets")] = 0.15,
+    iterations: Annotated[
+        int, Field(ge=1, description="Sinkhorn iterations that make the targets")
+    ] = 5,
 ) -> dict[str, Tensor]:
-    """OTTER: softmax, part of it against soft targets from optimal transport (Wu et al. 2022, arXiv
-    2112.09445, §3).
+    """Softmax, part of it against soft targets from optimal transport.
 
-    L = alpha · softmax + (1 − alpha) · ½ mean_i [ −Σ_j Q_ij log softmax_j(s C_ij) ] + the same over
-    columns.
+    Also known as:
+        OTTER, soft labels from optimal transport, self-distillation with Sinkhorn targets.
 
-    Q ∝ exp(A/epsilon + f_i + g_j) is the transport plan of the teacher's similarities A_ij =
-    cos(v_i, v_j) + cos(t_i, t_j) + cos(v_i, t_j), v and t being features of towers averaged over
-    steps (`momentum`), without its diagonal, and its rows (columns) made distributions. For noisy
-    web pairs, where other captions of the batch fit as well; batches of 64 and up. Costs one more
-    forward pass of both towers.
+    Formula:
+        L = alpha · softmax + (1 − alpha) · ½ mean_i [ −Σ_j Q_ij log softmax_j(s C_ij) ]
+        + the same over columns.  Q ∝ exp(A/epsilon + f_i + g_j) is the transport plan of the
+        teacher's similarities A_ij = cos(v_i, v_j) + cos(t_i, t_j) + cos(v_i, t_j), v and t its
+        features of image and text, without its diagonal; its rows (columns) are made
+        distributions. s is `soft_scale`, C the cosines.
+
+    Source:
+        Wu et al. 2022, arXiv 2112.09445, §3.
+
+    When to use:
+        Noisy web pairs, where other captions of the batch fit as well; batches of 64 and up.
+
+    When not:
+        Where time counts: one more forward pass of both towers per step. Not with a queue or a
+        ring.
+
+    Related:
+        `softmax` with a moco queue and `objective.moco.alpha` has soft targets without transport.
 
     Args:
         rows: my b pairs; `extra` holds `image_target` and `text_target` (b, D) of the head
-            `momentum`, and `soft_scale` () of the head `soft_scale`, the second temperature.
-            columns: the global batch.
+            `momentum`, and `soft_scale` () of the head of that name.
+        columns: the N pairs of the global batch, gathered.
         mask_duplicates: for the softmax part; the targets are there to find such columns.
-        alpha: weight of the plain softmax. epsilon: temperature of the plan. iterations: of
-            Sinkhorn.
+        alpha: weight of the plain softmax.
+        epsilon: temperature of the plan.
+        iterations: of Sinkhorn.
 
-    Returns `loss` (mean over my rows), `softmax`, `soft` (cross entropy against the targets),
-    `accuracy`, `effective_negatives`.
+    Returns:
+        `loss` () mean over my rows; `softmax` (); `soft` () cross entropy against the targets;
+        `accuracy` (); `effective_negatives` ().
 
     Raises:
         ValueError: columns that are a queue, or travel in a ring.
+
+    Example:
+        >>> import torch
+        >>> eye = torch.eye(4)
+        >>> heads = {"image_target": eye, "text_target": eye, "soft_scale": torch.tensor(2.0)}
+        >>> pairs = Embeddings.of(eye, eye, logit_scale=2.0, **heads)
+        >>> round(sinkhorn_targets(pairs, pairs)["soft"].item(), 4)  # targets 1/3 for each other
+        2.3408
     """
-    place = layout(rows, columns, mask_duplicates)
-    if place.ring or not whole_batch(rows, columns):
+    layout = layout_of(rows, columns, mask_duplicates)
+    if layout.ring or not whole_batch(rows, columns):
         raise ValueError(
             "sinkhorn_targets needs exactly the gathered batch as columns: no queue, no ring"
         )
-    image, text = directions(rows, columns, place)
-    hard = (image.surprise.mean() + text.surprise.mean()) / 2
-    # targets are there to find equal captions
-    others = replace(place, groups=())
+    image, text = directions(rows, columns, layout)
+    hard = (image.cross_entropy.mean() + text.cross_entropy.mean()) / 2
+    # equal captions stay in: the targets are there to find them
+    others = replace(layout, groups=())
     plan = TransportPlan(rows, others, epsilon, iterations)
     x = scaled(rows.image, rows.extra["soft_scale"])
     sums = similarity.logsumexp(x, columns.text, replace(others, keep_own=True))
-    expected: Tensor = _Expected.apply(x, columns.text, plan) / len(x)
-    soft = (sums.rows.mean() + sums.columns[place.own].mean()) / 2 - expected
+    expected: Tensor = _ExpectedLogit.apply(x, columns.text, plan) / len(x)
+    soft = (sums.rows.mean() + sums.columns[layout.own].mean()) / 2 - expected
     return {
         "loss": alpha * hard + (1 - alpha) * soft,
         "softmax": hard.detach(),
         "soft": soft.detach(),
         "accuracy": (image.accuracy + text.accuracy) / 2,
-        "effective_negatives": negatives(place).float().mean(),
+        "effective_negatives": negative_counts(layout).float().mean(),
     }
 
 
 class TransportPlan:
-    """The targets Q, tile by tile: those of images and those of texts, averaged; no gradient."""
+    """The targets Q, those of images and those of texts averaged, tile by tile; no gradient.
+
+    Args:
+        rows: my b pairs, with the teacher's features.
+        others: which columns may be targets.
+        epsilon: temperature of the plan.
+        iterations: of Sinkhorn.
+    """
 
     @torch.no_grad()
     def __init__(self, rows: Embeddings, others: Layout, epsilon: float, iterations: int) -> None:
-        v, t = (unit(rows.extra[name]) for name in ("image_target", "text_target"))
-        all_v = world.gather(v)
-        all_t = world.gather(t)
+        image = unit(rows.extra["image_target"])
+        text = unit(rows.extra["text_target"])
+        all_images = world.gather(image)
+        all_texts = world.gather(text)
         self.layout = others
-        self.x = torch.cat([v, t, v], dim=1) / epsilon
-        self.y = torch.cat([all_v, all_t, all_t], dim=1)
+        # one product of these is the sum of the three similarities
+        self.x = torch.cat([image, text, image], dim=1) / epsilon
+        self.y = torch.cat([all_images, all_texts, all_texts], dim=1)
         f, _, _ = potentials(self.x, self.y, others, iterations, tolerance=0.0)
-        self.g = -similarity.logsumexp(self.x, self.y, others, u=f, rows=False).columns
-        # rows sum to 1
-        self.f = -similarity.logsumexp(self.x, self.y, others, v=self.g, columns=False).rows
-        # with g: columns sum to 1
+        # f and g make the columns sum to 1
         self.f_of_columns = f
+        self.g = -similarity.logsumexp(self.x, self.y, others, u=f, rows=False).columns
+        # this f and g make the rows sum to 1
+        self.f = -similarity.logsumexp(self.x, self.y, others, v=self.g, columns=False).rows
 
-    def tiles(self) -> Any:
+    def tiles(self) -> Iterator[tuple[slice, slice, Tensor]]:
+        """Rows, columns, and the targets (rows, columns) of every tile."""
         for i, j, _, _, _, tile in similarity.tiles(self.x, self.y, self.layout, v=self.g):
             tile.masked_fill_(self.layout.left_out(i, j), -torch.inf)
-            yield (
-                i,
-                j,
-                ((tile + self.f[i, None]).exp() + (tile + self.f_of_columns[i, None]).exp()) / 2,
-            )
+            of_images = (tile + self.f[i, None]).exp()
+            of_texts = (tile + self.f_of_columns[i, None]).exp()
+            yield i, j, (of_images + of_texts) / 2
 
 
-class _Expected(torch.autograd.Function):
-    """Σ_ij Q_ij (x yᵀ)_ij, differentiable by x and y; the gradient is made while it sums."""
+class _ExpectedLogit(torch.autograd.Function):
+    """Σ_ij Q_ij (x yᵀ)_ij, differentiable by x and y; its gradient is made while it sums."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, plan: TransportPlan) -> Tensor:
@@ -117,3 +153,12 @@ class _Expected(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         dx, dy = ctx.saved_tensors
         return grad * dx, grad.to(dy.device) * dy, None
+
+
+SPEC = ObjectiveSpec(
+    sinkhorn_targets,
+    section="sinkhorn_targets",
+    # OTTER's average, which does not change over the run
+    heads={"momentum": {"momentum": 0.999, "schedule": "constant"}, "soft_scale": {}},
+    ring=False,
+)

@@ -1,47 +1,76 @@
-"""SuperClass: the image alone says which words its caption has."""
+"""SuperClass: the image alone predicts which words its caption has."""
 
 import torch
 from torch import Tensor, nn
 
 from clipsmall.batch import Embeddings, RunContext
 from clipsmall.distributed import similarity, world
+from clipsmall.objectives.spec import ObjectiveSpec
 
 
 class Superclass(nn.Module):
-    """Classification of images into their captions' tokens (Huang et al. 2024, arXiv 2411.03313,
-    §3).
+    """Classification of images into the tokens of their captions.
 
-    L = −mean_i Σ_c ŷ_ic log softmax_c(z_i),  ŷ_ic = w_c y_ic / Σ_c' w_c' y_ic',  y the *set* of the
-    caption's tokens, w_c = log(n / (1 + df_c)) or 0 if that is negative: n captions seen so far,
-    df_c of them with token c.
+    Also known as:
+        SuperClass, the classification term of SuperCLIP, bag-of-words prediction.
 
-    It compares no pair with another, so no batch is too small for it: as the second term beside a
-    contrastive loss (SuperCLIP, Zhao et al. 2025, arXiv 2512.14480) it is there for what small
-    batches lose. By itself it trains no text tower and no retrieval. Padding and special tokens,
-    which every caption has, weigh 0.
+    Formula:
+        L = −mean_i Σ_c ŷ_ic log softmax_c(z_i),  ŷ_ic = w_c y_ic / Σ_c' w_c' y_ic',
+        y the *set* of the caption's tokens, w_c = log(n / (1 + df_c)) or 0 if that is negative:
+        n captions seen so far, df_c of them with token c.
 
-    The counts are of all captions so far and the present batch, over all ranks, so that the first
-    batch is weighed by itself. A caption all of whose tokens weigh 0 teaches nothing.
+    Source:
+        Huang et al. 2024, arXiv 2411.03313, §3; as a second term: SuperCLIP, Zhao et al. 2025,
+        arXiv 2512.14480.
 
-    Called with (rows, columns): my b pairs with `token_logits` (b, V) and `token_ids` (b, L) of the
-    head `tokens`; the columns are not looked at. Targets are kept by token, (b, L): only the logits
-    and their gradient are (b, V). Returns `loss` (mean over my rows) and `accuracy` (share of my
-    rows whose highest logit is a token of the caption that weighs something).
+    When to use:
+        As the second term beside a contrastive loss, for what small batches lose: it compares no
+        pair with another, so no batch is too small for it.
+
+    When not:
+        By itself: it trains no text tower and no retrieval.
+
+    Related:
+        Any contrastive objective, as in `{softmax: 1, superclass: 0.2}`.
+
+    Called with rows, my b pairs with `token_logits` (b, V) and `token_ids` (b, L) of the head
+    `tokens`; the columns are not looked at.
+
+    Padding and special tokens, which every caption has, weigh 0; a caption all of whose tokens
+    weigh 0 teaches nothing. The counts are of all captions so far and the present batch, over all
+    ranks, so that the first batch is weighed by itself. Targets are kept by token, (b, L): only the
+    logits and their gradient are (b, V).
+
+    Args:
+        context: `vocabulary` (V) is used.
+
+    Returns:
+        `loss` () mean over my rows; `accuracy` () fraction of my rows whose highest logit is a
+        token of the caption with a weight above 0.
 
     Raises:
         ValueError: the vocabulary's size is not known.
+
+    Example:
+        >>> eye = torch.eye(4)
+        >>> ids = torch.arange(4)[:, None]
+        >>> pairs = Embeddings.of(eye, eye, token_logits=10 * eye, token_ids=ids)
+        >>> loss = Superclass(RunContext(width=4, batch_size=4, steps=10, vocabulary=4))
+        >>> loss(pairs, pairs)["accuracy"].item()
+        1.0
     """
 
-    def __init__(self, setting: RunContext) -> None:
+    def __init__(self, context: RunContext) -> None:
         super().__init__()
-        if not setting.vocabulary:
+        if not context.vocabulary:
             raise ValueError(
-                "superclass needs the size of the text tower's vocabulary, which this model does not tell"
+                "superclass needs the size of the text tower's vocabulary, which this model does "
+                "not tell"
             )
         self.documents: Tensor
         self.captions: Tensor
         # df
-        self.register_buffer("documents", torch.zeros(setting.vocabulary, dtype=torch.int64))
+        self.register_buffer("documents", torch.zeros(context.vocabulary, dtype=torch.int64))
         # n
         self.register_buffer("captions", torch.tensor(0))
 
@@ -49,19 +78,32 @@ class Superclass(nn.Module):
         logits = rows.extra["token_logits"]
         logits = logits.to(similarity.wide(logits))
         ids = rows.extra["token_ids"].sort(dim=1).values
-        # of equal tokens in a caption
+        # of equal tokens in a caption only the first counts
         first = torch.ones_like(ids, dtype=torch.bool)
         first[:, 1:] = ids[:, 1:] != ids[:, :-1]
         self._count(ids[first], len(ids))
-        weights = (self.captions / (1 + self.documents)).to(logits.dtype).log().clamp(min=0)[
-            ids
-        ] * first
+        # (V,) w of all tokens, then (b, L) of these
+        rarity = (self.captions / (1 + self.documents)).to(logits.dtype).log().clamp(min=0)
+        weights = rarity[ids] * first
         targets = weights / weights.sum(dim=1, keepdim=True).clamp(min=1e-12)
         costs = targets * (logits.logsumexp(dim=1, keepdim=True) - logits.gather(1, ids))
-        right = ((ids == logits.argmax(dim=1, keepdim=True)) & (weights > 0)).any(dim=1)
+        predicted = logits.argmax(dim=1, keepdim=True)
+        right = ((ids == predicted) & (weights > 0)).any(dim=1)
         return {"loss": costs.sum(dim=1).mean(), "accuracy": right.float().mean()}
 
     @torch.no_grad()
     def _count(self, tokens: Tensor, captions: int) -> None:
-        self.documents += world.total(torch.bincount(tokens, minlength=len(self.documents)))
+        counts = torch.bincount(tokens, minlength=len(self.documents))
+        self.documents += world.total(counts)
         self.captions += captions * world.size()
+
+
+SPEC = ObjectiveSpec(
+    Superclass,
+    section="superclass",
+    heads={"tokens": {}},
+    scale=None,
+    trains_both_towers=lambda options: False,
+    # it matches nothing
+    retrieval_head=lambda options: None,
+)

@@ -1,57 +1,96 @@
 """VICReg: embeddings of a pair are near, every coordinate varies, and no two vary together."""
 
+from typing import Annotated
+
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 
 from clipsmall.batch import Embeddings
 from clipsmall.distributed import similarity, world
 from clipsmall.distributed.batch_norm import moments
+from clipsmall.objectives.barlow import retrieval_head
+from clipsmall.objectives.spec import ObjectiveSpec
 
 
 def vicreg(
     rows: Embeddings,
     columns: Embeddings,
-    invariance: float = 25.0,
-    variance: float = 25.0,
-    covariance: float = 1.0,
+    invariance: Annotated[
+        float, Field(ge=0, description="weight of the distance within a pair")
+    ] = 25.0,
+    variance: Annotated[
+        float, Field(ge=0, description="weight of each coordinate's variance")
+    ] = 25.0,
+    covariance: Annotated[
+        float, Field(ge=0, description="weight of the covariances between coordinates")
+    ] = 1.0,
 ) -> dict[str, Tensor]:
-    """VICReg between the modalities (Bardes et al. 2021, arXiv 2105.04906, eq. 1 to 6).
+    """Invariance of a pair, variance and covariance of each modality by itself.
 
-    L = invariance · mean (x − y)² + variance · ½ [v(X) + v(Y)] + covariance · [c(X) + c(Y)],
-    v(X) = mean_d relu(1 − √(Var_d + 1e-4)),  c(X) = Σ_{d≠e} Cov_de² / D,  Var and Cov over the
-    global batch, by N − 1.
+    Also known as:
+        VICReg, variance-invariance-covariance regularisation.
 
-    The ½ is the official code's; the paper's eq. 6 has v(X) + v(Y), as has solo-learn: `variance`
-    50 is that. Memory is D², whatever the batch; the paper loses 1 of 68 points at 128. Features
-    must not be normalised: unit vectors have a standard deviation of 1/√D a coordinate at most, and
-    v pulls at 1 for ever. The two branches share nothing, so modalities as different as image and
-    text suit it; it is the only term here that asks each of them alone to spread.
+    Formula:
+        L = invariance · mean (x − y)² + variance · ½ [v(X) + v(Y)] + covariance · [c(X) + c(Y)],
+        v(X) = mean_d relu(1 − √(Var_d + 1e-4)),  c(X) = Σ_{d≠e} Cov_de² / D,
+        Var and Cov over the global batch, by N − 1. The ½ is the official code's; the paper's eq. 6
+        has v(X) + v(Y), as has solo-learn: `variance` 50 is that.
+
+    Source:
+        Bardes et al. 2021, arXiv 2105.04906, eq. 1 to 6.
+
+    When to use:
+        Small batches, as a second term: memory is D², whatever the batch; the paper loses 1 of 68
+        points at 128. The two branches share nothing, so modalities as different as image and text
+        suit it; it is the only term here that asks each of them by itself to spread.
+
+    When not:
+        Normalised features: unit vectors have a standard deviation of at most 1/√D per coordinate,
+        and v pulls at 1 for ever.
+
+    Related:
+        `barlow` decorrelates between the modalities; `align_uniform` spreads on the sphere.
 
     Args:
         rows: my b pairs, with `image_projected`, `text_projected` (b, D) of the head `projectors`,
             not normalised.
         columns: not looked at.
-        invariance, variance, covariance: the terms' weights (the paper's λ, μ and ν).
+        invariance: weight of the first term (the paper's λ).
+        variance: weight of the second (μ).
+        covariance: weight of the third (ν).
 
-    Returns `loss` (its first term the mean over my rows, the others the same on all ranks) and the
-    three weighted terms by their names.
+    Returns:
+        `loss` (), its first term the mean over my rows, the others the same on all ranks; the three
+        weighted terms by their names ().
 
     Raises:
         ValueError: a batch of one pair, which has no variance.
+
+    Example:
+        >>> features = torch.tensor([[1.0, 1], [1, -1], [-1, 1], [-1, -1]])
+        >>> pairs = Embeddings.of(
+        ...     features, features, image_projected=features, text_projected=-features
+        ... )
+        >>> vicreg(pairs, pairs)["loss"].item()  # 25 · 2²; coordinates vary, and independently
+        100.0
     """
-    image, text = (
-        x.to(similarity.wide(x))
-        for x in (rows.extra["image_projected"], rows.extra["text_projected"])
-    )
-    spread, overlap = zip(*(_spread_and_overlap(x) for x in (image, text)), strict=True)
+    image = _at_least_float32(rows.extra["image_projected"])
+    text = _at_least_float32(rows.extra["text_projected"])
+    image_spread, image_overlap = _spread_and_overlap(image)
+    text_spread, text_overlap = _spread_and_overlap(text)
     terms = {
         "invariance": invariance * F.mse_loss(image, text),
-        "variance": variance * (spread[0] + spread[1]) / 2,
-        "covariance": covariance * (overlap[0] + overlap[1]),
+        "variance": variance * (image_spread + text_spread) / 2,
+        "covariance": covariance * (image_overlap + text_overlap),
     }
     loss = terms["invariance"] + terms["variance"] + terms["covariance"]
     return {"loss": loss, **{name: term.detach() for name, term in terms.items()}}
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(similarity.wide(x))
 
 
 def _spread_and_overlap(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,3 +104,12 @@ def _spread_and_overlap(x: Tensor) -> tuple[Tensor, Tensor]:
         covariance = world.add(centred.T @ centred) / (count - 1)
     others = covariance.square().sum() - covariance.diagonal().square().sum()
     return F.relu(1 - deviation).mean(), others / x.shape[1]
+
+
+SPEC = ObjectiveSpec(
+    vicreg,
+    section="vicreg",
+    heads={"projectors": {}},
+    scale=None,
+    retrieval_head=retrieval_head,
+)

@@ -45,6 +45,7 @@ from clipsmall.config.reader import help_text, read, validated
 from clipsmall.distributed import world
 from clipsmall.model.dual_encoder import DualEncoder
 from clipsmall.model.towers import Loaded
+from clipsmall.objectives import OBJECTIVES, QUEUES
 from clipsmall.selfcheck import gradients as gradient_check
 from clipsmall.selfcheck.gradients import Found, GradientRow, Judge, differences, step, table
 
@@ -112,12 +113,11 @@ def of_two_steps(config: Config, pairs: int) -> Config:
     tree = config.model_dump(mode="json")
     tree["data"]["batch_size"], tree["optim"]["pairs"] = pairs, 2 * pairs
     tree["evaluate"], tree["run"]["trackers"] = {}, []
-    for section, option, soon in (
-        ("nn", "start", pairs),
-        ("swav", "freeze_steps", 1),
-        ("xbm", "start", 0.5),
-    ):
-        tree["objective"][section][option] = min(tree["objective"][section][option], soon)
+    sections = {spec.section: spec for spec in OBJECTIVES.values()} | QUEUES
+    for section, spec in sections.items():
+        given = tree["objective"][section]
+        for option, largest in spec.by_second_step(pairs).items():
+            given[option] = min(given[option], largest)
     return validated(tree)
 
 
@@ -135,11 +135,10 @@ def subject(config: Config, pairs: int) -> Subject:
         accelerator.scaler = torch.amp.GradScaler(accelerator.device.type, init_scale=1024.0)
     unit = world.size() * config.optim.accumulate
     batch = config.data.batch_size
-    swav = config.objective.swav
     for name, size in (("data.batch_size", batch), ("--pairs", pairs)):
         if size % unit:
             raise ValueError(f"{name}={size} is not divisible by {unit}, ranks x optim.accumulate")
-    least = swav.prototypes - swav.queue if "swav" in config.objective.mix else 0
+    least = build_objective.least_batch(config)
     pairs = pairs or min(batch, -(-max(64, 4 * unit, least) // unit) * unit)
     more = pairs // 2 // unit * unit
     data = training_data(of_two_steps(config, pairs + more).data, config.seed)

@@ -19,9 +19,8 @@ from clipsmall.batch import Embeddings, RunContext
 from clipsmall.distributed import world
 from clipsmall.objectives.bce import Bce
 from clipsmall.objectives.dcl import dcl
-from clipsmall.objectives.gcl import Gcl
+from clipsmall.objectives.gcl import VARIANTS, Gcl
 from clipsmall.objectives.gcl_temperature import Temperatures
-from clipsmall.objectives.gcl_variants import VARIANTS
 from clipsmall.objectives.neighbours import Neighbours
 
 PAIRS = 40
@@ -465,9 +464,9 @@ def test_unknown_pairs_and_streams_are_refused() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"variant": "v9"}, "variant is one of sogclr, isogclr"),
-        ({"variant": "sogclr", "gamma": 0.0}, "gamma is positive"),
-        ({"variant": "sogclr", "gamma": 1.5}, "gamma is at most 1"),
+        ({"variant": "v9"}, "variant must be 'sogclr', 'isogclr'"),
+        ({"variant": "sogclr", "gamma": 0.0}, "gamma must be greater than 0"),
+        ({"variant": "sogclr", "gamma": 1.5}, "gamma must be less than or equal to 1"),
         ({"variant": "fastclip_v3", "tau": 0.1}, "fastclip_v3 has no tau"),
         ({"variant": "sogclr", "rho": 1.0}, "sogclr has no rho"),
         ({"variant": "fastclip_v1", "lr_tau": 1.0}, "fastclip_v1 has no lr_tau"),

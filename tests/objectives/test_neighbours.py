@@ -196,5 +196,5 @@ def test_wrong_uses_are_refused() -> None:
     with pytest.raises(ValueError, match="batch of at least 2"):
         Neighbours(SETTING)(batch(size=1), batch(size=1))
     for wrong in ({"size": 1}, {"start": 0}):
-        with pytest.raises(ValueError, match="size and start are at least 2"):
+        with pytest.raises(ValueError, match=r"(size|start) must be greater than or equal to 2"):
             Neighbours(SETTING, **wrong)

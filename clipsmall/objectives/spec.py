@@ -1,0 +1,138 @@
+"""`ObjectiveSpec`: all that the builders of a run must know of an objective."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pydantic import model_validator
+
+from clipsmall.objectives.options import (
+    Option,
+    Options,
+    Section,
+    in_order,
+    merged,
+    options_of,
+    options_of_heads,
+    parameters_with_default,
+    required_parameters,
+    section_model,
+)
+
+
+def always(options: Options) -> bool:
+    return True
+
+
+def never(options: Options) -> bool:
+    return False
+
+
+def no_text(options: Options) -> str:
+    return ""
+
+
+@dataclass(frozen=True)
+class ObjectiveSpec:
+    """An objective, and what it asks of the model and of a run.
+
+    Every field but the first two has the value that fits most objectives. Fields that depend on
+    the options of a run are functions of these.
+    """
+
+    # a function of (rows, columns, **options), or a module class of (RunContext, **options)
+    make: Callable[..., Any]
+    # of the config, with its options; objectives may share one
+    section: str
+    # names in HEADS -> defaults that differ from the head's own; the head's options are in the
+    # section, too
+    heads: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    # options that the section lists before all others
+    first: tuple[str, ...] = ()
+
+    # what is wrong with the options together; "" = nothing
+    contradiction: Callable[[Options], str] = no_text
+    # the smallest batch that the options allow, and why
+    least_batch: Callable[[Options], int] = lambda options: 1
+    least_batch_reason: str = ""
+
+    # logit_scale at the start; None: not learned (DDP refuses parameters that get no gradient)
+    scale: float | None = 1 / 0.07
+    learns_scale: Callable[[Options], bool] = always
+    # logit_bias at the start, a function of the number of columns; None: not learned
+    bias: Callable[[int], float] | None = None
+    # the bias is in units of the scale: logits are scale · (cos + bias)
+    relative_bias: Callable[[Options], bool] = never
+
+    # False: it trains one tower only, and must be a second term
+    trains_both_towers: Callable[[Options], bool] = always
+    # the head that retrieval needs, where the towers' own features do not match; "" = none, None =
+    # the objective matches nothing
+    retrieval_head: Callable[[Options], str | None] = no_text
+
+    # takes columns that travel from rank to rank (exchange=ring)
+    ring: bool = True
+    # takes more columns than the batch (a queue)
+    queue: bool = False
+    # why it cannot do without negatives from the batch; "" = it can
+    needs_batch_negatives: Callable[[Options], str] = no_text
+    # the module class that replaces it where a queue asks for soft targets; None = there is none
+    soft_targets: Callable[[Options], Callable[..., Any] | None] = lambda options: None
+
+    # how mining weighs a negative: against the row's others, or by itself
+    mining_weights: Literal["softmax", "sigmoid"] = "softmax"
+    # pairs of a step -> largest values of options with which the second step of a run already uses
+    # what the first has left in memory; for the self-check
+    by_second_step: Callable[[int], Mapping[str, float]] = lambda pairs: {}
+
+    def options(self) -> dict[str, Option]:
+        """Its own options, then its heads', each with its default.
+
+        Raises:
+            TypeError: an option that nobody takes, or a parameter that is no option.
+        """
+        taken = 1 if self.is_class else 2
+        if strange := required_parameters(self.make)[taken:]:
+            raise TypeError(f"{self.make.__name__}: {strange[0]} needs a default")
+        found = merged([options_of(self.make), options_of_heads(self.heads)], self.section)
+        return in_order(found, self.first, self.section)
+
+    def taken(self, given: Options) -> dict[str, Any]:
+        """Of the values in its section, and `mask_duplicates`, those that `make` takes."""
+        known = parameters_with_default(self.make)
+        return {name: value for name, value in given.items() if name in known}
+
+    @property
+    def is_class(self) -> bool:
+        return isinstance(self.make, type)
+
+
+def sections_of(specs: Mapping[str, ObjectiveSpec]) -> dict[str, type[Section]]:
+    """The config's sections by name, in the order of the objectives.
+
+    Raises:
+        TypeError: an objective whose options are not declared as they must be.
+    """
+    sharing: dict[str, list[ObjectiveSpec]] = {}
+    for spec in specs.values():
+        sharing.setdefault(spec.section, []).append(spec)
+    made = {}
+    for section, its in sharing.items():
+        options = merged([spec.options() for spec in its], section)
+        made[section] = section_model(section, options, _checked_by(its))
+    return made
+
+
+def _checked_by(specs: list[ObjectiveSpec]) -> Any:
+    """A pydantic validator that refuses options which contradict one another."""
+
+    def check(section: Section) -> Section:
+        for spec in specs:
+            if problem := spec.contradiction(dict(section)):
+                raise ValueError(problem)
+        return section
+
+    return model_validator(mode="after")(check)
+
+
+__all__ = ["ObjectiveSpec", "Options", "sections_of"]
