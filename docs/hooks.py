@@ -71,6 +71,9 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
         if isinstance(entry, dict) and "Reference" in entry:
             pages = [{title: f"api/{file_name(title)}"} for title in packages()]
             entry["Reference"] = ["api/index.md", *pages]
+
+    # by itself it would be looked up from where the command is typed
+    config.mdx_configs["pymdownx.snippets"]["base_path"] = [str(ROOT)]
     return config
 
 

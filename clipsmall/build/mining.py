@@ -22,7 +22,7 @@ from clipsmall.mining.scored import scored
 from clipsmall.model.dual_encoder import DualEncoder
 from clipsmall.model.towers import Loaded
 
-# hard pairs in a batch of the default method: see README, Mining
+# hard pairs in a batch of the default method: see docs/pages/guides/mining.md
 GROUP = 4
 
 
