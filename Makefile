@@ -1,12 +1,13 @@
 # make demo   set up, draw the glyph shards, train for about three minutes, evaluate, write the report
 # make bench  reader and losses beside open_clip's, mining beside the paper's, by ratio; about twenty minutes
 # make test   set up, then lint, types, layers and tests: what CI runs
+# make docs   set up, then the documentation into build/docs/index.html, every link checked: CI runs it, too
 PYTHON ?= python3
 BIN := .venv/bin
 OBJECTIVE ?= softmax
 DEMO ?= runs/demo-$(OBJECTIVE)
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test docs lint bench clean
 
 # the stamp is newer than pyproject.toml and constraints.txt only after a whole installation
 .venv/installed: pyproject.toml constraints.txt
@@ -26,6 +27,15 @@ demo: .venv/installed
 test: .venv/installed lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
+# read, never imported: mkdocstrings needs the sources, not their packages
+.venv/docs: .venv/installed
+	$(BIN)/python -m pip install -q -e '.[docs]' -c constraints.txt
+	touch $@
+
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --clean -f docs/mkdocs.yml
+	@echo build/docs/index.html
+
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -39,4 +49,4 @@ bench: .venv/installed
 	$(BIN)/python -m tests.bench.overhead
 
 clean:
-	rm -rf .venv .venv-bench runs data
+	rm -rf .venv .venv-bench build runs data

@@ -23,7 +23,8 @@ from clipsmall.mining.scored import scored
 from clipsmall.model.dual_encoder import DualEncoder
 from clipsmall.model.towers import Loaded
 
-# mutually hard pairs in a batch of the method `groups`, with mining.group=auto
+# mutually hard pairs in a batch of the method `groups`, with mining.group=auto; measured in
+# docs/pages/guides/mining.md
 GROUP = 4
 
 
