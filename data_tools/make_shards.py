@@ -148,7 +148,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def summary(out: Path, tally: Tally, captions: int, seconds: float) -> str:
     """A few lines for the terminal."""
-    shards = sorted(out.glob("*.tar"))
+    shards = sorted(out.glob("[!.]*.tar"))
     size = sum(shard.stat().st_size for shard in shards)
     lines = [
         ("shards", f"{len(shards)} in {out}, {size / 1e6:,.1f} MB"),

@@ -24,6 +24,32 @@ def test_only_world_speaks_torch_distributed() -> None:
     assert speakers == {"world.py"}
 
 
+def test_only_atomic_renames() -> None:
+    """All files and folders that must appear whole go through the one writer."""
+    renamers = {
+        str(path.relative_to(ROOT))
+        for path in FILES
+        if any(_renames(node) for node in ast.walk(ast.parse(path.read_text())))
+    }
+    assert renamers == {"clipsmall/storage/atomic.py"}
+
+
+def _renames(node: ast.AST) -> bool:
+    """Whether it is a call of os.replace, os.rename, shutil.move, Path.replace or Path.rename.
+
+    `str.replace` has two arguments; `rename` and `replace` of tables and dates have named ones.
+    """
+    if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+        return False
+    name = node.func.attr
+    owner = node.func.value.id if isinstance(node.func.value, ast.Name) else ""
+    if (owner, name) in {("os", "replace"), ("os", "rename"), ("os", "renames")}:
+        return True
+    if (owner, name) == ("shutil", "move"):
+        return True
+    return name in ("replace", "rename") and len(node.args) == 1
+
+
 def _imports(path: Path) -> set[str]:
     found = set[str]()
     for node in ast.walk(ast.parse(path.read_text())):

@@ -4,7 +4,6 @@ plays them.
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +14,7 @@ import pyarrow.parquet as pq
 from clipsmall.data.catalog import Catalog
 from clipsmall.data.index import ShardError
 from clipsmall.data.order import Rows, permutation
+from clipsmall.storage import atomic
 
 VERSION = 1
 # batches that are read ahead together: with 256 pairs of 30 kB each 120 MB
@@ -43,13 +43,9 @@ def write_plan(path: Path, pairs: Rows, fingerprint: str, about: dict[str, Any])
         "fingerprint": fingerprint,
         "about": json.dumps(about),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    try:
-        pq.write_table(pa.table({"pairs": column}).replace_schema_metadata(metadata), temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    table = pa.table({"pairs": column}).replace_schema_metadata(metadata)
+    with atomic.new_file(path) as temporary:
+        pq.write_table(table, temporary)
 
 
 def read_plan(path: Path, catalog: Catalog, batch_size: int = 0) -> BatchPlan:

@@ -151,7 +151,7 @@ def shard_paths(patterns: str | list[str]) -> list[Path]:
             )
         for name in braceexpand.braceexpand(pattern):
             here = (
-                sorted(Path(name).glob("*.tar"))
+                sorted(Path(name).glob("[!.]*.tar"))
                 if Path(name).is_dir()
                 else [Path(p) for p in sorted(glob(name))]
             )

@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import os
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ from clipsmall.data.index import ShardError, proof, read_index
 from clipsmall.data.order import Rows
 from clipsmall.data.preprocess import BadImage
 from clipsmall.data.scores import good_rows
+from clipsmall.storage import atomic
 
 VERSION = "1"
 
@@ -64,14 +64,12 @@ def write_features(path: Path, shard: Path, digest: str, features: Tensor, first
     Raises:
         ValueError: no room, or no right to write.
     """
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     metadata = _belongs(shard, digest)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"features": features.contiguous(), "first": first}, temporary, metadata)
-        # safetensors leaves 0600; shards are shared
-        temporary.chmod(0o644)
-        os.replace(temporary, path)
+        with atomic.new_file(path) as temporary:
+            save_file({"features": features.contiguous(), "first": first}, temporary, metadata)
+            # safetensors leaves 0600; shards are shared
+            temporary.chmod(0o644)
     except (OSError, SafetensorError) as error:
         raise ValueError(
             f"{path}: features of the frozen tower cannot be written ({error}); give another tune.cache_folder, or "

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clipsmall.data.captions import caption_hash, captions_of, fields_of
+from clipsmall.storage import atomic
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "avif", "gif", "bmp", "tif", "tiff")
 VERSION = 1
@@ -230,9 +231,8 @@ def build_index(shard: Path) -> pa.Table:
 def write_index(shard: Path, table: pa.Table) -> Path:
     """Write `table` beside the shard, whole or not at all."""
     path = index_path(shard)
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    pq.write_table(table, temporary)
-    os.replace(temporary, path)
+    with atomic.new_file(path) as temporary:
+        pq.write_table(table, temporary)
     return path
 
 

@@ -3,7 +3,6 @@
 """
 
 import json
-import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +15,7 @@ from clipsmall import __version__
 from clipsmall.data.catalog import Catalog
 from clipsmall.data.index import ShardError, proof, read_index
 from clipsmall.data.order import Rows
+from clipsmall.storage import atomic
 
 VERSION = 1
 
@@ -68,13 +68,8 @@ def write_scores(shard: Path, folder: Path | None, table: pa.Table, scorer: Scor
         "tar_proof": proof(shard),
         "scorer": json.dumps(scorer._asdict()),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    try:
+    with atomic.new_file(path) as temporary:
         pq.write_table(table.replace_schema_metadata(metadata), temporary, use_dictionary=False)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_scores(shard: Path, folder: Path | None, columns: list[str]) -> tuple[pa.Table, Scorer]:

@@ -9,7 +9,6 @@ and sha256 of every other file; a folder gets its final name only after that.
 
 import hashlib
 import json
-import os
 import random
 import shutil
 import sys
@@ -22,6 +21,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from clipsmall.storage import atomic
 
 VERSION = 1
 Tensors = dict[str, Tensor]
@@ -114,14 +115,6 @@ def model_digest(layers: Iterable[tuple[str, nn.Module]], tensors: Tensors, *als
     return found.hexdigest()
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def save(
     folder: Path, tensors: dict[str, Tensors], state: dict[str, Any], extra: Callable[[Path], None]
 ) -> None:
@@ -136,46 +129,37 @@ def save(
     Raises:
         CheckpointError: no room, or no right to write; what was there before is untouched.
     """
-    temporary = folder.with_name(f".tmp-{os.getpid()}-{folder.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        temporary.mkdir(parents=True)
-        for stem, named in tensors.items():
-            if named:
-                # clone: tied weights share memory, which safetensors refuses
-                whole = {
-                    name: tensor.detach().cpu().contiguous().clone()
-                    for name, tensor in named.items()
-                }
-                save_file(whole, temporary / f"{stem}.safetensors")
-        (temporary / "state.json").write_text(json.dumps(state))
-        extra(temporary)
-        files = sorted(path for path in temporary.rglob("*") if path.is_file())
-        for path in files:
-            _sync(path)
-        manifest = {
-            "version": VERSION,
-            "files": {
-                str(path.relative_to(temporary)): {
-                    "size": path.stat().st_size,
-                    "sha256": _digest(path),
-                }
-                for path in files
-            },
-        }
-        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2))
-        _sync(temporary / "manifest.json")
-        _sync(temporary)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(temporary, folder)
-        _sync(folder.parent)
+        with atomic.new_folder(folder, overwrite=True) as temporary:
+            for stem, named in tensors.items():
+                if named:
+                    _save_tensors(named, temporary / f"{stem}.safetensors")
+            (temporary / "state.json").write_text(json.dumps(state))
+            extra(temporary)
+            # last: it lists all others
+            _write_manifest(temporary)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"{folder}: could not be written ({error}); those before it are whole: make room, then --resume=auto"
+            f"{folder}: could not be written ({error}); those before it are whole: make room, "
+            "then --resume=auto"
         ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _save_tensors(named: Tensors, path: Path) -> None:
+    # clone: tied weights share memory, which safetensors refuses
+    whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in named.items()}
+    save_file(whole, path)
+
+
+def _write_manifest(folder: Path) -> None:
+    """List size and sha256 of every file in the folder."""
+    files = dict[str, dict[str, Any]]()
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            name = str(path.relative_to(folder))
+            files[name] = {"size": path.stat().st_size, "sha256": _digest(path)}
+    manifest = {"version": VERSION, "files": files}
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2))
 
 
 def verify(folder: Path) -> None:
@@ -228,8 +212,7 @@ def newest(checkpoints: Path) -> Path | None:
 
 def tidy(checkpoints: Path, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints, and what an interrupted save left."""
-    for stale in checkpoints.glob(".tmp-*"):
-        shutil.rmtree(stale, ignore_errors=True)
+    atomic.sweep(checkpoints)
     for old in sorted(checkpoints.glob("step_*"))[:-keep]:
         shutil.rmtree(old)
 

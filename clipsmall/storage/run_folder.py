@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from clipsmall.storage import locks
+from clipsmall.storage import atomic, locks
 
 PACKAGES = (
     "clipsmall",
@@ -106,24 +106,16 @@ class RunFolder:
                 for line in self.metrics.read_text(errors="replace").splitlines()
                 if _step(line) <= step
             ]
-            self._write(self.metrics.name, "".join(f"{line}\n" for line in kept))
+            atomic.write_text(self.metrics, "".join(f"{line}\n" for line in kept))
         for folder in self.checkpoints.glob("step_*"):
             if int(folder.name.removeprefix("step_")) > step:
                 aside = folder.with_name(f"aside_{folder.name}_{time.time_ns()}")
-                folder.rename(aside)
+                atomic.move(folder, aside)
                 print(
                     f"note: {folder.name} is later than step {step}; kept as {aside.name}",
                     file=sys.stderr,
                 )
-        self._write("run.yaml", config)
-        self._write("command.txt", shlex.join(sys.argv) + "\n")
-        self._write("env.json", json.dumps(versions() | launch, indent=2) + "\n")
-
-    def _write(self, name: str, text: str) -> None:
-        """Whole or not at all: a resumed run's files outlive a full disk."""
-        partial = self.path / f".tmp-{name}"
-        try:
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(self.path / name)
-        finally:
-            partial.unlink(missing_ok=True)
+        # whole or not at all: a resumed run's files outlive a full disk
+        atomic.write_text(self.path / "run.yaml", config)
+        atomic.write_text(self.path / "command.txt", shlex.join(sys.argv) + "\n")
+        atomic.write_json(self.path / "env.json", versions() | launch)
