@@ -183,8 +183,7 @@ def score(args: argparse.Namespace) -> None:
     ) as bar:
         for place in mine:
             shard = catalog.shards[place]
-            with world.alone():
-                table, bad = score_shard(encoder, catalog, place)
+            table, bad = score_shard(encoder, catalog, place)
             write_scores(shard, args.scores, table, scorer)
             if bad:
                 tqdm.write(

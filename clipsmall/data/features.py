@@ -1,6 +1,5 @@
 """Features that a frozen tower made once: sidecars `NNNNN.image-1a2b3c4d.safetensors` of shards."""
 
-import contextlib
 import hashlib
 from pathlib import Path
 
@@ -75,9 +74,6 @@ def write_features(path: Path, shard: Path, digest: str, features: Tensor, first
             f"{path}: features of the frozen tower cannot be written ({error}); give another tune.cache_folder, or "
             "--tune.cache=false"
         ) from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 class Features:

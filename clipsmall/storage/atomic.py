@@ -12,7 +12,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,9 @@ def new_file(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
         _flush_to_disk(path.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        # the error that led here says more than one about the clearing up
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
