@@ -32,10 +32,10 @@ from clipsmall.data import (
     read_index,
     write_index,
 )
+from clipsmall.data.making.shard_writer import ShardSample, write_shard
 from clipsmall.data.order import permutation
 from clipsmall.data.preprocess import ImageSpec, ImageTransform
 from clipsmall.model.small import SmallText, WordTokenizer
-from data_tools.shard_writer import ShardSample, write_shard
 
 TOKENIZE = WordTokenizer.train(["latin small letter a"], SmallText(context_length=8))
 

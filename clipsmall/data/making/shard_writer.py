@@ -37,7 +37,7 @@ class ShardSample:
     fields: dict[str, Any] = field(default_factory=dict)
 
 
-def members(key: str, sample: ShardSample) -> dict[str, Any]:
+def sample_members(key: str, sample: ShardSample) -> dict[str, Any]:
     """A sample as img2dataset lays it out: key.jpg, key.txt, key.json."""
     record = {
         **sample.fields,
@@ -79,7 +79,7 @@ def write_shard(
         webdataset.TarWriter(file, encoder=False, mtime=0) as tar,
     ):
         for written, sample in enumerate(samples, start=1):
-            tar.write(members(f"{number:05d}{written - 1:04d}", sample))
+            tar.write(sample_members(f"{number:05d}{written - 1:04d}", sample))
     stats_path = folder / f"{number:05d}_stats.json"
     stats_path.unlink(missing_ok=True)
     write_index(shard, build_index(shard))

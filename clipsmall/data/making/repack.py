@@ -13,10 +13,10 @@ from tqdm import tqdm
 
 from clipsmall.data import Catalog, ShardError, captions_of, fields_of, read_index
 from clipsmall.data.batch_plan import BatchPlan
+from clipsmall.data.making.shard_writer import ShardSample, write_shard
 from clipsmall.data.order import Rows
 from clipsmall.data.scores import good_rows
 from clipsmall.storage import atomic
-from data_tools.shard_writer import ShardSample, write_shard
 
 RECORD = "repacked.json"
 

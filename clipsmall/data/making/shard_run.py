@@ -14,12 +14,12 @@ from typing import Any
 from tqdm import tqdm
 
 from clipsmall.data.catalog import RECORD
+from clipsmall.data.making.pairs import SourcePair, pairs_hash
+from clipsmall.data.making.shard_maker import Job, ShardRecipe, Tally, finished, make_shard
+from clipsmall.data.making.stores import ImageStore
 from clipsmall.data.order import permutation
+from clipsmall.data.processes import in_processes
 from clipsmall.storage import atomic, locks
-from data_tools.pairs import SourcePair, pairs_hash
-from data_tools.pool import in_processes
-from data_tools.shard_maker import Job, ShardRecipe, Tally, finished, make_shard
-from data_tools.stores import ImageStore
 
 
 class TooManyErrors(ValueError):
