@@ -1,10 +1,9 @@
-"""Checkpoints: all state of a run in one folder of safetensors and JSON, complete or not there at
-all.
+"""Checkpoints: all state of a run in one folder of safetensors and JSON, complete or absent.
 
-A folder `step_00001234` holds the five homes of state: weights (`model.safetensors`), optimizer and
-schedule (`optimizer.*`), objective memory (`objective.safetensors`), and in `state.json` the place
-in the data, Progress and every rank's random generators. `manifest.json` is written last, with size
-and sha256 of every other file; a folder gets its final name only after that.
+A folder `step_00001234` holds weights (`model.safetensors`), optimizer and schedule
+(`optimizer.*`), objective memory (`objective.safetensors`), and in `state.json` the position in the
+data, Progress and every rank's random generators. `manifest.json` is written last, with size and
+sha256 of every other file; a folder gets its final name only after that.
 """
 
 import hashlib
@@ -33,37 +32,44 @@ class CheckpointError(ValueError):
 
 
 # ---- random generators
-# -----------------------------------------------------------------------------------------
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
     """All generators of this process, as JSON."""
-    kind, keys, *place = np.random.get_state(legacy=True)
+    cuda = ""
+    if device.type == "cuda":
+        cuda = _as_hex(torch.cuda.get_rng_state(device))
+    # three more values: position in the keys, and a Gaussian number kept for later
+    kind, keys, *position = np.random.get_state(legacy=True)
     return {
-        "torch": torch.get_rng_state().numpy().tobytes().hex(),
-        "cuda": torch.cuda.get_rng_state(device).numpy().tobytes().hex()
-        if device.type == "cuda"
-        else "",
+        "torch": _as_hex(torch.get_rng_state()),
+        "cuda": cuda,
         "python": random.getstate(),
-        "numpy": [kind, np.asarray(keys).tolist(), *place],
+        "numpy": [kind, np.asarray(keys).tolist(), *position],
     }
 
 
-def set_random_state(state: dict[str, Any], device: torch.device) -> None:
-    def tensor(text: str) -> Tensor:
-        return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
+def _as_hex(state: Tensor) -> str:
+    return state.numpy().tobytes().hex()
 
-    torch.set_rng_state(tensor(state["torch"]))
+
+def _from_hex(text: str) -> Tensor:
+    return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
+
+
+def set_random_state(state: dict[str, Any], device: torch.device) -> None:
+    """Set all generators of this process to a state that `random_state` returned."""
+    torch.set_rng_state(_from_hex(state["torch"]))
     if device.type == "cuda" and state["cuda"]:
-        torch.cuda.set_rng_state(tensor(state["cuda"]), device)
+        torch.cuda.set_rng_state(_from_hex(state["cuda"]), device)
+    # JSON has made lists of its tuples
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
-    kind, keys, *place = state["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *place))
+    kind, keys, *position = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *position))
 
 
 # ---- optimizer state as tensors and JSON
-# -----------------------------------------------------------------------
 
 
 def split_optimizer(state: dict[str, Any]) -> tuple[Tensors, dict[str, Any]]:
@@ -81,9 +87,11 @@ def split_optimizer(state: dict[str, Any]) -> tuple[Tensors, dict[str, Any]]:
 
 
 def joined_optimizer(tensors: Tensors, rest: dict[str, Any]) -> dict[str, Any]:
-    state: dict[int, dict[str, Any]] = {
-        int(parameter): dict(entries) for parameter, entries in rest["state"].items()
-    }
+    """The inverse of `split_optimizer`."""
+    state = dict[int, dict[str, Any]]()
+    # JSON has made strings of the parameters' numbers
+    for parameter, entries in rest["state"].items():
+        state[int(parameter)] = dict(entries)
     for key, value in tensors.items():
         parameter, _, name = key.partition(".")
         state[int(parameter)][name] = value
@@ -91,10 +99,10 @@ def joined_optimizer(tensors: Tensors, rest: dict[str, Any]) -> dict[str, Any]:
 
 
 # ---- folders
-# ---------------------------------------------------------------------------------------------------
 
 
 def step_folder(checkpoints: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies; names sort by step."""
     return checkpoints / f"step_{step:08d}"
 
 
@@ -104,15 +112,21 @@ def _digest(path: Path) -> str:
 
 
 def model_digest(layers: Iterable[tuple[str, nn.Module]], tensors: Tensors, *also: object) -> str:
-    """sha256 of all that a model's outputs depend on: its weights; its layers by name, as
-    activations have no weights; and what is given beside, by its repr."""
-    found = hashlib.sha256(repr(also).encode())
+    """sha256 of all that a model's outputs depend on.
+
+    Args:
+        layers: by name; activations have no weights, and yet they count.
+        tensors: the weights by name.
+        also: what else the outputs depend on, such as preprocessing; counts by its repr.
+    """
+    digest = hashlib.sha256(repr(also).encode())
     for name, layer in layers:
-        found.update(f"{name} {type(layer).__name__} {layer.extra_repr()}".encode())
+        digest.update(f"{name} {type(layer).__name__} {layer.extra_repr()}".encode())
     for name, tensor in sorted(tensors.items()):
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        flat = tensor.cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def save(
@@ -146,8 +160,10 @@ def save(
 
 
 def _save_tensors(named: Tensors, path: Path) -> None:
-    # clone: tied weights share memory, which safetensors refuses
-    whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in named.items()}
+    whole = Tensors()
+    for name, tensor in named.items():
+        # clone: tied weights share memory, which safetensors refuses
+        whole[name] = tensor.detach().cpu().contiguous().clone()
     save_file(whole, path)
 
 
@@ -155,9 +171,11 @@ def _write_manifest(folder: Path) -> None:
     """List size and sha256 of every file in the folder."""
     files = dict[str, dict[str, Any]]()
     for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            name = str(path.relative_to(folder))
-            files[name] = {"size": path.stat().st_size, "sha256": _digest(path)}
+        if not path.is_file():
+            continue
+        size = path.stat().st_size
+        name = str(path.relative_to(folder))
+        files[name] = {"size": size, "sha256": _digest(path)}
     manifest = {"version": VERSION, "files": files}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2))
 
@@ -174,15 +192,14 @@ def verify(folder: Path) -> None:
         ) from None
     if manifest.get("version") != VERSION:
         raise CheckpointError(
-            f"{folder}: checkpoint version {manifest.get('version')}; this clipsmall reads {VERSION}"
+            f"{folder}: checkpoint version {manifest.get('version')}; "
+            f"this clipsmall reads {VERSION}"
         )
     for name, facts in manifest["files"].items():
         path = folder / name
-        if (
-            not path.exists()
-            or path.stat().st_size != facts["size"]
-            or _digest(path) != facts["sha256"]
-        ):
+        # the size first: reading gigabytes takes a while
+        whole = path.exists() and path.stat().st_size == facts["size"]
+        if not whole or _digest(path) != facts["sha256"]:
             raise CheckpointError(
                 f"{path}: missing, cut or changed since it was saved; use another checkpoint"
             )
@@ -205,7 +222,8 @@ def newest(checkpoints: Path) -> Path | None:
             return folder
     if there:
         raise CheckpointError(
-            f"{checkpoints}: none of {len(there)} checkpoints can be used; restore one, or give another --out"
+            f"{checkpoints}: none of {len(there)} checkpoints can be used; restore one, "
+            "or give another --out"
         )
     return None
 
