@@ -1,6 +1,5 @@
 """Builds the features of frozen towers: computed once per shard, then read instead of raw data."""
 
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +11,16 @@ from tqdm import tqdm
 
 from clipsmall.build.data import TrainingData
 from clipsmall.config.schema import TuneSection
-from clipsmall.data import Catalog, captions_of, fields_of, read_index
+from clipsmall.data import Catalog, read_index
 from clipsmall.data.features import Features, feature_file, usable, write_features
 from clipsmall.data.scores import good_rows
 from clipsmall.distributed import world
 from clipsmall.evaluation import Encoder
+from clipsmall.evaluation.shard_features import (
+    encode_shard_images,
+    encode_shard_texts,
+    read_shard_captions,
+)
 from clipsmall.model.digest import model_digest
 from clipsmall.model.dual_encoder import DualEncoder
 from clipsmall.model.towers import Loaded
@@ -167,52 +171,32 @@ class FeatureMaker:
 
     def images(self, shard: int) -> tuple[Tensor, Tensor]:
         """One feature per image; NaN for those that are left out or cannot be read."""
-        one_shard, rows, total = self._open(shard)
-        try:
-            made, there = self._encode_images(one_shard)
-        finally:
-            os.close(one_shard.descriptor(0))
+        rows, total = self._index_rows(shard)
+        with self.accelerator.autocast():
+            made, readable = encode_shard_images(self.encoder, self.catalog, shard)
         features = torch.full((total, made.shape[1]), torch.nan)
-        features[rows[there]] = made
+        features[rows[readable]] = made
         return features, torch.arange(total + 1)
-
-    def _encode_images(self, one_shard: Catalog) -> tuple[Tensor, Tensor]:
-        try:
-            with world.alone(), self.accelerator.autocast():
-                return self.encoder.images(one_shard)
-        except ValueError as error:
-            # for an evaluation a set without one good image is an error, here it is a fact
-            if "can be read" not in str(error):
-                raise
-        # (0, D): both towers' outputs have the same width
-        with world.alone(), self.accelerator.autocast():
-            none = self.encoder.texts(["a"])[:0]
-        return none, torch.empty(0, dtype=torch.int64)
 
     def texts(self, shard: int) -> tuple[Tensor, Tensor]:
         """One feature per caption; none for pairs that are left out."""
-        one_shard, rows, total = self._open(shard)
-        captions = list[str]()
+        rows, total = self._index_rows(shard)
+        captions = read_shard_captions(self.catalog, shard)
         counts = torch.zeros(total, dtype=torch.int64)
-        for row, row_in_index in enumerate(rows.tolist()):
-            members = one_shard.read_text(row)
-            own = captions_of(members.text, fields_of(members.json))
-            captions += own
-            counts[row_in_index] = len(own)
-        os.close(one_shard.descriptor(0))
-        with world.alone(), self.accelerator.autocast():
-            features = self.encoder.texts(captions)
+        counts[rows] = torch.tensor([len(each) for each in captions], dtype=torch.int64)
+        flat = [caption for each in captions for caption in each]
+        with self.accelerator.autocast():
+            features = encode_shard_texts(self.encoder, flat)
         first = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
         return features, first
 
-    def _open(self, shard: int) -> tuple[Catalog, Tensor, int]:
-        """One shard as a catalog, its pairs' rows in the shard's index, and that index's length.
+    def _index_rows(self, shard: int) -> tuple[Tensor, int]:
+        """The rows of a shard's index that hold its good pairs, and how many rows it has.
 
         They differ where the index knows pairs that are bad: a catalog leaves them out.
         """
         table = read_index(self.catalog.shards[shard], ["status"])
-        rows = torch.from_numpy(good_rows(table))
-        return self.catalog.only(shard), rows, len(table)
+        return torch.from_numpy(good_rows(table)), len(table)
 
 
 def tower_digest(

@@ -4,7 +4,6 @@ budget of it.
 
 import json
 import math
-import os
 import sys
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from clipsmall.compare.runs import digest
 from clipsmall.config.reader import lay_over, validated
 from clipsmall.plan.largest import Planner
 from clipsmall.plan.step import Machine
+from clipsmall.storage import atomic
 
 GIB = 2**30
 
@@ -95,7 +95,4 @@ def _peak(planner: Planner, tree: Tree) -> float | None:
 
 
 def _keep(known: dict[str, float | None], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    part.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
-    part.replace(path)
+    atomic.write_json(path, known)

@@ -21,7 +21,7 @@ from clipsmall.compare.grid import GridSetting, Tree
 from clipsmall.config import Config
 from clipsmall.config.reader import lay_over, validated
 from clipsmall.evaluation.results import safe
-from clipsmall.storage import locks
+from clipsmall.storage import atomic, locks
 from clipsmall.storage.run_folder import RunFolder
 
 State = Literal["done", "failed", "submitted", "running", "begun", "missing"]
@@ -244,6 +244,4 @@ class Trainer:
             "log": f"{run.folder}/log.txt",
         }
         name = "failed" if code else "submitted"
-        part = run.folder / f".tmp-{name}.json"
-        part.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
-        part.replace(run.folder / f"{name}.json")
+        atomic.write_json(run.folder / f"{name}.json", told)

@@ -103,7 +103,7 @@ class Encoder:
             change: what happens to an image before it is resized and cropped.
 
         Raises:
-            NoReadableImage: no image can be read.
+            NoReadableImage: every image is broken.
         """
         wanted = torch.arange(len(catalog)) if only is None else torch.tensor(only)
         batches = list(torch.split(wanted, self.batch_size))

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from clipsmall.data import Catalog
-from clipsmall.data.index import MAX_TEXT_BYTES, Member, samples, tar_members
+from clipsmall.data.index import MAX_TEXT_BYTES, Member, group_members, tar_members
 from clipsmall.evaluation.top_k import chunk_rows, scores
 
 
@@ -49,7 +49,7 @@ def read_targets(catalog: Catalog, classes: int) -> Tensor:
     for number, shard in enumerate(catalog.shards):
         # the .npy beside each member, which is known by its offset
         npy_beside: dict[int, Member | None] = {}
-        for _, group in samples(tar_members(shard)):
+        for _, group in group_members(tar_members(shard)):
             for member in group.values():
                 npy_beside[member.offset] = group.get("npy")
         for row in np.flatnonzero(catalog.shard == number).tolist():

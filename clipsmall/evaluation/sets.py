@@ -9,19 +9,13 @@ from pathlib import Path
 
 from clipsmall.data import Catalog, build_index, index_path, open_catalog, shard_paths, write_index
 from clipsmall.data.index import IMAGE_SUFFIXES
+from clipsmall.data.making.tables import TABLES
 from clipsmall.distributed import world
 
 # what dataset_type.txt may say; other words mean nothing here
 KINDS = ("retrieval", "multilabel")
 # files that data_tools.make_shards opens
-TABLES = (
-    ".csv",
-    ".tsv",
-    ".jsonl",
-    ".ndjson",
-    ".parquet",
-    ".zip",
-)
+SOURCES = (*TABLES, ".zip")
 
 
 @dataclass(frozen=True)
@@ -205,7 +199,7 @@ def _refuse_images(path: str) -> None:
     made = f"{place.parent.name}-shards/test" if place.name == "test" else f"{place.stem}-shards"
     if path.startswith("hf:"):
         columns = "--split test --caption COLUMN --label COLUMN"
-    elif place.suffix in TABLES and place.is_file():
+    elif place.suffix in SOURCES and place.is_file():
         columns = "--label COLUMN"
     elif _holds_images(place):
         columns = "--label class"

@@ -49,7 +49,8 @@ def find_run(name: str) -> tuple[str, dict[str, Any]]:
         facts["versions"] = _read_json(run.path / "env.json")
     # results of another step are another model's
     if run.last_evaluation() in (-1, progress["step"]):
-        facts["cells"] = [_read_json(cell) for cell in sorted(run.evaluations.glob("*.json"))]
+        cells = sorted(run.evaluations.glob("[!.]*.json"))
+        facts["cells"] = [_read_json(cell) for cell in cells]
     return str(path), facts
 
 

@@ -1,8 +1,6 @@
 """A model's folder for transformers and open_clip at once: their files do not overlap."""
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +17,7 @@ from clipsmall.export.tokenizer import (
 )
 from clipsmall.export.weights import Inexpressible, Tensors
 from clipsmall.model.towers import Loaded
+from clipsmall.storage import atomic
 
 # the libraries that load a folder, and notes for its card: why another does not, or not all of it
 Written = tuple[list[str], list[str]]
@@ -33,15 +32,11 @@ def complete_folder(target: Path) -> Iterator[Path]:
     """
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise ValueError(f"{target}: is there already; give --to a new folder")
-    partial = target.with_name(f".tmp-{os.getpid()}-{target.name}")
     try:
-        partial.mkdir(parents=True)
-        yield partial
-        os.replace(partial, target)
+        with atomic.new_folder(target) as partial:
+            yield partial
     except OSError as error:
         raise ValueError(f"{target}: cannot be written ({error.strerror or error})") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_model(loaded: Loaded, scalars: Tensors, name: str, folder: Path) -> Written:

@@ -22,6 +22,8 @@ from matplotlib.ticker import EngFormatter, PercentFormatter, ScalarFormatter
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from clipsmall.storage import atomic
+
 # values over the pairs seen, and matplotlib's style
 Line = tuple["pd.Series[float]", dict[str, Any]]
 # title, last value in words, the drawing as a data: address
@@ -137,10 +139,8 @@ def write(report: RunReport, path: Path) -> None:
 
 def save(html: str, path: Path) -> None:
     """Write to `path`, whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
     # a caption may hold a lone surrogate
-    part.write_bytes(html.encode(errors="replace"))
-    part.replace(path)
+    atomic.write_bytes(path, html.encode(errors="replace"))
 
 
 def quantity(value: float, share: bool = False) -> str:

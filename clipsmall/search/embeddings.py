@@ -3,7 +3,6 @@ then on.
 """
 
 import hashlib
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +13,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from clipsmall.data import Catalog, ShardError, caption_hash, read_index
+from clipsmall.data import Catalog, caption_hash, read_index
 from clipsmall.data.index import proof
 from clipsmall.data.scores import good_rows
 from clipsmall.evaluation import Encoder
-from clipsmall.evaluation.features import read_texts
+from clipsmall.evaluation.shard_features import (
+    encode_shard_images,
+    encode_shard_texts,
+    read_shard_captions,
+)
 from clipsmall.evaluation.top_k import refuse_non_finite
 from clipsmall.search.store import EmbeddingStore, Part, alone
 
@@ -106,14 +109,10 @@ def _fingerprint(catalog: Catalog, number: int) -> str:
 def _made(encoder: Encoder, catalog: Catalog, number: int) -> tuple[Part, int]:
     """A shard's part, and how many of its images cannot be read."""
     shard = catalog.shards[number]
-    alone = catalog.only(number)
-    try:
-        image, found = _images(encoder, alone)
-        captions = read_texts(alone, rows=found.tolist()).captions
-    finally:
-        os.close(alone.descriptor(0))
+    image, found = encode_shard_images(encoder, catalog, number)
+    captions = read_shard_captions(catalog, number, found.tolist())
     flat = [caption for each in captions for caption in each]
-    text = encoder.texts(flat) if flat else image
+    text = encode_shard_texts(encoder, flat)
     refuse_non_finite(image, f"{shard}: image")
     refuse_non_finite(text, f"{shard}: text")
     counts = torch.tensor([len(each) for each in captions], dtype=torch.int64)
@@ -126,18 +125,5 @@ def _made(encoder: Encoder, catalog: Catalog, number: int) -> tuple[Part, int]:
         "key": keys,
         "caption": pa.array(flat, pa.string()),
     }
-    return Part(image.half().repeat_interleave(counts, dim=0), text.half(), pa.table(columns)), len(
-        alone
-    ) - len(found)
-
-
-def _images(encoder: Encoder, catalog: Catalog) -> tuple[Tensor, Tensor]:
-    """Features and rows of the images that can be read; none, where the encoder would stop."""
-    try:
-        return encoder.images(catalog)
-    except ShardError:
-        raise
-    except ValueError as error:
-        if "can be read" not in str(error):
-            raise
-        return encoder.texts(["none"])[:0], torch.empty(0, dtype=torch.int64)
+    part = Part(image.half().repeat_interleave(counts, dim=0), text.half(), pa.table(columns))
+    return part, catalog.sizes[number] - len(found)
