@@ -21,8 +21,9 @@ from clipsmall.config.reader import read_yaml, validated
 from clipsmall.data import open_catalog
 from clipsmall.evaluation import Encoder
 from clipsmall.model.saved import load_model
-from clipsmall.report_page import page
+from clipsmall.pages.html_page import Table
 from clipsmall.report_page.gallery import batch_rows, gallery, logit_matrix, shown_sets
+from clipsmall.report_page.run_report import RunReport, write_run_report
 from clipsmall.storage.run_folder import RunFolder
 
 TABLES: list[tuple[str, str, list[str], list[str], dict[str, str]]] = [
@@ -54,7 +55,7 @@ def metrics(folder: RunFolder) -> pd.DataFrame:
     return table
 
 
-def result_tables(folder: RunFolder, names: list[str]) -> list[page.Table]:
+def result_tables(folder: RunFolder, names: list[str]) -> list[Table]:
     """The JSON cells as a table a task, each metric beside its chance level, data sets in the order
     of `names`.
     """
@@ -80,11 +81,11 @@ def result_tables(folder: RunFolder, names: list[str]) -> list[page.Table]:
                     row.append(source.get(prefix + name.removeprefix("chance of ")))
                 rows.append(row)
         if rows:
-            found.append(page.Table(title, note, columns, rows))
+            found.append(Table(title, note, columns, rows))
     return found
 
 
-def report(folder: RunFolder) -> page.RunReport:
+def report(folder: RunFolder) -> RunReport:
     """Everything the page shows. Raises ValueError for a folder that holds no run."""
     config = validated(read_yaml(str(folder.path / "run.yaml")))
     model, loaded = load_model(str(folder.path))
@@ -112,7 +113,7 @@ def report(folder: RunFolder) -> page.RunReport:
     names = [z.name for z in config.evaluate.zero_shot] + [
         r.name for r in config.evaluate.retrieval
     ]
-    return page.RunReport(
+    return RunReport(
         title=f"{folder.path.name}: {config.objective.title} at batch {config.data.batch_size}",
         subtitle=f"{int(last['pairs']):,} pairs seen from {', '.join(config.data.train)}",
         facts=[
@@ -148,7 +149,7 @@ def main(words: list[str] | None = None) -> int:
     options = parser.parse_args(words)
     folder = RunFolder(options.run)
     try:
-        page.write(report(folder), path := folder.path / "report.html")
+        write_run_report(report(folder), path := folder.path / "report.html")
     except ValueError as error:
         refuse(error)
     print(f"report: {path.resolve()}")

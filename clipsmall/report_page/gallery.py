@@ -9,7 +9,7 @@ from clipsmall.data.order import Order, permutation
 from clipsmall.evaluation import Encoder
 from clipsmall.evaluation.features import read_texts
 from clipsmall.evaluation.prompts import classes
-from clipsmall.report_page import page
+from clipsmall.pages.html_page import Query
 
 QUERIES = 8
 ANSWERS = 5
@@ -25,7 +25,7 @@ def shown_sets(config: Config) -> list[tuple[list[str], str, str]]:
     return named or [(r.data, r.name, "captions") for r in config.evaluate.retrieval]
 
 
-def gallery(encoder: Encoder, catalog: Catalog, name: str, class_file: str) -> list[page.Query]:
+def gallery(encoder: Encoder, catalog: Catalog, name: str, class_file: str) -> list[Query]:
     """A few images with the names they find, and a few captions with the images they find.
 
     Searched are at most CANDIDATES pairs, evenly spread over the data set.
@@ -48,7 +48,7 @@ def gallery(encoder: Encoder, catalog: Catalog, name: str, class_file: str) -> l
             (names[i], score, caption_hash(names[i]) in hashes[row])
             for score, i in zip(best.tolist(), order.tolist(), strict=True)
         ]
-        queries.append(page.Query(own, captions[row][0], "image_to_text", name, texts=found))
+        queries.append(Query(own, captions[row][0], "image_to_text", name, texts=found))
     texts = encoder.texts([captions[int(rows[place])][0] for place in shown])
     for place, text in zip(shown, texts, strict=True):
         row = int(rows[place])
@@ -58,9 +58,7 @@ def gallery(encoder: Encoder, catalog: Catalog, name: str, class_file: str) -> l
         for score, i in zip(best.tolist(), rows[order].tolist(), strict=True):
             images.append((catalog.read(i).image, captions[i][0], score, wanted in hashes[i]))
         queries.append(
-            page.Query(
-                catalog.read(row).image, captions[row][0], "text_to_image", name, images=images
-            )
+            Query(catalog.read(row).image, captions[row][0], "text_to_image", name, images=images)
         )
     return queries
 
