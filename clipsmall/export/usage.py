@@ -96,8 +96,8 @@ def _clipsmall(where: Where) -> str:
     )
     return f"""
 import torch
-from clipsmall.preprocess import ImageTransform
-from clipsmall.saved_model import load_model
+from clipsmall.data.preprocess import ImageTransform
+from clipsmall.model.saved import load_model
 
 model, loaded = load_model({source})
 model.eval()
