@@ -73,17 +73,20 @@ def main(words: list[str] | None = None) -> int:
     try:
         if options.jobs < 1:
             raise ValueError(f"--jobs={options.jobs}: at least one")
+
         comparisons = [load_comparison(path) for path in options.grids]
         folders = [comparison.out for comparison in comparisons]
         shared = [folder for folder in folders if folders.count(folder) > 1]
         if shared:
             raise ValueError(f"out: two of the grids write to {shared[0]}; give each its own")
+
         codes = []
         for comparison in comparisons:
             codes.append(_compare(comparison, options))
             # stopped by a signal
             if codes[-1] > 2:
                 break
+
         return max(codes)
     except (ValueError, OSError) as error:
         refuse(error)
@@ -95,11 +98,13 @@ def _compare(comparison: Comparison, options: argparse.Namespace) -> int:
     if options.list:
         _print_runs(comparison, budgets)
         return 0
+
     if not options.tell:
         stopped = _train(comparison, budgets, options)
         if stopped:
             print("stopped; the same command goes on", file=sys.stderr)
             return 128 + stopped
+
     runs = write_results(comparison, budgets, options.interval)
     return 0 if runs["state"].isin(["done", "unfit"]).all() else 1
 
@@ -113,6 +118,7 @@ def _train(comparison: Comparison, budgets: Budgets, options: argparse.Namespace
     train_grid(comparison, budgets, trainer, options.jobs, seeds, options.only)
     for number, handler in before.items():
         signal.signal(number, handler)
+
     return trainer.stopped
 
 
@@ -125,6 +131,7 @@ def _print_runs(comparison: Comparison, budgets: Budgets) -> None:
     ]
     for run in runs:
         print(f"{run.state:<10} {run.title:<40} {run.folder}")
+
     known = {run.folder for run in runs}
     for given in sorted(Path(comparison.out).glob("*/*/given.yaml")):
         folder = given.parent

@@ -43,11 +43,13 @@ class Budgets:
         self.settings = grid_settings(comparison)
         self._memory = planned_memory(comparison, self.settings)
         self.fitting = settings_that_fit(comparison, self.settings, self._memory)
+
         # of a group of which no batch fits, the smallest is shown with what it needs
         smallest = []
         for group in groups_by_batch_size(comparison, self.settings):
             if not any(setting in self.fitting for setting in group):
                 smallest.append(min(group, key=batch_size_of))
+
         self.shown = [each for each in self.settings if each in self.fitting or each in smallest]
 
     def rate_trials(self, chosen: list[GridSetting]) -> list[GridRun]:
@@ -63,6 +65,7 @@ class Budgets:
         rates = self.comparison.lr
         if rates is None:
             return {}
+
         # within a limit of memory rates are tried at the setting's own batch: another may not fit
         own_axes = self.comparison.batch_axes if self.comparison.budget.memory else []
         tried_at = {axis: level for axis, level in rates.at.items() if axis not in own_axes}
@@ -71,10 +74,12 @@ class Budgets:
         spending = self._spending(tried, rates.pairs)
         # a trial is judged by its last evaluation alone
         only_at_the_end: Tree = {"run": {"evaluate_every": 0}}
+
         trials = {}
         for lr in rates.values:
             changes = [spending, only_at_the_end, {"optim": {"lr": lr}}]
             trials[lr] = make_run(self.comparison.out, tried, rates.seed, changes, "tuning")
+
         return trials
 
     def learning_rate(self, setting: GridSetting) -> float | None:
@@ -84,6 +89,7 @@ class Budgets:
             return validated(setting.tree).optim.lr
         if not all(run.state in ("done", "failed") for run in trials.values()):
             return None
+
         scores = {lr: self.trial_score(run) for lr, run in trials.items() if run.finished}
         known = {lr: score for lr, score in scores.items() if score is not None}
         return max(known, key=lambda lr: known[lr], default=None)
@@ -101,15 +107,18 @@ class Budgets:
         rates = self.comparison.lr
         if rates is None:
             return []
+
         found = {}
         for setting in self.fitting:
             lr = self.learning_rate(setting)
             if lr not in (min(rates.values), max(rates.values)):
                 continue
+
             # settings that differ on the axes of `at` alone share their trials
             own = [level for axis, level in setting.levels.items() if axis not in rates.at]
             name = ", ".join(own)
             found[name] = f"{name}: {lr:g}"
+
         return list(found.values())
 
     def speed_trials(self, chosen: list[GridSetting]) -> list[GridRun]:
@@ -138,9 +147,11 @@ class Budgets:
             return own
         if budget.pairs is not None:
             return budget.pairs
+
         trial = self._speed_trial(setting)
         if not trial.finished:
             return None
+
         # the first line of the log has the start in its time, and is left out
         first, *lines = [line for line in trial.logged_lines() if "pairs_per_second" in line]
         positions = [first["pairs"], *(line["pairs"] for line in lines)]
@@ -166,6 +177,7 @@ class Budgets:
         evaluations = self.comparison.curve
         if evaluations <= 1:
             return 0
+
         rounded_up = -(-steps // evaluations)
         return max(1, rounded_up)
 
@@ -193,8 +205,10 @@ class Budgets:
                 runs = self._runs(setting, lr, pairs)
             else:
                 waits, error = self._why_no_runs(setting, fits)
+
             memory = self._memory[setting.title]
             cells.append(GridCell(setting, memory, fits, runs, waits, error))
+
         return cells
 
     def _runs(self, setting: GridSetting, lr: float, pairs: int) -> list[GridRun]:
@@ -213,12 +227,15 @@ class Budgets:
         if not fits:
             unknown = math.isnan(self._memory[setting.title])
             return "", "its memory is not known" if unknown else ""
+
         trials = list(self._rate_trials(setting).values())
         trials += self.speed_trials([setting])
+
         states = [run.state for run in trials]
         if all(state in ("done", "failed") for state in states):
             errors = [run.error for run in trials if run.error]
             reason = errors[0] if errors else "no number came out"
             return "", f"its learning rate or speed could not be tried: {reason}"
+
         counts = [f"{states.count(state)} {state}" for state in dict.fromkeys(states)]
         return f"waits for trials of its learning rate or speed: {', '.join(counts)}", ""

@@ -63,6 +63,7 @@ def render_comparison_page(page: ComparisonPage) -> str:
             for sample in page.samples
             if sample.labels
         ]
+
     models = [sample for sample in page.samples if not sample.error]
     # one tuple per query, with the answers of each model
     queries = list(zip(*(model.gallery for model in models), strict=True))
@@ -92,6 +93,7 @@ def comparison_facts(comparison: Comparison, runs: pd.DataFrame) -> list[tuple[s
     facts = []
     for axis, levels in comparison.axes.items():
         facts.append((axis_words(axis), f"{len(levels)}: {', '.join(levels)}"))
+
     done = (runs["state"] == "done").sum()
     seconds = runs["seconds"].sum()
     time = f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"
@@ -111,16 +113,19 @@ def unfinished_runs(comparison: Comparison, runs: pd.DataFrame) -> list[tuple[st
     """
     rows = frame_rows(runs[runs["state"] != "done"])
     rows.sort(key=lambda row: row["state"] != "failed")
+
     seeds_of: dict[tuple[str, str, str], list[str]] = {}
     for row in rows:
         setting = ", ".join(f"{axis_words(axis)} {row[axis]}" for axis in comparison.axes)
         outcome = (setting, row["state"], row["error"])
         seeds_of.setdefault(outcome, []).append(str(row["seed"]))
+
     unfinished = []
     for (setting, state, error), seeds in seeds_of.items():
         plural = "s" if len(seeds) > 1 else ""
         run = f"{setting}, seed{plural} {', '.join(seeds)}"
         unfinished.append((run, STATE_WORDS.get(state, state), error))
+
     return unfinished
 
 
@@ -137,6 +142,7 @@ def comparison_tables(
     # with other than two axes there is no across and down
     if len(comparison.axes) == 2 and not summary[comparison.metric].isna().all():
         tables.insert(0, _table_at_a_glance(comparison, summary))
+
     return tables
 
 
@@ -148,13 +154,16 @@ def _table_at_a_glance(comparison: Comparison, summary: pd.DataFrame) -> Table:
     # a limit of memory may leave batch sizes out
     shown = [level for level in comparison.axes[across] if level in best]
     empty = {metric: nan}
+
     rows = []
     for level in comparison.axes[down]:
         cells: list[Any] = [level]
         for other in shown:
             row = row_of.get((level, other), empty)
             cells.append(_mean_cell(row, metric, best[other]))
+
         rows.append(cells)
+
     across_words = axis_words(across)
     note = f"Percent, mean over the seeds; across: {across_words}. Bold: the best of a column."
     return Table(f"{metric} at a glance", note, [axis_words(down), *shown], rows)
@@ -165,6 +174,7 @@ def _mean_cell(row: dict[str, Any], metric: str, best: float) -> TableCell:
     mean = row[metric]
     if isnan(mean):
         return NO_VALUE
+
     sd = row[f"{metric} sd"]
     low = row.get(f"{metric} low", nan)
     spread = ""
@@ -172,6 +182,7 @@ def _mean_cell(row: dict[str, Any], metric: str, best: float) -> TableCell:
         spread = f" ({percent(low)} to {percent(row[f'{metric} high'])})"
     elif not isnan(sd):
         spread = f" ± {percent(sd)}"
+
     return TableCell(percent(mean) + spread, "number best" if mean == best else "number")
 
 
@@ -182,12 +193,14 @@ def _table_of_settings(
     seeds = len(comparison.seeds)
     test_of = {tuple(row[axis] for axis in axes): row for row in frame_rows(contrasts)}
     best = {metric: summary[metric].max() for metric in comparison.metrics}
+
     rows = []
     for row in frame_rows(summary):
         levels = tuple(row[axis] for axis in axes)
         cells = []
         for level in levels:
             cells.append(TableCell(level, "" if isnan(level_number(level)) else "number"))
+
         cells.append(TableCell(f"{row['n']} of {seeds}", "number"))
         cells += [_mean_cell(row, metric, best[metric]) for metric in comparison.metrics]
         cells += _difference_cells(test_of.get(levels))
@@ -195,7 +208,9 @@ def _table_of_settings(
             # the summary has GiB
             value = 1024 * row[cost] if cost == "memory" else row[cost]
             cells.append(_cost_cell(value))
+
         rows.append(cells)
+
     against = f"{comparison.metric} against {', '.join(comparison.baseline_levels.values())}"
     columns = [
         *map(axis_words, axes),
@@ -217,12 +232,14 @@ def _difference_cells(test: dict[str, Any] | None) -> list[TableCell]:
     """The difference from the baseline, and its p."""
     if test is None or isnan(test["difference"]):
         return [NO_VALUE, NO_VALUE]
+
     p = test["p Holm"]
     if isnan(p):
         p_cell = NO_VALUE
     else:
         star = " *" if p < SIGNIFICANCE_LEVEL else ""
         p_cell = TableCell(f"{p:.2g}{star}", "number")
+
     return [TableCell(percent(test["difference"], "+"), "number"), p_cell]
 
 
@@ -230,9 +247,12 @@ def _cost_cell(value: float) -> TableCell:
     """Three digits or more: a table would show all that there are."""
     if isnan(value):
         return NO_VALUE
+
     digits = 2
     if abs(value) >= 10:
         digits = 1
+
     if abs(value) >= 100:
         digits = 0
+
     return TableCell(f"{value:,.{digits}f}", "number")

@@ -53,14 +53,18 @@ def nested_tree(tree: Any) -> Tree:
         return {}
     if not isinstance(tree, dict):
         raise ValueError(f"must hold `section.field: value`, not {tree!r}")
+
     found: Tree = {}
     for name, value in tree.items():
         # the keys below an objective's name are objectives with their weights, not fields
         if isinstance(value, dict) and name not in ("name", "objective.name"):
             value = nested_tree(value)
+
         for part in reversed(str(name).split(".")):
             value = {part: value}
+
         found = lay_over(found, spelled_out(value))
+
     return found
 
 
@@ -69,13 +73,17 @@ def _named_levels(axes: Any) -> Any:
     if not isinstance(axes, dict):
         # pydantic says what is wrong with it
         return axes
+
     found = {}
     for axis, levels in axes.items():
         if isinstance(levels, list):
             levels = _levels_of_list(axis, levels)
+
         if isinstance(levels, dict):
             levels = {str(name): nested_tree(tree) for name, tree in levels.items()}
+
         found[str(axis)] = levels
+
     return found
 
 
@@ -131,8 +139,10 @@ class Budget(Section):
             words = f"{self.pairs:,} pairs per run"
         else:
             words = f"as many pairs as {self.seconds:g} s of training take"
+
         if self.memory:
             words += f", the largest batch within {self.memory:g} GiB"
+
         return words
 
 
@@ -191,8 +201,10 @@ class Comparison(Section):
             for axis, level in levels.items():
                 if level in self.axes.get(axis, {}):
                     continue
+
                 known = ", ".join(self.axes.get(axis, self.axes))
                 raise ValueError(f"{field}: {axis}={level} is not in the grid; there is {known}")
+
         return self
 
     @model_validator(mode="after")
@@ -200,12 +212,14 @@ class Comparison(Section):
         if self.lr and self.lr.metric and self.lr.metric not in self.metrics:
             known = ", ".join(self.metrics)
             raise ValueError(f"lr.metric={self.lr.metric} is not a metric here; there is {known}")
+
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds: {self.seeds} names one twice")
         if self.lr and self.lr.seed in self.seeds:
             raise ValueError(
                 f"lr.seed={self.lr.seed} is one of seeds; learning rates are tried on another"
             )
+
         # raises ValueError for an open quote
         shlex.split(self.launch)
         return self
@@ -218,6 +232,7 @@ class Comparison(Section):
             raise ValueError(
                 f"axes, metrics: {twice[0]!r} is a column of the table already; take another name"
             )
+
         return self
 
     @model_validator(mode="after")
@@ -234,6 +249,7 @@ class Comparison(Section):
                         f"axes: {axis}={level} sets optim.lr, "
                         "and `lr` would try others in its place"
                     )
+
         return self
 
     @property
@@ -294,6 +310,7 @@ def load_comparison(path: str) -> Comparison:
         settings = grid_settings(comparison)
     except ConfigError as error:
         raise ConfigError(f"{path}: config: {error}") from None
+
     # message -> the first setting that it is true of
     wrong = dict[str, str]()
     # config -> the first setting that has it
@@ -303,12 +320,15 @@ def load_comparison(path: str) -> Comparison:
             _check_run(comparison, validated(setting.tree))
         except ConfigError as error:
             wrong.setdefault(str(error), setting.title)
+
         config = json.dumps(setting.tree, sort_keys=True, default=str)
         first = first_with.setdefault(config, setting.title)
         if first != setting.title:
             wrong.setdefault(f"trains the same as {first}: a level changes nothing", setting.title)
+
     if wrong:
         raise ConfigError("\n".join(f"{path}: {title}: {line}" for line, title in wrong.items()))
+
     return comparison
 
 
@@ -325,6 +345,7 @@ def _check_run(comparison: Comparison, config: Config) -> None:
         raise ConfigError(
             f"{least} pairs (budget.pairs, lr.pairs) are less than one batch of {batch_size}"
         )
+
     known = [f"{each.name}/{metric}" for each in config.evaluate.zero_shot for metric in CLASSIFIED]
     known += [f"{each.name}/{metric}" for each in config.evaluate.retrieval for metric in RETRIEVED]
     for column, key in comparison.metrics.items():
@@ -338,13 +359,16 @@ def grid_settings(comparison: Comparison) -> list[GridSetting]:
     base: Tree = {}
     for file in comparison.config:
         base = lay_over(base, spelled_out(read_yaml(file)))
+
     base = lay_over(base, comparison.common)
     settings = []
     for chosen in itertools.product(*(levels.items() for levels in comparison.axes.values())):
         tree = base
         for _, changes in chosen:
             tree = lay_over(tree, changes)
+
         names = [name for name, _ in chosen]
         levels = dict(zip(comparison.axes, names, strict=True))
         settings.append(GridSetting(levels, tree))
+
     return settings

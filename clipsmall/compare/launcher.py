@@ -77,11 +77,14 @@ class Trainer:
         """
         if self.stopped:
             return None
+
         with _run_lock(run.folder / "lock") as lock:
             if lock is None or not self._is_to_do(run):
                 return None
+
             for name in ("failed", "submitted"):
                 (run.folder / f"{name}.json").unlink(missing_ok=True)
+
             given = run.folder / "given.yaml"
             text = yaml.safe_dump(run.tree, sort_keys=False, allow_unicode=True)
             given.write_text(text, encoding="utf-8")
@@ -90,6 +93,7 @@ class Trainer:
             code = self._call(options, run, lock, device)
             if not run.finished and not self.stopped:
                 self._mark(run, code)
+
             return time.time() - start
 
     def _is_to_do(self, run: GridRun) -> bool:
@@ -102,6 +106,7 @@ class Trainer:
         environment = self.environment
         if device:
             environment = environment | {"CUDA_VISIBLE_DEVICES": device}
+
         with (run.folder / "log.txt").open("w") as log:
             child = subprocess.Popen(
                 [*self.words, *options],
@@ -115,6 +120,7 @@ class Trainer:
             if self.stopped:
                 # the signal came between the question and the start
                 self.stop(self.stopped)
+
             code = child.wait()
             # a launcher may be gone before its ranks, which are still saving
             for _ in range(MOST_WAITS):
@@ -122,8 +128,11 @@ class Trainer:
                     os.killpg(child.pid, 0)
                 except (ProcessLookupError, PermissionError):
                     break
+
                 time.sleep(0.1)
+
             self._children.discard(child)
+
         return code
 
     def _mark(self, run: GridRun, code: int) -> None:
@@ -137,6 +146,7 @@ class Trainer:
         if code in STOPPED_CODES or asked_to_stop:
             # Stopped from outside, for which launchers exit with 1: it goes on the next time.
             return
+
         errors = [line for line in lines if line.startswith("error: ")] or lines[-3:]
         told = {
             "exit_code": code,
@@ -156,6 +166,7 @@ def training_environment(jobs: int, launch: str) -> dict[str, str]:
     """
     if launch:
         return dict(os.environ)
+
     threads = max(1, (os.cpu_count() or 1) // jobs)
     return {"OMP_NUM_THREADS": str(threads), **os.environ}
 
@@ -165,6 +176,7 @@ def train_runs(runs: list[GridRun], trainer: Trainer, jobs: int, title: str) -> 
     todo = [run for run in runs if not run.finished]
     if not todo:
         return
+
     devices = _free_devices(jobs)
     bar = tqdm(total=len(todo), desc=title, unit=" runs", disable=not sys.stderr.isatty())
 
@@ -174,18 +186,23 @@ def train_runs(runs: list[GridRun], trainer: Trainer, jobs: int, title: str) -> 
             took = trainer.train(run, device)
         finally:
             devices.put(device)
+
         bar.update()
         if trainer.stopped:
             return
+
         line = f"{run.title}: {run.state}"
         if took is not None:
             line += f" in {took:.0f} s"
+
         if run.error:
             line += f": {run.error}"
+
         bar.write(line, file=sys.stderr)
 
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(train_one, todo))
+
     bar.close()
 
 
@@ -196,9 +213,11 @@ def _free_devices(jobs: int) -> SimpleQueue[str | None]:
     """
     gpus = torch.cuda.device_count()
     several = gpus > 1 and jobs > 1 and "CUDA_VISIBLE_DEVICES" not in os.environ
+
     devices = SimpleQueue[str | None]()
     for _, device in zip(range(jobs), cycle(range(gpus or 1)), strict=False):
         devices.put(str(device) if several else None)
+
     return devices
 
 
@@ -210,9 +229,11 @@ def train_and_wait(runs: list[GridRun], trainer: Trainer, jobs: int, title: str)
     train_runs(runs, trainer, jobs, title)
     if not any(run.state == "running" for run in runs):
         return
+
     print(f"{title}: waiting for those that another command is training", file=sys.stderr)
     while not trainer.stopped and any(run.state == "running" for run in runs):
         time.sleep(1)
+
     # what the other command has left, should it have been stopped
     train_runs(runs, trainer, jobs, title)
 
@@ -239,6 +260,7 @@ def train_grid(
         raise ValueError(
             f"--seeds {min(strange)}: not a seed of this grid; there is {comparison.seeds}"
         )
+
     chosen = selected_settings(budgets.fitting, comparison, only)
     train_and_wait(budgets.rate_trials(chosen), trainer, jobs, "learning rates")
     train_and_wait(budgets.speed_trials(chosen), trainer, jobs, "speeds")
@@ -270,8 +292,10 @@ def selected_settings(
             raise ValueError(
                 f"--only {word}: there is no {axis}={unknown[0]} in this grid; there is {there_is}"
             )
+
     selected = []
     for setting in settings:
         if all(setting.levels[axis] in names for axis, names in wanted.items()):
             selected.append(setting)
+
     return selected

@@ -46,11 +46,13 @@ def settings_that_fit(
     limit = comparison.budget.memory
     if limit is None:
         return settings
+
     largest = []
     for group in groups_by_batch_size(comparison, settings):
         fitting = [setting for setting in group if needs[setting.title] <= limit]
         if fitting:
             largest.append(max(fitting, key=batch_size_of))
+
     return largest
 
 
@@ -63,6 +65,7 @@ def planned_memory(comparison: Comparison, settings: list[GridSetting]) -> dict[
     device = comparison.budget.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+
     machine = Machine(device, comparison.budget.ranks)
     # an objective may remember each pair, so that the number of pairs counts
     pairs = comparison.budget.pairs
@@ -71,6 +74,7 @@ def planned_memory(comparison: Comparison, settings: list[GridSetting]) -> dict[
     path = Path(comparison.out) / "memory.json"
     known = json.loads(path.read_text()) if path.exists() else {}
     needs = {}
+
     bar = tqdm(
         settings, desc="memory", unit=" settings", leave=False, disable=not sys.stderr.isatty()
     )
@@ -84,8 +88,11 @@ def planned_memory(comparison: Comparison, settings: list[GridSetting]) -> dict[
                 # a hub that does not answer today: not kept
                 needs[setting.title] = math.nan
                 continue
+
             _keep(known, path)
+
         needs[setting.title] = math.nan if known[key] is None else known[key]
+
     return needs
 
 

@@ -47,6 +47,7 @@ class TestedSample:
         """Images of the matrix whose highest logit is that of a text with their caption."""
         if not len(self.matrix):
             return 0
+
         best = self.matrix.argmax(axis=1)
         found = [self.labels[text] == label for text, label in zip(best, self.labels, strict=True)]
         return sum(found)
@@ -63,6 +64,7 @@ def sample_models(models: Sequence[tuple[str, Path]]) -> list[TestedSample]:
     """
     if not models:
         return []
+
     config = validated(read_yaml(str(models[0][1] / "run.yaml")))
     samples = []
     for title, folder in models:
@@ -70,10 +72,12 @@ def sample_models(models: Sequence[tuple[str, Path]]) -> list[TestedSample]:
             samples.append(_sample(title, folder, config))
         except ValueError as error:
             samples.append(TestedSample(title, error=str(error)))
+
     asked = []
     for sample in samples:
         if not sample.error:
             asked.append([(query.image, query.text) for query in sample.gallery])
+
     assert all(queries == asked[0] for queries in asked), "the same data give the same queries"
     return samples
 
@@ -82,23 +86,28 @@ def _sample(title: str, folder: Path, config: Config) -> TestedSample:
     # `load_model` would ask the hub for such a name
     if not (folder / "checkpoints").is_dir():
         raise ValueError(f"{folder}: holds no checkpoints")
+
     model, loaded = load_model(str(folder))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     encoder = Encoder(model.to(device).eval(), loaded.tokenize, device, config.evaluate.batch_size)
     scale = model.logit_scale.exp()
     sample = TestedSample(title, scale=scale.item())
+
     for data, name, classes in shown_sets(config):
         catalog = open_catalog(data)
         queries = gallery(encoder, catalog, name, classes)
         for direction in ("image_to_text", "text_to_image"):
             asked = [query for query in queries if query.direction == direction]
             sample.gallery += asked[:QUERIES]
+
         # of the first set alone
         if not sample.labels:
             rows = permutation(len(catalog), 1)[:PAIRS].tolist()
             matrix, sample.labels = logit_matrix(encoder, catalog, rows, scale)
             sample.matrix = matrix.numpy()
+
     for query in sample.gallery:
         query.texts = query.texts[:ANSWERS]
         query.images = query.images[:ANSWERS]
+
     return sample

@@ -47,10 +47,12 @@ def write_results(comparison: Comparison, budgets: Budgets, interval: str) -> pd
         *verdict_sentences(comparison, runs, summary, contrasts),
         *_hint_of_more_rates(budgets),
     ]
+
     frames = {"runs": runs, "curves": curves, "summary": summary, "contrasts": contrasts}
     for name, frame in frames.items():
         frame.to_csv(out / f"{name}.csv", index=False)
         frame.to_parquet(out / f"{name}.parquet", index=False)
+
     figures = comparison_figures(comparison, runs, curves)
     save_figures(figures, out)
     grid = yaml.safe_dump(comparison.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
@@ -85,9 +87,12 @@ def terminal_table(comparison: Comparison, summary: pd.DataFrame) -> str:
         for mean, sd in zip(summary[metric], summary[f"{metric} sd"], strict=True):
             spread = "" if pd.isna(sd) else f" ± {percent(sd)}"
             cells.append(DASH if pd.isna(mean) else percent(mean) + spread)
+
         table[metric] = cells
+
     for column, values in {"seconds": summary["seconds"], "MiB": 1024 * summary["memory"]}.items():
         table[column] = [DASH if pd.isna(value) else f"{value:,.0f}" for value in values]
+
     return table.to_string(index=False)
 
 
@@ -102,6 +107,7 @@ def _with_full_baseline(comparison: Comparison, runs: pd.DataFrame) -> Compariso
         of_baseline = runs[(runs[list(baseline)] == list(baseline.values())).all(axis=1)]
         if axis not in baseline and of_baseline[axis].nunique() == 1:
             baseline[axis] = of_baseline[axis].iloc[0]
+
     return comparison.model_copy(update={"baseline": baseline})
 
 
@@ -121,6 +127,7 @@ def _table_of_rates(budgets: Budgets) -> list[Table]:
     trials = budgets.rate_trials(budgets.fitting)
     if not rates or not trials:
         return []
+
     metric = rates.metric or budgets.comparison.metric
     rows = []
     for run in trials:
@@ -129,6 +136,7 @@ def _table_of_rates(budgets: Budgets) -> list[Table]:
         score_cell = TableCell(DASH if score is None else percent(score), "number")
         setting = run.title.rpartition(", lr ")[0]
         rows.append([setting, lr, score_cell, run.error or run.state])
+
     note = f"{rates.pairs:,} pairs each, on a seed of their own; the best by {metric} is taken."
     return [Table("Learning rates tried", note, ["setting", "lr", f"{metric}, %", "state"], rows)]
 
@@ -138,6 +146,7 @@ def _hint_of_more_rates(budgets: Budgets) -> list[str]:
     edges = budgets.rates_at_the_edge()
     if not edges:
         return []
+
     hint = "The best learning rate is the least or greatest of those tried"
     return [f"{hint}: {'; '.join(edges)}. Try more."]
 
@@ -150,18 +159,21 @@ def _best_models(comparison: Comparison, runs: pd.DataFrame) -> list[TestedSampl
     done = runs[runs["state"] == "done"].dropna(subset=comparison.metric)
     for axis, level in comparison.gallery.at.items():
         done = done[done[axis] == level]
+
     axes = list(comparison.axes)
     models = []
     for level in comparison.axes[axes[0]]:
         of_level = done[done[axes[0]] == level]
         if of_level.empty:
             continue
+
         means = of_level.groupby(axes)[comparison.metric].mean()
         best = means.idxmax()
         # of a grid with one axis, the index is no tuple
         levels = best if isinstance(best, tuple) else (best,)
         chosen = of_level[(of_level[axes] == list(levels)).all(axis=1)].iloc[0]
         models.append((", ".join(levels), Path(chosen["folder"])))
+
     models = models[: comparison.gallery.models]
     try:
         return sample_models(models)

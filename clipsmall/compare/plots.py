@@ -84,6 +84,7 @@ class Frames(NamedTuple):
             here = frame
             if levels:
                 here = frame[(frame[list(levels)] == list(chosen)).all(axis=1)]
+
             if len(here):
                 yield levels, here
 
@@ -92,6 +93,7 @@ class Frames(NamedTuple):
         number = 0
         if self.coloured in levels:
             number = self.axes[self.coloured].index(levels[self.coloured])
+
         return {
             "color": COLOURS[number % len(COLOURS)],
             "marker": MARKERS[number % len(MARKERS)],
@@ -109,23 +111,28 @@ def comparison_figures(
     # 0 is no bias, as in most objectives: it is not drawn
     frames = Frames(comparison, _without_zero_bias(runs), _without_zero_bias(curves))
     metric = comparison.metric
+
     found: list[tuple[str, Figure | None]] = []
     with plot_style():
         for each in comparison.metrics:
             found += _plots_by_setting(frames, each, clean_label(each))
+
         for cost, words in (("memory", "memory of a training step"), ("seconds", "training time")):
             caption = (
                 f"{metric} against {words}: "
                 "one point per setting; no other is better for less than those on the grey line"
             )
             found.append((caption, plot_pareto_front(frames, metric, cost)))
+
         found.append((f"{metric} while training", plot_learning_curves(frames, metric)))
         logit_columns = ("logit_scale", "logit_bias")
         for column in logit_columns:
             found += _plots_by_setting(frames, column, f"{axis_words(column)} at the end")
+
         for column in logit_columns:
             caption = f"{axis_words(column)} while training"
             found.append((caption, plot_learning_curves(frames, column)))
+
     return _named_figures(found)
 
 
@@ -139,11 +146,14 @@ def _named_figures(found: list[tuple[str, Figure | None]]) -> dict[str, NamedFig
     for caption, figure in found:
         if figure is None:
             continue
+
         subject = caption.partition(":")[0].lower()
         stem = re.sub(r"\W+", "-", subject).strip("-")
         if stem in named:
             stem = f"{stem}-{len(named)}"
+
         named[stem] = caption, figure
+
     return named
 
 
@@ -158,14 +168,17 @@ def _plots_by_setting(frames: Frames, column: str, name: str) -> list[tuple[str,
     """A column against each numeric axis, or setting by setting if there is none."""
     if frames.done[column].dropna().empty:
         return []
+
     several_seeds = frames.runs["seed"].nunique() > 1
     note = "means over the seeds (dots) ± 1 standard deviation" if several_seeds else "one run each"
     if not frames.numeric:
         return [(f"{name}: {note}", plot_each_setting(frames, column, name))]
+
     plots: list[tuple[str, Figure | None]] = []
     for axis in frames.numeric:
         caption = f"{name} against {axis_words(axis)}: {note}"
         plots.append((caption, plot_against_axis(frames, column, name, axis)))
+
     return plots
 
 
@@ -186,15 +199,19 @@ def plot_against_axis(frames: Frames, column: str, name: str, axis: str) -> Figu
     lines = len(frames.axes[frames.coloured]) if line_axes else 1
     # bars of several lines stand side by side
     step = gap * min(0.06, 0.5 / lines)
+
     for panel, (_, part) in zip(panels, parts, strict=True):
         for levels, line in frames.parts(part, line_axes):
             number = frames.axes[frames.coloured].index(levels[frames.coloured]) if levels else 0
             x = line[axis].map(positions) + step * (number - (lines - 1) / 2)
             _draw_means(panel, x, line[column], frames.look(levels))
+
         panel.set_xticks(list(positions.values()), [clean_label(level) for level in positions])
         panel.set_xlim(min(positions.values()) - gap / 2, max(positions.values()) + gap / 2)
+
     if line_axes:
         _add_legend(frames, figure, done[frames.coloured])
+
     return figure
 
 
@@ -203,6 +220,7 @@ def plot_each_setting(frames: Frames, column: str, name: str) -> Figure:
     rows = list(frames.parts(frames.runs, list(frames.axes)))
     figure = Figure(figsize=(5.4, 1 + 0.34 * len(rows)), layout="constrained")
     panel = figure.add_subplot(xlabel=name)
+
     for height, (levels, part) in enumerate(rows):
         values = part[part["state"] == "done"][column].dropna()
         look = frames.look(levels)
@@ -211,6 +229,7 @@ def plot_each_setting(frames: Frames, column: str, name: str) -> Figure:
         if len(values):
             sd = values.std() if len(values) > 1 else 0.0
             panel.errorbar(values.mean(), height, xerr=sd, capsize=2, markersize=6, **look)  # type: ignore[arg-type]
+
     names = [clean_label(", ".join(levels.values())) for levels, _ in rows]
     panel.set_yticks(range(len(rows)), names)
     # the first setting on top
@@ -228,13 +247,17 @@ def plot_pareto_front(frames: Frames, metric: str, cost: str) -> Figure | None:
     means = frames.done.groupby(axes)[[metric, cost]].mean().dropna().reset_index()
     if means.empty:
         return None
+
     words, unit = _cost_unit(cost, float(means[cost].max()))
     means[cost] /= unit
     figure, (panel,) = _panel_grid([""], words, metric, fraction=True)
+
     if means[cost].min() > 0 and means[cost].max() >= 4 * means[cost].min():
         _use_log_scale(panel)
+
     for levels, part in frames.parts(means, axes):
         panel.plot(part[cost], part[metric], linestyle="", markersize=5, **frames.look(levels))  # type: ignore[arg-type]
+
     _join_batch_sizes(frames, panel, means, metric, cost)
     on_front = pareto_front(means[cost], means[metric])
     best = means[on_front].sort_values([cost, metric])
@@ -254,6 +277,7 @@ def _join_batch_sizes(
     joined = frames.numeric[-1:]
     if not joined:
         return
+
     for levels, part in frames.parts(means, frames.others(*joined)):
         line = part.sort_values(joined, key=pd.to_numeric)
         colour = frames.look(levels)["color"] if frames.coloured in levels else GREY
@@ -271,10 +295,12 @@ def _cost_unit(cost: str, most: float) -> tuple[str, float]:
     """How a cost of up to `most` GiB or seconds is labelled, and how much of it makes one unit."""
     if cost == "memory":
         return ("memory of a step, GiB", 1) if most >= 1 else ("memory of a step, MiB", 1 / 1024)
+
     for name, seconds in (("hours", 3600), ("minutes", 60)):
         # one unit alone would read badly
         if most >= 3 * seconds:
             return f"training time, {name}", seconds
+
     return "training time, seconds", 1
 
 
@@ -287,11 +313,13 @@ def _name_points(panel: Axes, points: NDArray[np.float64], names: list[str]) -> 
     # room for the leftmost name
     panel.margins(0.05 + 0.015 * max(map(len, names)), 0.12)
     panel.autoscale_view()
+
     named: list[NDArray[np.float64]] = []
     for point, name in zip(points, names, strict=True):
         position = panel.transData.transform(point)
         if any(np.hypot(*(position - other)) <= NAME_DISTANCE for other in named):
             continue
+
         named.append(position)
         offset = {"xytext": (-4, 4), "textcoords": "offset points", "ha": "right"}
         panel.annotate(name, tuple(point), fontsize=8, **offset)  # type: ignore[arg-type]
@@ -307,17 +335,21 @@ def plot_learning_curves(frames: Frames, column: str) -> Figure | None:
     points = known.groupby([*frames.axes, "seed"])["pairs"].nunique()
     if points.empty or points.max() < 2:
         return None
+
     parts = list(frames.parts(known, frames.others(frames.coloured)))
     titles = [_panel_title(levels) for levels, _ in parts]
     fraction = column in frames.comparison.metrics
     name = column if fraction else axis_words(column)
+
     figure, panels = _panel_grid(titles, "pairs seen", name, fraction)
     for panel, (_, part) in zip(panels, parts, strict=True):
         for levels, lines in frames.parts(part, [frames.coloured]):
             seeds = lines.pivot_table(index="pairs", columns="seed", values=column, aggfunc="last")
             _draw_curves_of_seeds(panel, seeds, frames.look(levels))
+
         panel.set_xlim(0, 1.03 * known["pairs"].max())
         panel.xaxis.set_major_formatter(EngFormatter(sep=""))
+
     _add_legend(frames, figure, known[frames.coloured])
     return figure
 
@@ -326,9 +358,11 @@ def _draw_curves_of_seeds(panel: Axes, seeds: pd.DataFrame, look: dict[str, str]
     """Args: seeds: one column per seed, over pairs; NaN where a seed has no point."""
     # thinned from the end, which must stay
     step = 1 + len(seeds) // CURVE_POINTS
+
     seeds = seeds.iloc[::-step][::-1]
     for seed in seeds.columns:
         panel.plot(seeds[seed].dropna(), linewidth=0.7, alpha=0.5, color=look["color"])
+
     # a seed that joins or leaves would make the mean jump
     mean = seeds.mean(axis=1)[seeds.notna().all(axis=1)]
     marks = {"markevery": max(1, len(mean) // CURVE_MARKS), "markersize": 4, **look}
@@ -354,6 +388,7 @@ def clean_label(text: str) -> str:
     short = "".join(filter(str.isprintable, text))
     if len(short) > 36:
         short = f"{short[:35]}…"
+
     return f" {short}" if short.startswith("_") else short
 
 
@@ -370,9 +405,11 @@ def _panel_grid(
     # inches
     size = (5.4, 3.9) if len(titles) == 1 else (1.2 + 3.2 * columns, 0.8 + 2.7 * rows)
     figure = Figure(figsize=size, layout="constrained")
+
     panels = list(figure.subplots(rows, columns, squeeze=False, sharey=True).flat)
     for spare in panels[len(titles) :]:
         spare.remove()
+
     panels = panels[: len(titles)]
     for number, (panel, title) in enumerate(zip(panels, titles, strict=True)):
         panel.set_title(title, fontsize=10)
@@ -380,6 +417,7 @@ def _panel_grid(
         is_leftmost = number % columns == 0
         panel.set_ylabel(clean_label(up) if is_leftmost else "")
         _style_panel(panel, "y", fraction)
+
     return figure, panels
 
 
@@ -394,10 +432,12 @@ def _style_panel(panel: Axes, measured: str, fraction: bool) -> None:
     panel.grid(axis="both" if measured == "x" else "y", color="#e8e8e8")
     panel.set_axisbelow(True)
     axis = panel.xaxis if measured == "x" else panel.yaxis
+
     if fraction:
         axis.set_major_formatter(lambda value, _: f"{100 * value:.4g} %")
     else:
         axis.set_major_formatter(ScalarFormatter(useOffset=False))
+
     axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
 
 

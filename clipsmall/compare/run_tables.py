@@ -48,7 +48,9 @@ def tables_of_runs(
                 curves_row = {name: line.get(name) for name in CURVES}
                 for column, key in comparison.metrics.items():
                     curves_row[column] = line.get(key)
+
                 lines.append({**which, **curves_row})
+
     axes = [*comparison.axes, "seed"]
     metrics = list(comparison.metrics)
     columns = [*axes, "state", "error", *metrics, *NUMBERS, "folder"]
@@ -65,6 +67,7 @@ def tables_of_runs(
 def _run_row(comparison: Comparison, run: GridRun | None, cell: GridCell) -> dict[str, Any]:
     if run is None:
         return _row_without_run(cell)
+
     lines = run.logged_lines()
     trained = [line for line in lines if "pairs_per_second" in line]
     state = run.state
@@ -75,24 +78,29 @@ def _run_row(comparison: Comparison, run: GridRun | None, cell: GridCell) -> dic
         "lr": run.config.optim.lr,
         "folder": str(run.folder),
     }
+
     if trained:
         end = trained[-1]
         for name in ("pairs", "logit_scale", "logit_bias"):
             row[name] = end.get(name)
+
         row["seconds"] = training_seconds(trained)
         row["pairs_per_second"] = median(line["pairs_per_second"] for line in trained)
         row["steps"] = end["step"]
         row["skipped"] = end.get("skipped", 0) + end.get("bad_steps", 0)
+
     if state == "done":
         # lines of evaluations have no loss
         final = [line for line in lines if "loss" not in line][-1]
         for column, key in comparison.metrics.items():
             row[column] = final.get(key)
+
         row["pairs"] = final["pairs"]
         row["steps"] = final["step"]
         # The last steps may be too few for a line of the log: their time is added in proportion.
         if trained:
             row["seconds"] = training_seconds(trained) * final["pairs"] / trained[-1]["pairs"]
+
     return row
 
 
@@ -117,4 +125,5 @@ def training_seconds(trained: list[dict[str, Any]]) -> float:
         speed = line["pairs_per_second"]
         seconds += (line["pairs"] - before) / speed if speed else math.nan
         before = line["pairs"]
+
     return seconds

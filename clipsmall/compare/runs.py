@@ -37,6 +37,7 @@ def config_digest(tree: Tree) -> str:
         left = {name: value for name, value in options.items() if name not in ignored}
         if left:
             relevant[section] = left
+
     return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:8]
 
 
@@ -60,6 +61,7 @@ class GridRun:
             which = f"lr {self.config.optim.lr:g}"
         else:
             which = self.kind
+
         return f"{self.setting.title}, {which}"
 
     @cached_property
@@ -81,6 +83,7 @@ class GridRun:
         steps = self.config.steps
         if self.config.evaluate.zero_shot or self.config.evaluate.retrieval:
             return self.files.last_evaluation() >= steps
+
         return (self.files.checkpoints / f"step_{steps:08d}" / "manifest.json").exists()
 
     @property
@@ -93,6 +96,7 @@ class GridRun:
             return "running"
         if self.mark:
             return self.mark
+
         return "begun" if (self.folder / "run.yaml").exists() else "missing"
 
     @property
@@ -102,6 +106,7 @@ class GridRun:
             return "failed"
         if (self.folder / "submitted.json").exists():
             return "submitted"
+
         return ""
 
     @property
@@ -110,6 +115,7 @@ class GridRun:
         path = self.folder / "failed.json"
         if not path.exists() or self.finished:
             return ""
+
         try:
             return str(json.loads(path.read_text())["error"])
         except (ValueError, KeyError):
@@ -119,12 +125,14 @@ class GridRun:
         """metrics.jsonl; a line cut by a kill is left out."""
         if not self.files.metrics.exists():
             return []
+
         lines = []
         for line in self.files.metrics.read_text(errors="replace").splitlines():
             try:
                 lines.append(json.loads(line))
             except json.JSONDecodeError:
                 continue
+
         return lines
 
 

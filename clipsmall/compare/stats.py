@@ -46,6 +46,7 @@ def bootstrap_interval(values: ArrayLike, draws: int = 10_000) -> tuple[float, f
     found = np.asarray(values, dtype=float)
     if len(found) < 2:
         return nan, nan
+
     means = np.random.default_rng(0).choice(found, (draws, len(found))).mean(axis=1)
     low, high = np.quantile(means, (0.025, 0.975))
     return float(low), float(high)
@@ -71,9 +72,11 @@ def summarise_runs(
     """
     if interval not in ("sd", "bootstrap"):
         raise ValueError(f"interval={interval}: take sd or bootstrap")
+
     runs_of: dict[Any, pd.DataFrame] = dict(list(runs.groupby(list(axes))))
     none = runs.iloc[:0]
     seeds = runs["seed"].nunique()
+
     rows = []
     for levels in product(*axes.values()):
         every = runs_of.get(levels, none)
@@ -91,10 +94,13 @@ def summarise_runs(
             row[f"{metric} sd"] = values.std()
             if interval == "bootstrap":
                 row[f"{metric} low"], row[f"{metric} high"] = bootstrap_interval(values)
+
         for cost in COSTS:
             row[cost] = done[cost].astype(float).mean()
+
         row["memory"] = every["memory"].astype(float).mean()
         rows.append(row)
+
     return pd.DataFrame(rows)
 
 
@@ -136,9 +142,11 @@ def contrasts_with_baseline(
         levels: dict(zip(group["seed"], group[metric].astype(float), strict=True))
         for levels, group in done.groupby(list(axes))
     }
+
     blocks: dict[Levels, list[Levels]] = {}
     for levels in product(*axes.values()):
         blocks.setdefault(levels_elsewhere(levels, axes, baseline), []).append(levels)
+
     rows: list[dict[str, Any]] = []
     for settings in blocks.values():
         base = next(levels for levels in settings if _has_levels(levels, axes, baseline))
@@ -146,6 +154,7 @@ def contrasts_with_baseline(
         tests = _tests_against_first([results.get(levels, {}) for levels in (base, *rivals)])
         for levels, test in zip(rivals, tests, strict=True):
             rows.append(dict(zip(axes, levels, strict=True)) | test)
+
     return pd.DataFrame(rows, columns=[*axes, *TESTED])
 
 
@@ -192,11 +201,13 @@ def _tests_against_first(settings: list[dict[int, float]]) -> list[dict[str, flo
     # the columns of settings and those of seeds have the same sum, so there is no inverse
     inverse = np.linalg.pinv(gram, hermitian=True)
     effects = inverse @ x.T @ y
+
     free = len(y) - np.linalg.matrix_rank(gram, hermitian=True)
     noise = np.sqrt(((y - x @ effects) ** 2).sum() / free) if free else nan
     # rounding: as good as identical numbers, of which no t can be made
     if free and noise <= 1e-9 * np.abs(y).max():
         noise = nan
+
     tests = []
     for rival in range(1, len(settings)):
         contrast = np.zeros(len(gram))
@@ -213,7 +224,9 @@ def _tests_against_first(settings: list[dict[int, float]]) -> list[dict[str, flo
         # Holm's p needs all of them, and follows
         values = (difference, difference - reach, difference + reach, t, free, p, nan, common)
         tests.append(dict(zip(TESTED, values, strict=True)))
+
     adjusted = holm_adjusted([test["p"] for test in tests])
     for test, p_holm in zip(tests, adjusted, strict=True):
         test["p Holm"] = p_holm
+
     return tests

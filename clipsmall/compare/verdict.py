@@ -98,12 +98,14 @@ class Study:
         """("chunked", "32") -> "chunked at batch size 32"."""
         if not isinstance(levels, Mapping):
             levels = dict(zip(self.comparison.axes, levels, strict=True))
+
         first_axis = next(iter(self.comparison.axes))
         words = []
         for axis, level in levels.items():
             # an objective needs no "objective" in front, but a number says nothing by itself
             speaks_for_itself = axis == first_axis and isnan(level_number(level))
             words.append(level if speaks_for_itself else f"{axis_words(axis)} {level}")
+
         head, *rest = words
         return f"{head} at {', '.join(rest)}" if rest else head
 
@@ -132,16 +134,20 @@ class Study:
             return ""
         if len(chosen) == len(every) > 1:
             return f" at every {' and '.join(axes)}"
+
         if len(axes) == 1:
             levels = [place[0] for place in chosen]
             plural = "s" if len(levels) > 1 and not isnan(level_number(levels[0])) else ""
             return f" at {axes[0]}{plural} {join_words(levels)}"
+
         if len(chosen) > 3:
             return f" in {len(chosen)} of {len(every)} combinations of {join_words(axes)}"
+
         each = []
         for place in chosen:
             words = [f"{axis} {level}" for axis, level in zip(axes, place, strict=True)]
             each.append(", ".join(words))
+
         return f" at {join_words(each)}"
 
     def grouped(self, chosen: Iterable[Levels]) -> str:
@@ -159,8 +165,10 @@ class Study:
         row = self.table[levels]
         if isnan(row[metric]):
             return "no result"
+
         mean = percent(row[metric])
         sd = row[f"{metric} sd"]
+
         low = row.get(f"{metric} low", nan)
         if not isnan(low):
             text = f"{mean} % ({percent(low)} to {percent(row[f'{metric} high'])})"
@@ -168,6 +176,7 @@ class Study:
             text = f"{mean} %"
         else:
             text = f"{mean} ± {percent(sd)} %"
+
         seeds = len(self.comparison.seeds)
         return text if row["n"] == seeds else f"{text} ({row['n']} of {seeds} seeds)"
 
@@ -188,6 +197,7 @@ def verdict_sentences(
     study = Study(comparison, runs, table, frame_rows(contrasts))
     if not study.ranked(comparison.metric):
         return ["No run is done yet: there is nothing to conclude.", *_unfinished(study)]
+
     return [
         *_best_and_runner_up(study),
         *_unfinished(study),
@@ -207,12 +217,15 @@ def _best_and_runner_up(study: Study) -> list[str]:
     best = f"{study.name(first)}, {study.value(first, metric)} {metric}"
     if not others:
         return [f"Only one setting is done: {best}."]
+
     second = others[0]
     test = study.duel(metric, first, second)
     versus = difference_words(test)
+
     if test["difference"] < 0:
         # where seeds are missing, the means and the differences of common seeds may disagree
         versus = f"by the means; seed for seed it is behind: {versus}"
+
     runner_up = f"{study.name(second)}, {study.value(second, metric)}"
     return [f"Best: {best}. Runner-up: {runner_up}; {versus}."]
 
@@ -226,19 +239,24 @@ def _unfinished(study: Study) -> list[str]:
         if settings:
             count = sum(study.table[levels][state] for levels in settings)
             items.append(f"{count} {words} ({study.grouped(settings)})")
+
     done = study.runs[study.runs["state"] == "done"]
     metric = study.comparison.metric
+
     blank = done[done[metric].isna()]
     if len(blank):
         settings = sorted({study.levels(row) for row in frame_rows(blank)})
         items.append(f"{len(blank)} done without {metric} ({study.grouped(settings)})")
+
     if not items:
         return []
+
     total = len(study.table) * len(study.comparison.seeds)
     reasons_why = join_words(items)
     sentences = [
         f"{len(done)} of {total} runs are done: {reasons_why}. The verdict is of what is done."
     ]
+
     failed = study.runs[study.runs["state"] == "failed"]
     if len(failed):
         run = frame_rows(failed)[0]
@@ -246,6 +264,7 @@ def _unfinished(study: Study) -> list[str]:
         error = (str(run["error"]).strip() or "no message").splitlines()[-1]
         name = f"{study.name(study.levels(run))}, seed {run['seed']}"
         sentences.append(f"The first failure, {name}: {error[:160]}")
+
     return sentences
 
 
@@ -262,6 +281,7 @@ def _outcome(test: Row) -> str:
         return "ahead" if difference > 0 else "behind"
     if isnan(p) or p >= SIGNIFICANCE_LEVEL:
         return "open"
+
     return "better" if difference > 0 else "worse"
 
 
@@ -270,21 +290,26 @@ def _leaders(study: Study) -> list[str]:
     outcomes = {study.levels(test): _outcome(test) for test in study.tests}
     baseline = study.baseline
     ranked = study.ranked(study.comparison.metric)
+
     places_of = dict[str, list[Levels]]()
     for place in dict.fromkeys(map(study.place, study.table)):
         here = [levels for levels in ranked if study.place(levels) == place]
         # one alone leads nobody
         if len(here) < 2:
             continue
+
         best = here[0]
         leader = study.rival(best)
         if leader != baseline:
             note = LEADER_NOTES.get(outcomes.get(best, ""), "not tested against {}")
             leader = f"{leader} ({note.format(baseline)})"
+
         places_of.setdefault(leader, []).append(place)
+
     # of a single place, the first sentence has said it
     if sum(map(len, places_of.values())) < 2:
         return []
+
     leaders = "; ".join(leader + study.at(places) for leader, places in places_of.items())
     return [f"In the lead: {leaders}."]
 
@@ -299,22 +324,28 @@ def _rivals_of_the_baseline(study: Study) -> list[str]:
         levels = study.levels(test)
         if outcome:
             tests_of[outcome].setdefault(study.rival(levels), []).append(test)
+
         if outcome in ("better", "worse", "open"):
             place = study.place(levels)
             unbeaten[place] = unbeaten.get(place, True) and outcome != "better"
+
     sentences = []
     for outcome, rivals in tests_of.items():
         if not rivals:
             continue
+
         items = []
         for rival, tests in rivals.items():
             places = [study.place(study.levels(test)) for test in tests]
             items.append(rival + study.at(places) + _range_of_differences(tests))
+
         head = OUTCOME_HEADS[outcome].format(study.baseline)
         sentences.append(f"{head}: {'; '.join(items)}.")
+
     safe = [place for place, holds in unbeaten.items() if holds]
     if safe:
         sentences.append(f"Nothing is shown to beat {study.baseline}{study.at(safe)}.")
+
     return sentences
 
 
@@ -327,6 +358,7 @@ def _range_of_differences(tests: list[Row]) -> str:
     p = max(test["p Holm"] for test in tests)
     if p < SIGNIFICANCE_LEVEL:
         return f" ({text} points, {p_value_words(p, len(tests) > 1)})"
+
     return f" ({text} points)"
 
 
@@ -340,15 +372,18 @@ def _batch_sizes(study: Study) -> list[str]:
     ]
     if not sized:
         return []
+
     axis = sized[0]
     position = list(axes).index(axis)
     size_of = {level: float(tree["data"]["batch_size"]) for level, tree in axes[axis].items()}
+
     lines: SettingsBySize = {}
     for levels in study.ranked(study.comparison.metric):
         # its place, with the batch size left blank
         further = study.place((*levels[:position], "", *levels[position + 1 :]))
         line = lines.setdefault((study.rival(levels), further), {})
         line[size_of[levels[position]]] = levels
+
     return [*_gain_of_the_largest_batch(study, lines), *_rival_for_a_larger_batch(study, lines)]
 
 
@@ -360,6 +395,7 @@ def _gain_of_the_largest_batch(study: Study, lines: SettingsBySize) -> list[str]
     grown = [line for line in baselines if len(line) > 1]
     if not grown:
         return []
+
     line = grown[0]
     small = line[min(line)]
     large = line[max(line)]
@@ -367,6 +403,7 @@ def _gain_of_the_largest_batch(study: Study, lines: SettingsBySize) -> list[str]
     difference = test["difference"]
     if isnan(difference):
         return []
+
     significant = test["p"] < SIGNIFICANCE_LEVEL
     if test["p"] >= SIGNIFICANCE_LEVEL or abs(difference) <= EQUAL:
         words = "not told apart from"
@@ -374,6 +411,7 @@ def _gain_of_the_largest_batch(study: Study, lines: SettingsBySize) -> list[str]
         words = "better than" if significant else "ahead of"
     else:
         words = "worse than" if significant else "behind"
+
     values = f"{study.value(large, metric)} and {study.value(small, metric)}"
     names = f"{study.name(large)} is {words} {study.name(small)}"
     return [f"{names}: {values}; {difference_words(test)}."]
@@ -392,13 +430,16 @@ def _rival_for_a_larger_batch(study: Study, lines: SettingsBySize) -> list[str]:
             # else nothing shows what the baseline lacks at this size
             if size not in base:
                 continue
+
             mean = study.table[levels][metric]
             for larger, goal in base_means.items():
                 below = [base_means[other] for other in base if other < larger]
                 if size < larger and max(below) < goal <= mean:
                     found.append((size, -larger, -mean, levels, base[larger]))
+
     if not found:
         return []
+
     *_, levels, replaced = min(found)
     values = f"{study.value(levels, metric)} against {study.value(replaced, metric)}"
     difference = difference_words(study.duel(metric, levels, replaced))
@@ -413,9 +454,11 @@ def _pareto_fronts(study: Study) -> list[str]:
     costs = {"memory": "memory"}
     if not study.comparison.budget.seconds:
         costs["seconds"] = "training time"
+
     sentences = []
     for cost, words in costs.items():
         sentences += _pareto_sentence(study, cost, words)
+
     return sentences
 
 
@@ -424,18 +467,22 @@ def _pareto_sentence(study: Study, cost: str, words: str) -> list[str]:
     known = [levels for levels in study.ranked(metric) if not isnan(study.table[levels][cost])]
     if len(known) < 2:
         return []
+
     price = [study.table[levels][cost] for levels in known]
     gain = [study.table[levels][metric] for levels in known]
     if max(price) < 1.05 * min(price):
         ends = [_amount(cost, value) for value in (min(price), max(price))]
         return [f"The {words} hardly differs: {' to '.join(dict.fromkeys(ends))}."]
+
     # `known` has the best first, and on the front the best is the dearest: the cheapest first
     front = [at for at, on_front in enumerate(pareto_front(price, gain)) if on_front][::-1]
     settings = study.grouped(known[at] for at in front)
     ends = [f"{percent(gain[at])} % for {_amount(cost, price[at])}" for at in (front[0], front[-1])]
     span = " to ".join(dict.fromkeys(ends))
+
     if cost == "seconds":
         span += _varying_times(study)
+
     return [f"By the means, nothing is better for its {words} than {settings}: {span}."]
 
 
@@ -446,6 +493,7 @@ def _varying_times(study: Study) -> str:
     ratio = (times.max() / times.min()).max()
     if ratio > 1.1:
         return f" (but times of one setting differ up to {ratio:.1f}-fold between its seeds)"
+
     return ""
 
 
@@ -461,18 +509,22 @@ def _other_metrics(study: Study) -> list[str]:
     main, *metrics = study.comparison.metrics
     if not metrics:
         return []
+
     best = study.ranked(main)[0]
     items = []
     for metric in metrics:
         winner = next(iter(study.ranked(metric)), best)
         if winner == best or study.table[winner][metric] == study.table[best][metric]:
             continue
+
         values = f"{study.value(winner, metric)} against {study.value(best, metric)}"
         # Holm's p: the winner is picked out of all
         noise = noise_words(study.duel(metric, winner, best), "p Holm")
         items.append(f"{metric}: {study.name(winner)}, {values}, {noise}")
+
     if items:
         return [f"Best by another metric: {'; '.join(items)}."]
+
     return ["The other metrics have the same best setting."]
 
 
@@ -493,8 +545,10 @@ def _unsteady(study: Study) -> list[str]:
         squares = sum(sd**2 for sd in known) - own**2
         if others > 1 and own**2 * others > 16 * squares:
             items.append(f"{study.name(levels)} (± {percent(own)})")
+
     if not items:
         return []
+
     consequence = "p is too small there, and too large for the rest"
     return [f"Far less steady than the rest: {join_words(items)}; {consequence}."]
 
@@ -504,9 +558,11 @@ def _what_it_rests_on(study: Study) -> list[str]:
     budget = study.comparison.budget_words
     if max(row["n"] for row in study.table.values()) < 2:
         return [f"{budget}; one run each: no interval, no significance."]
+
     drawn = any(f"{study.comparison.metric} low" in row for row in study.table.values())
     spread = "in brackets the 95 % bootstrap interval" if drawn else "± their standard deviation"
     sentences = [f"{budget}, {len(study.comparison.seeds)} seeds, {spread}."]
+
     tested = [test for test in study.tests if not isnan(test["high"])]
     if tested:
         reach = median((test["high"] - test["low"]) / 2 for test in tested)
@@ -516,4 +572,5 @@ def _what_it_rests_on(study: Study) -> list[str]:
             f"many rivals (Holm){each}; "
             f"a single difference is known to about ± {percent(reach)} points."
         )
+
     return sentences

@@ -57,6 +57,7 @@ def noise_words(test: Row, p_column: str = "p") -> str:
     p = test[p_column]
     if isnan(p):
         return "not tested"
+
     verdict = "more than" if p < SIGNIFICANCE_LEVEL else "within"
     return f"{p_value_words(p)}, {verdict} noise"
 
@@ -69,7 +70,9 @@ def difference_words(test: Row) -> str:
     """
     if isnan(test["difference"]):
         return "no seed in common to compare them by"
+
     interval = ""
     if not isnan(test["low"]):
         interval = f"95 % interval {percent(test['low'])} to {percent(test['high'])}, "
+
     return f"a difference of {percent(test['difference'])} points ({interval}{noise_words(test)})"

@@ -56,6 +56,7 @@ def heat_map_address(
     largest = np.abs(finite).max(initial=1e-6)
     image = axes.imshow(matrix, cmap="RdBu_r", vmin=-largest, vmax=largest)
     axes.figure.colorbar(image, shrink=0.8)
+
     if len(labels) == len(matrix) <= MOST_LABELS:
         # A control character would break the SVG: matplotlib repeats each label in a comment there.
         short = ["".join(filter(str.isprintable, label))[:36] for label in labels]
@@ -63,4 +64,5 @@ def heat_map_address(
         font_size = min(10, 260 / len(short))
         axes.set_xticks(ticks, short, rotation=90, fontsize=font_size)
         axes.set_yticks(ticks, short, fontsize=font_size)
+
     return figure_address(axes.figure)

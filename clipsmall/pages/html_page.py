@@ -101,8 +101,10 @@ def format_quantity(value: float, fraction: bool = False) -> str:
     if fraction:
         percent = 100 * value
         return f"{percent:.1f} %" if value == 0 or value >= 0.01 else f"{percent:.2g} %"
+
     if abs(value) >= 1000 or float(value).is_integer():
         return f"{value:,.0f}"
+
     return f"{value:.4g}"
 
 
@@ -110,12 +112,15 @@ def value_cell(column: str, value: Any) -> TableCell:
     """How a value under the heading `column` reads in a table."""
     if isinstance(value, TableCell):
         return value
+
     if isinstance(value, int | float | np.number) and math.isfinite(value):
         fraction = is_fraction(column) and 0 <= float(value) <= 1
         return TableCell(format_quantity(float(value), fraction), "number")
+
     # None or NaN
     if pd.isna(value):
         return TableCell(DASH, "number")
+
     text = str(value)
     return TableCell(text, "number" if NUMBER.fullmatch(text) else "")
 
@@ -128,6 +133,7 @@ def picture_address(data: bytes) -> tuple[str, bool]:
         if longest <= LARGEST_PICTURE:
             kind = image.get_format_mimetype() or "image/png"
             return data_address(data, kind), longest <= TINY_PICTURE
+
         small = ImageOps.exif_transpose(image).convert("RGB")
         small.thumbnail((LARGEST_PICTURE, LARGEST_PICTURE))
         file = io.BytesIO()
@@ -135,6 +141,7 @@ def picture_address(data: bytes) -> tuple[str, bool]:
     except Exception:
         # Pillow raises errors of many kinds; the browser marks a broken image itself
         return data_address(data, "image/png"), False
+
     return data_address(file.getvalue(), "image/webp"), False
 
 

@@ -69,6 +69,7 @@ def render_run_report(report: RunReport) -> str:
         matrix = ""
         if report.matrix is not None:
             matrix = heat_map_address(report.matrix, report.matrix_labels)
+
     template = "report_page/run_report.html.jinja"
     return fill_template(template, report=report, curves=curves, matrix=matrix)
 
@@ -84,9 +85,11 @@ def training_plots(frame: pd.DataFrame) -> Iterator[Plot]:
         # a name with a slash is a metric of an evaluation
         if name in NOT_PLOTTED or "/" in name:
             continue
+
         curve = finite_series(frame, name)
         if not curve.any():
             continue
+
         fraction = is_fraction(name)
         note = format_quantity(curve.iloc[-1], fraction)
         lines = _curve_and_median(name, curve)
@@ -97,6 +100,7 @@ def training_plots(frame: pd.DataFrame) -> Iterator[Plot]:
             columns = math.exp(min(last, 50))
             note += f" · dashed: chance, ln {columns:,.0f} = {format_quantity(last)}"
             lines.append((chance, {"color": "#333333", "linestyle": "--"}))
+
         title = TITLES.get(name, name.replace("_", " ").capitalize())
         yield title, note, draw_curves(lines, fraction)
 
@@ -134,6 +138,7 @@ def evaluation_plots(frame: pd.DataFrame) -> Iterator[Plot]:
             for chance in (f"{name}/chance", set_chance):
                 dashed = {"color": colour, "linestyle": "--", "linewidth": 1}
                 lines.append((finite_series(frame, chance), dashed))
+
         title = " · ".join(filter(None, (task, metric))).replace("_", " ")
         yield title, "", draw_curves(lines, fraction)
 
@@ -146,9 +151,11 @@ def _columns_by_metric(frame: pd.DataFrame) -> dict[tuple[str, str], list[str]]:
             continue
         if len(finite_series(frame, name)) < 2:
             continue
+
         task = name.split("/")[0] if name.count("/") > 1 else ""
         metric = name.rpartition("/")[2]
         columns.setdefault((task, metric), []).append(name)
+
     return columns
 
 
@@ -170,19 +177,24 @@ def draw_curves(lines: list[Line], fraction: bool) -> str:
     # one more line of text below for each label
     figure = Figure(figsize=(4.6, 2.8 + 0.22 * labels), layout="constrained")
     axes = figure.add_subplot(xlabel="pairs seen")
+
     for curve, look in lines:
         # thinned from the end, which must stay
         step = 1 + len(curve) // MOST_POINTS
         curve = curve.iloc[::-step]
         axes.plot(curve.index.to_numpy(), curve.to_numpy(), **look)
+
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e8e8e8")
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+
     if fraction:
         axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
     else:
         axes.yaxis.set_major_formatter(ScalarFormatter(useOffset=False))
+
     # below: a few long names would cover the lines
     if labels:
         figure.legend(loc="outside lower left", frameon=False)
+
     return figure_address(figure)

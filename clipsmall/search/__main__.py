@@ -42,6 +42,7 @@ def main(words: list[str] | None = None) -> int:
         if not 1 <= k <= searcher.images:
             images = searcher.images
             raise ValueError(f"--k={k}: the data set has {images} images; ask for 1 to {images}")
+
         data = _short_name(options.data[0])
         page = search_page.build_search_page(searcher, data, _short_name(options.model), k)
         address = search_page.launch_search_page(page, options.port)
@@ -49,6 +50,7 @@ def main(words: list[str] | None = None) -> int:
         page.block_thread()
     except ValueError as error:
         refuse(error)
+
     return 0
 
 
@@ -91,8 +93,10 @@ def _device(given: str) -> torch.device:
         torch.empty(1, device=device)
     except RuntimeError as error:
         raise ValueError(f"--device={given}: {str(error).splitlines()[0]}") from None
+
     if device.type == "cuda":
         devices.check_kernels()
+
     return device
 
 

@@ -67,15 +67,19 @@ def embed(encoder: Encoder, catalog: Catalog, folder: Path, model: str = "") -> 
     fingerprints = []
     for number, shard in enumerate(catalog.shards):
         fingerprints.append((shard.name, _fingerprint(catalog, number)))
+
     with lock_folder(folder):
         store = EmbeddingStore(folder, model, encoder.digest(), fingerprints)
         if store.note:
             print(f"{folder}: {store.note}; they are made again", file=sys.stderr)
+
         missing = store.missing()
         silent = not (missing and encoder.progress)
         for number in tqdm(missing, desc="embedding shards", disable=silent):
             store.add(number, *_made(encoder, catalog, number))
+
         parts = [part for number in range(len(fingerprints)) if (part := store.part(number))]
+
     assert len(parts) == len(fingerprints)
     # a part has rows within its shard, the catalog counts over all shards
     rows = []
@@ -83,8 +87,10 @@ def embed(encoder: Encoder, catalog: Catalog, folder: Path, model: str = "") -> 
     for part, size in zip(parts, catalog.sizes, strict=True):
         rows.append(part.table["row"].to_numpy() + first_row)
         first_row += size
+
     if not sum(map(len, rows)):
         raise ValueError(f"{catalog.shards[0]} ...: none of {len(catalog)} images can be read")
+
     caption_chunks = [chunk for part in parts for chunk in part.table["caption"].chunks]
     return StoredEmbeddings(
         images=[part.image for part in parts],
@@ -107,11 +113,13 @@ def _made(encoder: Encoder, catalog: Catalog, number: int) -> tuple[Part, int]:
     """A shard's part, and how many of its images cannot be read."""
     shard = catalog.shards[number]
     alone = catalog.only(number)
+
     try:
         image, found = _images(encoder, alone)
         captions = read_texts(alone, rows=found.tolist()).captions
     finally:
         os.close(alone.descriptor(0))
+
     flat = [caption for each in captions for caption in each]
     text = encoder.texts(flat) if flat else image
     refuse_non_finite(image, f"{shard}: image")

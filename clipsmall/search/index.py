@@ -35,6 +35,7 @@ def row_chunks(parts: list[Tensor], rows: Tensor) -> Iterator[Tensor]:
                 without_gaps = last - first < len(here)
                 # a slice copies nothing
                 yield part[first : last + 1] if without_gaps else part[here]
+
         start = end
 
 
@@ -74,6 +75,7 @@ class Exact:
                 f"{int((~finite).sum())} of {len(rough)} cosines are not finite: the model has "
                 "diverged, or the embeddings are broken; delete their folder and embed again"
             )
+
         # twice the rounding error, as both cosines of a comparison have one
         rounding = len(query) * 2.0**-22
         kth = rough.topk(k).values[-1]
@@ -100,6 +102,7 @@ class Faiss:
             raise ValueError(
                 "--index=faiss: it is not installed; pip install faiss-cpu, or search exactly"
             ) from None
+
         self.rows = rows
         self.index: Any = faiss.IndexFlatIP(parts[0].shape[1])
         for part in row_chunks(parts, rows):

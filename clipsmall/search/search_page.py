@@ -42,10 +42,12 @@ def build_search_page(searcher: Searcher, data: str, model: str, k: int) -> Any:
     # Gradio reads these on import: nothing leaves this machine
     for setting in ("GRADIO_ANALYTICS_ENABLED", "GRADIO_RUN_HISTORY"):
         os.environ.setdefault(setting, "False")
+
     import gradio as gr
 
     answers = _Answers(searcher)
     title = f"Search {data}"
+
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(600, 3600)) as page:
         gr.HTML(_heading(searcher, data, model), elem_id="head")
         with gr.Row():
@@ -73,8 +75,10 @@ def build_search_page(searcher: Searcher, data: str, model: str, k: int) -> Any:
                     label="For example",
                     type="values",
                 )
+
             with gr.Column(scale=3, min_width=320):
                 answer = gr.HTML(answer_html.note_html(HINT), elem_id="answer")
+
         # One query at a time: they share one model. Nothing of it is an API for others.
         quiet: dict[str, Any] = {
             "concurrency_id": "search",
@@ -91,6 +95,7 @@ def build_search_page(searcher: Searcher, data: str, model: str, k: int) -> Any:
         chosen = examples.click(lambda sample: sample[0], examples, text, **quiet)
         asked = chosen.then(answers.to_text, [text, many], [answer, image], **quiet)
         asked.then(js=SHOW_ANSWER)
+
     return page
 
 
@@ -124,6 +129,7 @@ class _Answers:
             return self.to_image(image, k)[0]
         if text.strip():
             return self.to_text(text, k)[0]
+
         return answer_html.note_html(HINT)
 
     def _html(self, ask: Callable[[], Answer]) -> str:
@@ -149,6 +155,7 @@ def launch_search_page(page: Any, port: int) -> str:
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
     # no fonts from outside
     theme = gr.themes.Default(**fonts)
+
     try:
         _, address, _ = page.launch(
             server_name="127.0.0.1",
@@ -166,4 +173,5 @@ def launch_search_page(page: Any, port: int) -> str:
         )
     except (OSError, OverflowError):
         raise ValueError(f"--port={port}: taken, or not to be had; give another") from None
+
     return str(address)

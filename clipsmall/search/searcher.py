@@ -75,6 +75,7 @@ class Searcher:
         text = " ".join(text.split())
         if not text:
             raise ValueError("the query is empty: type some words, or drop a picture")
+
         start = time.perf_counter()
         query = self._encoded(self.encoder.model.encode_text, self.encoder.tokenize([text]))
         embedded = time.perf_counter()
@@ -96,6 +97,7 @@ class Searcher:
             pixels = self.transform(image)[None]
         except BadImage as error:
             raise ValueError(f"this picture cannot be used: {error}") from None
+
         query = self._encoded(self.encoder.model.encode_image, pixels)
         embedded = time.perf_counter()
         images = self._images(query, k)
@@ -116,5 +118,7 @@ class Searcher:
             image = b""
             if with_images:
                 image = self.catalog.read(int(self.found.rows[row])).image
+
             hits.append(Hit(cosine, caption, image))
+
         return hits

@@ -48,12 +48,14 @@ def lock_folder(folder: Path) -> Iterator[None]:
         raise ValueError(
             f"{folder}: holds something else than our embeddings; give a new --embeddings"
         )
+
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(
             f"{folder}: cannot be written ({error}); give another --embeddings"
         ) from None
+
     with locks.alone(folder, "another command embeds there; wait, or give another --embeddings"):
         yield
 
@@ -77,6 +79,7 @@ class EmbeddingStore:
         self.fingerprints = fingerprints
         # why parts are made again
         self.note = ""
+
         found = self._read_record()
         old = {}
         if found:
@@ -85,15 +88,18 @@ class EmbeddingStore:
             else:
                 other = f"{found['model']} {found['digest'][:8]}"
                 self.note = f"the embeddings there are of another model ({other})"
+
         kept = {}
         for number, (_, fingerprint) in enumerate(fingerprints):
             name = str(number)
             same_shard = name in old and old[name].get("fingerprint") == fingerprint
             if same_shard and self.part(number):
                 kept[name] = old[name]
+
         if len(kept) < len(old):
             changed = len(old) - len(kept)
             self.note = f"{changed} of {len(old)} shards have changed, or their embeddings"
+
         self.record: dict[str, Any] = {
             "version": VERSION,
             "model": model,
@@ -135,6 +141,7 @@ class EmbeddingStore:
         """
         for kind, rows in (("img_emb", part.image), ("text_emb", part.text)):
             self._write(self.file(kind, number), partial(_save, rows))
+
         self._write(self.file("metadata", number), lambda path: pq.write_table(part.table, path))
         shard, fingerprint = self.fingerprints[number]
         self.record["parts"][str(number)] = {
@@ -153,10 +160,12 @@ class EmbeddingStore:
             table = pq.read_table(self.file("metadata", number))
         except (OSError, ValueError, EOFError, pa.ArrowException):
             return None
+
         if not image.ndim == text.ndim == 2:
             return None
         if image.shape != text.shape or len(image) != len(table):
             return None
+
         return Part(torch.from_numpy(image), torch.from_numpy(text), table)
 
     @property
@@ -172,13 +181,16 @@ class EmbeddingStore:
                     f"{self.folder}: holds something else than our embeddings; "
                     "give a new --embeddings"
                 )
+
             return {}
+
         try:
             found: dict[str, Any] = json.loads(path.read_text())
             if found["version"] == VERSION:
                 return found
         except (ValueError, KeyError, TypeError):
             pass
+
         raise ValueError(
             f"{path}: not a record of version {VERSION}; "
             "delete the folder, or give a new --embeddings"

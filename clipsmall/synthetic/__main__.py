@@ -32,6 +32,7 @@ def main(words: list[str] | None = None) -> int:
         options.out.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
         refuse(error)
+
     curves, cosines = run_study(options)
     summary = summarise_study(options, curves)
     curves.to_csv(options.out / "curves.csv", index=False, float_format="%.8g")
@@ -86,10 +87,13 @@ def _options(words: list[str] | None) -> argparse.Namespace:
     )
     options = parser.parse_args(words)
     scale, bias = LOGITS[options.loss]
+
     if options.scale is None:
         options.scale = scale
+
     if options.bias is None:
         options.bias = bias
+
     return options
 
 
@@ -100,8 +104,10 @@ def _check_options(options: argparse.Namespace) -> None:
         value = getattr(options, name)
         if not (value > 0 and isfinite(value)):
             raise ValueError(f"--{name} {value}: must be more than 0")
+
     if not isfinite(options.bias):
         raise ValueError(f"--bias {options.bias}: must be finite")
+
     seeds = options.seeds
     if min(seeds) < 0 or len(set(seeds)) < len(seeds):
         raise ValueError(f"--seeds {' '.join(map(str, seeds))}: must be 0 or more, none twice")
@@ -115,6 +121,7 @@ def _check_batches(pairs: int, size: int, selections: list[str]) -> None:
         raise ValueError(
             f"--batch_size {size}: must be 2 or more and divide the {pairs} of --pairs"
         )
+
     heavy = [name for name in selections if name in ("NcB", "osgd_NcB")]
     batches = comb(pairs, size)
     if heavy and batches > MOST_BATCHES:

@@ -54,6 +54,7 @@ def sinkhorn_of_batches(logits: Tensor) -> Tensor:
         for _ in range(ROUNDS):
             columns = -(logits + rows).logsumexp(-2, keepdim=True)
             rows = -(logits + columns).logsumexp(-1, keepdim=True)
+
     moved = logits + rows
     return (moved.logsumexp(-2) - moved.diagonal(dim1=-2, dim2=-1)).mean(-1)
 
@@ -127,10 +128,12 @@ class FreeEmbeddings:
         """
         image, text = F.normalize(self.free.detach(), dim=-1).float().numpy()
         scored = Scored(image, text, self.scale, self.bias)
+
         if self.loss == "sigmoid":
             weights = sigmoid_weights(scored, size)
         else:
             weights = softmax_weights(scored, size)
+
         # free vectors have no duplicates to keep apart
         cannot_link = np.zeros_like(weights, dtype=bool)
         return spectral(scored, one_owner(self.pairs, size), cannot_link, generator, weights)
@@ -156,8 +159,10 @@ def choose_batches(
     # one batch per update
     partition = generator.permutation(pairs).reshape(-1, 1, size)
     batches = np.arange(pairs)[None]
+
     if selection in ("NcB", "osgd_NcB"):
         batches = np.array(list(combinations(range(pairs), size)))
+
     while True:
         if selection in ("full", "NcB"):
             yield batches
@@ -187,6 +192,7 @@ def train_free_embeddings(
     optimum = known_optimum(free.pairs, free.free.shape[-1])
     batches = choose_batches(free, selection, size, generator)
     updates_per_step = 1 if selection in ("full", "NcB") else free.pairs // size
+
     updates = 0
     seen = 0
     for step in range(steps + 1):
@@ -195,6 +201,7 @@ def train_free_embeddings(
             free.update(chosen)
             updates += 1
             seen += chosen.size
+
         distances = optimum_distances(free.cosines().detach(), optimum)
         yield {
             "step": step,
@@ -236,6 +243,7 @@ def known_optimum(pairs: int, width: int) -> Tensor | None:
     """
     if width >= pairs - 1:
         return simplex(pairs, width)
+
     return cross_polytope(width) if pairs == 2 * width else None
 
 
@@ -255,6 +263,7 @@ def optimum_distances(cosines: Tensor, optimum: Tensor | None) -> dict[str, floa
         is_simplex = optimum.shape[1] >= len(optimum) - 1
         if is_simplex:
             distance = float((cosines - wanted).norm())
+
     return {
         "row_distance": row_distance,
         "distance": distance,

@@ -38,6 +38,7 @@ def run_study(options: argparse.Namespace) -> tuple[pd.DataFrame, dict[str, Floa
     rows = list[dict[str, Any]]()
     cosines = dict[str, Floats]()
     runs = [(selection, seed) for selection in options.selections for seed in options.seeds]
+
     with tqdm(total=len(runs) * (options.steps + 1), unit="step", disable=None) as bar:
         for selection, seed in runs:
             free = _start(options, seed)
@@ -48,7 +49,9 @@ def run_study(options: argparse.Namespace) -> tuple[pd.DataFrame, dict[str, Floa
             for row in curve:
                 rows.append({"selection": selection, "seed": seed, **row})
                 bar.update()
+
             cosines[f"{selection}_{seed}"] = free.cosines().detach().numpy()
+
     # columns of None alone would be objects
     curves = pd.DataFrame(rows).astype({"row_distance": float, "distance": float})
     return curves, cosines
@@ -72,6 +75,7 @@ def summarise_study(options: argparse.Namespace, curves: pd.DataFrame) -> dict[s
         points = optimum.numpy()
         there = FreeEmbeddings(points, points, options.loss, options.scale, options.bias)
         loss_at_optimum = there.full_loss()
+
     last = curves[curves.step == options.steps].groupby("selection", sort=False)
     columns = ["row_distance", "distance", "diagonal", "full_loss"]
     final = {str(name): rows[columns].agg(["mean", "std"]).to_dict() for name, rows in last}
@@ -148,12 +152,14 @@ def _draw_curves(
     settled = curves.full_loss[curves.step >= options.steps // 5].max()
     bottom, top = loss_panel.get_ylim()
     loss_panel.set_ylim(bottom, min(top, settled * 1.02))
+
     if loss_at_optimum is not None:
         shape = "simplex" if options.width >= options.pairs - 1 else "cross-polytope"
         name = f"distance to the {shape}, rows sorted"
         _draw_mean_and_range(panels[0], curves, "row_distance", name)
         panels[0].set_yscale("log")
         loss_panel.axhline(loss_at_optimum, color="0.4", linestyle="--", label=f"at the {shape}")
+
     handles, names = loss_panel.get_legend_handles_labels()
     figure.legend(handles, names, loc="outside upper center", ncols=4, frameon=False)
 
@@ -168,6 +174,7 @@ def _draw_cosines(
         image = axes.imshow(matrix, cmap="RdBu_r", vmin=-1, vmax=1)
         axes.set_title(name, color=COLOURS[name])
         axes.set(xticks=[], yticks=[])
+
     figure.colorbar(image, ax=panels, shrink=0.8, label="cosine, image i and text j")
 
 
@@ -181,6 +188,7 @@ def _draw_mean_and_range(axes: "Axes", curves: pd.DataFrame, column: str, name: 
         axes.plot(steps, over_seeds["mean"], color=colour, label=label)
         band: dict[str, Any] = {"color": colour, "alpha": 0.15, "linewidth": 0}
         axes.fill_between(steps, over_seeds["min"], over_seeds["max"], **band)
+
     axes.set(xlabel="step", ylabel=name)
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.01)
