@@ -1,3 +1,1 @@
-"""Objectives, batch sizes and tricks side by side: a grid of runs, their statistics, pictures and a
-verdict.
-"""
+"""Trains a grid of runs and compares them: statistics, plots, models side by side, a verdict."""

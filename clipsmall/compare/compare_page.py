@@ -1,6 +1,4 @@
-"""A comparison as one self-contained HTML page: verdict, tables, failures, plots, and models side
-by side.
-"""
+"""A comparison as one HTML page: verdict, tables, failures, plots, and models side by side."""
 
 from dataclasses import dataclass, field
 from math import isnan, nan
@@ -10,190 +8,251 @@ from typing import Any
 import pandas as pd
 
 from clipsmall.compare.grid import Comparison
-from clipsmall.compare.plots import Named
-from clipsmall.compare.samples import TestedSample
-from clipsmall.compare.study import TOLD, number, percent, records, spoken
-from clipsmall.report_page import page
+from clipsmall.compare.model_samples import TestedSample
+from clipsmall.compare.plots import NamedFigure
+from clipsmall.compare.wording import (
+    SIGNIFICANCE_LEVEL,
+    axis_words,
+    frame_rows,
+    level_number,
+    percent,
+)
+from clipsmall.pages.figures import figure_address, heat_map_address, plot_style
+from clipsmall.pages.html_page import DASH, Table, TableCell, fill_template, save_html
 
-DASH = "\N{EN DASH}"
-STATES = {
+# How the states of unfinished runs are called; the others as they are.
+STATE_WORDS = {
     "unfit": "does not fit the memory",
     "missing": "not run yet",
     "begun": "begun, not finished",
 }
+# Column of the summary -> heading in the table of every setting.
+COST_HEADINGS = {
+    "memory": "memory, MiB",
+    "seconds": "time, s",
+    "pairs_per_second": "pairs/s",
+    "logit_scale": "logit scale",
+}
+NO_VALUE = TableCell(DASH, "number")
 
 
 @dataclass
-class Page:
+class ComparisonPage:
     """Everything the page shows; what is empty leaves no heading behind."""
 
     title: str
     subtitle: str = ""
     facts: list[tuple[str, str]] = field(default_factory=list)
     verdict: list[str] = field(default_factory=list)
-    tables: list[page.Table] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
     # run, state, error
     failures: list[tuple[str, str, str]] = field(default_factory=list)
-    # of `plots.figures`
-    figures: dict[str, Named] = field(default_factory=dict)
+    # of `plots.comparison_figures`
+    figures: dict[str, NamedFigure] = field(default_factory=dict)
     samples: list[TestedSample] = field(default_factory=list)
     config: str = ""
     command: str = ""
 
 
-def render(shown: Page) -> str:
+def render_comparison_page(page: ComparisonPage) -> str:
     """The whole page; titles, captions, levels, errors and configs are untrusted and escaped."""
-    with page.drawing():
-        drawings = [
-            (*_halves(text), page.svg(figure), figure.get_figwidth() > 6)
-            for text, figure in shown.figures.values()
-        ]
+    with plot_style():
+        drawings = [_drawing(caption, figure) for caption, figure in page.figures.values()]
         matrices = [
-            page.heat_map(each.matrix, [], (4.6, 3.8)) for each in shown.samples if each.labels
+            heat_map_address(sample.matrix, [], (4.6, 3.8))
+            for sample in page.samples
+            if sample.labels
         ]
-    models = [each for each in shown.samples if not each.error]
-    return page.filled(
-        "compare/compare.html.jinja",
-        page=shown,
+
+    models = [sample for sample in page.samples if not sample.error]
+    # one tuple per query, with the answers of each model
+    queries = list(zip(*(model.gallery for model in models), strict=True))
+    return fill_template(
+        "compare/compare_page.html.jinja",
+        page=page,
         drawings=drawings,
         matrices=matrices,
         models=models,
-        queries=list(zip(*(each.gallery for each in models), strict=True)),
+        queries=queries,
     )
 
 
-def write(shown: Page, path: Path) -> None:
-    """Render to `path`, whole or not at all."""
-    page.save(render(shown), path)
+def _drawing(caption: str, figure: Any) -> tuple[str, str, str, bool]:
+    """Title, note, data: address, and whether it needs the page's full width."""
+    title, _, note = caption.partition(": ")
+    return title, note, figure_address(figure), figure.get_figwidth() > 6
 
 
-def _halves(text: str) -> tuple[str, str]:
-    head, _, note = text.partition(": ")
-    return head, note
+def write_comparison_page(page: ComparisonPage, path: Path) -> None:
+    """Render the page to `path`, whole or not at all. Raises OSError."""
+    save_html(render_comparison_page(page), path)
 
 
-def facts(comparison: Comparison, runs: pd.DataFrame) -> list[tuple[str, str]]:
+def comparison_facts(comparison: Comparison, runs: pd.DataFrame) -> list[tuple[str, str]]:
     """What stands in the boxes on top."""
+    facts = []
+    for axis, levels in comparison.axes.items():
+        facts.append((axis_words(axis), f"{len(levels)}: {', '.join(levels)}"))
+
     done = (runs["state"] == "done").sum()
     seconds = runs["seconds"].sum()
+    time = f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"
     return [
-        *(
-            (spoken(axis), f"{len(levels)}: {', '.join(levels)}")
-            for axis, levels in comparison.axes.items()
-        ),
+        *facts,
         ("seeds", str(len(comparison.seeds))),
         ("runs done", f"{done} of {len(runs)}"),
-        ("each run", comparison.spent),
-        (
-            "time in all",
-            f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min",
-        ),
+        ("each run", comparison.budget_words),
+        ("time in all", time),
     ]
 
 
-def failures(comparison: Comparison, runs: pd.DataFrame) -> list[tuple[str, str, str]]:
-    """(run, state, error) of all that is not done, what failed first; seeds that came to the same
-    share a line.
+def unfinished_runs(comparison: Comparison, runs: pd.DataFrame) -> list[tuple[str, str, str]]:
+    """(run, state, error) of all that is not done, what failed first.
+
+    Seeds that came to the same share a row.
     """
-    found: dict[tuple[str, str, str], list[str]] = {}
-    for row in sorted(
-        records(runs[runs["state"] != "done"]), key=lambda row: row["state"] != "failed"
-    ):
-        setting = ", ".join(f"{spoken(axis)} {row[axis]}" for axis in comparison.axes)
-        found.setdefault((setting, row["state"], row["error"]), []).append(str(row["seed"]))
-    return [
-        (
-            f"{setting}, seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}",
-            STATES.get(state, state),
-            error,
-        )
-        for (setting, state, error), seeds in found.items()
-    ]
+    rows = frame_rows(runs[runs["state"] != "done"])
+    rows.sort(key=lambda row: row["state"] != "failed")
+
+    seeds_of: dict[tuple[str, str, str], list[str]] = {}
+    for row in rows:
+        setting = ", ".join(f"{axis_words(axis)} {row[axis]}" for axis in comparison.axes)
+        outcome = (setting, row["state"], row["error"])
+        seeds_of.setdefault(outcome, []).append(str(row["seed"]))
+
+    unfinished = []
+    for (setting, state, error), seeds in seeds_of.items():
+        plural = "s" if len(seeds) > 1 else ""
+        run = f"{setting}, seed{plural} {', '.join(seeds)}"
+        unfinished.append((run, STATE_WORDS.get(state, state), error))
+
+    return unfinished
 
 
-def tables(
+def comparison_tables(
     comparison: Comparison, summary: pd.DataFrame, contrasts: pd.DataFrame
-) -> list[page.Table]:
+) -> list[Table]:
     """The main metric at a glance (first axis down, second across), and every setting in full.
 
     Args:
-        summary: of `summarise`; contrasts: of `contrasts`, for the first metric against
-            `comparison.against`.
+        summary: of `summarise_runs`.
+        contrasts: of `contrasts_with_baseline`, of the first metric against the baseline.
     """
-    return [*_glance(comparison, summary), _full(comparison, summary, contrasts)]
+    tables = [_table_of_settings(comparison, summary, contrasts)]
+    # with other than two axes there is no across and down
+    if len(comparison.axes) == 2 and not summary[comparison.metric].isna().all():
+        tables.insert(0, _table_at_a_glance(comparison, summary))
+
+    return tables
 
 
-def _spread(row: dict[str, Any], metric: str, best: float) -> page.TableCell:
+def _table_at_a_glance(comparison: Comparison, summary: pd.DataFrame) -> Table:
+    down, across = comparison.axes
+    metric = comparison.metric
+    best = summary.groupby(across)[metric].max()
+    row_of = {(row[down], row[across]): row for row in frame_rows(summary)}
+    # a limit of memory may leave batch sizes out
+    shown = [level for level in comparison.axes[across] if level in best]
+    empty = {metric: nan}
+
+    rows = []
+    for level in comparison.axes[down]:
+        cells: list[Any] = [level]
+        for other in shown:
+            row = row_of.get((level, other), empty)
+            cells.append(_mean_cell(row, metric, best[other]))
+
+        rows.append(cells)
+
+    across_words = axis_words(across)
+    note = f"Percent, mean over the seeds; across: {across_words}. Bold: the best of a column."
+    return Table(f"{metric} at a glance", note, [axis_words(down), *shown], rows)
+
+
+def _mean_cell(row: dict[str, Any], metric: str, best: float) -> TableCell:
     """43.1 ± 0.5, in percent; or with a bootstrap interval 43.1 (42.6 to 43.5)."""
-    if isnan(mean := row[metric]):
-        return page.TableCell(DASH, "number")
+    mean = row[metric]
+    if isnan(mean):
+        return NO_VALUE
+
     sd = row[f"{metric} sd"]
     low = row.get(f"{metric} low", nan)
-    wide = f" ± {percent(sd)}" if isnan(low) and not isnan(sd) else ""
-    wide = wide if isnan(low) else f" ({percent(low)} to {percent(row[f'{metric} high'])})"
-    return page.TableCell(percent(mean) + wide, "number best" if mean == best else "number")
+    spread = ""
+    if not isnan(low):
+        spread = f" ({percent(low)} to {percent(row[f'{metric} high'])})"
+    elif not isnan(sd):
+        spread = f" ± {percent(sd)}"
+
+    return TableCell(percent(mean) + spread, "number best" if mean == best else "number")
 
 
-def _glance(comparison: Comparison, summary: pd.DataFrame) -> list[page.Table]:
-    down, *others = comparison.axes
-    if len(others) != 1 or summary[comparison.metric].isna().all():
-        return []
-    (across,), metric = others, comparison.metric
-    best = summary.groupby(across)[metric].max()
-    table = {(row[down], row[across]): row for row in records(summary)}
-    there = [at for at in comparison.axes[across] if at in best]
-    rows = [
-        [level, *(_spread(table.get((level, at), {metric: nan}), metric, best[at]) for at in there)]
-        for level in comparison.axes[down]
-    ]
-    note = f"Percent, mean over the seeds; across: {spoken(across)}. Bold: the best of a column."
-    return [page.Table(f"{metric} at a glance", note, [spoken(down), *there], rows)]
-
-
-def _full(comparison: Comparison, summary: pd.DataFrame, contrasts: pd.DataFrame) -> page.Table:
+def _table_of_settings(
+    comparison: Comparison, summary: pd.DataFrame, contrasts: pd.DataFrame
+) -> Table:
     axes = list(comparison.axes)
     seeds = len(comparison.seeds)
-    against = {tuple(row[axis] for axis in axes): row for row in records(contrasts)}
-    rival = f"{comparison.metric} against {', '.join(comparison.against.values())}"
-    costs = {
-        "memory": "memory, MiB",
-        "seconds": "time, s",
-        "pairs_per_second": "pairs/s",
-        "logit_scale": "logit scale",
-    }
+    test_of = {tuple(row[axis] for axis in axes): row for row in frame_rows(contrasts)}
+    best = {metric: summary[metric].max() for metric in comparison.metrics}
+
     rows = []
-    for row in records(summary):
+    for row in frame_rows(summary):
         levels = tuple(row[axis] for axis in axes)
-        cells: list[Any] = [
-            page.TableCell(level, "" if isnan(number(level)) else "number") for level in levels
-        ]
-        cells.append(page.TableCell(f"{row['n']} of {seeds}", "number"))
-        cells += [_spread(row, metric, summary[metric].max()) for metric in comparison.metrics]
-        cells += _difference(against.get(levels))
-        cells += [1024 * row[cost] if cost == "memory" else row[cost] for cost in costs]
-        rows.append([_rounded(each) for each in cells])
-    columns = [*map(spoken, axes), "runs", *comparison.metrics, rival, "p", *costs.values()]
-    note = (
-        "Percent, mean ± standard deviation over the seeds; click on a heading to sort. Against the baseline at the "
-        f"same levels elsewhere: points seed for seed, p by Holm over its rivals, * below {TOLD}."
-    )
-    return page.Table("Every setting", note, columns, rows)
+        cells = []
+        for level in levels:
+            cells.append(TableCell(level, "" if isnan(level_number(level)) else "number"))
 
+        cells.append(TableCell(f"{row['n']} of {seeds}", "number"))
+        cells += [_mean_cell(row, metric, best[metric]) for metric in comparison.metrics]
+        cells += _difference_cells(test_of.get(levels))
+        for cost in COST_HEADINGS:
+            # the summary has GiB
+            value = 1024 * row[cost] if cost == "memory" else row[cost]
+            cells.append(_cost_cell(value))
 
-def _difference(test: dict[str, Any] | None) -> list[page.TableCell]:
-    if test is None or isnan(test["difference"]):
-        return [page.TableCell(DASH, "number")] * 2
-    p = test["p Holm"]
-    told = DASH if isnan(p) else f"{p:.2g}" + " *" * (p < TOLD)
-    return [
-        page.TableCell(percent(test["difference"], "+"), "number"),
-        page.TableCell(told, "number"),
+        rows.append(cells)
+
+    against = f"{comparison.metric} against {', '.join(comparison.baseline_levels.values())}"
+    columns = [
+        *map(axis_words, axes),
+        "runs",
+        *comparison.metrics,
+        against,
+        "p",
+        *COST_HEADINGS.values(),
     ]
+    note = (
+        "Percent, mean ± standard deviation over the seeds; click on a heading to sort. "
+        "Against the baseline at the same levels elsewhere: points seed for seed, "
+        f"p by Holm over its rivals, * below {SIGNIFICANCE_LEVEL}."
+    )
+    return Table("Every setting", note, columns, rows)
 
 
-def _rounded(value: Any) -> Any:
-    """A cost in three digits or more: `page.cell` gives as many as there are."""
-    if not isinstance(value, float) or isnan(value):
-        return value
-    digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2
-    return page.TableCell(f"{value:,.{digits}f}", "number")
+def _difference_cells(test: dict[str, Any] | None) -> list[TableCell]:
+    """The difference from the baseline, and its p."""
+    if test is None or isnan(test["difference"]):
+        return [NO_VALUE, NO_VALUE]
+
+    p = test["p Holm"]
+    if isnan(p):
+        p_cell = NO_VALUE
+    else:
+        star = " *" if p < SIGNIFICANCE_LEVEL else ""
+        p_cell = TableCell(f"{p:.2g}{star}", "number")
+
+    return [TableCell(percent(test["difference"], "+"), "number"), p_cell]
+
+
+def _cost_cell(value: float) -> TableCell:
+    """Three digits or more: a table would show all that there are."""
+    if isnan(value):
+        return NO_VALUE
+
+    digits = 2
+    if abs(value) >= 10:
+        digits = 1
+
+    if abs(value) >= 100:
+        digits = 0
+
+    return TableCell(f"{value:,.{digits}f}", "number")

@@ -1,6 +1,4 @@
-"""A comparison, described: a grid of settings in YAML, the budget that they share, and what is
-measured.
-"""
+"""A comparison as YAML describes it: a grid of settings, their budget, and what is measured."""
 
 import itertools
 import json
@@ -15,10 +13,13 @@ from clipsmall.config.reader import lay_over, of_kind, spelled_out, validated
 from clipsmall.evaluation.tasks import TASKS
 from clipsmall.storage.yaml_files import ConfigError, read_yaml
 
+# a config or a part of it, as read from YAML
 Tree = dict[str, Any]
-# seed of trials: more seeds for the runs leave it alone
-TRIED = 1000
-SHORT = {"batch_size": "data.batch_size"}
+# Seed of trials: far from the runs' seeds, so that more of those never take it.
+TRIAL_SEED = 1000
+# axes with a short name
+SHORT_NAMES = {"batch_size": "data.batch_size"}
+# Columns of the written tables, beside levels and metrics.
 COUNTS = ("n", "unfit", "failed", "missing", "seed", "seeds", "state", "error", "folder")
 TESTS = ("difference", "low", "high", "t", "df", "p", "p Holm")
 NUMBERS = (
@@ -32,58 +33,74 @@ NUMBERS = (
     "memory",
     "skipped",
 )
-# of the tables, beside levels and metrics
 COLUMNS = (*COUNTS, *TESTS, *NUMBERS, "loss", "accuracy")
 
 
-def nested(tree: Any) -> Tree:
-    """`{"optim.lr": 1e-3}` -> `{"optim": {"lr": 1e-3}}`; null is an empty section. Raises
-    ValueError.
+def nested_tree(tree: Any) -> Tree:
+    """`{"optim.lr": 1e-3}` -> `{"optim": {"lr": 1e-3}}`; null is an empty section.
+
+    Raises:
+        ValueError: neither a mapping nor null.
     """
     if tree is None:
         return {}
     if not isinstance(tree, dict):
         raise ValueError(f"must hold `section.field: value`, not {tree!r}")
+
     found: Tree = {}
     for name, value in tree.items():
-        value = (
-            nested(value)
-            if isinstance(value, dict) and name not in ("name", "objective.name")
-            else value
-        )
+        # the keys below an objective's name are objectives with their weights, not fields
+        if isinstance(value, dict) and name not in ("name", "objective.name"):
+            value = nested_tree(value)
+
         for part in reversed(str(name).split(".")):
             value = {part: value}
+
         found = lay_over(found, spelled_out(value))
+
     return found
 
 
-def _levels(axes: Any) -> Any:
+def _named_levels(axes: Any) -> Any:
     """`batch_size: [16, 32]` -> `batch_size: {16: {data.batch_size: 16}, ...}`."""
     if not isinstance(axes, dict):
+        # pydantic says what is wrong with it
         return axes
+
     found = {}
     for axis, levels in axes.items():
         if isinstance(levels, list):
-            if strange := [level for level in levels if isinstance(level, list | dict)]:
-                raise ValueError(
-                    f"{axis}: {strange[0]} needs a name, as in {axis}: {{NAME: {{section.field: value}}}}"
-                )
-            levels = {level: {SHORT.get(axis, axis): level} for level in levels}
+            levels = _levels_of_list(axis, levels)
+
         if isinstance(levels, dict):
-            levels = {str(name): nested(tree) for name, tree in levels.items()}
+            levels = {str(name): nested_tree(tree) for name, tree in levels.items()}
+
         found[str(axis)] = levels
+
     return found
 
 
-Changes = Annotated[Tree, BeforeValidator(nested)]
+def _levels_of_list(axis: str, levels: list[Any]) -> dict[Any, Tree]:
+    """Values of a config's field as levels of that name."""
+    field = SHORT_NAMES.get(axis, axis)
+    for level in levels:
+        if isinstance(level, list | dict):
+            example = f"{axis}: {{NAME: {{section.field: value}}}}"
+            raise ValueError(f"{axis}: {level} needs a name, as in {example}")
+    return {level: {field: level} for level in levels}
+
+
+Changes = Annotated[Tree, BeforeValidator(nested_tree)]
 Axes = Annotated[
-    dict[str, Annotated[dict[str, Tree], Field(min_length=1)]], BeforeValidator(_levels)
+    dict[str, Annotated[dict[str, Tree], Field(min_length=1)]],
+    BeforeValidator(_named_levels),
 ]
 
 
 class Budget(Section):
-    """What all runs have alike: pairs, or seconds of training; and memory, if given: then the batch
-    follows from it.
+    """What all runs have alike: pairs or seconds of training, and a limit of memory, if given.
+
+    With a limit of memory, each setting takes the largest batch that fits.
     """
 
     pairs: int | None = Field(None, ge=1, description="pairs of each run")
@@ -92,47 +109,53 @@ class Budget(Section):
     )
     trial: int = Field(4_000, ge=1, description="pairs of the run that tries the speed")
     memory: float | None = Field(
-        None, gt=0, description="GiB of a rank: each takes its largest batch that fits"
+        None, gt=0, description="GiB per rank: each setting takes its largest batch that fits"
     )
     ranks: int = Field(
         1, ge=1, description="ranks of a run, as `launch` starts them: for the memory of one"
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="that runs train on, for its memory; auto: mine"
+        "auto", description="that runs train on, for its memory; auto: the one of this machine"
     )
-    warmup: float = Field(0.05, ge=0, lt=1, description="share of a run's pairs")
+    warmup: float = Field(0.05, ge=0, lt=1, description="fraction of a run's pairs")
 
     @model_validator(mode="after")
-    def _one(self) -> "Budget":
+    def _one_of_pairs_and_seconds(self) -> "Budget":
         if (self.pairs is None) == (self.seconds is None):
             raise ValueError("give either pairs (equal samples) or seconds (equal time)")
         return self
 
     @property
     def words(self) -> str:
-        same = (
-            f"{self.pairs:,} pairs a run"
-            if self.pairs
-            else f"as many pairs as {self.seconds:g} s of training take"
-        )
-        return same + (f", the largest batch within {self.memory:g} GiB" if self.memory else "")
+        """The budget in words."""
+        if self.pairs:
+            words = f"{self.pairs:,} pairs per run"
+        else:
+            words = f"as many pairs as {self.seconds:g} s of training take"
+
+        if self.memory:
+            words += f", the largest batch within {self.memory:g} GiB"
+
+        return words
 
 
 class Rates(Section):
-    """Learning rates that are tried, on a seed that the comparison does not use."""
+    """Learning rates that are tried, with a seed that no run of the comparison has."""
 
     values: list[Annotated[float, Field(gt=0)]] = Field(min_length=2)
     pairs: int = Field(ge=1, description="of each trial")
     at: dict[str, str] = Field(
-        {}, description="axis: level where it is tried; the others have their own rate each"
+        {}, description="axis: level where rates are tried; other axes: a rate for each level"
     )
     metric: str = Field(
-        "", description="that decides; default: the first. A steady one: short runs are noisy"
+        "", description="that decides; default: the first. Take a steady one: trials are short"
     )
-    seed: int = Field(TRIED, ge=0, description="of the trials, which no run has")
+    seed: int = Field(TRIAL_SEED, ge=0, description="of the trials, which no run has")
 
 
 class Gallery(Section):
+    """Which models of the comparison the page shows side by side."""
+
     at: dict[str, str] = Field(
         {}, description="axis: level of the models shown; others: each level's own best"
     )
@@ -140,7 +163,7 @@ class Gallery(Section):
 
 
 class Comparison(Section):
-    """A study. The first metric decides; every metric is a share of which more is better."""
+    """A study. The first metric decides; every metric is a fraction of which more is better."""
 
     title: str
     out: str
@@ -162,48 +185,64 @@ class Comparison(Section):
 
     @model_validator(mode="after")
     def _levels_exist(self) -> "Comparison":
-        named = [
-            ("baseline", self.baseline),
-            ("gallery.at", self.gallery.at),
-            ("lr.at", self.lr.at if self.lr else {}),
-        ]
-        for field, levels in named:
+        named = {
+            "baseline": self.baseline,
+            "gallery.at": self.gallery.at,
+            "lr.at": self.lr.at if self.lr else {},
+        }
+        for field, levels in named.items():
             for axis, level in levels.items():
-                if level not in self.axes.get(axis, {}):
-                    known = ", ".join(self.axes.get(axis, self.axes))
-                    raise ValueError(
-                        f"{field}: {axis}={level} is none of the grid's; there is {known}"
-                    )
+                if level in self.axes.get(axis, {}):
+                    continue
+
+                known = ", ".join(self.axes.get(axis, self.axes))
+                raise ValueError(f"{field}: {axis}={level} is not in the grid; there is {known}")
+
+        return self
+
+    @model_validator(mode="after")
+    def _seeds_and_rates_agree(self) -> "Comparison":
         if self.lr and self.lr.metric and self.lr.metric not in self.metrics:
-            raise ValueError(
-                f"lr.metric={self.lr.metric} is none of the metrics; there is {', '.join(self.metrics)}"
-            )
+            known = ", ".join(self.metrics)
+            raise ValueError(f"lr.metric={self.lr.metric} is not a metric here; there is {known}")
+
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds: {self.seeds} names one twice")
         if self.lr and self.lr.seed in self.seeds:
             raise ValueError(
                 f"lr.seed={self.lr.seed} is one of seeds; learning rates are tried on another"
             )
+
+        # raises ValueError for an open quote
         shlex.split(self.launch)
         return self
 
     @model_validator(mode="after")
     def _columns_are_free(self) -> "Comparison":
         names = [*self.axes, *self.metrics, *COLUMNS]
-        if twice := [name for name in names if names.count(name) > 1]:
+        twice = [name for name in names if names.count(name) > 1]
+        if twice:
             raise ValueError(
                 f"axes, metrics: {twice[0]!r} is a column of the table already; take another name"
             )
+
+        return self
+
+    @model_validator(mode="after")
+    def _levels_set_what_they_may(self) -> "Comparison":
         for axis, levels in self.axes.items():
             for level, tree in levels.items():
-                if taken := {"seed", "out", "resume"} & set(tree):
+                taken = {"seed", "out", "resume"} & set(tree)
+                if taken:
                     raise ValueError(
                         f"axes: {axis}={level} sets {min(taken)}, which the comparison sets"
                     )
                 if self.lr and "lr" in tree.get("optim", {}):
                     raise ValueError(
-                        f"axes: {axis}={level} sets optim.lr, and `lr` would try others in its place"
+                        f"axes: {axis}={level} sets optim.lr, "
+                        "and `lr` would try others in its place"
                     )
+
         return self
 
     @property
@@ -212,36 +251,35 @@ class Comparison(Section):
         return [
             axis
             for axis, levels in self.axes.items()
-            if all(_sized(tree) for tree in levels.values())
+            if all(_is_a_batch_size(tree) for tree in levels.values())
         ]
 
     @property
-    def spent(self) -> str:
-        """The budget in words."""
-        own = any(
-            "pairs" in tree.get("optim", {})
-            for levels in self.axes.values()
-            for tree in levels.values()
-        )
-        return self.budget.words + (", where the grid does not say otherwise" if own else "")
+    def budget_words(self) -> str:
+        """The budget in words, with a hint where a level has its own."""
+        trees = [tree for levels in self.axes.values() for tree in levels.values()]
+        if any("pairs" in tree.get("optim", {}) for tree in trees):
+            return f"{self.budget.words}, where the grid does not say otherwise"
+        return self.budget.words
 
     @property
-    def against(self) -> dict[str, str]:
-        """The baseline's levels."""
+    def baseline_levels(self) -> dict[str, str]:
+        """axis -> level of the baseline; by default the first level of the first axis."""
         first = next(iter(self.axes))
         return self.baseline or {first: next(iter(self.axes[first]))}
 
     @property
     def metric(self) -> str:
+        """The first metric, which decides."""
         return next(iter(self.metrics))
 
 
-def _sized(tree: Tree) -> bool:
+def _is_a_batch_size(tree: Tree) -> bool:
     return set(tree) == {"data"} and set(tree["data"]) == {"batch_size"}
 
 
 class GridSetting(NamedTuple):
-    """A cell of the grid, which each seed runs once."""
+    """One combination of levels, which each seed runs once."""
 
     # axis -> level
     levels: dict[str, str]
@@ -250,47 +288,57 @@ class GridSetting(NamedTuple):
 
     @property
     def title(self) -> str:
+        """Its levels, which no other setting has."""
         return ", ".join(self.levels.values())
 
 
-def load(path: str) -> Comparison:
-    """Raises ConfigError with all that is wrong with the file and with the runs that it
-    describes.
+def load_comparison(path: str) -> Comparison:
+    """Read a grid from a YAML file.
+
+    Raises:
+        ConfigError: all that is wrong with the file and with the runs that it describes.
     """
     comparison = of_kind(Comparison, read_yaml(path), path)
     try:
-        grid = settings(comparison)
+        settings = grid_settings(comparison)
     except ConfigError as error:
         raise ConfigError(f"{path}: config: {error}") from None
+
+    # message -> the first setting that it is true of
     wrong = dict[str, str]()
-    same = dict[str, str]()
-    for setting in grid:
+    # config -> the first setting that has it
+    first_with = dict[str, str]()
+    for setting in settings:
         try:
-            check(comparison, validated(setting.tree))
+            _check_run(comparison, validated(setting.tree))
         except ConfigError as error:
             wrong.setdefault(str(error), setting.title)
-        first = same.setdefault(
-            json.dumps(setting.tree, sort_keys=True, default=str), setting.title
-        )
+
+        config = json.dumps(setting.tree, sort_keys=True, default=str)
+        first = first_with.setdefault(config, setting.title)
         if first != setting.title:
             wrong.setdefault(f"trains the same as {first}: a level changes nothing", setting.title)
+
     if wrong:
         raise ConfigError("\n".join(f"{path}: {title}: {line}" for line, title in wrong.items()))
+
     return comparison
 
 
-def check(comparison: Comparison, config: Config) -> None:
-    """Raises ConfigError for a metric that the run's evaluations do not give, and a budget below
-    one batch.
+def _check_run(comparison: Comparison, config: Config) -> None:
+    """Refuse a metric that the run's evaluations do not give, and a budget below one batch.
+
+    Raises:
+        ConfigError: one of the two.
     """
-    least = min(
-        [each for each in (comparison.budget.pairs, comparison.lr and comparison.lr.pairs) if each],
-        default=0,
-    )
-    if least and least < config.data.batch_size:
+    amounts = [comparison.budget.pairs, comparison.lr and comparison.lr.pairs]
+    least = min([pairs for pairs in amounts if pairs], default=0)
+    batch_size = config.data.batch_size
+    if least and least < batch_size:
         raise ConfigError(
-            f"{least} pairs (budget.pairs, lr.pairs) are less than one batch of {config.data.batch_size}"
+            f"{least} pairs (budget.pairs, lr.pairs) are less than one batch of {batch_size}"
         )
+
     known = []
     # beginnings of metrics' names where a task cannot list them before they are measured
     open_ended = []
@@ -303,23 +351,26 @@ def check(comparison: Comparison, config: Config) -> None:
             open_ended.append(task.log_name(each.name, ""))
     for column, key in comparison.metrics.items():
         if key not in known and not key.startswith(tuple(open_ended)):
-            raise ConfigError(
-                f"metrics.{column}: {key!r} is not measured; there is {', '.join(known) or 'nothing'}"
-            )
+            there_is = ", ".join(known) or "nothing"
+            raise ConfigError(f"metrics.{column}: {key!r} is not measured; there is {there_is}")
 
 
-def settings(comparison: Comparison) -> list[GridSetting]:
+
+def grid_settings(comparison: Comparison) -> list[GridSetting]:
     """The product of all axes, the last running fastest."""
     base: Tree = {}
     for file in comparison.config:
         base = lay_over(base, spelled_out(read_yaml(file)))
+
     base = lay_over(base, comparison.common)
-    found = []
+    settings = []
     for chosen in itertools.product(*(levels.items() for levels in comparison.axes.values())):
         tree = base
         for _, changes in chosen:
             tree = lay_over(tree, changes)
-        found.append(
-            GridSetting(dict(zip(comparison.axes, (name for name, _ in chosen), strict=True)), tree)
-        )
-    return found
+
+        names = [name for name, _ in chosen]
+        levels = dict(zip(comparison.axes, names, strict=True))
+        settings.append(GridSetting(levels, tree))
+
+    return settings

@@ -1,6 +1,4 @@
-"""The memory that each setting of a grid needs, planned without running it, and which batches fit a
-budget of it.
-"""
+"""The memory that each setting of a grid needs, as planned without running it, and what fits."""
 
 import json
 import math
@@ -11,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 from clipsmall.compare.grid import Comparison, GridSetting, Tree
-from clipsmall.compare.runs import digest
+from clipsmall.compare.runs import config_digest
 from clipsmall.config.reader import lay_over, validated
 from clipsmall.plan.largest import Planner
 from clipsmall.plan.step import Machine
@@ -20,72 +18,88 @@ from clipsmall.storage import atomic
 GIB = 2**30
 
 
-def batch(setting: GridSetting) -> int:
+def batch_size_of(setting: GridSetting) -> int:
+    """Pairs of its global batch."""
     return validated(setting.tree).data.batch_size
 
 
-def groups(comparison: Comparison, settings: list[GridSetting]) -> list[list[GridSetting]]:
-    """Settings that differ in the size of their batch alone."""
-    found = dict[tuple[str, ...], list[GridSetting]]()
+def groups_by_batch_size(
+    comparison: Comparison, settings: list[GridSetting]
+) -> list[list[GridSetting]]:
+    """Settings that differ in nothing but the size of their batch, together."""
+    groups = dict[tuple[str, ...], list[GridSetting]]()
     for setting in settings:
-        others = tuple(
-            level for axis, level in setting.levels.items() if axis not in comparison.batch_axes
-        )
-        found.setdefault(others, []).append(setting)
-    return list(found.values())
+        levels = setting.levels.items()
+        others = tuple(level for axis, level in levels if axis not in comparison.batch_axes)
+        groups.setdefault(others, []).append(setting)
+    return list(groups.values())
 
 
-def fitting(
+def settings_that_fit(
     comparison: Comparison, settings: list[GridSetting], needs: dict[str, float]
 ) -> list[GridSetting]:
-    """All settings; within a budget of memory, of those that differ in their batch alone the
-    largest that fits.
+    """All settings; within a limit of memory, the one with the largest batch of each group.
+
+    Args:
+        needs: GiB by the title of each setting; NaN fits nowhere.
     """
-    most = comparison.budget.memory
-    if most is None:
+    limit = comparison.budget.memory
+    if limit is None:
         return settings
-    fit = [
-        [each for each in group if needs[each.title] <= most]
-        for group in groups(comparison, settings)
-    ]
-    return [max(group, key=batch) for group in fit if group]
+
+    largest = []
+    for group in groups_by_batch_size(comparison, settings):
+        fitting = [setting for setting in group if needs[setting.title] <= limit]
+        if fitting:
+            largest.append(max(fitting, key=batch_size_of))
+
+    return largest
 
 
-def planned(comparison: Comparison, found: list[GridSetting]) -> dict[str, float]:
-    """GiB of a rank for each setting, by title; counted once and kept in memory.json. NaN: the
-    planner cannot tell.
+def planned_memory(comparison: Comparison, settings: list[GridSetting]) -> dict[str, float]:
+    """GiB per rank of each setting, by its title; NaN where the planner cannot tell.
+
+    They are planned once and kept in memory.json: that takes half a second for small towers, and a
+    minute for large ones.
     """
     device = comparison.budget.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+
     machine = Machine(device, comparison.budget.ranks)
-    # gcl remembers each pair, so that the number of pairs counts
-    spent = {"optim": {"pairs": comparison.budget.pairs}} if comparison.budget.pairs else {}
+    # an objective may remember each pair, so that the number of pairs counts
+    pairs = comparison.budget.pairs
+    spent = {"optim": {"pairs": pairs}} if pairs else {}
     planner = Planner(machine, budget=2**63)
     path = Path(comparison.out) / "memory.json"
     known = json.loads(path.read_text()) if path.exists() else {}
     needs = {}
-    for setting in tqdm(
-        found, desc="memory", unit=" settings", leave=False, disable=not sys.stderr.isatty()
-    ):
+
+    bar = tqdm(
+        settings, desc="memory", unit=" settings", leave=False, disable=not sys.stderr.isatty()
+    )
+    for setting in bar:
         tree = lay_over(setting.tree, spent)
-        key = f"{setting.title} {digest(tree)}, {machine.ranks} x {machine.device}"
-        # half a second for the glyph towers, a minute for large ones
+        key = f"{setting.title} {config_digest(tree)}, {machine.ranks} x {machine.device}"
         if key not in known:
             try:
                 known[key] = _peak(planner, tree)
             except OSError:
-                # a hub that does not answer today
+                # a hub that does not answer today: not kept
                 needs[setting.title] = math.nan
                 continue
+
             _keep(known, path)
+
         needs[setting.title] = math.nan if known[key] is None else known[key]
+
     return needs
 
 
 def _peak(planner: Planner, tree: Tree) -> float | None:
-    """GiB; None for a model that the planner cannot have: its run will say why, or is none the
-    worse for it.
+    """GiB of a step; None for a model that the planner cannot make.
+
+    Its run will say why, or will work all the same.
     """
     config = validated(tree)
     try:

@@ -1,227 +1,469 @@
-"""The pictures of a comparison: metrics against batch size, memory and time; learning curves; logit
-scales.
-"""
+"""The plots of a comparison: metrics against batch size, memory, time and pairs seen."""
 
+import itertools
 import math
 import re
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+from matplotlib.lines import Line2D
+from matplotlib.ticker import (
+    EngFormatter,
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+    ScalarFormatter,
+)
 from numpy.typing import NDArray
 
-from clipsmall.compare.canvas import Frames, clean, legend, positions, sheet, spread, tidy, title
 from clipsmall.compare.grid import Comparison
-from clipsmall.compare.study import spoken
-from clipsmall.compare.summary import pareto
-from clipsmall.report_page import page
+from clipsmall.compare.stats import pareto_front
+from clipsmall.compare.wording import axis_words, level_number
+from clipsmall.pages.figures import plot_style
 
 # caption, drawing
-Named = tuple[str, Figure]
+NamedFigure = tuple[str, Figure]
+# Okabe and Ito's colours, which the colour-blind tell apart, without their yellow; 8 x 9 pairs
+# before one repeats.
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#333333", "#8C8C8C"]
+MARKERS = ["o", "s", "^", "D", "v", "P", "X", "<", "*"]
+GREY = "#777777"
+# A learning curve has about so many points at most, and one in a few of them is marked.
+CURVE_POINTS = 300
+CURVE_MARKS = 6
+# Points (1/72 inch) between two names on a Pareto front.
+NAME_DISTANCE = 18
 
 
-def figures(comparison: Comparison, runs: pd.DataFrame, curves: pd.DataFrame) -> dict[str, Named]:
+class Frames(NamedTuple):
+    """A comparison with the frames of `run_tables.tables_of_runs`."""
+
+    comparison: Comparison
+    runs: pd.DataFrame
+    curves: pd.DataFrame
+
+    @property
+    def axes(self) -> dict[str, list[str]]:
+        """Axis -> its levels, in the grid's order."""
+        return {axis: list(levels) for axis, levels in self.comparison.axes.items()}
+
+    @property
+    def coloured(self) -> str:
+        """The axis whose levels have colours: the first."""
+        return next(iter(self.axes))
+
+    @property
+    def numeric(self) -> list[str]:
+        """The axes that can lie across: all their levels are numbers, at least two."""
+        return [
+            axis
+            for axis, levels in self.axes.items()
+            if len(levels) > 1 and all(math.isfinite(level_number(level)) for level in levels)
+        ]
+
+    @property
+    def done(self) -> pd.DataFrame:
+        """The runs that are done."""
+        return self.runs[self.runs["state"] == "done"]
+
+    def others(self, *axes: str) -> list[str]:
+        """All axes but these."""
+        return [axis for axis in self.axes if axis not in axes]
+
+    def parts(
+        self, frame: pd.DataFrame, axes: Collection[str]
+    ) -> Iterator[tuple[dict[str, str], pd.DataFrame]]:
+        """The rows of each combination of levels, in the grid's order, where there are any."""
+        for chosen in itertools.product(*(self.axes[axis] for axis in axes)):
+            levels = dict(zip(axes, chosen, strict=True))
+            here = frame
+            if levels:
+                here = frame[(frame[list(levels)] == list(chosen)).all(axis=1)]
+
+            if len(here):
+                yield levels, here
+
+    def look(self, levels: dict[str, str]) -> dict[str, str]:
+        """Colour and marker of a level of the first axis, the same in all plots."""
+        number = 0
+        if self.coloured in levels:
+            number = self.axes[self.coloured].index(levels[self.coloured])
+
+        return {
+            "color": COLOURS[number % len(COLOURS)],
+            "marker": MARKERS[number % len(MARKERS)],
+        }
+
+
+def comparison_figures(
+    comparison: Comparison, runs: pd.DataFrame, curves: pd.DataFrame
+) -> dict[str, NamedFigure]:
     """File stem -> (caption, figure), in the page's order; what has no data is left out.
 
     Args:
-        runs, curves: of `outcomes.outcomes`; any of their runs may be missing, failed or NaN.
+        runs, curves: of `run_tables.tables_of_runs`; any run may be missing, failed or NaN.
     """
-    # most objectives have none
-    bias = {"logit_bias": lambda frame: frame["logit_bias"].replace(0, math.nan)}
-    frames = Frames(comparison, runs.assign(**bias), curves.assign(**bias))
-    main = comparison.metric
+    # 0 is no bias, as in most objectives: it is not drawn
+    frames = Frames(comparison, _without_zero_bias(runs), _without_zero_bias(curves))
+    metric = comparison.metric
+
     found: list[tuple[str, Figure | None]] = []
-    with page.drawing():
-        for metric in comparison.metrics:
-            found += by_setting(frames, metric, clean(metric))
+    with plot_style():
+        for each in comparison.metrics:
+            found += _plots_by_setting(frames, each, clean_label(each))
+
         for cost, words in (("memory", "memory of a training step"), ("seconds", "training time")):
-            text = f"{main} against {words}: a point a setting; no other is better for less than those on the grey line"
-            found.append((text, front(frames, main, cost)))
-        found.append((f"{main} while training", learning(frames, main)))
-        columns = ("logit_scale", "logit_bias")
-        for column in columns:
-            found += by_setting(frames, column, f"{spoken(column)} at the end")
-        found += [
-            (f"{spoken(column)} while training", learning(frames, column)) for column in columns
-        ]
-    named: dict[str, Named] = {}
-    for text, figure in found:
-        stem = re.sub(r"\W+", "-", text.partition(":")[0].lower()).strip("-")
-        if figure is not None:
-            named[stem if stem not in named else f"{stem}-{len(named)}"] = text, figure
+            caption = (
+                f"{metric} against {words}: "
+                "one point per setting; no other is better for less than those on the grey line"
+            )
+            found.append((caption, plot_pareto_front(frames, metric, cost)))
+
+        found.append((f"{metric} while training", plot_learning_curves(frames, metric)))
+        logit_columns = ("logit_scale", "logit_bias")
+        for column in logit_columns:
+            found += _plots_by_setting(frames, column, f"{axis_words(column)} at the end")
+
+        for column in logit_columns:
+            caption = f"{axis_words(column)} while training"
+            found.append((caption, plot_learning_curves(frames, column)))
+
+    return _named_figures(found)
+
+
+def _without_zero_bias(frame: pd.DataFrame) -> pd.DataFrame:
+    return frame.assign(logit_bias=frame["logit_bias"].replace(0, math.nan))
+
+
+def _named_figures(found: list[tuple[str, Figure | None]]) -> dict[str, NamedFigure]:
+    """File names made of the captions; a number keeps two of the same apart."""
+    named: dict[str, NamedFigure] = {}
+    for caption, figure in found:
+        if figure is None:
+            continue
+
+        subject = caption.partition(":")[0].lower()
+        stem = re.sub(r"\W+", "-", subject).strip("-")
+        if stem in named:
+            stem = f"{stem}-{len(named)}"
+
+        named[stem] = caption, figure
+
     return named
 
 
-def by_setting(frames: Frames, column: str, name: str) -> list[tuple[str, Figure | None]]:
-    """A column against each numeric axis, or setting by setting if there is none."""
-    if frames.done[column].dropna().empty:
-        return []
-    note = (
-        "means over the seeds (dots) ± 1 standard deviation"
-        if frames.runs["seed"].nunique() > 1
-        else "one run each"
-    )
-    if not frames.numeric:
-        return [(f"{name}: {note}", dots(frames, column, name))]
-    return [
-        (f"{name} against {spoken(axis)}: {note}", against(frames, column, name, axis))
-        for axis in frames.numeric
-    ]
-
-
-def save(named: dict[str, Named], folder: Path) -> None:
-    """Each as `folder`/stem.png."""
-    with page.drawing():
+def save_figures(named: dict[str, NamedFigure], folder: Path) -> None:
+    """Write each to `folder`/stem.png."""
+    with plot_style():
         for stem, (_, figure) in named.items():
             figure.savefig(folder / f"{stem}.png", dpi=160)
 
 
-def against(frames: Frames, column: str, name: str, axis: str) -> Figure:
-    """A column over a numeric axis, a line a level of the first; a panel for each combination of
-    further axes.
+def _plots_by_setting(frames: Frames, column: str, name: str) -> list[tuple[str, Figure | None]]:
+    """A column against each numeric axis, or setting by setting if there is none."""
+    if frames.done[column].dropna().empty:
+        return []
+
+    several_seeds = frames.runs["seed"].nunique() > 1
+    note = "means over the seeds (dots) ± 1 standard deviation" if several_seeds else "one run each"
+    if not frames.numeric:
+        return [(f"{name}: {note}", plot_each_setting(frames, column, name))]
+
+    plots: list[tuple[str, Figure | None]] = []
+    for axis in frames.numeric:
+        caption = f"{name} against {axis_words(axis)}: {note}"
+        plots.append((caption, plot_against_axis(frames, column, name, axis)))
+
+    return plots
+
+
+def plot_against_axis(frames: Frames, column: str, name: str, axis: str) -> Figure:
+    """A column over a numeric axis, with one line per level of the first axis.
+
+    There is a panel for each combination of further axes.
     """
-    parts = list(
-        frames.parts(frames.done.dropna(subset=column), frames.others(axis, frames.coloured))
-    )
-    share = column in frames.comparison.metrics
-    figure, panels = sheet([title(levels) for levels, _ in parts], spoken(axis), name, share)
-    at = positions(frames.axes[axis])
-    gap = float(np.diff(sorted(at.values())).min())
-    lines = len(frames.axes[frames.coloured]) if axis != frames.coloured else 1
+    done = frames.done.dropna(subset=column)
+    parts = list(frames.parts(done, frames.others(axis, frames.coloured)))
+    titles = [_panel_title(levels) for levels, _ in parts]
+    fraction = column in frames.comparison.metrics
+    figure, panels = _panel_grid(titles, axis_words(axis), name, fraction)
+    positions = _axis_positions(frames.axes[axis])
+    gap = float(np.diff(sorted(positions.values())).min())
+    # where the first axis lies across, there is one line of one colour
+    line_axes = [frames.coloured] if axis != frames.coloured else []
+    lines = len(frames.axes[frames.coloured]) if line_axes else 1
+    # bars of several lines stand side by side
+    step = gap * min(0.06, 0.5 / lines)
+
     for panel, (_, part) in zip(panels, parts, strict=True):
-        for levels, line in frames.parts(
-            part, [frames.coloured] if axis != frames.coloured else []
-        ):
-            place = frames.axes[frames.coloured].index(levels[frames.coloured]) if levels else 0
-            # bars stand side by side
-            aside = gap * min(0.06, 0.5 / lines) * (place - (lines - 1) / 2)
-            spread(panel, line[axis].map(at) + aside, line[column], frames.look(levels))
-        panel.set_xticks(list(at.values()), [clean(level) for level in at])
-        panel.set_xlim(min(at.values()) - gap / 2, max(at.values()) + gap / 2)
-    if axis != frames.coloured:
-        legend(frames, figure, frames.done.dropna(subset=column)[frames.coloured])
+        for levels, line in frames.parts(part, line_axes):
+            number = frames.axes[frames.coloured].index(levels[frames.coloured]) if levels else 0
+            x = line[axis].map(positions) + step * (number - (lines - 1) / 2)
+            _draw_means(panel, x, line[column], frames.look(levels))
+
+        panel.set_xticks(list(positions.values()), [clean_label(level) for level in positions])
+        panel.set_xlim(min(positions.values()) - gap / 2, max(positions.values()) + gap / 2)
+
+    if line_axes:
+        _add_legend(frames, figure, done[frames.coloured])
+
     return figure
 
 
-def dots(frames: Frames, column: str, name: str) -> Figure:
+def plot_each_setting(frames: Frames, column: str, name: str) -> Figure:
     """A row for each setting, done or not: its mean, standard deviation and seeds."""
     rows = list(frames.parts(frames.runs, list(frames.axes)))
     figure = Figure(figsize=(5.4, 1 + 0.34 * len(rows)), layout="constrained")
     panel = figure.add_subplot(xlabel=name)
-    for at, (levels, part) in enumerate(rows):
+
+    for height, (levels, part) in enumerate(rows):
         values = part[part["state"] == "done"][column].dropna()
         look = frames.look(levels)
-        panel.plot(
-            values, [at] * len(values), linestyle="", marker=".", alpha=0.4, color=look["color"]
-        )
+        dots = {"linestyle": "", "marker": ".", "alpha": 0.4, "color": look["color"]}
+        panel.plot(values, [height] * len(values), **dots)  # type: ignore[arg-type]
         if len(values):
             sd = values.std() if len(values) > 1 else 0.0
-            panel.errorbar(values.mean(), at, xerr=sd, capsize=2, markersize=6, **look)  # type: ignore[arg-type]
-    panel.set_yticks(range(len(rows)), [clean(", ".join(levels.values())) for levels, _ in rows])
+            panel.errorbar(values.mean(), height, xerr=sd, capsize=2, markersize=6, **look)  # type: ignore[arg-type]
+
+    names = [clean_label(", ".join(levels.values())) for levels, _ in rows]
+    panel.set_yticks(range(len(rows)), names)
+    # the first setting on top
     panel.set_ylim(len(rows) - 0.5, -0.5)
-    tidy(panel, "x", column in frames.comparison.metrics)
+    _style_panel(panel, "x", column in frames.comparison.metrics)
     return figure
 
 
-def front(frames: Frames, metric: str, cost: str) -> Figure | None:
-    """A point a setting, its cost across; the Pareto front as steps, its points named by their
-    further levels.
+def plot_pareto_front(frames: Frames, metric: str, cost: str) -> Figure | None:
+    """A metric over a cost, with one point per setting and the Pareto front as steps.
+
+    The front's points are named by their further levels. None if there is no point.
     """
     axes = list(frames.axes)
     means = frames.done.groupby(axes)[[metric, cost]].mean().dropna().reset_index()
     if means.empty:
         return None
-    words, size = unit(cost, float(means[cost].max()))
-    means[cost] /= size
-    figure, (panel,) = sheet([""], words, metric, share=True)
+
+    words, unit = _cost_unit(cost, float(means[cost].max()))
+    means[cost] /= unit
+    figure, (panel,) = _panel_grid([""], words, metric, fraction=True)
+
     if means[cost].min() > 0 and means[cost].max() >= 4 * means[cost].min():
-        panel.set_xscale("log")
-        panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
-        panel.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
-        panel.xaxis.set_minor_formatter(NullFormatter())
+        _use_log_scale(panel)
+
     for levels, part in frames.parts(means, axes):
         panel.plot(part[cost], part[metric], linestyle="", markersize=5, **frames.look(levels))  # type: ignore[arg-type]
-    # a thin line follows the batch size
-    joined = frames.numeric[-1:]
-    for levels, part in frames.parts(means, frames.others(*joined)) if joined else ():
-        line = part.sort_values(joined, key=pd.to_numeric)
-        colour = frames.look(levels)["color"] if frames.coloured in levels else "#777777"
-        panel.plot(line[cost], line[metric], linewidth=0.6, color=colour, zorder=1)
-    best = means[pareto(means[cost], means[metric])].sort_values([cost, metric])
-    panel.plot(
-        best[cost],
-        best[metric],
-        drawstyle="steps-post",
-        color="#777777",
-        linewidth=4,
-        alpha=0.3,
-        zorder=0,
-    )
+
+    _join_batch_sizes(frames, panel, means, metric, cost)
+    on_front = pareto_front(means[cost], means[metric])
+    best = means[on_front].sort_values([cost, metric])
+    front_look: dict[str, Any] = {"color": GREY, "linewidth": 4, "alpha": 0.3, "zorder": 0}
+    panel.plot(best[cost], best[metric], drawstyle="steps-post", **front_look)
     further = [axis for axis in frames.others(frames.coloured) if means[axis].nunique() > 1]
-    names = [clean(", ".join(levels)) for levels in best[further].to_numpy()]
-    label(panel, best[[cost, metric]].to_numpy(), names)
-    legend(frames, figure, means[frames.coloured])
+    names = [clean_label(", ".join(levels)) for levels in best[further].to_numpy()]
+    _name_points(panel, best[[cost, metric]].to_numpy(), names)
+    _add_legend(frames, figure, means[frames.coloured])
     return figure
 
 
-def unit(cost: str, most: float) -> tuple[str, float]:
-    """How a cost of up to `most` reads, and how much of it makes one."""
+def _join_batch_sizes(
+    frames: Frames, panel: Axes, means: pd.DataFrame, metric: str, cost: str
+) -> None:
+    """A thin line through settings that differ on the last numeric axis alone: the batch size."""
+    joined = frames.numeric[-1:]
+    if not joined:
+        return
+
+    for levels, part in frames.parts(means, frames.others(*joined)):
+        line = part.sort_values(joined, key=pd.to_numeric)
+        colour = frames.look(levels)["color"] if frames.coloured in levels else GREY
+        panel.plot(line[cost], line[metric], linewidth=0.6, color=colour, zorder=1)
+
+
+def _use_log_scale(panel: Axes) -> None:
+    panel.set_xscale("log")
+    panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    panel.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+    panel.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _cost_unit(cost: str, most: float) -> tuple[str, float]:
+    """How a cost of up to `most` GiB or seconds is labelled, and how much of it makes one unit."""
     if cost == "memory":
         return ("memory of a step, GiB", 1) if most >= 1 else ("memory of a step, MiB", 1 / 1024)
-    units = [("hours", 3600), ("minutes", 60), ("seconds", 1)]
-    return next(
-        (f"training time, {name}", size) for name, size in units if most >= 3 * size or size == 1
-    )
+
+    for name, seconds in (("hours", 3600), ("minutes", 60)):
+        # one unit alone would read badly
+        if most >= 3 * seconds:
+            return f"training time, {name}", seconds
+
+    return "training time, seconds", 1
 
 
-def label(panel: Axes, points: NDArray[np.float64], names: list[str]) -> None:
-    """Names stand left above a point of the front, where nobody is; one too near to another name
-    has none.
+def _name_points(panel: Axes, points: NDArray[np.float64], names: list[str]) -> None:
+    """Write names to the left above points of the front, where no other point can be.
+
+    Args:
+        points: (n, 2), from left to right. One that is too near to a named one gets no name.
     """
     # room for the leftmost name
     panel.margins(0.05 + 0.015 * max(map(len, names)), 0.12)
     panel.autoscale_view()
-    taken: list[NDArray[np.float64]] = []
+
+    named: list[NDArray[np.float64]] = []
     for point, name in zip(points, names, strict=True):
-        place = panel.transData.transform(point)
-        if all(np.hypot(*(place - other)) > 18 for other in taken):
-            taken.append(place)
-            panel.annotate(
-                name, tuple(point), (-4, 4), textcoords="offset points", ha="right", fontsize=8
-            )
+        position = panel.transData.transform(point)
+        if any(np.hypot(*(position - other)) <= NAME_DISTANCE for other in named):
+            continue
+
+        named.append(position)
+        offset = {"xytext": (-4, 4), "textcoords": "offset points", "ha": "right"}
+        panel.annotate(name, tuple(point), fontsize=8, **offset)  # type: ignore[arg-type]
 
 
-def learning(frames: Frames, column: str) -> Figure | None:
-    """A column over the pairs seen: a bold line a level of the first axis, the mean where all its
-    seeds are, and thin ones for the seeds; a panel for each combination of the other axes. None if
-    no run has two points."""
+def plot_learning_curves(frames: Frames, column: str) -> Figure | None:
+    """A column over the pairs seen, with a panel for each combination of the other axes.
+
+    Each level of the first axis has a bold line, the mean where all its seeds are, and thin ones
+    for the seeds. None if no run has two points.
+    """
     known = frames.curves.dropna(subset=["pairs", column])
     points = known.groupby([*frames.axes, "seed"])["pairs"].nunique()
-    if points.max() < 2 or points.empty:
+    if points.empty or points.max() < 2:
         return None
+
     parts = list(frames.parts(known, frames.others(frames.coloured)))
-    share = column in frames.comparison.metrics
-    figure, panels = sheet(
-        [title(levels) for levels, _ in parts],
-        "pairs seen",
-        column if share else spoken(column),
-        share,
-    )
+    titles = [_panel_title(levels) for levels, _ in parts]
+    fraction = column in frames.comparison.metrics
+    name = column if fraction else axis_words(column)
+
+    figure, panels = _panel_grid(titles, "pairs seen", name, fraction)
     for panel, (_, part) in zip(panels, parts, strict=True):
         for levels, lines in frames.parts(part, [frames.coloured]):
-            colour = frames.look(levels)["color"]
             seeds = lines.pivot_table(index="pairs", columns="seed", values=column, aggfunc="last")
-            # thinned from the end, which must stay
-            seeds = seeds.iloc[:: -1 - len(seeds) // 300][::-1]
-            for seed in seeds.columns:
-                panel.plot(seeds[seed].dropna(), linewidth=0.7, alpha=0.5, color=colour)
-            mean = seeds.mean(axis=1)[seeds.notna().all(axis=1)]
-            marks = {"markevery": max(1, len(mean) // 6), "markersize": 4, **frames.look(levels)}
-            panel.plot(mean.index.to_numpy(), mean.to_numpy(), linewidth=1.4, **marks)  # type: ignore[arg-type]
+            _draw_curves_of_seeds(panel, seeds, frames.look(levels))
+
         panel.set_xlim(0, 1.03 * known["pairs"].max())
         panel.xaxis.set_major_formatter(EngFormatter(sep=""))
-    legend(frames, figure, known[frames.coloured])
+
+    _add_legend(frames, figure, known[frames.coloured])
     return figure
+
+
+def _draw_curves_of_seeds(panel: Axes, seeds: pd.DataFrame, look: dict[str, str]) -> None:
+    """Args: seeds: one column per seed, over pairs; NaN where a seed has no point."""
+    # thinned from the end, which must stay
+    step = 1 + len(seeds) // CURVE_POINTS
+
+    seeds = seeds.iloc[::-step][::-1]
+    for seed in seeds.columns:
+        panel.plot(seeds[seed].dropna(), linewidth=0.7, alpha=0.5, color=look["color"])
+
+    # a seed that joins or leaves would make the mean jump
+    mean = seeds.mean(axis=1)[seeds.notna().all(axis=1)]
+    marks = {"markevery": max(1, len(mean) // CURVE_MARKS), "markersize": 4, **look}
+    panel.plot(mean.index.to_numpy(), mean.to_numpy(), linewidth=1.4, **marks)  # type: ignore[arg-type]
+
+
+# What several plots share.
+
+
+def _axis_positions(levels: Collection[str]) -> dict[str, float]:
+    """Where numeric levels lie across: by their logarithm if all are positive."""
+    values = {level: float(level) for level in levels}
+    if min(values.values()) > 0:
+        return {level: math.log2(value) for level, value in values.items()}
+    return values
+
+
+def clean_label(text: str) -> str:
+    """A short label that matplotlib draws as it is.
+
+    A control character would break the SVG, and a legend leaves out what begins with an underscore.
+    """
+    short = "".join(filter(str.isprintable, text))
+    if len(short) > 36:
+        short = f"{short[:35]}…"
+
+    return f" {short}" if short.startswith("_") else short
+
+
+def _panel_title(levels: dict[str, str]) -> str:
+    return ", ".join(clean_label(f"{axis_words(axis)} {level}") for axis, level in levels.items())
+
+
+def _panel_grid(
+    titles: Sequence[str], across: str, up: str, fraction: bool
+) -> tuple[Figure, list[Axes]]:
+    """A figure with one panel per title, three in a row, all of one scale."""
+    columns = min(len(titles), 3)
+    rows = -(-len(titles) // columns)
+    # inches
+    size = (5.4, 3.9) if len(titles) == 1 else (1.2 + 3.2 * columns, 0.8 + 2.7 * rows)
+    figure = Figure(figsize=size, layout="constrained")
+
+    panels = list(figure.subplots(rows, columns, squeeze=False, sharey=True).flat)
+    for spare in panels[len(titles) :]:
+        spare.remove()
+
+    panels = panels[: len(titles)]
+    for number, (panel, title) in enumerate(zip(panels, titles, strict=True)):
+        panel.set_title(title, fontsize=10)
+        panel.set_xlabel(clean_label(across))
+        is_leftmost = number % columns == 0
+        panel.set_ylabel(clean_label(up) if is_leftmost else "")
+        _style_panel(panel, "y", fraction)
+
+    return figure, panels
+
+
+def _style_panel(panel: Axes, measured: str, fraction: bool) -> None:
+    """The look of the run's report.
+
+    Args:
+        measured: x or y, the axis with the values.
+        fraction: whether they are shown in percent.
+    """
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.grid(axis="both" if measured == "x" else "y", color="#e8e8e8")
+    panel.set_axisbelow(True)
+    axis = panel.xaxis if measured == "x" else panel.yaxis
+
+    if fraction:
+        axis.set_major_formatter(lambda value, _: f"{100 * value:.4g} %")
+    else:
+        axis.set_major_formatter(ScalarFormatter(useOffset=False))
+
+    axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
+
+
+def _add_legend(frames: Frames, figure: Figure, shown: "pd.Series[str]") -> None:
+    """Below: the levels of the first axis that are shown."""
+    present = set(shown)
+    levels = [level for level in frames.axes[frames.coloured] if level in present]
+    handles = [Line2D([], [], **frames.look({frames.coloured: level})) for level in levels]  # type: ignore[arg-type]
+    names = [clean_label(level) for level in levels]
+    # inches of the marker, and of a letter
+    width = 0.55 + 0.085 * max(map(len, names))
+    columns = max(1, int(figure.get_figwidth() / width))
+    columns = min(len(names), columns)
+    look = {"ncols": columns, "frameon": False, "fontsize": 9}
+    figure.legend(handles, names, loc="outside lower center", **look)
+
+
+def _draw_means(
+    panel: Axes, x: "pd.Series[float]", y: "pd.Series[float]", look: dict[str, str]
+) -> None:
+    """Means over the seeds at each x, joined, with a bar of ± 1 standard deviation.
+
+    The seeds are faint dots.
+    """
+    panel.plot(x, y, linestyle="", marker=".", markersize=4, alpha=0.4, color=look["color"])
+    mean = y.groupby(x).mean()
+    sd = y.groupby(x).std().fillna(0)
+    looks = {"linewidth": 1.4, "markersize": 5, "capsize": 2, "elinewidth": 1, **look}
+    panel.errorbar(mean.index.to_numpy(), mean.to_numpy(), yerr=np.asarray(sd), **looks)  # type: ignore[arg-type]

@@ -1,58 +1,49 @@
-"""A run of a comparison: its config, its folder, how far it is, and the process that does it."""
+"""A run of a comparison: its config, its folder, and how far it is."""
 
 import hashlib
 import json
-import os
-import shlex
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, TextIO
-
-import yaml
+from typing import Any, Literal
 
 from clipsmall.compare.grid import GridSetting, Tree
 from clipsmall.config import Config
 from clipsmall.config.reader import lay_over, validated
 from clipsmall.evaluation.results import safe
-from clipsmall.storage import atomic, locks
+from clipsmall.storage import locks
 from clipsmall.storage.run_folder import RunFolder
 
 State = Literal["done", "failed", "submitted", "running", "begun", "missing"]
-# what changes nothing of what is learned
-APART = {
+# Section -> options that change nothing of what is learned; "" is the top of the config.
+WITHOUT_EFFECT = {
     "": {"out", "resume"},
     "data": {"workers"},
     "run": {"log_every", "checkpoint_every", "keep_checkpoints", "evaluate_every", "trackers"},
 }
 
 
-def digest(tree: Tree) -> str:
-    """Of what was written, not of defaults: an option that is new to clipsmall makes no run over
+def config_digest(tree: Tree) -> str:
+    """Eight hexadecimal digits of what a config says of learning.
+
+    It is of what was written, not of defaults: an option that is new to clipsmall makes no run over
     again.
     """
-    told = {name: value for name, value in tree.items() if name not in APART[""]}
+    relevant = {name: value for name, value in tree.items() if name not in WITHOUT_EFFECT[""]}
     for section in ("data", "run"):
-        left = {
-            name: value
-            for name, value in told.pop(section, {}).items()
-            if name not in APART[section]
-        }
-        told |= {section: left} if left else {}
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:8]
+        options = relevant.pop(section, {})
+        ignored = WITHOUT_EFFECT[section]
+        left = {name: value for name, value in options.items() if name not in ignored}
+        if left:
+            relevant[section] = left
+
+    return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:8]
 
 
 @dataclass(frozen=True)
 class GridRun:
-    """One run. Its folder's name has a digest of its config: with other settings it is another
-    run.
-    """
+    """One run. Its folder's name has a digest of its config: other options make another run."""
 
     setting: GridSetting
     seed: int
@@ -63,42 +54,60 @@ class GridRun:
 
     @property
     def title(self) -> str:
-        told = {"runs": f"seed {self.seed}", "tuning": f"lr {self.config.optim.lr:g}"}
-        return f"{self.setting.title}, {told.get(self.kind, self.kind)}"
+        """Its setting, and what distinguishes it from the setting's other runs."""
+        if self.kind == "runs":
+            which = f"seed {self.seed}"
+        elif self.kind == "tuning":
+            which = f"lr {self.config.optim.lr:g}"
+        else:
+            which = self.kind
+
+        return f"{self.setting.title}, {which}"
 
     @cached_property
     def config(self) -> Config:
+        """What the trainer makes of its tree."""
         return validated(self.tree)
 
     @cached_property
     def files(self) -> RunFolder:
+        """What the trainer writes."""
         return RunFolder(str(self.folder))
 
     @property
     def finished(self) -> bool:
-        """Its last step is evaluated or, with nothing to evaluate, saved: checkpoints may go to
-        make room.
+        """Whether its last step is evaluated or, with nothing to evaluate, saved.
+
+        Checkpoints of an evaluated run may be deleted to make room.
         """
         steps = self.config.steps
         if self.config.evaluate.all:
             return self.files.last_evaluation() >= steps
+
         return (self.files.checkpoints / f"step_{steps:08d}" / "manifest.json").exists()
 
     @property
     def state(self) -> State:
+        """How far it is."""
         if self.finished:
             return "done"
-        # a comparison's, the trainer's own
+        # `lock` is that of a comparison, `.lock` the trainer's own
         if any(locks.held(self.folder / name) for name in ("lock", ".lock")):
             return "running"
-        return self.mark or ("begun" if (self.folder / "run.yaml").exists() else "missing")
+        if self.mark:
+            return self.mark
+
+        return "begun" if (self.folder / "run.yaml").exists() else "missing"
 
     @property
     def mark(self) -> Literal["failed", "submitted", ""]:
         """What the last attempt left behind, if not a finished run."""
         if (self.folder / "failed.json").exists():
             return "failed"
-        return "submitted" if (self.folder / "submitted.json").exists() else ""
+        if (self.folder / "submitted.json").exists():
+            return "submitted"
+
+        return ""
 
     @property
     def error(self) -> str:
@@ -106,142 +115,33 @@ class GridRun:
         path = self.folder / "failed.json"
         if not path.exists() or self.finished:
             return ""
+
         try:
             return str(json.loads(path.read_text())["error"])
         except (ValueError, KeyError):
             return f"see {self.folder}/log.txt"
 
-    def lines(self) -> list[dict[str, Any]]:
+    def logged_lines(self) -> list[dict[str, Any]]:
         """metrics.jsonl; a line cut by a kill is left out."""
-        found = []
-        for line in (
-            self.files.metrics.read_text(errors="replace").splitlines()
-            if self.files.metrics.exists()
-            else []
-        ):
+        if not self.files.metrics.exists():
+            return []
+
+        lines = []
+        for line in self.files.metrics.read_text(errors="replace").splitlines():
             try:
-                found.append(json.loads(line))
+                lines.append(json.loads(line))
             except json.JSONDecodeError:
                 continue
-        return found
+
+        return lines
 
 
 def make_run(
     out: str, setting: GridSetting, seed: int, changes: Sequence[Tree], kind: str = "runs"
 ) -> GridRun:
-    """The run of a setting, with its budget and rate as further changes."""
+    """The run of a setting, with its budget and learning rate as further changes of its config."""
     tree = setting.tree
     for change in (*changes, {"seed": seed}):
         tree = lay_over(tree, change)
-    name = safe("-".join([*setting.levels.values(), f"s{seed}", digest(tree)]))
+    name = safe("-".join([*setting.levels.values(), f"s{seed}", config_digest(tree)]))
     return GridRun(setting, seed, tree, Path(out) / kind / name, kind)
-
-
-@contextmanager
-def _lock(path: Path) -> Iterator[TextIO | None]:
-    """None if another process has it. A child that is handed the file holds the lock, too: one that
-    outlives us.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        yield file if locks.take(file) else None
-
-
-class Trainer:
-    """Starts runs as processes, a few at a time; `stop` has them save and end.
-
-    Args:
-        launch: the words before a run's options.
-        again: also runs that failed or were submitted.
-    """
-
-    def __init__(self, launch: str, environment: dict[str, str], again: bool) -> None:
-        self.words = shlex.split(launch) or [sys.executable, "-m", "clipsmall.train"]
-        self.environment = environment
-        self.again = again
-        # the signal
-        self.stopped = 0
-        self._children = set[subprocess.Popen[bytes]]()
-
-    def stop(self, number: int, frame: Any = None) -> None:
-        self.stopped = number
-        for child in list(self._children):
-            with suppress(ProcessLookupError):
-                # a launcher's ranks, too
-                os.killpg(child.pid, signal.SIGTERM)
-
-    def train(self, run: GridRun, device: str | None = None) -> float | None:
-        """Seconds that it took; None if there was nothing to do. Raises OSError if the command
-        cannot be started.
-        """
-        if self.stopped:
-            return None
-        with _lock(run.folder / "lock") as lock:
-            if (
-                lock is None
-                or locks.held(run.folder / ".lock")
-                or run.finished
-                or (run.mark and not self.again)
-            ):
-                return None
-            for name in ("failed", "submitted"):
-                (run.folder / f"{name}.json").unlink(missing_ok=True)
-            given = run.folder / "given.yaml"
-            given.write_text(
-                yaml.safe_dump(run.tree, sort_keys=False, allow_unicode=True), encoding="utf-8"
-            )
-            start = time.time()
-            code = self._call(
-                [f"--config={given}", f"--out={run.folder}", "--resume=auto"], run, lock, device
-            )
-            if not run.finished and not self.stopped:
-                self._mark(run, code)
-            return time.time() - start
-
-    def _call(self, options: list[str], run: GridRun, lock: TextIO, device: str | None) -> int:
-        environment = self.environment | ({"CUDA_VISIBLE_DEVICES": device} if device else {})
-        with (run.folder / "log.txt").open("w") as log:
-            child = subprocess.Popen(
-                [*self.words, *options],
-                stdout=log,
-                stderr=log,
-                env=environment,
-                pass_fds=[lock.fileno()],
-                start_new_session=True,
-            )
-            self._children.add(child)
-            if self.stopped:
-                # it came between the question and the start
-                self.stop(self.stopped)
-            code = child.wait()
-            # a launcher may be gone before its ranks, which are still saving
-            for _ in range(600):
-                with suppress(ProcessLookupError, PermissionError):
-                    os.killpg(child.pid, 0)
-                    time.sleep(0.1)
-                    continue
-                break
-            self._children.discard(child)
-        return code
-
-    def _mark(self, run: GridRun, code: int) -> None:
-        """What is neither finished nor stopped has failed, or was handed to a queue by a command
-        that went well.
-        """
-        log = [
-            line
-            for line in (run.folder / "log.txt").read_text(errors="replace").splitlines()
-            if line.strip()
-        ]
-        ends = (128 + signal.SIGTERM, 128 + signal.SIGINT, -signal.SIGTERM, -signal.SIGINT)
-        if code in ends or any("continue with --resume=auto" in line for line in log[-20:]):
-            # stopped from outside, which launchers call 1: it goes on the next time
-            return
-        said = [line for line in log if line.startswith("error: ")] or log[-3:]
-        told = {
-            "exit_code": code,
-            "error": "\n".join(said)[-2000:] or f"exit code {code}",
-            "log": f"{run.folder}/log.txt",
-        }
-        name = "failed" if code else "submitted"
-        atomic.write_json(run.folder / f"{name}.json", told)

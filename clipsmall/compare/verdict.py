@@ -1,170 +1,531 @@
-"""What a comparison found, in sentences: who leads, by how much, and what the seeds leave open."""
+"""What a comparison found, in sentences: who leads, by how much, at what cost, how surely."""
 
-from math import isnan
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import isnan, nan
 from statistics import median
 
 import pandas as pd
 
 from clipsmall.compare.grid import Comparison
-from clipsmall.compare.study import TOLD, Row, Study, chance, gap, listed, noise, percent, records
-from clipsmall.compare.summary import Levels
-from clipsmall.compare.trades import trades
+from clipsmall.compare.stats import (
+    Levels,
+    contrasts_with_baseline,
+    levels_elsewhere,
+    pareto_front,
+)
+from clipsmall.compare.wording import (
+    SIGNIFICANCE_LEVEL,
+    Row,
+    axis_words,
+    difference_words,
+    frame_rows,
+    join_words,
+    level_number,
+    noise_words,
+    p_value_words,
+    percent,
+)
 
-# what a contrast says of a rival
-HEADS = {
+# What a contrast says of a rival, and how its sentence begins.
+OUTCOME_HEADS = {
     "better": "Better than {}",
     "worse": "Worse than {}",
     "open": "Not told apart from {}",
     "ahead": "Ahead of {}, untested",
     "behind": "Behind {}, untested",
 }
+# What is said of a leader in brackets, by what its contrast says.
+LEADER_NOTES = {
+    "better": "better than {}",
+    "worse": "worse than {} seed for seed",
+    "open": "not told apart from {}",
+    "": "no seed in common with {}",
+}
+# Smaller differences are rounding errors.
+EQUAL = 1e-9
+# (rival, its further levels) -> batch size -> setting
+SettingsBySize = dict[tuple[str, Levels], dict[float, Levels]]
 
 
-def verdict(
+@dataclass(frozen=True)
+class Study:
+    """A comparison's tables by setting, and how its settings are named in a sentence.
+
+    Some settings are compared with one another and not with the rest: those with the same levels on
+    the axes that the baseline leaves open, such as all objectives of one batch size. These open
+    levels are called their place.
+    """
+
+    comparison: Comparison
+    # of `run_tables.tables_of_runs`
+    runs: pd.DataFrame
+    # the rows of `summarise_runs`
+    table: dict[Levels, Row]
+    # the rows of `contrasts_with_baseline`: first metric, against the baseline
+    tests: list[Row]
+
+    def ranked(self, metric: str) -> list[Levels]:
+        """The settings that have this metric, the best first."""
+        known = [levels for levels, row in self.table.items() if not isnan(row[metric])]
+        return sorted(known, key=lambda levels: -self.table[levels][metric])
+
+    def levels(self, row: Row) -> Levels:
+        """The levels of a row of any table."""
+        return tuple(row[axis] for axis in self.comparison.axes)
+
+    def place(self, levels: Levels) -> Levels:
+        """The levels on the axes that the baseline leaves open: where it is compared."""
+        return levels_elsewhere(levels, self.comparison.axes, self.comparison.baseline_levels)
+
+    def duel(self, metric: str, one: Levels, other: Levels) -> Row:
+        """`one` minus `other` as a row of `contrasts_with_baseline`.
+
+        The noise is that of the settings at the places of the two. The plain p serves for the best
+        and the runner-up: having picked them favours no difference, as the runner-up is the nearest
+        to the best (Gutmann & Maymin 1987, Is the selected population the best?, Annals of
+        Statistics).
+        """
+        axes = self.comparison.axes
+        around = {self.place(one), self.place(other)}
+        settings = self.runs[list(axes)].itertuples(index=False, name=None)
+        near = [self.place(levels) in around for levels in settings]
+        baseline = dict(zip(axes, other, strict=True))
+        contrasts = contrasts_with_baseline(self.runs[near], axes, metric, baseline)
+        return next(row for row in frame_rows(contrasts) if self.levels(row) == one)
+
+    def name(self, levels: Levels | Mapping[str, str]) -> str:
+        """("chunked", "32") -> "chunked at batch size 32"."""
+        if not isinstance(levels, Mapping):
+            levels = dict(zip(self.comparison.axes, levels, strict=True))
+
+        first_axis = next(iter(self.comparison.axes))
+        words = []
+        for axis, level in levels.items():
+            # an objective needs no "objective" in front, but a number says nothing by itself
+            speaks_for_itself = axis == first_axis and isnan(level_number(level))
+            words.append(level if speaks_for_itself else f"{axis_words(axis)} {level}")
+
+        head, *rest = words
+        return f"{head} at {', '.join(rest)}" if rest else head
+
+    def rival(self, levels: Levels) -> str:
+        """What a setting is compared as: its levels on the baseline's axes."""
+        of_axis = zip(self.comparison.axes, levels, strict=True)
+        baseline = self.comparison.baseline_levels
+        return self.name({axis: level for axis, level in of_axis if axis in baseline})
+
+    @property
+    def baseline(self) -> str:
+        """The baseline's name."""
+        return self.name(self.comparison.baseline_levels)
+
+    def at(self, places: Iterable[Levels]) -> str:
+        """Places in words.
+
+        [("16",), ("32",)] -> " at batch sizes 16 and 32"; all of the grid's -> " at every batch
+        size".
+        """
+        chosen = list(dict.fromkeys(places))
+        every = {self.place(levels) for levels in self.table}
+        baseline = self.comparison.baseline_levels
+        axes = [axis_words(axis) for axis in self.comparison.axes if axis not in baseline]
+        if not axes:
+            return ""
+        if len(chosen) == len(every) > 1:
+            return f" at every {' and '.join(axes)}"
+
+        if len(axes) == 1:
+            levels = [place[0] for place in chosen]
+            plural = "s" if len(levels) > 1 and not isnan(level_number(levels[0])) else ""
+            return f" at {axes[0]}{plural} {join_words(levels)}"
+
+        if len(chosen) > 3:
+            return f" in {len(chosen)} of {len(every)} combinations of {join_words(axes)}"
+
+        each = []
+        for place in chosen:
+            words = [f"{axis} {level}" for axis, level in zip(axes, place, strict=True)]
+            each.append(", ".join(words))
+
+        return f" at {join_words(each)}"
+
+    def grouped(self, chosen: Iterable[Levels]) -> str:
+        """Settings by rival: "chunked at batch sizes 16 and 32; mined at batch size 64"."""
+        places_of: dict[str, list[Levels]] = {}
+        for levels in chosen:
+            places_of.setdefault(self.rival(levels), []).append(self.place(levels))
+        return "; ".join(rival + self.at(places) for rival, places in places_of.items())
+
+    def value(self, levels: Levels, metric: str) -> str:
+        """A setting's mean and spread: "43.1 ± 0.5 %".
+
+        With bootstrap intervals "43.1 % (42.6 to 43.5)"; seeds that are missing are mentioned.
+        """
+        row = self.table[levels]
+        if isnan(row[metric]):
+            return "no result"
+
+        mean = percent(row[metric])
+        sd = row[f"{metric} sd"]
+
+        low = row.get(f"{metric} low", nan)
+        if not isnan(low):
+            text = f"{mean} % ({percent(low)} to {percent(row[f'{metric} high'])})"
+        elif isnan(sd):
+            text = f"{mean} %"
+        else:
+            text = f"{mean} ± {percent(sd)} %"
+
+        seeds = len(self.comparison.seeds)
+        return text if row["n"] == seeds else f"{text} ({row['n']} of {seeds} seeds)"
+
+
+def verdict_sentences(
     comparison: Comparison, runs: pd.DataFrame, summary: pd.DataFrame, contrasts: pd.DataFrame
 ) -> list[str]:
-    """Sentences for somebody in a hurry, the answer first; numbers are percent, differences
-    percentage points.
+    """Sentences for somebody in a hurry, the answer first.
+
+    Numbers are percent, differences percentage points.
 
     Args:
-        comparison, runs: the grid, and a row for each of its runs (`outcomes`).
-        summary: of `summarise`; contrasts: of `contrasts`, of the first metric against
-            `comparison.against`.
+        runs: one row for each of the comparison's runs, of `run_tables.tables_of_runs`.
+        summary: of `summarise_runs`.
+        contrasts: of `contrasts_with_baseline`, of the first metric against the baseline.
     """
-    table = {tuple(row[axis] for axis in comparison.axes): row for row in records(summary)}
-    study = Study(comparison, runs, table, records(contrasts))
+    table = {tuple(row[axis] for axis in comparison.axes): row for row in frame_rows(summary)}
+    study = Study(comparison, runs, table, frame_rows(contrasts))
     if not study.ranked(comparison.metric):
         return ["No run is done yet: there is nothing to conclude.", *_unfinished(study)]
-    found = [*_best(study), *_unfinished(study), *_leaders(study), *_against(study), *trades(study)]
-    return [*found, *_other_metrics(study), *_unsteady(study), *_footing(study)]
+
+    return [
+        *_best_and_runner_up(study),
+        *_unfinished(study),
+        *_leaders(study),
+        *_rivals_of_the_baseline(study),
+        *_batch_sizes(study),
+        *_pareto_fronts(study),
+        *_other_metrics(study),
+        *_unsteady(study),
+        *_what_it_rests_on(study),
+    ]
 
 
-def _best(study: Study) -> list[str]:
+def _best_and_runner_up(study: Study) -> list[str]:
     metric = study.comparison.metric
     first, *others = study.ranked(metric)
     best = f"{study.name(first)}, {study.value(first, metric)} {metric}"
     if not others:
         return [f"Only one setting is done: {best}."]
-    test = study.duel(metric, first, others[0])
-    versus = ("by the means; seed for seed it is behind: " if test["difference"] < 0 else "") + gap(
-        test
-    )
-    return [
-        f"Best: {best}. Runner-up: {study.name(others[0])}, {study.value(others[0], metric)}; {versus}."
+
+    second = others[0]
+    test = study.duel(metric, first, second)
+    versus = difference_words(test)
+
+    if test["difference"] < 0:
+        # where seeds are missing, the means and the differences of common seeds may disagree
+        versus = f"by the means; seed for seed it is behind: {versus}"
+
+    runner_up = f"{study.name(second)}, {study.value(second, metric)}"
+    return [f"Best: {best}. Runner-up: {runner_up}; {versus}."]
+
+
+def _unfinished(study: Study) -> list[str]:
+    """Runs without a result, by reason; and results without a number."""
+    reasons = {"failed": "failed", "missing": "not done yet", "unfit": "too large for the memory"}
+    items = []
+    for state, words in reasons.items():
+        settings = [levels for levels, row in study.table.items() if row[state]]
+        if settings:
+            count = sum(study.table[levels][state] for levels in settings)
+            items.append(f"{count} {words} ({study.grouped(settings)})")
+
+    done = study.runs[study.runs["state"] == "done"]
+    metric = study.comparison.metric
+
+    blank = done[done[metric].isna()]
+    if len(blank):
+        settings = sorted({study.levels(row) for row in frame_rows(blank)})
+        items.append(f"{len(blank)} done without {metric} ({study.grouped(settings)})")
+
+    if not items:
+        return []
+
+    total = len(study.table) * len(study.comparison.seeds)
+    reasons_why = join_words(items)
+    sentences = [
+        f"{len(done)} of {total} runs are done: {reasons_why}. The verdict is of what is done."
     ]
 
+    failed = study.runs[study.runs["state"] == "failed"]
+    if len(failed):
+        run = frame_rows(failed)[0]
+        # the last line of a traceback is the message
+        error = (str(run["error"]).strip() or "no message").splitlines()[-1]
+        name = f"{study.name(study.levels(run))}, seed {run['seed']}"
+        sentences.append(f"The first failure, {name}: {error[:160]}")
 
-def _says(test: Row) -> str:
-    """What a contrast says of the rival: a key of HEADS, or "" where the two cannot be compared."""
+    return sentences
+
+
+def _outcome(test: Row) -> str:
+    """What a contrast says of the rival: a key of OUTCOME_HEADS.
+
+    It is "" where the two have no seed in common.
+    """
     difference = test["difference"]
     p = test["p Holm"]
     if isnan(difference):
         return ""
-    if isnan(p) and abs(difference) > 1e-9:
+    if isnan(p) and abs(difference) > EQUAL:
         return "ahead" if difference > 0 else "behind"
-    return "open" if isnan(p) or p >= TOLD else "better" if difference > 0 else "worse"
+    if isnan(p) or p >= SIGNIFICANCE_LEVEL:
+        return "open"
+
+    return "better" if difference > 0 else "worse"
 
 
 def _leaders(study: Study) -> list[str]:
     """Who leads at each batch size, or whatever else the baseline leaves open."""
-    said = {study.levels(test): _says(test) for test in study.tests}
-    against = study.baseline
-    asides = {
-        "better": "better than {}",
-        "worse": "worse than {} seed for seed",
-        "open": "not told apart from {}",
-        "": "no seed in common with {}",
-    }
+    outcomes = {study.levels(test): _outcome(test) for test in study.tests}
+    baseline = study.baseline
     ranked = study.ranked(study.comparison.metric)
-    groups = dict[str, list[Levels]]()
+
+    places_of = dict[str, list[Levels]]()
     for place in dict.fromkeys(map(study.place, study.table)):
         here = [levels for levels in ranked if study.place(levels) == place]
-        if len(here) > 1:
-            who = study.rival(here[0])
-            aside = asides.get(said.get(here[0], ""), "not tested against {}")
-            groups.setdefault(
-                who if who == against else f"{who} ({aside.format(against)})", []
-            ).append(place)
-    leaders = "; ".join(who + study.at(places) for who, places in groups.items())
-    return [f"In the lead: {leaders}."] if sum(map(len, groups.values())) > 1 else []
+        # one alone leads nobody
+        if len(here) < 2:
+            continue
+
+        best = here[0]
+        leader = study.rival(best)
+        if leader != baseline:
+            note = LEADER_NOTES.get(outcomes.get(best, ""), "not tested against {}")
+            leader = f"{leader} ({note.format(baseline)})"
+
+        places_of.setdefault(leader, []).append(place)
+
+    # of a single place, the first sentence has said it
+    if sum(map(len, places_of.values())) < 2:
+        return []
+
+    leaders = "; ".join(leader + study.at(places) for leader, places in places_of.items())
+    return [f"In the lead: {leaders}."]
 
 
-def _against(study: Study) -> list[str]:
-    """All rivals against the baseline, a sentence for each outcome."""
-    found: dict[str, dict[str, list[Row]]] = {says: {} for says in HEADS}
+def _rivals_of_the_baseline(study: Study) -> list[str]:
+    """All rivals against the baseline, one sentence for each outcome."""
+    # outcome -> rival -> its tests
+    tests_of: dict[str, dict[str, list[Row]]] = {outcome: {} for outcome in OUTCOME_HEADS}
     unbeaten = dict[Levels, bool]()
     for test in study.tests:
-        says = _says(test)
+        outcome = _outcome(test)
         levels = study.levels(test)
-        if says:
-            found[says].setdefault(study.rival(levels), []).append(test)
-        if says in ("better", "worse", "open"):
-            unbeaten[study.place(levels)] = (
-                unbeaten.get(study.place(levels), True) and says != "better"
-            )
+        if outcome:
+            tests_of[outcome].setdefault(study.rival(levels), []).append(test)
+
+        if outcome in ("better", "worse", "open"):
+            place = study.place(levels)
+            unbeaten[place] = unbeaten.get(place, True) and outcome != "better"
+
     sentences = []
-    for says, rivals in found.items():
-        items = [
-            who + study.at(study.place(study.levels(t)) for t in tests) + _by(tests)
-            for who, tests in rivals.items()
-        ]
-        sentences += [f"{HEADS[says].format(study.baseline)}: {'; '.join(items)}."] * bool(items)
-    if safe := [place for place, holds in unbeaten.items() if holds]:
+    for outcome, rivals in tests_of.items():
+        if not rivals:
+            continue
+
+        items = []
+        for rival, tests in rivals.items():
+            places = [study.place(study.levels(test)) for test in tests]
+            items.append(rival + study.at(places) + _range_of_differences(tests))
+
+        head = OUTCOME_HEADS[outcome].format(study.baseline)
+        sentences.append(f"{head}: {'; '.join(items)}.")
+
+    safe = [place for place, holds in unbeaten.items() if holds]
+    if safe:
         sentences.append(f"Nothing is shown to beat {study.baseline}{study.at(safe)}.")
+
     return sentences
 
 
-def _by(tests: list[Row]) -> str:
-    """The rows' range of differences and the largest of their p: " (+1.2 to +4.1 points, p ≤
-    0.012)".
-    """
+def _range_of_differences(tests: list[Row]) -> str:
+    """The range of differences and the largest p: " (+1.2 to +4.1 points, p ≤ 0.012)"."""
     values = sorted(test["difference"] for test in tests)
+    ends = [percent(value, "+") for value in (values[0], values[-1])]
+    # where both ends read the same, one stands for both
+    text = " to ".join(dict.fromkeys(ends))
     p = max(test["p Holm"] for test in tests)
-    text = " to ".join(dict.fromkeys(percent(value, "+") for value in (values[0], values[-1])))
-    return f" ({text} points, {chance(p, len(tests) > 1)})" if p < TOLD else f" ({text} points)"
+    if p < SIGNIFICANCE_LEVEL:
+        return f" ({text} points, {p_value_words(p, len(tests) > 1)})"
+
+    return f" ({text} points)"
+
+
+def _batch_sizes(study: Study) -> list[str]:
+    """What the largest batch gives the baseline, and which rival makes up for a larger batch."""
+    axes = study.comparison.axes
+    sized = [
+        axis
+        for axis, levels in axes.items()
+        if all("batch_size" in tree.get("data", {}) for tree in levels.values())
+    ]
+    if not sized:
+        return []
+
+    axis = sized[0]
+    position = list(axes).index(axis)
+    size_of = {level: float(tree["data"]["batch_size"]) for level, tree in axes[axis].items()}
+
+    lines: SettingsBySize = {}
+    for levels in study.ranked(study.comparison.metric):
+        # its place, with the batch size left blank
+        further = study.place((*levels[:position], "", *levels[position + 1 :]))
+        line = lines.setdefault((study.rival(levels), further), {})
+        line[size_of[levels[position]]] = levels
+
+    return [*_gain_of_the_largest_batch(study, lines), *_rival_for_a_larger_batch(study, lines)]
+
+
+def _gain_of_the_largest_batch(study: Study, lines: SettingsBySize) -> list[str]:
+    """The baseline with the largest batch against the smallest, where it is best otherwise."""
+    metric = study.comparison.metric
+    # the best first
+    baselines = [line for (rival, _), line in lines.items() if rival == study.baseline]
+    grown = [line for line in baselines if len(line) > 1]
+    if not grown:
+        return []
+
+    line = grown[0]
+    small = line[min(line)]
+    large = line[max(line)]
+    test = study.duel(metric, large, small)
+    difference = test["difference"]
+    if isnan(difference):
+        return []
+
+    significant = test["p"] < SIGNIFICANCE_LEVEL
+    if test["p"] >= SIGNIFICANCE_LEVEL or abs(difference) <= EQUAL:
+        words = "not told apart from"
+    elif difference > 0:
+        words = "better than" if significant else "ahead of"
+    else:
+        words = "worse than" if significant else "behind"
+
+    values = f"{study.value(large, metric)} and {study.value(small, metric)}"
+    names = f"{study.name(large)} is {words} {study.name(small)}"
+    return [f"{names}: {values}; {difference_words(test)}."]
+
+
+def _rival_for_a_larger_batch(study: Study, lines: SettingsBySize) -> list[str]:
+    """The smallest batch with which a rival has what the baseline has with a larger one only."""
+    metric = study.comparison.metric
+    # (size, -larger, -mean, setting, the baseline's setting), so that the least is the one wanted:
+    # smallest batch, replacing the largest, with the best result
+    found = list[tuple[float, float, float, Levels, Levels]]()
+    for (_, further), line in lines.items():
+        base = lines.get((study.baseline, further), {})
+        base_means = {size: study.table[levels][metric] for size, levels in base.items()}
+        for size, levels in line.items():
+            # else nothing shows what the baseline lacks at this size
+            if size not in base:
+                continue
+
+            mean = study.table[levels][metric]
+            for larger, goal in base_means.items():
+                below = [base_means[other] for other in base if other < larger]
+                if size < larger and max(below) < goal <= mean:
+                    found.append((size, -larger, -mean, levels, base[larger]))
+
+    if not found:
+        return []
+
+    *_, levels, replaced = min(found)
+    values = f"{study.value(levels, metric)} against {study.value(replaced, metric)}"
+    difference = difference_words(study.duel(metric, levels, replaced))
+    return [f"{study.name(levels)} reaches {study.name(replaced)}: {values}; {difference}."]
+
+
+def _pareto_fronts(study: Study) -> list[str]:
+    """The settings that no other beats at their memory, and at their training time.
+
+    Time is left out where it was given to all alike.
+    """
+    costs = {"memory": "memory"}
+    if not study.comparison.budget.seconds:
+        costs["seconds"] = "training time"
+
+    sentences = []
+    for cost, words in costs.items():
+        sentences += _pareto_sentence(study, cost, words)
+
+    return sentences
+
+
+def _pareto_sentence(study: Study, cost: str, words: str) -> list[str]:
+    metric = study.comparison.metric
+    known = [levels for levels in study.ranked(metric) if not isnan(study.table[levels][cost])]
+    if len(known) < 2:
+        return []
+
+    price = [study.table[levels][cost] for levels in known]
+    gain = [study.table[levels][metric] for levels in known]
+    if max(price) < 1.05 * min(price):
+        ends = [_amount(cost, value) for value in (min(price), max(price))]
+        return [f"The {words} hardly differs: {' to '.join(dict.fromkeys(ends))}."]
+
+    # `known` has the best first, and on the front the best is the dearest: the cheapest first
+    front = [at for at, on_front in enumerate(pareto_front(price, gain)) if on_front][::-1]
+    settings = study.grouped(known[at] for at in front)
+    ends = [f"{percent(gain[at])} % for {_amount(cost, price[at])}" for at in (front[0], front[-1])]
+    span = " to ".join(dict.fromkeys(ends))
+
+    if cost == "seconds":
+        span += _varying_times(study)
+
+    return [f"By the means, nothing is better for its {words} than {settings}: {span}."]
+
+
+def _varying_times(study: Study) -> str:
+    """How far a setting's times are apart, where that is more than a tenth."""
+    done = study.runs[study.runs["state"] == "done"]
+    times = done.groupby(list(study.comparison.axes))["seconds"]
+    ratio = (times.max() / times.min()).max()
+    if ratio > 1.1:
+        return f" (but times of one setting differ up to {ratio:.1f}-fold between its seeds)"
+
+    return ""
+
+
+def _amount(cost: str, value: float) -> str:
+    """0.31 GiB -> 317 MiB; 750 s -> 12 min."""
+    if cost == "memory":
+        return f"{value:.1f} GiB" if value >= 1 else f"{1024 * value:.0f} MiB"
+    return f"{value / 60:.0f} min" if value >= 600 else f"{value:.0f} s"
 
 
 def _other_metrics(study: Study) -> list[str]:
     """Those that name another best setting than the first."""
     main, *metrics = study.comparison.metrics
+    if not metrics:
+        return []
+
     best = study.ranked(main)[0]
     items = []
     for metric in metrics:
         winner = next(iter(study.ranked(metric)), best)
-        if winner != best and study.table[winner][metric] != study.table[best][metric]:
-            values = f"{study.value(winner, metric)} against {study.value(best, metric)}"
-            # Holm's p: the winner is picked out of all
-            test = study.duel(metric, winner, best)
-            items.append(f"{metric}: {study.name(winner)}, {values}, {noise(test, 'p Holm')}")
+        if winner == best or study.table[winner][metric] == study.table[best][metric]:
+            continue
+
+        values = f"{study.value(winner, metric)} against {study.value(best, metric)}"
+        # Holm's p: the winner is picked out of all
+        noise = noise_words(study.duel(metric, winner, best), "p Holm")
+        items.append(f"{metric}: {study.name(winner)}, {values}, {noise}")
+
     if items:
         return [f"Best by another metric: {'; '.join(items)}."]
-    return ["The other metrics have the same best setting."] if metrics else []
 
-
-def _unfinished(study: Study) -> list[str]:
-    """Runs without a result, by why; and results without a number."""
-    total = len(study.table) * len(study.comparison.seeds)
-    reasons = {"failed": "failed", "missing": "not done yet", "unfit": "too large for the memory"}
-    items = []
-    for state, words in reasons.items():
-        if settings := [levels for levels, row in study.table.items() if row[state]]:
-            count = sum(study.table[levels][state] for levels in settings)
-            items.append(f"{count} {words} ({study.grouped(settings)})")
-    done = study.runs[study.runs["state"] == "done"]
-    metric = study.comparison.metric
-    if blank := sorted({study.levels(row) for row in records(done[done[metric].isna()])}):
-        items.append(f"{done[metric].isna().sum()} done without {metric} ({study.grouped(blank)})")
-    if not items:
-        return []
-    sentences = [
-        f"{len(done)} of {total} runs are done: {listed(items)}. The verdict is of what is done."
-    ]
-    for run in records(study.runs[study.runs["state"] == "failed"])[:1]:
-        error = (str(run["error"]).strip() or "no message").splitlines()[-1]
-        sentences.append(
-            f"The first failure, {study.name(study.levels(run))}, seed {run['seed']}: {error[:160]}"
-        )
-    return sentences
+    return ["The other metrics have the same best setting."]
 
 
 def _unsteady(study: Study) -> list[str]:
@@ -173,40 +534,43 @@ def _unsteady(study: Study) -> list[str]:
     Of equal ones 1 in 1000 does (six settings, three seeds: an F of 2 and 10 degrees of freedom
     above 16).
     """
-    metric = study.comparison.metric
+    column = f"{study.comparison.metric} sd"
     items = []
     for levels, row in study.table.items():
-        others = [
-            study.table[at][f"{metric} sd"]
-            for at in study.table
-            if study.place(at) == study.place(levels)
-        ]
-        squares = sum(sd**2 for sd in others if not isnan(sd)) - row[f"{metric} sd"] ** 2
-        count = sum(not isnan(sd) for sd in others) - 1
-        if count > 1 and row[f"{metric} sd"] ** 2 * count > 16 * squares:
-            items.append(f"{study.name(levels)} (± {percent(row[f'{metric} sd'])})")
+        own = row[column]
+        place = study.place(levels)
+        here = [study.table[other][column] for other in study.table if study.place(other) == place]
+        known = [sd for sd in here if not isnan(sd)]
+        others = len(known) - 1
+        squares = sum(sd**2 for sd in known) - own**2
+        if others > 1 and own**2 * others > 16 * squares:
+            items.append(f"{study.name(levels)} (± {percent(own)})")
+
     if not items:
         return []
-    return [
-        f"Far less steady than the rest: {listed(items)}; p is too small there, and too large for the rest."
-    ]
+
+    consequence = "p is too small there, and too large for the rest"
+    return [f"Far less steady than the rest: {join_words(items)}; {consequence}."]
 
 
-def _footing(study: Study) -> list[str]:
-    """What the numbers rest on."""
-    budget = study.comparison.spent
-    seeds = len(study.comparison.seeds)
+def _what_it_rests_on(study: Study) -> list[str]:
+    """The budget, the seeds, and how small a difference can be seen."""
+    budget = study.comparison.budget_words
     if max(row["n"] for row in study.table.values()) < 2:
         return [f"{budget}; one run each: no interval, no significance."]
+
     drawn = any(f"{study.comparison.metric} low" in row for row in study.table.values())
     spread = "in brackets the 95 % bootstrap interval" if drawn else "± their standard deviation"
-    found = [f"{budget}, {seeds} seeds, {spread}."]
-    if known := [
-        (test["high"] - test["low"]) / 2 for test in study.tests if not isnan(test["high"])
-    ]:
+    sentences = [f"{budget}, {len(study.comparison.seeds)} seeds, {spread}."]
+
+    tested = [test for test in study.tests if not isnan(test["high"])]
+    if tested:
+        reach = median((test["high"] - test["low"]) / 2 for test in tested)
         each = study.at(map(study.place, study.table))
-        found.append(
-            f"Better and worse: p < {TOLD}, compared seed by seed and corrected for many rivals (Holm){each}; "
-            f"a single difference is known to about ± {percent(median(known))} points."
+        sentences.append(
+            f"Better and worse: p < {SIGNIFICANCE_LEVEL}, compared seed by seed and corrected for "
+            f"many rivals (Holm){each}; "
+            f"a single difference is known to about ± {percent(reach)} points."
         )
-    return found
+
+    return sentences

@@ -21,8 +21,9 @@ from clipsmall.data import open_catalog
 from clipsmall.evaluation.command import load_encoder
 from clipsmall.evaluation.task import PageTable
 from clipsmall.evaluation.tasks import TASKS
-from clipsmall.report_page import page
+from clipsmall.pages.html_page import Table
 from clipsmall.report_page.gallery import first_batch, gallery, gallery_sets, logit_matrix
+from clipsmall.report_page.run_report import RunReport, write_run_report
 from clipsmall.storage.run_folder import RunFolder
 from clipsmall.storage.yaml_files import read_yaml
 
@@ -38,7 +39,7 @@ def metrics_table(folder: RunFolder) -> pd.DataFrame:
     return table
 
 
-def result_tables(folder: RunFolder, names: list[str]) -> list[page.Table]:
+def result_tables(folder: RunFolder, names: list[str]) -> list[Table]:
     """The results of a run as one table per task, data sets in the order of `names`."""
     results = [json.loads(path.read_text()) for path in folder.evaluations.glob("[!.]*.json")]
 
@@ -56,7 +57,7 @@ def result_tables(folder: RunFolder, names: list[str]) -> list[page.Table]:
     return tables
 
 
-def _wide_table(layout: PageTable, results: list[dict[str, Any]]) -> page.Table:
+def _wide_table(layout: PageTable, results: list[dict[str, Any]]) -> Table:
     """One row per data set, each metric beside the value of a guess."""
     several_rows = len(layout.rows) > 1
     columns = ["data", *(["query"] if several_rows else []), *layout.counts]
@@ -77,20 +78,20 @@ def _wide_table(layout: PageTable, results: list[dict[str, Any]]) -> page.Table:
                     row.append(result["chance"].get(prefix + metric))
             rows.append(row)
     note = "Fractions of right answers, beside those of a guess."
-    return page.Table(layout.title, note, columns, rows)
+    return Table(layout.title, note, columns, rows)
 
 
-def _long_table(title: str, results: list[dict[str, Any]]) -> page.Table:
+def _long_table(title: str, results: list[dict[str, Any]]) -> Table:
     """One row per data set and metric."""
     rows = []
     for result in results:
         for metric, value in result["metrics"].items():
             rows.append([result["dataset"], metric, value, result["chance"].get(metric)])
     note = "As python -m clipsmall.evaluate measures it."
-    return page.Table(title, note, ["data", "metric", "value", "of a guess"], rows)
+    return Table(title, note, ["data", "metric", "value", "of a guess"], rows)
 
 
-def run_report(folder: RunFolder) -> page.RunReport:
+def run_report(folder: RunFolder) -> RunReport:
     """Everything the page shows. Raises ValueError for a folder that holds no run."""
     config = validated(read_yaml(str(folder.path / "run.yaml")))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -114,7 +115,7 @@ def run_report(folder: RunFolder) -> page.RunReport:
     seconds = (pairs_of_row / trained["pairs_per_second"]).sum()
     parameters = sum(parameter.numel() for parameter in model.parameters())
     names = [each.name for each in config.evaluate.all]
-    return page.RunReport(
+    return RunReport(
         title=f"{folder.path.name}: {config.objective.title} at batch {config.data.batch_size}",
         subtitle=f"{int(last['pairs']):,} pairs seen from {', '.join(config.data.train)}",
         facts=[
@@ -151,7 +152,7 @@ def main(words: list[str] | None = None) -> int:
     folder = RunFolder(options.run)
     path = folder.path / "report.html"
     try:
-        page.write(run_report(folder), path)
+        write_run_report(run_report(folder), path)
     except ValueError as error:
         refuse(error)
     print(f"report: {path.resolve()}")

@@ -10,7 +10,7 @@ from clipsmall.evaluation import Encoder
 from clipsmall.evaluation.features import read_texts
 from clipsmall.evaluation.prompts import class_names
 from clipsmall.evaluation.tasks import TASKS
-from clipsmall.report_page import page
+from clipsmall.pages.html_page import Query
 
 QUERIES = 8
 ANSWERS = 5
@@ -38,7 +38,7 @@ def gallery_sets(section: EvaluateSection) -> list[tuple[list[str], str, str]]:
     return found
 
 
-def gallery(encoder: Encoder, catalog: Catalog, name: str, class_file: str) -> list[page.Query]:
+def gallery(encoder: Encoder, catalog: Catalog, name: str, class_file: str) -> list[Query]:
     """A few images with the names they find, and a few captions with the images they find.
 
     Searched are at most CANDIDATES pairs, evenly spread over the data set.
@@ -64,7 +64,7 @@ def gallery(encoder: Encoder, catalog: Catalog, name: str, class_file: str) -> l
             name_found = names[number]
             texts.append((name_found, score, caption_hash(name_found) in hashes[row]))
         image = catalog.read(row).image
-        queries.append(page.Query(image, captions[row][0], "image_to_text", name, texts=texts))
+        queries.append(Query(image, captions[row][0], "image_to_text", name, texts=texts))
 
     asked = encoder.texts([captions[int(rows[position])][0] for position in shown])
     for position, text in zip(shown, asked, strict=True):
@@ -77,7 +77,7 @@ def gallery(encoder: Encoder, catalog: Catalog, name: str, class_file: str) -> l
             right = wanted in hashes[other]
             images.append((catalog.read(other).image, captions[other][0], score, right))
         image = catalog.read(row).image
-        queries.append(page.Query(image, caption, "text_to_image", name, images=images))
+        queries.append(Query(image, caption, "text_to_image", name, images=images))
     return queries
 
 

@@ -1,6 +1,4 @@
-"""Search in a data set by text or picture: embeddings made once, exact search over them, a local
-page.
-"""
+"""Search a data set by text or picture: embeddings made once, exact search, a local page."""
 
 from clipsmall.search.embeddings import StoredEmbeddings, embed
 from clipsmall.search.index import INDEXES, Exact

@@ -1,11 +1,13 @@
-"""A local page to search a data set with any model, by text or by picture.
+"""Search the pictures and captions of a data set with any model, on a page in your browser.
 
     python -m clipsmall.search runs/demo --data data/glyphs/test_unseen
     python -m clipsmall.search ViT-B-32 --pretrained laion2b_s34b_b79k --data data/photos --k 48
 
-All images and captions are embedded once, into --embeddings, in clip-retrieval's layout; a changed
-model or shard is noticed. The page is on this machine alone (127.0.0.1) and needs Gradio: pip
-install 'clipsmall[demo]'.
+Type a text to find pictures, or drop a picture to find similar ones and captions. On the first
+start all images and captions are embedded and kept in --embeddings, in clip-retrieval's layout;
+later starts embed only what has changed.
+
+Only this machine can open the page (127.0.0.1). It needs Gradio: pip install 'clipsmall[demo]'.
 """
 
 import argparse
@@ -20,37 +22,38 @@ from clipsmall.cli import MODEL_HELP, refuse
 from clipsmall.data import Catalog, open_catalog
 from clipsmall.distributed import devices
 from clipsmall.evaluation.command import load_encoder
-from clipsmall.search import INDEXES, Searcher, embed, page
+from clipsmall.search import INDEXES, Searcher, embed, search_page
+
+# pictures of the first answer, where the data set has as many
+DEFAULT_K = 24
 
 
 def main(words: list[str] | None = None) -> int:
     options = _options(words)
     try:
-        page.require_gradio()
+        # before a minute of embedding
+        search_page.require_gradio()
         catalog = open_catalog(options.data)
-        data, model = (_name(given) for given in (options.data[0], options.model))
-        paths = [Path(options.model).resolve(), *(shard.resolve() for shard in catalog.shards)]
-        # names may be alike, embeddings are not
-        told = "\0".join([options.pretrained, *map(str, paths)])
-        own = hashlib.sha256(told.encode()).hexdigest()[:8]
-        folder = options.embeddings or Path("embeddings") / re.sub(
-            r"[^\w.-]+", "-", f"{data} {model} {own}"
-        )
-        searcher = _searcher(options, catalog, folder)
-        k = min(24, searcher.images) if options.k is None else options.k
+        searcher = _searcher(options, catalog)
+        k = min(DEFAULT_K, searcher.images) if options.k is None else options.k
         if not 1 <= k <= searcher.images:
-            raise ValueError(
-                f"--k={k}: the data set has {searcher.images} images; ask for 1 to {searcher.images}"
-            )
-        made = page.build(searcher, data, model, k)
-        print(f"search page: {page.launch(made, options.port)} (Ctrl-C ends it)", flush=True)
-        made.block_thread()
+            images = searcher.images
+            raise ValueError(f"--k={k}: the data set has {images} images; ask for 1 to {images}")
+
+        data = _short_name(options.data[0])
+        page = search_page.build_search_page(searcher, data, _short_name(options.model), k)
+        address = search_page.launch_search_page(page, options.port)
+        print(f"search page: {address} (Ctrl-C ends it)", flush=True)
+        page.block_thread()
     except ValueError as error:
         refuse(error)
+
     return 0
 
 
-def _searcher(options: argparse.Namespace, catalog: Catalog, folder: Path) -> Searcher:
+def _searcher(options: argparse.Namespace, catalog: Catalog) -> Searcher:
+    """The model, with the embeddings that it made or makes of the data set."""
+    folder = options.embeddings or _default_folder(options, catalog)
     device = _device(options.device)
     encoder = load_encoder(
         options.model,
@@ -60,32 +63,48 @@ def _searcher(options: argparse.Namespace, catalog: Catalog, folder: Path) -> Se
         options.workers,
         progress=True,
     )
-    embeddings = embed(encoder, catalog, folder, f"{options.model} {options.pretrained}".strip())
-    broken = sum(catalog.left_out.values())
+    name = f"{options.model} {options.pretrained}".strip()
+    embeddings = embed(encoder, catalog, folder, name)
+    left_out = sum(catalog.left_out.values())
     print(
-        f"{len(catalog):,} pairs; left out: {broken:,} by their index, {embeddings.broken:,} unreadable images; "
-        f"embeddings in {folder}",
+        f"{len(catalog):,} pairs; left out: {left_out:,} by their index, "
+        f"{embeddings.broken:,} unreadable images; embeddings in {folder}",
         file=sys.stderr,
     )
     return Searcher(encoder, catalog, embeddings, options.index)
 
 
+def _default_folder(options: argparse.Namespace, catalog: Catalog) -> Path:
+    """embeddings/DATA-MODEL-DIGEST: short names may be alike, embeddings are not."""
+    paths = [Path(options.model).resolve(), *(shard.resolve() for shard in catalog.shards)]
+    identity = "\0".join([options.pretrained, *map(str, paths)])
+    digest = hashlib.sha256(identity.encode()).hexdigest()[:8]
+    name = f"{_short_name(options.data[0])} {_short_name(options.model)} {digest}"
+    return Path("embeddings") / re.sub(r"[^\w.-]+", "-", name)
+
+
 def _device(given: str) -> torch.device:
+    """The device of that name, or the accelerator if there is one. Raises ValueError."""
     try:
         device = torch.device(
             given or torch.accelerator.current_accelerator(check_available=True) or "cpu"
         )
+        # a device that is not there has a name, too
         torch.empty(1, device=device)
     except RuntimeError as error:
         raise ValueError(f"--device={given}: {str(error).splitlines()[0]}") from None
+
     if device.type == "cuda":
         devices.check_kernels()
+
     return device
 
 
-def _name(given: str) -> str:
+def _short_name(given: str) -> str:
     """A path's last two parts, which tell more than `test` or `run`; a hub id as it is."""
-    return "/".join(Path(given).resolve().parts[-2:]).lstrip("/") if Path(given).exists() else given
+    if not Path(given).exists():
+        return given
+    return "/".join(Path(given).resolve().parts[-2:]).lstrip("/")
 
 
 def _options(words: list[str] | None) -> argparse.Namespace:
@@ -103,22 +122,32 @@ def _options(words: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--pretrained", default="", help="weight tag of an open_clip model")
     parser.add_argument(
-        "--embeddings", type=Path, help="folder to keep them in; default: embeddings/DATA-MODEL"
+        "--embeddings",
+        type=Path,
+        help="folder to keep the embeddings in [a folder of its own in embeddings/]",
     )
-    parser.add_argument("--port", type=int, default=7860)
+    parser.add_argument("--port", type=int, default=7860, help="of the page [7860]")
     parser.add_argument(
-        "--k", type=int, help="pictures of an answer at first [24]; the page has a slider"
+        "--k", type=int, help="pictures in an answer at first; the page has a slider [24]"
     )
     parser.add_argument(
-        "--index", choices=sorted(INDEXES), default="exact", help="faiss needs faiss-cpu"
+        "--index",
+        choices=sorted(INDEXES),
+        default="exact",
+        help="how to search: exact reads the embeddings from disk, faiss (pip install faiss-cpu) "
+        "holds them in memory [exact]",
     )
     parser.add_argument(
         "--device",
         default="",
-        help="cpu, cuda, cuda:1 ...; default: the accelerator, if there is one",
+        help="cpu, cuda, cuda:1 ... [the accelerator, if there is one]",
     )
-    parser.add_argument("--batch_size", type=int, default=256)
-    parser.add_argument("--workers", type=int, default=0, help="processes that decode images")
+    parser.add_argument(
+        "--batch_size", type=int, default=256, help="images or captions embedded at once [256]"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=0, help="processes that decode images; 0: this one [0]"
+    )
     return parser.parse_args(words)
 
 

@@ -1,6 +1,4 @@
-"""Embeddings of all images and captions of a data set: made once, a shard at a time, and read from
-then on.
-"""
+"""Embeddings of all images and captions of a data set: made once, shard by shard, then read."""
 
 import hashlib
 import sys
@@ -23,13 +21,14 @@ from clipsmall.evaluation.shard_features import (
     read_shard_captions,
 )
 from clipsmall.evaluation.top_k import refuse_non_finite
-from clipsmall.search.store import EmbeddingStore, Part, alone
+from clipsmall.search.store import EmbeddingStore, Part, lock_folder
 
 
 @dataclass
 class StoredEmbeddings:
-    """n captions, each with its image, over all parts: an image with five captions has five
-    rows.
+    """n captions, each with its image, over all parts: an image with five captions has five rows.
+
+    A part is a shard of the data set.
     """
 
     # (n_i, D) each, float16 unit rows, mapped from their files
@@ -39,26 +38,27 @@ class StoredEmbeddings:
     captions: pa.ChunkedArray
     # (n,) int64, ascending: the pair's row in the catalog
     rows: Tensor
-    # images that cannot be read, and are not among these
+    # number of images that cannot be read, and have no row
     broken: int
 
     def distinct_images(self) -> Tensor:
         """(images,) the first row of each."""
-        return torch.cat([torch.tensor([True]), self.rows.diff() != 0]).nonzero()[:, 0]
+        is_first = torch.cat([torch.tensor([True]), self.rows.diff() != 0])
+        return is_first.nonzero()[:, 0]
 
     def distinct_captions(self) -> Tensor:
         """(captions,) the first row of each; letter case and white space make no difference."""
-        hashes = np.fromiter(
-            (caption_hash(each.as_py()) for each in self.captions), np.int64, len(self.captions)
-        )
-        return torch.from_numpy(np.sort(np.unique(hashes, return_index=True)[1]))
+        texts = (caption.as_py() for caption in self.captions)
+        hashes = np.fromiter(map(caption_hash, texts), np.int64, len(self.captions))
+        _, first_rows = np.unique(hashes, return_index=True)
+        return torch.from_numpy(np.sort(first_rows))
 
 
 def embed(encoder: Encoder, catalog: Catalog, folder: Path, model: str = "") -> StoredEmbeddings:
-    """The embeddings of a catalog, from `folder`; what is missing there, or is of another model or
-    shard, is made.
+    """The embeddings of a catalog, from `folder`.
 
-    Interrupt it at will: it goes on with the next shard.
+    What is missing there, or is of another model or shard, is made. Interrupt it at any time: it
+    goes on with the next shard.
 
     Args:
         model: its name, for the record.
@@ -67,43 +67,49 @@ def embed(encoder: Encoder, catalog: Catalog, folder: Path, model: str = "") -> 
         ValueError: a folder of something else, or that cannot be written; no image can be read;
             features that are not finite.
     """
-    prints = [
-        (shard.name, _fingerprint(catalog, number)) for number, shard in enumerate(catalog.shards)
-    ]
-    with alone(folder):
-        store = EmbeddingStore(folder, model, encoder.digest(), prints)
+    fingerprints = []
+    for number, shard in enumerate(catalog.shards):
+        fingerprints.append((shard.name, _fingerprint(catalog, number)))
+
+    with lock_folder(folder):
+        store = EmbeddingStore(folder, model, encoder.digest(), fingerprints)
         if store.note:
-            print(f"{folder}: {store.note}; embedding anew", file=sys.stderr)
+            print(f"{folder}: {store.note}; they are made again", file=sys.stderr)
+
         missing = store.missing()
-        for number in tqdm(
-            missing, desc="embedding shards", disable=not (missing and encoder.progress)
-        ):
+        silent = not (missing and encoder.progress)
+        for number in tqdm(missing, desc="embedding shards", disable=silent):
             store.add(number, *_made(encoder, catalog, number))
-        parts = [part for number in range(len(prints)) if (part := store.part(number))]
-    assert len(parts) == len(prints)
-    starts = np.cumsum([0, *catalog.sizes])
-    rows = [
-        part.table["row"].to_numpy() + start for part, start in zip(parts, starts, strict=False)
-    ]
+
+        parts = [part for number in range(len(fingerprints)) if (part := store.part(number))]
+
+    assert len(parts) == len(fingerprints)
+    # a part has rows within its shard, the catalog counts over all shards
+    rows = []
+    first_row = 0
+    for part, size in zip(parts, catalog.sizes, strict=True):
+        rows.append(part.table["row"].to_numpy() + first_row)
+        first_row += size
+
     if not sum(map(len, rows)):
         raise ValueError(f"{catalog.shards[0]} ...: none of {len(catalog)} images can be read")
+
+    caption_chunks = [chunk for part in parts for chunk in part.table["caption"].chunks]
     return StoredEmbeddings(
         images=[part.image for part in parts],
         texts=[part.text for part in parts],
-        captions=pa.chunked_array(
-            [chunk for part in parts for chunk in part.table["caption"].chunks]
-        ),
+        captions=pa.chunked_array(caption_chunks),
         rows=torch.from_numpy(np.concatenate(rows)),
         broken=store.broken,
     )
 
 
 def _fingerprint(catalog: Catalog, number: int) -> str:
-    """Of a shard and of which pairs in it are good."""
+    """A digest of a shard and of which pairs in it are good."""
     shard = catalog.shards[number]
-    found = hashlib.sha256(f"{shard.name} {proof(shard)}".encode())
-    found.update(catalog.only(number).spans.tobytes())
-    return found.hexdigest()
+    digest = hashlib.sha256(f"{shard.name} {proof(shard)}".encode())
+    digest.update(catalog.only(number).spans.tobytes())
+    return digest.hexdigest()
 
 
 def _made(encoder: Encoder, catalog: Catalog, number: int) -> tuple[Part, int]:

@@ -16,6 +16,8 @@ from clipsmall.search.index import INDEXES
 
 
 class Hit(NamedTuple):
+    """An image or a caption that was found."""
+
     cosine: float
     caption: str
     # as in its shard; b"" for a caption alone
@@ -33,7 +35,7 @@ class Answer:
 
 
 class Searcher:
-    """A model, and the embeddings that it made of a catalog.
+    """Answers queries with a model and the embeddings that it made of a catalog.
 
     Args:
         index: `exact`, or `faiss` where it is installed.
@@ -52,13 +54,16 @@ class Searcher:
         encoder.model.eval()
         images = embeddings.distinct_images()
         self._distinct = embeddings.distinct_captions()
-        self.images, self.captions = len(images), len(self._distinct)
+        # how many there are to choose from
+        self.images = len(images)
+        self.captions = len(self._distinct)
         self._images = INDEXES[index](embeddings.images, images)
         self._captions = INDEXES[index](embeddings.texts, self._distinct)
 
     def examples(self, count: int = 4) -> list[str]:
         """Some captions of the data, evenly spread."""
-        rows = self._distinct[:: -(-self.captions // count)]
+        every = -(-self.captions // count)
+        rows = self._distinct[::every]
         return [self.found.captions[row].as_py() for row in rows.tolist()]
 
     def by_text(self, text: str, k: int) -> Answer:
@@ -70,16 +75,19 @@ class Searcher:
         text = " ".join(text.split())
         if not text:
             raise ValueError("the query is empty: type some words, or drop a picture")
+
         start = time.perf_counter()
         query = self._encoded(self.encoder.model.encode_text, self.encoder.tokenize([text]))
         embedded = time.perf_counter()
         found = self._images(query, k)
         compared = time.perf_counter()
-        return Answer(embedded - start, compared - embedded, self._hits(*found, True))
+        hits = self._hits(*found, with_images=True)
+        return Answer(embedded - start, compared - embedded, hits)
 
     def by_image(self, image: bytes, k: int) -> Answer:
-        """The k images and the k captions (all of them, if there are fewer) nearest to an encoded
-        picture.
+        """The k images and the k captions nearest to an encoded picture.
+
+        All captions, if there are fewer.
 
         Raises:
             ValueError: not a picture; k below 1, or more than there are images.
@@ -89,24 +97,28 @@ class Searcher:
             pixels = self.transform(image)[None]
         except BadImage as error:
             raise ValueError(f"this picture cannot be used: {error}") from None
+
         query = self._encoded(self.encoder.model.encode_image, pixels)
         embedded = time.perf_counter()
         images = self._images(query, k)
         captions = self._captions(query, min(k, self.captions))
         compared = time.perf_counter()
-        times = embedded - start, compared - embedded
-        return Answer(*times, self._hits(*images, True), self._hits(*captions, False))
+        image_hits = self._hits(*images, with_images=True)
+        caption_hits = self._hits(*captions, with_images=False)
+        return Answer(embedded - start, compared - embedded, image_hits, caption_hits)
 
     @torch.no_grad()
     def _encoded(self, encode: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
         return encode(inputs.to(self.encoder.device))[0].float().cpu()
 
-    def _hits(self, cosines: Tensor, rows: Tensor, pictures: bool) -> list[Hit]:
-        return [
-            Hit(
-                cosine,
-                self.found.captions[row].as_py(),
-                self.catalog.read(int(self.found.rows[row])).image if pictures else b"",
-            )
-            for cosine, row in zip(cosines.tolist(), rows.tolist(), strict=True)
-        ]
+    def _hits(self, cosines: Tensor, rows: Tensor, with_images: bool) -> list[Hit]:
+        hits = []
+        for cosine, row in zip(cosines.tolist(), rows.tolist(), strict=True):
+            caption = self.found.captions[row].as_py()
+            image = b""
+            if with_images:
+                image = self.catalog.read(int(self.found.rows[row])).image
+
+            hits.append(Hit(cosine, caption, image))
+
+        return hits

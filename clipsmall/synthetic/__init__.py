@@ -1,1 +1,1 @@
-"""Mining studied on embeddings without a network, as in Cho et al. (arXiv 2307.05906)."""
+"""Mining studied on free embeddings, as in Cho et al. (arXiv 2307.05906)."""

@@ -1,4 +1,4 @@
-"""The synthetic study of mining: free embeddings trained on batches that six selections choose."""
+"""Free embeddings, trained by plain SGD on batches that six selections choose."""
 
 from collections.abc import Callable, Iterator
 from itertools import combinations, islice
@@ -20,58 +20,65 @@ SELECTIONS = {
     "osgd_NcB": "OSGD: worst of all batches",
     "sc_even": "even spectral clusters",
 }
-# of Sinkhorn's row and column steps
+# Rounds of Sinkhorn's row and column steps.
 ROUNDS = 20
 
 
-def softmax(logits: Tensor) -> Tensor:
-    """(..., B, B) -> (...): mean over rows of the *sum* of both directions (Cho et al. 2023, arXiv
-    2307.05906).
+def softmax_of_batches(logits: Tensor) -> Tensor:
+    """(..., B, B) -> (...): mean over rows of the *sum* of both directions.
+
+    Source: Cho et al. 2023, arXiv 2307.05906.
     """
     own = logits.diagonal(dim1=-2, dim2=-1)
     return (logits.logsumexp(-1) + logits.logsumexp(-2) - 2 * own).mean(-1)
 
 
-def sigmoid(logits: Tensor) -> Tensor:
-    """(..., B, B) -> (...): summed over columns, mean over rows (Zhai et al. 2023, arXiv
-    2303.15343, eq. 1).
+def sigmoid_of_batches(logits: Tensor) -> Tensor:
+    """(..., B, B) -> (...): summed over columns, mean over rows.
+
+    Source: Zhai et al. 2023, arXiv 2303.15343, eq. 1.
     """
     own = logits.diagonal(dim1=-2, dim2=-1)
     return F.softplus(logits).sum((-2, -1)) / logits.shape[-1] - own.mean(-1)
 
 
-def sinkhorn(logits: Tensor) -> Tensor:
-    """(..., B, B) -> (...): −mean log P_ii of the transport plan P after 20 rounds (Peyré and
-    Cuturi 2019, arXiv 1803.00567, §4.4). The rows' potential is held constant: the envelope
-    gradient, see `objectives.sinkhorn`."""
+def sinkhorn_of_batches(logits: Tensor) -> Tensor:
+    """(..., B, B) -> (...): −mean log P_ii of the transport plan P after 20 rounds.
+
+    The rows' potential is held constant: the envelope gradient, see `objectives.sinkhorn`.
+
+    Source: Peyré and Cuturi 2019, arXiv 1803.00567, §4.4.
+    """
     with torch.no_grad():
         rows = -logits.logsumexp(-1, keepdim=True)
         for _ in range(ROUNDS):
             columns = -(logits + rows).logsumexp(-2, keepdim=True)
             rows = -(logits + columns).logsumexp(-1, keepdim=True)
+
     moved = logits + rows
     return (moved.logsumexp(-2) - moved.diagonal(dim1=-2, dim2=-1)).mean(-1)
 
 
+# (..., B, B) logits of batches -> (...) losses
 LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
-    "softmax": softmax,
-    "sigmoid": sigmoid,
-    "sinkhorn": sinkhorn,
+    "softmax": softmax_of_batches,
+    "sigmoid": sigmoid_of_batches,
+    "sinkhorn": sinkhorn_of_batches,
 }
-# Logit scale and bias: Cho et al.'s softmax has neither. With sigmoid's batches of 2 lead to the
-# simplex, a full batch
-# of 8 elsewhere: a pair that meets seven others and not one weighs repulsion seven times.
+# Logit scale and bias. Cho et al.'s softmax has neither. With sigmoid's, batches of 2 lead to the
+# simplex, and a full batch of 8 elsewhere: a pair that meets seven others and not one weighs
+# repulsion seven times.
 LOGITS = {"softmax": (1.0, 0.0), "sigmoid": (5.0, -2.0), "sinkhorn": (1.0, 0.0)}
 
 
 class FreeEmbeddings:
-    """N pairs of d free numbers each, of unit length before the loss, under plain SGD.
+    """N pairs of d free numbers each, made unit length before the loss, under plain SGD.
 
     Args:
-        image: (N, d), text: (N, d): where to start; copied, float64.
-        loss: softmax, sigmoid or sinkhorn, of the logits scale · cos + bias; None = those of
-            `LOGITS`.
-        lr: of SGD.
+        image, text: (N, d) each: where to start; copied, float64.
+        loss: softmax, sigmoid or sinkhorn, of the logits scale · cos + bias.
+        scale, bias: None = those of `LOGITS`.
+        lr: learning rate of SGD.
     """
 
     def __init__(
@@ -91,18 +98,21 @@ class FreeEmbeddings:
         self.bias = LOGITS[loss][1] if bias is None else bias
 
     def cosines(self) -> Tensor:
-        """(N, N) image i against text j."""
+        """(N, N): image i against text j."""
         image, text = F.normalize(self.free, dim=-1)
-        made: Tensor = image @ text.T
-        return made
+        cosines: Tensor = image @ text.T
+        return cosines
 
     def losses(self, batches: Ints) -> Tensor:
-        """(M, B) places -> (M,) losses."""
-        rows = torch.from_numpy(batches)
+        """Losses of M batches: (M, B) numbers of pairs -> (M,)."""
+        pairs = torch.from_numpy(batches)
         logits = self.scale * self.cosines() + self.bias
-        return LOSSES[self.loss](logits[rows[:, :, None], rows[:, None, :]])
+        # (M, B, B)
+        of_batches = logits[pairs[:, :, None], pairs[:, None, :]]
+        return LOSSES[self.loss](of_batches)
 
     def full_loss(self) -> float:
+        """The loss of one batch of all pairs."""
         return float(self.losses(np.arange(self.pairs)[None]).detach())
 
     def update(self, batches: Ints) -> None:
@@ -112,41 +122,53 @@ class FreeEmbeddings:
             self.free -= self.lr * slope
 
     def clusters(self, size: int, generator: np.random.Generator) -> Ints:
-        """(N / B, B) even spectral clusters. Sinkhorn's loss is no sum over pairs: softmax's
-        weights stand in.
+        """(N / B, B) even spectral clusters of the embeddings as they are.
+
+        Sinkhorn's loss is no sum over pairs: softmax's weights stand in.
         """
         image, text = F.normalize(self.free.detach(), dim=-1).float().numpy()
         scored = Scored(image, text, self.scale, self.bias)
-        weights = (sigmoid_weights if self.loss == "sigmoid" else softmax_weights)(scored, size)
-        return spectral(
-            scored,
-            one_owner(self.pairs, size),
-            np.zeros_like(weights, dtype=bool),
-            generator,
-            weights,
-        )
+
+        if self.loss == "sigmoid":
+            weights = sigmoid_weights(scored, size)
+        else:
+            weights = softmax_weights(scored, size)
+
+        # free vectors have no duplicates to keep apart
+        cannot_link = np.zeros_like(weights, dtype=bool)
+        return spectral(scored, one_owner(self.pairs, size), cannot_link, generator, weights)
 
 
-def choice(
+def choose_batches(
     free: FreeEmbeddings, selection: str, size: int, generator: np.random.Generator
 ) -> Iterator[Ints]:
     """Without end, the (M, B) batches of the next update, decided when they are asked for.
 
-    f is one random partition into N / B batches over and over, s a fresh one every step; full is
-    one batch of all, NcB all C(N, B) batches at once; osgd_NcB of all of them the one whose loss is
-    highest now (the first of equals); sc_even the clusters of the embeddings as they are when a
-    step begins, one by one.
+    f: one random partition into N / B batches, over and over.
+    s: a fresh partition every step.
+    full: one batch of all pairs.
+    NcB: all C(N, B) batches at once.
+    osgd_NcB: of all of them the one whose loss is highest now (the first of equals).
+    sc_even: the clusters of the embeddings as they are when a step begins, one by one.
+
+    Args:
+        selection: one of these.
+        size: B.
     """
     pairs = free.pairs
+    # one batch per update
     partition = generator.permutation(pairs).reshape(-1, 1, size)
     batches = np.arange(pairs)[None]
+
     if selection in ("NcB", "osgd_NcB"):
         batches = np.array(list(combinations(range(pairs), size)))
+
     while True:
         if selection in ("full", "NcB"):
             yield batches
         elif selection == "osgd_NcB":
-            yield batches[int(free.losses(batches).argmax())][None]
+            hardest = int(free.losses(batches).argmax())
+            yield batches[hardest][None]
         elif selection == "sc_even":
             yield from free.clusters(size, generator)[:, None]
         else:
@@ -155,73 +177,95 @@ def choice(
                 partition = generator.permutation(pairs).reshape(-1, 1, size)
 
 
-def train(
+def train_free_embeddings(
     free: FreeEmbeddings, selection: str, size: int, steps: int, generator: np.random.Generator
 ) -> Iterator[dict[str, float | None]]:
     """The state before the first and after every step, as columns of a table.
 
     A step makes N / B updates, but one for full and NcB, as in Cho et al.'s code. `pairs` counts
-    those that entered a
-    gradient: selections can be compared by either. See `distances` for the other columns.
+    those that entered a gradient: selections can be compared by either. See `optimum_distances` for
+    the other columns.
+
+    Args:
+        selection, size: see `choose_batches`.
     """
-    optimum = target(free.pairs, free.free.shape[-1])
-    batches = choice(free, selection, size, generator)
-    a_step = 1 if selection in ("full", "NcB") else free.pairs // size
-    updates = seen = 0
+    optimum = known_optimum(free.pairs, free.free.shape[-1])
+    batches = choose_batches(free, selection, size, generator)
+    updates_per_step = 1 if selection in ("full", "NcB") else free.pairs // size
+
+    updates = 0
+    seen = 0
     for step in range(steps + 1):
-        for chosen in islice(batches, a_step if step else 0):
+        # the first row is of the state before any update
+        for chosen in islice(batches, updates_per_step if step else 0):
             free.update(chosen)
-            updates = updates + 1
-            seen = seen + chosen.size
-        measured = distances(free.cosines().detach(), optimum)
+            updates += 1
+            seen += chosen.size
+
+        distances = optimum_distances(free.cosines().detach(), optimum)
         yield {
             "step": step,
             "updates": updates,
             "pairs": seen,
-            **measured,
+            **distances,
             "full_loss": free.full_loss(),
         }
 
 
 def simplex(pairs: int, width: int) -> Tensor:
-    """(N, d >= N − 1) float64: all cosines −1/(N−1), the equiangular tight frame. With u = v it
-    minimises the full softmax loss, at 2 ln(1 + (N−1) e^(−N/(N−1))), and its mean over all batches
-    (Cho et al. 2023, theorem 4)."""
-    corners = torch.linalg.svd(torch.eye(pairs, dtype=torch.float64) - 1 / pairs)[0][:, :-1]
+    """(N, d >= N − 1) float64: all cosines −1/(N−1), the equiangular tight frame.
+
+    With image = text it minimises the full softmax loss, at 2 ln(1 + (N−1) e^(−N/(N−1))), and its
+    mean over all batches.
+
+    Source: Cho et al. 2023, theorem 4.
+    """
+    centred = torch.eye(pairs, dtype=torch.float64) - 1 / pairs
+    # the last direction is that of the mean, along which nothing varies
+    corners = torch.linalg.svd(centred)[0][:, :-1]
     return F.pad(F.normalize(corners, dim=1), (0, width - pairs + 1))
 
 
 def cross_polytope(width: int) -> Tensor:
-    """(2 d, d) float64: ± unit vectors, so that a row's cosines are 1, one −1 and N − 2 zeros. Full
-    softmax loss 2 ln(1 + e^(−2) + (N−2) e^(−1)); the least that we, like Cho et al. among antipodal
-    ones, know of."""
-    return torch.cat(
-        [torch.eye(width, dtype=torch.float64), -torch.eye(width, dtype=torch.float64)]
-    )
+    """(2 d, d) float64: ± unit vectors, so that a row's cosines are 1, one −1 and N − 2 zeros.
+
+    Its full softmax loss is 2 ln(1 + e^(−2) + (N−2) e^(−1)): the least that we, like Cho et al.
+    among antipodal ones, know of.
+    """
+    unit = torch.eye(width, dtype=torch.float64)
+    return torch.cat([unit, -unit])
 
 
-def target(pairs: int, width: int) -> Tensor | None:
-    """(N, d) the optimum u = v of the full softmax loss where its form is known; for other losses a
-    landmark.
+def known_optimum(pairs: int, width: int) -> Tensor | None:
+    """(N, d): the optimum image = text of the full softmax loss, where its form is known.
+
+    For other losses it is only a landmark.
     """
     if width >= pairs - 1:
         return simplex(pairs, width)
+
     return cross_polytope(width) if pairs == 2 * width else None
 
 
-def distances(cosines: Tensor, optimum: Tensor | None) -> dict[str, float | None]:
-    """How far (N, N) cosines are from the optimum's: `row_distance`, the Frobenius norm after
-    sorting each row, which does not ask which pair is whose opposite, nor (so look at `diagonal`)
-    which is its own; `distance`, the plain norm, where all pairs are alike; `diagonal`, the mean
-    cosine of true pairs."""
-    sorted_rows = plain = None
+def optimum_distances(cosines: Tensor, optimum: Tensor | None) -> dict[str, float | None]:
+    """How far (N, N) cosines are from those of the optimum; None where it is not known.
+
+    row_distance: the Frobenius norm after sorting each row. It does not ask which pair is whose
+        opposite, nor which is its own: look at `diagonal` for that.
+    distance: the plain norm, where all pairs are alike.
+    diagonal: the mean cosine of true pairs.
+    """
+    row_distance = None
+    distance = None
     if optimum is not None:
         wanted = optimum @ optimum.T
-        sorted_rows = float((cosines.sort(1).values - wanted.sort(1).values).norm())
-        if optimum.shape[1] >= len(optimum) - 1:
-            plain = float((cosines - wanted).norm())
+        row_distance = float((cosines.sort(1).values - wanted.sort(1).values).norm())
+        is_simplex = optimum.shape[1] >= len(optimum) - 1
+        if is_simplex:
+            distance = float((cosines - wanted).norm())
+
     return {
-        "row_distance": sorted_rows,
-        "distance": plain,
+        "row_distance": row_distance,
+        "distance": distance,
         "diagonal": float(cosines.diagonal().mean()),
     }

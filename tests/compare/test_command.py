@@ -17,9 +17,10 @@ import yaml
 
 from clipsmall.compare import __main__ as compare
 from clipsmall.compare.budgets import Budgets
-from clipsmall.compare.grid import Comparison, load, settings
-from clipsmall.compare.outcomes import outcomes
-from clipsmall.compare.runs import digest, make_run
+from clipsmall.compare.grid import Comparison, grid_settings, load_comparison
+from clipsmall.compare.launcher import training_environment
+from clipsmall.compare.run_tables import tables_of_runs
+from clipsmall.compare.runs import config_digest, make_run
 from tests.shards_for_tests import write_glyphs
 
 # Stands in for the trainer: leaves what a run leaves, in no time. Its recall is best at lr 2e-3 and
@@ -47,8 +48,9 @@ steps = given["optim"]["pairs"] // batch
 seed = given["seed"] % 1000
 rate = 50 * batch + seed
 recall = 0.5 - abs(lr - 2e-3) * 10 + batch / 1000 + seed / 10_000
-lines = [{"step": step, "pairs": step * batch, "loss": 1 / step, "logit_scale": 10.0 + step, "logit_bias": 0.0,
-          "pairs_per_second": rate, "skipped": 2} for step in range(1, steps + 1)]
+lines = [{"step": step, "pairs": step * batch, "loss": 1 / step, "logit_scale": 10.0 + step,
+          "logit_bias": 0.0, "pairs_per_second": rate, "skipped": 2}
+         for step in range(1, steps + 1)]
 if given.get("evaluate", {}).get("retrieval"):
     lines.append({"step": steps, "pairs": steps * batch, "test/image_retrieval_recall@1": recall,
                   "test/image_retrieval_recall@5": 1 - recall})
@@ -96,7 +98,7 @@ def written(grid: dict[str, Any], tmp_path: Path) -> str:
 
 
 def made(grid: dict[str, Any], tmp_path: Path) -> Comparison:
-    return load(written(grid, tmp_path))
+    return load_comparison(written(grid, tmp_path))
 
 
 def calls(tmp_path: Path) -> list[str]:
@@ -106,7 +108,7 @@ def calls(tmp_path: Path) -> list[str]:
 
 def table(grid: dict[str, Any], tmp_path: Path) -> pd.DataFrame:
     comparison = made(grid, tmp_path)
-    return outcomes(comparison, Budgets(comparison).cells())[0]
+    return tables_of_runs(comparison, Budgets(comparison).cells())[0]
 
 
 def test_a_grid_is_the_product_of_its_axes(grid: dict[str, Any], tmp_path: Path) -> None:
@@ -127,9 +129,9 @@ def test_a_grid_is_the_product_of_its_axes(grid: dict[str, Any], tmp_path: Path)
         },
     }
     grid["common"] = {"optim.lr": 0.5, "optim": {"clip": 2.0}}
-    found = settings(made(grid, tmp_path))
+    found = grid_settings(made(grid, tmp_path))
     assert len(found) == 12
-    assert Budgets(made(grid, tmp_path)).pairs(found[0]) == 640
+    assert Budgets(made(grid, tmp_path)).pairs_of(found[0]) == 640
     assert found[0].title == "softmax, 8, none"
     assert found[-1].levels == {"objective": "moco", "batch_size": "16", "trick": "mined"}
     assert found[-1].tree["mining"] == {"method": "groups", "group": 4}
@@ -137,10 +139,13 @@ def test_a_grid_is_the_product_of_its_axes(grid: dict[str, Any], tmp_path: Path)
     assert found[-1].tree["optim"] == {"lr": 0.5, "clip": 2.0, "pairs": 320, "warmup_pairs": 7}
     budgets = Budgets(made(grid, tmp_path))
     # the grid's own word
-    assert budgets.pairs(found[-1]) == 320
+    assert budgets.pairs_of(found[-1]) == 320
     warmups = [cell.runs[0].config.optim.warmup_pairs for cell in budgets.cells()]
     assert (warmups[0], warmups[-1]) == (32, 7)
-    assert made(grid, tmp_path).spent == "640 pairs a run, where the grid does not say otherwise"
+    assert (
+        made(grid, tmp_path).budget_words
+        == "640 pairs per run, where the grid does not say otherwise"
+    )
     assert found[4].tree["objective"] == {"name": {"softmax": 1, "vicreg": 0.1}}
     assert found[-1].tree["objective"] == {"queue": "moco"}
 
@@ -175,7 +180,7 @@ def test_a_grid_is_the_product_of_its_axes(grid: dict[str, Any], tmp_path: Path)
         ({"metrics": {"r": "test/acc1"}}, "there is test/image_retrieval_recall@1"),
         (
             {"baseline": {"objective": "dcl"}},
-            "baseline: objective=dcl is none of the grid's; there is softmax",
+            "baseline: objective=dcl is not in the grid; there is softmax",
         ),
         ({"baseline": {"size": "8"}}, "there is objective, batch_size"),
         (
@@ -184,7 +189,7 @@ def test_a_grid_is_the_product_of_its_axes(grid: dict[str, Any], tmp_path: Path)
         ),
         (
             {"lr": {"values": [1e-3, 2e-3], "pairs": 64, "metric": "acc1"}},
-            "lr.metric=acc1 is none of the metrics",
+            "lr.metric=acc1 is not a metric here",
         ),
         ({"budget": {"pairs": 64, "seconds": 3}}, "either pairs (equal samples) or seconds"),
         ({"budget": {}}, "either pairs"),
@@ -218,10 +223,10 @@ def test_a_wrong_grid_is_refused_with_its_file_and_nothing_written(
 
 
 def test_a_run_is_known_by_what_it_learns_from(grid: dict[str, Any], tmp_path: Path) -> None:
-    setting = settings(made(grid, tmp_path))[0]
+    setting = grid_settings(made(grid, tmp_path))[0]
     folder = make_run("out", setting, 0, []).folder
     assert folder.parent == Path("out/runs")
-    assert folder.name == f"softmax-8-s0-{digest(setting.tree | {'seed': 0})}"
+    assert folder.name == f"softmax-8-s0-{config_digest(setting.tree | {'seed': 0})}"
     assert (
         make_run("out", setting, 0, [{"run": {"log_every": 7}, "data": {"workers": 3}}]).folder
         == folder
@@ -268,7 +273,7 @@ def test_every_run_is_made_once(grid: dict[str, Any], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--seeds", "7"], "--seeds 7: none of this grid's; there is [0, 1]"),
+        (["--seeds", "7"], "--seeds 7: not a seed of this grid; there is [0, 1]"),
         (
             ["--only", "objective=dcl"],
             "there is no objective=dcl in this grid; there is softmax, sigmoid",
@@ -388,7 +393,8 @@ def test_a_run_that_was_stopped_through_a_launcher_has_not_failed(
 ) -> None:
     (tmp_path / "launcher.py").write_text(
         "import pathlib, sys\nout = [w for w in sys.argv if w.startswith('--out=')][0][6:]\n"
-        "(pathlib.Path(out) / 'run.yaml').touch()\nprint('stopped; continue with --resume=auto')\nsys.exit(1)\n"
+        "(pathlib.Path(out) / 'run.yaml').touch()\n"
+        "print('stopped; continue with --resume=auto')\nsys.exit(1)\n"
     )
     grid["launch"] = f"{sys.executable} {tmp_path / 'launcher.py'}"
     assert compare.main([written(grid, tmp_path)]) == 1
@@ -410,30 +416,30 @@ def test_rates_are_tuned_on_a_seed_of_their_own(grid: dict[str, Any], tmp_path: 
     # not before their rates are known
     assert not any(cell.runs for cell in Budgets(comparison).cells())
     assert compare.main([written(grid, tmp_path)]) == 0
-    tried = Budgets(comparison).tuning(settings(comparison))
+    tried = Budgets(comparison).rate_trials(grid_settings(comparison))
     assert len(tried) == 6
     assert {(run.seed, run.config.data.batch_size, run.config.optim.pairs) for run in tried} == {
         (1000, 16, 160)
     }
     assert table(grid, tmp_path)["lr"].unique().tolist() == [2e-3]
-    assert Budgets(comparison).edges() == []
+    assert Budgets(comparison).rates_at_the_edge() == []
     # softmax at 2e-3
     lines = tried[1].files.metrics.read_text()
     tried[1].files.metrics.write_text(lines.replace("0.516", "null"))
-    rates = [Budgets(comparison).rate(setting) for setting in settings(comparison)]
+    rates = [Budgets(comparison).learning_rate(setting) for setting in grid_settings(comparison)]
     # a metric that is no number wins nothing
     assert rates == [1e-3, 1e-3, 2e-3, 2e-3]
     tried[1].files.metrics.write_text(lines)
     grid["metrics"]["recall@5"], grid["lr"]["metric"] = "test/image_retrieval_recall@5", "recall@5"
     asked = Budgets(made(grid, tmp_path))
     # where the stand-in's is highest
-    assert [asked.rate(setting) for setting in asked.settings] == [4e-3] * 4
+    assert [asked.learning_rate(setting) for setting in asked.settings] == [4e-3] * 4
     del grid["lr"]["metric"]
     grid["lr"]["values"] = [2e-3, 4e-3]
     assert compare.main([written(grid, tmp_path)]) == 0
     # another grid of rates: the same trials, the same runs
     assert len(calls(tmp_path)) == 14
-    assert Budgets(made(grid, tmp_path)).edges() == ["softmax: 0.002", "sigmoid: 0.002"]
+    assert Budgets(made(grid, tmp_path)).rates_at_the_edge() == ["softmax: 0.002", "sigmoid: 0.002"]
 
 
 def test_where_no_rate_can_be_tried_nothing_is_run(grid: dict[str, Any], tmp_path: Path) -> None:
@@ -617,8 +623,8 @@ def test_real_runs(grid: dict[str, Any], tmp_path: Path) -> None:
 
 def test_a_run_has_its_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    assert compare.environment(10_000, "")["OMP_NUM_THREADS"] == "1"
-    assert compare.environment(1, "")["OMP_NUM_THREADS"] == str(os.cpu_count())
-    assert "OMP_NUM_THREADS" not in compare.environment(1, "torchrun")
+    assert training_environment(10_000, "")["OMP_NUM_THREADS"] == "1"
+    assert training_environment(1, "")["OMP_NUM_THREADS"] == str(os.cpu_count())
+    assert "OMP_NUM_THREADS" not in training_environment(1, "torchrun")
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    assert compare.environment(1, "")["OMP_NUM_THREADS"] == "7"
+    assert training_environment(1, "")["OMP_NUM_THREADS"] == "7"

@@ -16,20 +16,27 @@ import torch
 from matplotlib.figure import Figure
 
 from clipsmall import train
-from clipsmall.compare import compare_page, plots, samples
-from clipsmall.compare.canvas import Frames, clean
-from clipsmall.compare.compare_page import DASH, Page
-from clipsmall.compare.grid import Comparison
-from clipsmall.compare.outcomes import CURVES, NUMBERS
-from clipsmall.compare.samples import TestedSample
-from clipsmall.compare.summary import contrasts, pareto, summarise
-from clipsmall.compare.verdict import verdict
+from clipsmall.compare import plots
+from clipsmall.compare.compare_page import (
+    ComparisonPage,
+    comparison_facts,
+    comparison_tables,
+    render_comparison_page,
+    unfinished_runs,
+    write_comparison_page,
+)
+from clipsmall.compare.grid import NUMBERS, Comparison
+from clipsmall.compare.model_samples import TestedSample, sample_models
+from clipsmall.compare.plots import Frames, clean_label, comparison_figures, save_figures
+from clipsmall.compare.run_tables import CURVES
+from clipsmall.compare.stats import contrasts_with_baseline, pareto_front, summarise_runs
+from clipsmall.compare.verdict import verdict_sentences
 from clipsmall.data import open_catalog
 from clipsmall.evaluation import Encoder
 from clipsmall.model.saved import load_model
-from clipsmall.report_page import page
+from clipsmall.pages.html_page import DASH, Query, Table
 from clipsmall.report_page.gallery import logit_matrix
-from tests.report_page.test_page import EVIL, Reader, decoded, png
+from tests.html_for_tests import EVIL, Reader, decoded, png
 from tests.shards_for_tests import config
 
 METRICS = {"recall@1": "here/image_retrieval_recall@1", "top-1": "here/acc1"}
@@ -74,19 +81,19 @@ def frames(study: Comparison) -> tuple[pd.DataFrame, pd.DataFrame]:
     return pd.DataFrame(rows), pd.DataFrame(lines)
 
 
-def shown(study: Comparison, runs: pd.DataFrame, curves: pd.DataFrame) -> Page:
-    summary = summarise(runs, study.axes, study.metrics)
-    tested = contrasts(runs, study.axes, study.metric, study.against)
-    return Page(
+def shown(study: Comparison, runs: pd.DataFrame, curves: pd.DataFrame) -> ComparisonPage:
+    summary = summarise_runs(runs, study.axes, study.metrics)
+    tested = contrasts_with_baseline(runs, study.axes, study.metric, study.baseline_levels)
+    return ComparisonPage(
         *(
             study.title,
             study.budget.words,
-            compare_page.facts(study, runs),
-            verdict(study, runs, summary, tested),
+            comparison_facts(study, runs),
+            verdict_sentences(study, runs, summary, tested),
         ),
-        tables=compare_page.tables(study, summary, tested),
-        failures=compare_page.failures(study, runs),
-        figures=plots.figures(study, runs, curves),
+        tables=comparison_tables(study, summary, tested),
+        failures=unfinished_runs(study, runs),
+        figures=comparison_figures(study, runs, curves),
     )
 
 
@@ -95,17 +102,17 @@ def unfinished(runs: pd.DataFrame, state: str, error: str = "") -> pd.DataFrame:
     return runs.assign(state=state, error=error, **dict.fromkeys(METRICS, math.nan))
 
 
-def full(text: str = "a glyph") -> Page:
+def full(text: str = "a glyph") -> ComparisonPage:
     """Every section, `text` in each place that holds text."""
     asked = [
-        page.Query(png(), text, "image_to_text", text, texts=[(text, 0.9, True)]),
-        page.Query(png(), text, "text_to_image", text, images=[(png(), text, 0.9, False)]),
+        Query(png(), text, "image_to_text", text, texts=[(text, 0.9, True)]),
+        Query(png(), text, "text_to_image", text, images=[(png(), text, 0.9, False)]),
     ]
     figure = Figure()
-    figure.add_subplot(title=clean(text))
-    return Page(
+    figure.add_subplot(title=clean_label(text))
+    return ComparisonPage(
         *(text, text, [(text, text)], [text]),
-        tables=[page.Table(text, text, [text], [[text]])],
+        tables=[Table(text, text, [text], [[text]])],
         failures=[(text, "failed", text), (text, text, "")],
         figures={"a": (f"{text}: {text}", figure)},
         samples=[
@@ -131,7 +138,7 @@ def lines(figure: Figure) -> list[list[float]]:
 def test_pictures_of_a_whole_grid_and_what_they_show() -> None:
     study = comparison()
     runs, curves = frames(study)
-    drawn = plots.figures(study, runs, curves)
+    drawn = comparison_figures(study, runs, curves)
     assert list(drawn) == [
         "recall-1-against-batch-size",
         "top-1-against-batch-size",
@@ -148,7 +155,7 @@ def test_pictures_of_a_whole_grid_and_what_they_show() -> None:
     for level in study.axes["objective"]:
         assert np.round([means[level, size] for size in ("16", "32", "64")], 6).tolist() in against
     settings = runs.groupby(["objective", "batch_size"])[["memory", "recall@1"]].mean()
-    best = settings[pareto(settings["memory"], settings["recall@1"])].sort_values("memory")
+    best = settings[pareto_front(settings["memory"], settings["recall@1"])].sort_values("memory")
     (panel,) = drawn["recall-1-against-memory-of-a-training-step"][1].axes
     (front,) = [line.get_xydata() for line in panel.lines if line.get_drawstyle() == "steps-post"]
     # MiB
@@ -165,7 +172,7 @@ def test_what_is_not_done_is_in_no_picture() -> None:
     runs, curves = frames(study)
     # with results of its last attempt
     runs.loc[runs["objective"] == "dcl", "state"] = "running"
-    figure = plots.figures(study, runs, curves)["recall-1-against-batch-size"][1]
+    figure = comparison_figures(study, runs, curves)["recall-1-against-batch-size"][1]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["softmax", "sigmoid"]
     means = runs[runs["objective"] == "dcl"].groupby("batch_size", sort=False)["recall@1"].mean()
     assert np.round(means, 6).tolist() not in lines(figure)
@@ -176,14 +183,14 @@ def test_a_learning_curve_is_the_mean_where_all_its_seeds_are() -> None:
     runs, curves = frames(study)
     # seed 2 is still under way
     curves = curves[(curves["seed"] != 2) | (curves["pairs"] < 4000)]
-    drawn = lines(plots.figures(study, runs, curves)["recall-1-while-training"][1])
+    drawn = lines(comparison_figures(study, runs, curves)["recall-1-while-training"][1])
     means = curves.groupby("pairs")["recall@1"].mean().round(6).tolist()
     assert means[:2] in drawn
     assert means not in drawn
     once = curves.assign(
         **{metric: curves[metric].where(curves["pairs"] == 1000) for metric in METRICS}
     )
-    assert "recall-1-while-training" not in plots.figures(study, runs, once)
+    assert "recall-1-while-training" not in comparison_figures(study, runs, once)
 
 
 @pytest.mark.parametrize(
@@ -217,7 +224,7 @@ def test_any_grid_half_done_has_its_page(axes: dict[str, Any], seeds: int) -> No
     for keep in (0, 1, len(runs) - 1):
         broken = unfinished(runs.iloc[keep:], "failed", "out of memory")
         some = pd.concat([runs.iloc[:keep], broken]).assign(memory=math.nan)
-        html = compare_page.render(shown(study, some, curves.iloc[: 2 * keep]))
+        html = render_comparison_page(shown(study, some, curves.iloc[: 2 * keep]))
         assert html.count("✗ failed") == html.count("<pre>out of memory</pre>")
         assert "✗ failed" in html
         for image in Reader(html).all("img"):
@@ -247,15 +254,15 @@ def test_runs_that_are_not_done_stand_in_a_table_of_their_own() -> None:
         for at, (state, error) in zip((0, 3, 4, 8), states, strict=True)
     ]
     some = pd.concat([runs.drop(index=[0, 3, 4, 8]), *parts]).sort_index()
-    assert compare_page.failures(study, some) == [
+    assert unfinished_runs(study, some) == [
         ("objective softmax, batch size 32, seed 0", "failed", f"{EVIL} at line 9"),
         ("objective softmax, batch size 32, seed 1", "failed", "killed"),
         ("objective softmax, batch size 16, seed 0", "not run yet", ""),
         ("objective softmax, batch size 64, seed 2", "does not fit the memory", ""),
     ]
-    texts = Reader(compare_page.render(shown(study, some, frames(study)[1]))).texts
+    texts = Reader(render_comparison_page(shown(study, some, frames(study)[1]))).texts
     assert {f"{EVIL} at line 9", "killed", "23 of 27", "✗ failed", "not run yet"} <= set(texts)
-    assert compare_page.failures(study, runs) == []
+    assert unfinished_runs(study, runs) == []
 
 
 def test_the_tables_say_mean_spread_best_and_difference() -> None:
@@ -298,27 +305,24 @@ def test_the_tables_say_mean_spread_best_and_difference() -> None:
         assert re.match(r"[-+]?[\d.]", cell.text), (
             "the page sorts by the number that a cell begins with"
         )
-    bootstrap = summarise(runs, study.axes, study.metrics, "bootstrap")
-    assert (
-        "(50.0 to 51.1)"
-        in compare_page.tables(study, bootstrap, contrasts(runs, study.axes, "recall@1", {}))[0]
-        .rows[2][2]
-        .text
-    )
+    bootstrap = summarise_runs(runs, study.axes, study.metrics, "bootstrap")
+    untested = contrasts_with_baseline(runs, study.axes, "recall@1", {})
+    glance = comparison_tables(study, bootstrap, untested)[0]
+    assert "(50.0 to 51.1)" in glance.rows[2][2].text
 
 
 def test_a_script_in_any_text_stays_text() -> None:
-    html = compare_page.render(full(EVIL))
+    html = render_comparison_page(full(EVIL))
     assert EVIL not in html
     reader = Reader(html)
     assert (len(reader.all("script")), len(reader.all("style"))) == (1, 1)
     assert sum(text.count(EVIL) for text in reader.texts) > 25
-    tags = Reader(compare_page.render(full('" onerror="alert(1)'))).tags
+    tags = Reader(render_comparison_page(full('" onerror="alert(1)'))).tags
     assert not [attributes for _, attributes in tags if "onerror" in attributes]
 
 
 def test_nothing_is_loaded_from_outside_and_every_link_has_its_section() -> None:
-    reader = Reader(compare_page.render(full()))
+    reader = Reader(render_comparison_page(full()))
     for _, attributes in reader.tags:
         for name in attributes.keys() & {"src", "href", "srcset", "action", "data", "poster"}:
             assert attributes[name].startswith(("data:", "#")), attributes
@@ -327,7 +331,7 @@ def test_nothing_is_loaded_from_outside_and_every_link_has_its_section() -> None
     targets = {f"#{attributes['id']}" for _, attributes in reader.tags if "id" in attributes}
     assert {link["href"] for link in reader.all("a")} == targets
     assert len(reader.all("h2")) == len(targets) == 7
-    empty = Reader(compare_page.render(Page("Nothing yet")))
+    empty = Reader(render_comparison_page(ComparisonPage("Nothing yet")))
     assert not [
         tag
         for tag, _ in empty.tags
@@ -342,8 +346,8 @@ def test_the_same_study_gives_the_same_bytes(tmp_path: Path) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         made = shown(study, *frames(study))
-        plots.save(made.figures, tmp_path / name)
-        compare_page.write(made, tmp_path / name / "compare.html")
+        save_figures(made.figures, tmp_path / name)
+        write_comparison_page(made, tmp_path / name / "compare.html")
     one, two = (sorted((tmp_path / name).iterdir()) for name in ("one", "two"))
     assert [file.name for file in one] == sorted(
         [*(f"{stem}.png" for stem in made.figures), "compare.html"]
@@ -364,7 +368,7 @@ def test_models_answer_the_same_queries_side_by_side(glyphs: Path, tmp_path: Pat
         }
         assert train.main(config(glyphs, tmp_path / name, **changes)) == 0
     models = [(name, tmp_path / name) for name in ("one", "two", "gone")]
-    one, two, gone = samples.samples(models)
+    one, two, gone = sample_models(models)
     assert (gone.error, gone.gallery) == (f"{tmp_path / 'gone'}: holds no checkpoints", [])
     assert [(q.image, q.text, q.direction) for q in one.gallery] == [
         (q.image, q.text, q.direction) for q in two.gallery
@@ -380,11 +384,11 @@ def test_models_answer_the_same_queries_side_by_side(glyphs: Path, tmp_path: Pat
         one.labels[int(np.argmax(row))] == one.labels[at] for at, row in enumerate(one.matrix)
     ]
     assert one.found == sum(rights)
-    html = compare_page.render(Page("Two models", samples=[one, two, gone]))
+    html = render_comparison_page(ComparisonPage("Two models", samples=[one, two, gone]))
     assert len(Reader(html).all("article")) == 6
     assert f"{one.found} of 32 images" in html
     assert "holds no checkpoints" in html
-    assert samples.samples([]) == []
+    assert sample_models([]) == []
     model, loaded = load_model(str(tmp_path / "one"))
     encoder = Encoder(model, loaded.tokenize, torch.device("cpu"))
     catalog = open_catalog([str(glyphs / "test")])

@@ -21,8 +21,8 @@ import pandas as pd
 import pytest
 
 from clipsmall.compare.grid import Comparison
-from clipsmall.compare.summary import COSTS, contrasts, summarise
-from clipsmall.compare.verdict import verdict
+from clipsmall.compare.stats import COSTS, contrasts_with_baseline, summarise_runs
+from clipsmall.compare.verdict import verdict_sentences
 
 OBJECTIVES = ["softmax", "sigmoid", "sinkhorn", "dcl", "gcl", "moco"]
 SIZES = ["16", "32", "64", "128", "256"]
@@ -71,9 +71,10 @@ def without(
 
 def said(comparison: Comparison, runs: pd.DataFrame, interval: str = "sd") -> list[str]:
     axes = comparison.axes
-    against = comparison.against
-    table = summarise(runs, axes, comparison.metrics, interval)
-    found = verdict(comparison, runs, table, contrasts(runs, axes, comparison.metric, against))
+    against = comparison.baseline_levels
+    table = summarise_runs(runs, axes, comparison.metrics, interval)
+    tests = contrasts_with_baseline(runs, axes, comparison.metric, against)
+    found = verdict_sentences(comparison, runs, table, tests)
     assert not [
         sentence for sentence in found if re.search(r"nan|inf\b|None|-0\.0|\[|_|  ", sentence)
     ], found
@@ -117,8 +118,8 @@ def test_a_full_grid_is_told_in_a_dozen_sentences() -> None:
         sentences
     )
     assert (
-        one(sentences, "60,000 pairs a run")
-        == "60,000 pairs a run, 3 seeds, ± their standard deviation."
+        one(sentences, "60,000 pairs per run")
+        == "60,000 pairs per run, 3 seeds, ± their standard deviation."
     )
 
 
@@ -127,7 +128,8 @@ def test_better_needs_a_small_p() -> None:
     for noise in (0.001, 0.01, 0.04):
         runs = done(grid(), growing, noise)
         sentences = said(grid(), runs)
-        for test in contrasts(runs, GRID, "recall@1", {"objective": "softmax"}).to_dict("records"):
+        tests = contrasts_with_baseline(runs, GRID, "recall@1", {"objective": "softmax"})
+        for test in tests.to_dict("records"):
             outcome = "Better than" if test["difference"] > 0 else "Worse than"
             start = outcome if test["p Holm"] < 0.05 else "Not told apart from"
             clause = next(
@@ -255,8 +257,9 @@ def test_what_is_not_done_is_counted_and_not_judged() -> None:
     runs = without(runs, at("sigmoid", "64") & (runs["seed"] == 1), "running")
     sentences = said(grid(), runs)
     assert one(sentences, "68 of 90 runs are done") == (
-        "68 of 90 runs are done: 3 failed (moco at batch size 16), 16 not done yet (sigmoid at batch size 64; gcl at "
-        "every batch size) and 3 too large for the memory (dcl at batch size 256). The verdict is of what is done."
+        "68 of 90 runs are done: 3 failed (moco at batch size 16), "
+        "16 not done yet (sigmoid at batch size 64; gcl at every batch size) "
+        "and 3 too large for the memory (dcl at batch size 256). The verdict is of what is done."
     )
     assert (
         one(sentences, "The first failure")
@@ -306,7 +309,7 @@ def test_nothing_done_nothing_said() -> None:
 def test_one_seed_shows_no_significance() -> None:
     comparison = grid(seeds=[7])
     sentences = said(comparison, done(comparison, growing))
-    assert sentences[-1] == "60,000 pairs a run; one run each: no interval, no significance."
+    assert sentences[-1] == "60,000 pairs per run; one run each: no interval, no significance."
     told = " ".join(sentences)
     assert not re.search(r"p [=<≤]|Better than|Worse than|±|noise|interval \d", told)
     assert "dcl at " in one(sentences, "Ahead of softmax, untested")

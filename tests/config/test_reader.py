@@ -13,7 +13,7 @@ from typing import get_args
 import pytest
 import yaml
 
-from clipsmall.compare.grid import load
+from clipsmall.compare.grid import load_comparison
 from clipsmall.config import Config
 from clipsmall.config.objectives import Name, ObjectiveSection
 from clipsmall.config.reader import config_yaml, lay_over, option_fields, read
@@ -383,7 +383,7 @@ def test_the_configs_are_good(name: str) -> None:
 )
 def test_the_grids_are_good(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    grid = load(str(Path("configs") / "compare" / name))
+    grid = load_comparison(str(Path("configs") / "compare" / name))
     assert grid.out == f"runs/compare/{Path(name).stem}"
 
 

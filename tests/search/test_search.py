@@ -30,16 +30,24 @@ from clipsmall.data import build_index, open_catalog, write_index
 from clipsmall.evaluation import Encoder, command
 from clipsmall.model.dual_encoder import DualEncoder
 from clipsmall.model.towers.small import SmallConfig, WordTokenizer, load_small
-from clipsmall.search import Answer, Exact, Hit, Searcher, embed, index, page, results
+from clipsmall.search import (
+    Answer,
+    Exact,
+    Hit,
+    Searcher,
+    answer_html,
+    embed,
+    index,
+    search_page,
+)
 from clipsmall.search import __main__ as search
-from clipsmall.search.store import alone
+from clipsmall.search.store import lock_folder
 from tests.bench import search as bench
 from tests.meter import Meter
 from tests.shard_samples import pair_members, picture, write_tar
 from tests.shards_for_tests import TOWERS
 
 # ---- exact search
-# ----------------------------------------------------------------------------------------------
 
 
 def brute(
@@ -157,7 +165,6 @@ def test_faiss_is_asked_for_by_name() -> None:
 
 
 # ---- embeddings
-# ------------------------------------------------------------------------------------------------
 
 COLOURS = [
     "red",
@@ -345,7 +352,7 @@ def test_all_that_makes_a_model_counts(
 
 
 @pytest.mark.parametrize("change", ["replaced", "same size", "marked", "cut", "gone", "other rows"])
-def test_only_the_changed_shard_is_made_anew(
+def test_only_the_changed_shard_is_made_again(
     change: str, shards: Path, tmp_path: Path, made: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "emb"
@@ -437,7 +444,6 @@ def test_a_diverged_model_is_refused(shards: Path, tmp_path: Path) -> None:
 
 
 # ---- answers
-# ---------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -512,7 +518,7 @@ def test_queries_that_cannot_be_answered(searcher: Searcher) -> None:
 
 def test_html_escapes_captions_and_holds_its_pictures() -> None:
     hits = [Hit(0.5, NASTY, picture("red")), Hit(-0.25, "plain", picture("red", size=(600, 400)))]
-    page_ = results.html(Answer(0.004, 0.02, hits, [Hit(0.1, NASTY, b"")]), 1234)
+    page_ = answer_html.answer_html(Answer(0.004, 0.02, hits, [Hit(0.1, NASTY, b"")]), 1234)
     assert "<b>" not in page_
     assert "<img src=x" not in page_
     # a caption; a picture's caption, alt and title
@@ -522,25 +528,24 @@ def test_html_escapes_captions_and_holds_its_pictures() -> None:
     assert "20.0 ms to search 1,234 images, 4.0 ms to embed the query" in page_
     assert "0.500" in page_
     assert "-0.250" in page_
-    assert "<img" not in results.note(NASTY)
+    assert "<img" not in answer_html.note_html(NASTY)
 
 
 def test_the_page_says_what_is_wrong_with_a_query(searcher: Searcher) -> None:
-    assert "the query is empty" in page.answered(lambda: searcher.by_text(" ", 3), searcher.images)
-    assert (
-        page.answered(lambda: searcher.by_text("a box", 3), searcher.images).count("<figure>") == 3
-    )
+    wrong = search_page.answer_or_error(lambda: searcher.by_text(" ", 3), searcher.images)
+    assert "the query is empty" in wrong
+    right = search_page.answer_or_error(lambda: searcher.by_text("a box", 3), searcher.images)
+    assert right.count("<figure>") == 3
 
 
 # ---- the command
-# -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def ask(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """The command with a model of random weights, in `tmp_path`; a page that would open is not."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(page, "require_gradio", lambda: None)
+    monkeypatch.setattr(search_page, "require_gradio", lambda: None)
     encoder = made_encoder()
     tokenize = type("Loaded", (), {"tokenize": staticmethod(encoder.tokenize)})
     loaded = (encoder.model, tokenize)
@@ -550,8 +555,8 @@ def ask(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callab
         def block_thread(self) -> None:
             raise AssertionError("served")
 
-    monkeypatch.setattr(page, "build", lambda *args: Made())
-    monkeypatch.setattr(page, "launch", lambda made, port: "http://127.0.0.1:1")
+    monkeypatch.setattr(search_page, "build_search_page", lambda *args: Made())
+    monkeypatch.setattr(search_page, "launch_search_page", lambda made, port: "http://127.0.0.1:1")
     return lambda *words: search.main(["model", "--data", str(shards), "--device=cpu", *words])
 
 
@@ -582,7 +587,7 @@ def test_two_commands_do_not_embed_into_one_folder(shards: Path, tmp_path: Path)
     encoder = made_encoder()
     catalog = open_catalog(str(shards))
     with (
-        alone(tmp_path / "emb"),
+        lock_folder(tmp_path / "emb"),
         pytest.raises(ValueError, match="emb: another command embeds there"),
     ):
         embed(encoder, catalog, tmp_path / "emb")
@@ -621,7 +626,7 @@ def test_without_gradio_it_says_how_to_get_it(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(page, "find_spec", lambda name: None)
+    monkeypatch.setattr(search_page, "find_spec", lambda name: None)
     with pytest.raises(SystemExit) as end:
         search.main(["model", "--data", str(shards)])
     assert end.value.code == 2
@@ -641,7 +646,6 @@ def test_the_bench_times_every_side(tmp_path: Path) -> None:
 
 
 # ---- the page in a browser
-# -------------------------------------------------------------------------------------
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
@@ -724,8 +728,9 @@ def test_a_port_that_is_not_to_be_had(kind: str, searcher: Searcher) -> None:
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1] if kind == "taken" else 70_000
+        made = search_page.build_search_page(searcher, "data", "model", 4)
         with pytest.raises(ValueError, match=f"--port={port}: taken"):
-            page.launch(page.build(searcher, "data", "model", 4), port)
+            search_page.launch_search_page(made, port)
 
 
 @pytest.mark.skipif(not find_spec("gradio"), reason="needs gradio")
@@ -736,7 +741,7 @@ def test_the_slider_goes_as_far_as_it_may(
     images: int, k: int, most: int, searcher: Searcher
 ) -> None:
     searcher.images = images
-    blocks = page.build(searcher, "data", "model", k).blocks.values()
+    blocks = search_page.build_search_page(searcher, "data", "model", k).blocks.values()
     (slider,) = [block for block in blocks if type(block).__name__ == "Slider"]
     assert (slider.minimum, slider.value, slider.maximum) == (1, k, most)
 
@@ -746,18 +751,21 @@ def test_a_browser_types_a_query_and_sees_pictures(
     searcher: Searcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
-    made = page.build(searcher, "data", "model", 4)
+    made = search_page.build_search_page(searcher, "data", "model", 4)
     address = ""
     port = free_port()
     browser = Browser(tmp_path / "profile")
     try:
-        address = page.launch(made, port)
+        address = search_page.launch_search_page(made, port)
         assert address.rstrip("/") == f"http://127.0.0.1:{port}"
         browser.call("POST", "/url", {"url": address})
         browser.until(lambda: browser.run("return !!document.querySelector('#query textarea')"))
         # Enter
         browser.type("#query textarea", "a navy box\ue007")
-        shown = "return [...document.querySelectorAll('.answer img')].filter(i => i.complete && i.naturalWidth).length"
+        shown = (
+            "return [...document.querySelectorAll('.answer img')]"
+            ".filter(i => i.complete && i.naturalWidth).length"
+        )
         browser.until(lambda: browser.run(shown) == 4)
         texts = browser.run(
             "return [...document.querySelectorAll('.answer figcaption')].map(e => e.textContent)"

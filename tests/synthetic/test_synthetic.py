@@ -26,12 +26,12 @@ from clipsmall.synthetic.free_embeddings import (
     LOSSES,
     SELECTIONS,
     FreeEmbeddings,
-    choice,
+    choose_batches,
     cross_polytope,
-    distances,
+    known_optimum,
+    optimum_distances,
     simplex,
-    target,
-    train,
+    train_free_embeddings,
 )
 
 Rows = list[dict[str, float]]
@@ -54,7 +54,8 @@ def begun(pairs: int = 8, width: int = 16, seed: int = 0, **options: float | str
 def curve(
     free: FreeEmbeddings, selection: str, size: int = 2, steps: int = 300, seed: int = 0
 ) -> Rows:
-    return list(train(free, selection, size, steps, np.random.default_rng([seed, 1])))  # type: ignore[arg-type]
+    generator = np.random.default_rng([seed, 1])
+    return list(train_free_embeddings(free, selection, size, steps, generator))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -90,7 +91,7 @@ def test_batches_of_four_work_too(selection: str) -> None:
 @pytest.mark.parametrize(("width", "loss"), [(16, 2.34642), (7, 2.34642), (4, 2.41351)])
 def test_closed_forms_are_minima(width: int, loss: float) -> None:
     """Stationary, and where gradient descent ends that starts nearby."""
-    points = target(8, width)
+    points = known_optimum(8, width)
     assert points is not None
     assert points.shape == (8, width)
     assert torch.allclose(points.norm(dim=1), torch.ones(8, dtype=torch.float64))
@@ -125,19 +126,19 @@ def test_the_optimum_of_all_batches_is_the_full_loss_s() -> None:
 def test_distances() -> None:
     wanted = simplex(4, 3) @ simplex(4, 3).T
     assert torch.allclose(wanted, torch.full((4, 4), -1 / 3).fill_diagonal_(1).double())
-    assert distances(wanted, simplex(4, 3)) == pytest.approx(
+    assert optimum_distances(wanted, simplex(4, 3)) == pytest.approx(
         {"row_distance": 0, "distance": 0, "diagonal": 1}, abs=1e-9
     )
     # every image has its neighbour's text
-    moved = distances(wanted.roll(1, 0), simplex(4, 3))
+    moved = optimum_distances(wanted.roll(1, 0), simplex(4, 3))
     assert moved["row_distance"] == pytest.approx(0, abs=1e-9)
     assert moved["distance"] == pytest.approx(np.sqrt(8) * 4 / 3)
     assert moved["diagonal"] == pytest.approx(-1 / 3)
     polytope = cross_polytope(3)
     order = torch.tensor([3, 0, 5, 1, 4, 2])
-    found = distances(polytope[order] @ polytope[order].T, polytope)
+    found = optimum_distances(polytope[order] @ polytope[order].T, polytope)
     assert found == pytest.approx({"row_distance": 0, "distance": None, "diagonal": 1})
-    assert distances(torch.eye(5), target(5, 3)) == {
+    assert optimum_distances(torch.eye(5), known_optimum(5, 3)) == {
         "row_distance": None,
         "distance": None,
         "diagonal": 1,
@@ -215,7 +216,7 @@ def updates_needed(selection: str, seed: int) -> float:
     square's."""
     start = np.array([[np.cos(0.1), y] for y in (np.sin(0.1), -np.sin(0.1))])
     start = np.concatenate([start, -start])
-    rows = train(
+    rows = train_free_embeddings(
         FreeEmbeddings(start, start, lr=0.05), selection, 2, 5000, np.random.default_rng(seed)
     )
     near = np.sqrt(8) * np.cos(2 * (np.pi / 4 - 0.1))
@@ -233,7 +234,7 @@ def test_what_is_chosen() -> None:
     def first(
         selection: str, updates: int, free: FreeEmbeddings | None = None
     ) -> list[list[list[int]]]:
-        batches = choice(free or begun(6, 4), selection, 2, np.random.default_rng(0))
+        batches = choose_batches(free or begun(6, 4), selection, 2, np.random.default_rng(0))
         return [batch.tolist() for batch in islice(batches, updates)]
 
     fixed = first("f", 9)
@@ -247,7 +248,7 @@ def test_what_is_chosen() -> None:
     assert first("NcB", 1)[0] == [list(pair) for pair in combinations(range(6), 2)]
 
     free = begun(6, 4)
-    batches = choice(free, "osgd_NcB", 2, np.random.default_rng(0))
+    batches = choose_batches(free, "osgd_NcB", 2, np.random.default_rng(0))
     # decided after the last update
     for _ in range(20):
         losses = {pair: free.losses(np.array([pair])).item() for pair in combinations(range(6), 2)}
@@ -257,7 +258,7 @@ def test_what_is_chosen() -> None:
         free.update(picked)
 
 
-def test_clusters_are_made_anew_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clusters_are_made_again_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
     weights = []
     spectral = free_embeddings.spectral
 

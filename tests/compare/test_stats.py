@@ -20,7 +20,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from clipsmall.compare.summary import COSTS, bootstrap, contrasts, holm, pareto, summarise
+from clipsmall.compare.stats import (
+    COSTS,
+    bootstrap_interval,
+    contrasts_with_baseline,
+    holm_adjusted,
+    pareto_front,
+    summarise_runs,
+)
 
 OBJECTIVES = ("softmax", "dcl", "moco", "gcl")
 SIZES = ("16", "128", "32")
@@ -55,11 +62,10 @@ def noisy(seed: int, seeds: int = 3, axes: dict[str, Any] = AXES) -> pd.DataFram
 
 
 def against(runs: pd.DataFrame, axes: dict[str, Any] = AXES, **levels: str) -> pd.DataFrame:
-    return contrasts(runs, axes, "recall@1", levels or {"objective": "softmax"})
+    return contrasts_with_baseline(runs, axes, "recall@1", levels or {"objective": "softmax"})
 
 
 # ---- fronts
-# -----------------------------------------------------------------------------------------------------
 
 
 @given(few)
@@ -71,19 +77,20 @@ def test_the_front_is_what_nobody_beats(points: list[tuple[float, float]]) -> No
         not any(map(math.isnan, point)) and not any(beats(other, point) for other in points)
         for point in points
     ]
-    assert pareto([cost for cost, _ in points], [gain for _, gain in points]).tolist() == expected
+    costs = [cost for cost, _ in points]
+    gains = [gain for _, gain in points]
+    assert pareto_front(costs, gains).tolist() == expected
 
 
 def test_equal_points_stay_together() -> None:
-    assert pareto([1, 1, 1, 2], [5, 5, 4, 5]).tolist() == [True, True, False, False]
+    assert pareto_front([1, 1, 1, 2], [5, 5, 4, 5]).tolist() == [True, True, False, False]
 
 
 # ---- means
-# ------------------------------------------------------------------------------------------------------
 
 
 def test_a_row_a_setting_in_the_grid_s_order() -> None:
-    table = summarise(noisy(0), AXES, ["recall@1"])
+    table = summarise_runs(noisy(0), AXES, ["recall@1"])
     assert list(zip(table["objective"], table["batch_size"], strict=True)) == list(
         product(OBJECTIVES, SIZES)
     )
@@ -101,7 +108,7 @@ def test_mean_and_spread_are_over_the_seeds_that_are_done() -> None:
     runs.loc[2, ["state", "recall@1"]] = "failed", 0.99
     runs.loc[[3, 4], ["state", "recall@1"]] = "running", math.nan
     runs.loc[6:, ["state", "recall@1"]] = "unfit", math.nan
-    table = summarise(runs, {"objective": ("a", "b", "c")}, ["recall@1"])
+    table = summarise_runs(runs, {"objective": ("a", "b", "c")}, ["recall@1"])
     assert table[["n", "failed", "unfit", "missing"]].to_numpy().tolist() == [
         [2, 1, 0, 0],
         [1, 0, 0, 2],
@@ -118,13 +125,13 @@ def test_mean_and_spread_are_over_the_seeds_that_are_done() -> None:
 
 def test_a_setting_without_rows_is_missing() -> None:
     runs = noisy(0)
-    table = summarise(runs[runs["objective"] != "dcl"], AXES, ["recall@1"], "bootstrap")
+    table = summarise_runs(runs[runs["objective"] != "dcl"], AXES, ["recall@1"], "bootstrap")
     assert table[table["objective"] == "dcl"]["missing"].tolist() == [3, 3, 3]
-    assert summarise(runs.iloc[:0], AXES, ["recall@1"])["n"].sum() == 0
+    assert summarise_runs(runs.iloc[:0], AXES, ["recall@1"])["n"].sum() == 0
 
 
 def test_the_table_is_flat_and_survives_parquet(tmp_path: Any) -> None:
-    table = summarise(noisy(0), AXES, ["recall@1"], "bootstrap")
+    table = summarise_runs(noisy(0), AXES, ["recall@1"], "bootstrap")
     table.to_parquet(tmp_path / "table.parquet")
     pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "table.parquet"), table)
     assert {"recall@1", "recall@1 sd", "recall@1 low", "recall@1 high", "memory", *COSTS} < set(
@@ -137,17 +144,17 @@ def test_the_bootstrap_is_scipy_s() -> None:
     theirs = stats.bootstrap(
         (values,), np.mean, method="percentile", n_resamples=20_000, rng=1
     ).confidence_interval
-    np.testing.assert_allclose(bootstrap(values), theirs, atol=0.02)
-    assert bootstrap(values) == bootstrap(values)
+    np.testing.assert_allclose(bootstrap_interval(values), theirs, atol=0.02)
+    assert bootstrap_interval(values) == bootstrap_interval(values)
 
 
 def test_the_bootstrap_of_three_is_their_range() -> None:
-    assert bootstrap([0.2, 0.5, 0.3]) == pytest.approx((0.2, 0.5))
-    assert all(map(math.isnan, bootstrap([0.2])))
+    assert bootstrap_interval([0.2, 0.5, 0.3]) == pytest.approx((0.2, 0.5))
+    assert all(map(math.isnan, bootstrap_interval([0.2])))
     runs = study(
         {"objective": ("a", "b")}, lambda levels, seed: 0.1 * seed + 0.1 * (levels[0] == "b")
     )
-    table = summarise(runs, {"objective": ("a", "b")}, ["recall@1"], "bootstrap")
+    table = summarise_runs(runs, {"objective": ("a", "b")}, ["recall@1"], "bootstrap")
     np.testing.assert_allclose(
         table[["recall@1 low", "recall@1 high"]], [[0, 0.2], [0.1, 0.3]], atol=1e-12
     )
@@ -155,11 +162,10 @@ def test_the_bootstrap_of_three_is_their_range() -> None:
 
 def test_an_unknown_interval_is_refused() -> None:
     with pytest.raises(ValueError, match="interval=se: take sd or bootstrap"):
-        summarise(noisy(0), AXES, ["recall@1"], "se")
+        summarise_runs(noisy(0), AXES, ["recall@1"], "se")
 
 
 # ---- differences
-# ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seeds", [2, 3, 7])
@@ -252,7 +258,7 @@ def test_the_baseline_may_lie_on_any_axes() -> None:
 def test_holm_is_closed_testing_with_bonferroni(p: list[float]) -> None:
     known = [at for at, value in enumerate(p) if not math.isnan(value)]
     families = [family for size in range(1, len(known) + 1) for family in combinations(known, size)]
-    for at, ours in enumerate(holm(p)):
+    for at, ours in enumerate(holm_adjusted(p)):
         tests = [
             min(1.0, len(family) * min(p[i] for i in family)) for family in families if at in family
         ]
@@ -262,8 +268,8 @@ def test_holm_is_closed_testing_with_bonferroni(p: list[float]) -> None:
 def test_p_is_corrected_within_a_block() -> None:
     found = against(noisy(9))
     for _, block in found.groupby("batch_size"):
-        np.testing.assert_allclose(block["p Holm"], holm(block["p"]))
-    assert not np.allclose(found["p Holm"], holm(found["p"]))
+        np.testing.assert_allclose(block["p Holm"], holm_adjusted(block["p"]))
+    assert not np.allclose(found["p Holm"], holm_adjusted(found["p"]))
 
 
 def test_one_seed_has_a_difference_and_no_p() -> None:

@@ -2,29 +2,29 @@
 written.
 """
 
-import base64
-import io
 import math
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
 import pandas as pd
 import pytest
-from PIL import Image
 
-from clipsmall.report_page import page
+import clipsmall
+from clipsmall.pages.html_page import Query, Table
+from clipsmall.report_page.run_report import (
+    RunReport,
+    evaluation_plots,
+    finite_series,
+    render_run_report,
+    training_plots,
+    write_run_report,
+)
+from tests.html_for_tests import EVIL, Reader, decoded, png
 
-EVIL = "<script>alert('caption')</script>"
 ACC1 = "zero_shot/seen/acc1"
 CHANCE = "zero_shot/seen/chance"
-
-
-def png(size: int = 8) -> bytes:
-    Image.new("RGB", (size, size), "white").save(file := io.BytesIO(), "png")
-    return file.getvalue()
 
 
 def frame() -> pd.DataFrame:
@@ -38,20 +38,20 @@ def frame() -> pd.DataFrame:
     )
 
 
-def full(text: str = "a glyph") -> page.RunReport:
+def full(text: str = "a glyph") -> RunReport:
     """A report with every section, `text` in each place that holds text."""
-    return page.RunReport(
+    return RunReport(
         # title, subtitle, facts, metrics
         *(text, text, [(text, text)], frame()),
         tables=[
-            page.Table(text, text, [text, "top-1"], [[text, 0.593]]),
-            page.Table("no rows", "", [], []),
+            Table(text, text, [text, "top-1"], [[text, 0.593]]),
+            Table("no rows", "", [], []),
         ],
         gallery=[
-            page.Query(
+            Query(
                 png(), text, "image_to_text", text, texts=[(text, 0.9, True), (text, 0.1, False)]
             ),
-            page.Query(png(), text, "text_to_image", text, images=[(png(), text, 0.9, False)]),
+            Query(png(), text, "text_to_image", text, images=[(png(), text, 0.9, False)]),
         ],
         matrix=np.eye(3),
         matrix_labels=[text] * 3,
@@ -60,51 +60,25 @@ def full(text: str = "a glyph") -> page.RunReport:
     )
 
 
-class Reader(HTMLParser):
-    """What a browser would see: tags with their attributes, and the text outside of scripts and
-    styles.
-    """
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str]]] = []
-        self.texts: list[str] = []
-        self.feed(html)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, {name: value or "" for name, value in attrs}))
-
-    def handle_data(self, data: str) -> None:
-        if self.tags and self.tags[-1][0] not in {"script", "style"}:
-            self.texts.append(data.strip())
-
-    def all(self, tag: str) -> list[dict[str, str]]:
-        return [attributes for name, attributes in self.tags if name == tag]
-
-
 @pytest.fixture(scope="module")
 def reader() -> Reader:
-    return Reader(page.render(full()))
-
-
-def decoded(source: str) -> bytes:
-    return base64.b64decode(source.partition(";base64,")[2])
+    return Reader(render_run_report(full()))
 
 
 # titles, with a star where a line is dashed
 def curves(rows: pd.DataFrame) -> list[str]:
-    plots = [*page.training(rows), *page.evaluation(rows)]
+    plots = [*training_plots(rows), *evaluation_plots(rows)]
     return [title + "*" * (b"stroke-dasharray" in decoded(source)) for title, _, source in plots]
 
 
 def test_a_script_in_any_text_stays_text() -> None:
-    html = page.render(full(EVIL))
+    html = render_run_report(full(EVIL))
     assert EVIL not in html
     assert (len(Reader(html).all("script")), Reader(html).texts.count(EVIL)) == (1, 16)
 
 
 def test_a_quote_cannot_leave_its_attribute() -> None:
-    tags = Reader(page.render(full('" onerror="alert(1)'))).tags
+    tags = Reader(render_run_report(full('" onerror="alert(1)'))).tags
     assert not [attributes for _, attributes in tags if "onerror" in attributes]
 
 
@@ -114,8 +88,8 @@ def test_nothing_is_loaded_from_outside_the_file(reader: Reader) -> None:
             assert attributes[name].startswith(("data:", "#")), attributes
     (policy,) = [meta["content"] for meta in reader.all("meta") if "http-equiv" in meta]
     assert "default-src 'none'; img-src data:;" in policy
-    templates = list(Path(page.__file__).parent.rglob("*.jinja"))
-    assert len(templates) > 2
+    templates = list(Path(clipsmall.__file__).parent.rglob("*.jinja"))
+    assert len(templates) > 3
     for template in templates:
         assert not re.search(r"https?://|url\(|@import", template.read_text(encoding="utf-8"))
 
@@ -124,14 +98,12 @@ def test_every_link_has_its_section_and_an_empty_report_has_none(reader: Reader)
     targets = {f"#{attributes['id']}" for _, attributes in reader.tags if "id" in attributes}
     assert {link["href"] for link in reader.all("a")} == targets
     assert len(reader.all("h2")) == len(targets) == 6
-    empty = Reader(
-        page.render(page.RunReport("Empty run", tables=[page.Table("t", "", ["set"], [])]))
-    )
+    empty = Reader(render_run_report(RunReport("Empty run", tables=[Table("t", "", ["set"], [])])))
     for tag in ("a", "h2", "h3", "table", "img", "figure", "details", "dl"):
         assert reader.all(tag), tag
         assert not empty.all(tag), tag
     assert "no rows" not in reader.texts
-    assert not Reader(page.render(page.RunReport("run", command="train"))).all("details")
+    assert not Reader(render_run_report(RunReport("run", command="train"))).all("details")
 
 
 @pytest.mark.parametrize(
@@ -149,8 +121,8 @@ def test_every_link_has_its_section_and_an_empty_report_has_none(reader: Reader)
     ],
 )
 def test_numbers_read_well_and_stand_right(column: str, value: object, text: str) -> None:
-    table = page.Table("t", "", ["set", column], [["seen", value]])
-    html = page.render(page.RunReport("run", tables=[table]))
+    table = Table("t", "", ["set", column], [["seen", value]])
+    html = render_run_report(RunReport("run", tables=[table]))
     assert f'<td>seen</td>\n<td class="number">{text}</td>' in html
     assert f'<th scope="col">set</th>\n<th scope="col" class="number">{column}</th>' in html
 
@@ -174,12 +146,12 @@ def test_any_column_may_be_missing_and_chance_is_dashed_where_known() -> None:
 def test_rows_without_numbers_leave_no_curve() -> None:
     rows = frame().assign(loss=math.nan, lr=None, grad_norm=math.inf, data_wait="text", skipped=0)
     assert curves(rows) == ["zero shot · acc1*"]
-    assert page.series(frame(), ACC1).to_dict() == {5120: 0.2, 10240: 0.593}
+    assert finite_series(frame(), ACC1).to_dict() == {5120: 0.2, 10240: 0.593}
 
 
 def test_a_repeated_stretch_counts_once_in_order() -> None:
     rows = pd.DataFrame({"pairs": [10, 20, 30, 20, 30], "loss": [5.0, 4.0, 9.0, 3.0, math.nan]})
-    assert list(page.series(rows, "loss").items()) == [(10, 5.0), (20, 3.0), (30, 9.0)]
+    assert list(finite_series(rows, "loss").items()) == [(10, 5.0), (20, 3.0), (30, 9.0)]
 
 
 def test_the_chance_of_a_first_guess_is_not_that_of_five() -> None:
@@ -194,12 +166,10 @@ def test_the_chance_of_a_first_guess_is_not_that_of_five() -> None:
 
 @pytest.mark.parametrize("label", ["a\x00b", "$x_$ and $\\frac$", "-->", "漢字", "\ud800", EVIL])
 def test_any_caption_can_label_the_matrix(label: str) -> None:
-    report = page.RunReport("run", matrix=np.eye(2) - 0.5, matrix_labels=[label, "plain"])
-    svg = decoded(Reader(page.render(report)).all("img")[0]["src"])
+    report = RunReport("run", matrix=np.eye(2) - 0.5, matrix_labels=[label, "plain"])
+    svg = decoded(Reader(render_run_report(report)).all("img")[0]["src"])
     assert ElementTree.fromstring(svg).tag.endswith("svg")
     assert b"plain" in svg
-    # too many to read
-    assert b"plain" not in decoded(page.heat_map(np.full((41, 41), np.nan), ["plain"] * 41))
 
 
 def test_the_gallery_marks_right_and_wrong_in_words_and_by_group(reader: Reader) -> None:
@@ -207,23 +177,16 @@ def test_the_gallery_marks_right_and_wrong_in_words_and_by_group(reader: Reader)
     assert {"Image → text · a glyph", "Text → image · a glyph"} <= set(reader.texts)
 
 
-def test_a_tiny_image_is_kept_and_a_large_one_shrunk() -> None:
-    assert page.picture(png(32)) == (page.address(png(32), "image/png"), True)
-    source, tiny = page.picture(png(1000))
-    assert (Image.open(io.BytesIO(decoded(source))).size, tiny) == ((256, 256), False)
-    assert page.picture(b"broken")[0].startswith("data:image/png")
-
-
 def test_a_failed_page_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def half(path: Path, data: bytes) -> None:
         path.open("wb").write(data[:99])
         raise OSError("disk full")
 
-    page.write(page.RunReport("lone \ud800 surrogate"), path := tmp_path / "report.html")
+    write_run_report(RunReport("lone \ud800 surrogate"), path := tmp_path / "report.html")
     with pytest.raises(TypeError):
-        page.write(page.RunReport("new", matrix=np.zeros((2, 2, 2, 2))), path)
+        write_run_report(RunReport("new", matrix=np.zeros((2, 2, 2, 2))), path)
     assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
     monkeypatch.setattr(Path, "write_bytes", half)
     with pytest.raises(OSError, match="disk full"):
-        page.write(page.RunReport("new"), path)
+        write_run_report(RunReport("new"), path)
     assert "lone ? surrogate</h1>" in path.read_text(encoding="utf-8")

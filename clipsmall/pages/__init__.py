@@ -1,0 +1,1 @@
+"""What all HTML pages share: their frame, tables, retrieval queries, pictures and plots."""

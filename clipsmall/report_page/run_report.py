@@ -1,0 +1,200 @@
+"""The report of one run as an HTML page: from numbers and images to a string."""
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, PercentFormatter, ScalarFormatter
+from numpy.typing import NDArray
+
+from clipsmall.pages.figures import figure_address, heat_map_address, plot_style
+from clipsmall.pages.html_page import (
+    Query,
+    Table,
+    fill_template,
+    format_quantity,
+    is_fraction,
+    save_html,
+)
+
+# values over the pairs seen, and matplotlib's keywords
+Line = tuple["pd.Series[float]", dict[str, Any]]
+# title, last value in words, the drawing as a data: address
+Plot = tuple[str, str, str]
+# Known columns of the log and the titles of their plots, in the page's order.
+TITLES = {
+    "loss": "Loss",
+    "logit_scale": "Logit scale",
+    "logit_bias": "Logit bias",
+    "lr": "Learning rate",
+    "pairs_per_second": "Pairs per second",
+    "data_wait": "Share of time waiting for data",
+}
+# Columns that are no curve of their own.
+NOT_PLOTTED = {"step", "pairs", "chance"}
+# An SVG of more points would only be larger.
+MOST_POINTS = 1000
+
+
+@dataclass
+class RunReport:
+    """Everything the page shows; what is empty leaves no heading behind."""
+
+    title: str
+    subtitle: str = ""
+    facts: list[tuple[str, str]] = field(default_factory=list)
+    metrics: pd.DataFrame = field(default_factory=pd.DataFrame)
+    tables: list[Table] = field(default_factory=list)
+    gallery: list[Query] = field(default_factory=list)
+    # (B, B): images down, texts across
+    matrix: NDArray[Any] | None = None
+    matrix_labels: list[str] = field(default_factory=list)
+    config: str = ""
+    command: str = ""
+
+
+def render_run_report(report: RunReport) -> str:
+    """The whole page; captions, labels and config are untrusted and escaped."""
+    with plot_style():
+        curves = {
+            "Training": list(training_plots(report.metrics)),
+            "Evaluation": list(evaluation_plots(report.metrics)),
+        }
+        matrix = ""
+        if report.matrix is not None:
+            matrix = heat_map_address(report.matrix, report.matrix_labels)
+
+    template = "report_page/run_report.html.jinja"
+    return fill_template(template, report=report, curves=curves, matrix=matrix)
+
+
+def write_run_report(report: RunReport, path: Path) -> None:
+    """Render the page to `path`, whole or not at all. Raises OSError."""
+    save_html(render_run_report(report), path)
+
+
+def training_plots(frame: pd.DataFrame) -> Iterator[Plot]:
+    """One curve for each column of the training log that is not all zero, known ones first."""
+    for name in dict.fromkeys([*TITLES, *frame.columns]):
+        # a name with a slash is a metric of an evaluation
+        if name in NOT_PLOTTED or "/" in name:
+            continue
+
+        curve = finite_series(frame, name)
+        if not curve.any():
+            continue
+
+        fraction = is_fraction(name)
+        note = format_quantity(curve.iloc[-1], fraction)
+        lines = _curve_and_median(name, curve)
+        chance = finite_series(frame, "chance")
+        if name == "loss" and not chance.empty:
+            # the loss of a guess is ln of the number of columns; exp must not overflow
+            last = chance.iloc[-1]
+            columns = math.exp(min(last, 50))
+            note += f" · dashed: chance, ln {columns:,.0f} = {format_quantity(last)}"
+            lines.append((chance, {"color": "#333333", "linestyle": "--"}))
+
+        title = TITLES.get(name, name.replace("_", " ").capitalize())
+        yield title, note, draw_curves(lines, fraction)
+
+
+def _curve_and_median(name: str, curve: "pd.Series[float]") -> list[Line]:
+    """A noisy curve, faint, below its running median."""
+    # learning rates and logit scales are smooth as they are
+    window = 1 if name.startswith(("lr", "logit")) else 1 + len(curve) // 40
+    median = curve.rolling(window, center=True, min_periods=1).median()
+    # few points are marked: a line alone hides how few there are
+    look = {"color": "C0", "marker": "o" if len(curve) < 20 else "", "markersize": 3}
+    faint = look | {"alpha": 0.35, "linewidth": 0.8}
+    return [(curve, faint), (median, look)]
+
+
+def evaluation_plots(frame: pd.DataFrame) -> Iterator[Plot]:
+    """One plot for each metric of columns [task/]set/metric, with one line for each data set.
+
+    A metric that was measured only once makes no curve. Chance is dashed where it is known.
+    """
+    for (task, metric), names in _columns_by_metric(frame).items():
+        fraction = is_fraction(metric)
+        # acc5 or recall@10, but not acc1: a set's chance is that of the first guess
+        of_several_guesses = re.search(r"(?<!\d)(?!1$)\d+$", metric)
+        lines: list[Line] = []
+        for number, name in enumerate(names):
+            curve = finite_series(frame, name)
+            parent = name.rpartition("/")[0]
+            data_set = parent.partition("/")[2] or parent
+            colour = f"C{number}"
+            label = f"{data_set[:44]}: {format_quantity(curve.iloc[-1], fraction)}"
+            look = {"color": colour, "marker": "o", "markersize": 3, "label": label}
+            lines.append((curve, look))
+            set_chance = f"{parent}/chance" if fraction and not of_several_guesses else ""
+            for chance in (f"{name}/chance", set_chance):
+                dashed = {"color": colour, "linestyle": "--", "linewidth": 1}
+                lines.append((finite_series(frame, chance), dashed))
+
+        title = " · ".join(filter(None, (task, metric))).replace("_", " ")
+        yield title, "", draw_curves(lines, fraction)
+
+
+def _columns_by_metric(frame: pd.DataFrame) -> dict[tuple[str, str], list[str]]:
+    """(task, metric) -> the columns of its data sets that were measured at least twice."""
+    columns: dict[tuple[str, str], list[str]] = {}
+    for name in frame.columns:
+        if "/" not in name or name.endswith("/chance"):
+            continue
+        if len(finite_series(frame, name)) < 2:
+            continue
+
+        task = name.split("/")[0] if name.count("/") > 1 else ""
+        metric = name.rpartition("/")[2]
+        columns.setdefault((task, metric), []).append(name)
+
+    return columns
+
+
+def finite_series(frame: pd.DataFrame, name: str) -> "pd.Series[float]":
+    """The finite values of a column over the pairs seen; empty where there is no such column.
+
+    A stretch that was repeated after a resume counts once, as it came last.
+    """
+    part = frame.reindex(columns=["pairs", name])
+    part = part.apply(pd.to_numeric, errors="coerce").astype(float)
+    part = part[np.isfinite(part).all(axis=1)]
+    part = part.drop_duplicates("pairs", keep="last")
+    return pd.Series(part[name].to_numpy(), index=part["pairs"]).sort_index()
+
+
+def draw_curves(lines: list[Line], fraction: bool) -> str:
+    """Lines over the pairs seen as a data: address; fractions are shown in percent."""
+    labels = sum("label" in look for _, look in lines)
+    # one more line of text below for each label
+    figure = Figure(figsize=(4.6, 2.8 + 0.22 * labels), layout="constrained")
+    axes = figure.add_subplot(xlabel="pairs seen")
+
+    for curve, look in lines:
+        # thinned from the end, which must stay
+        step = 1 + len(curve) // MOST_POINTS
+        curve = curve.iloc[::-step]
+        axes.plot(curve.index.to_numpy(), curve.to_numpy(), **look)
+
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#e8e8e8")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+
+    if fraction:
+        axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
+    else:
+        axes.yaxis.set_major_formatter(ScalarFormatter(useOffset=False))
+
+    # below: a few long names would cover the lines
+    if labels:
+        figure.legend(loc="outside lower left", frameon=False)
+
+    return figure_address(figure)

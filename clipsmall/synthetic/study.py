@@ -1,0 +1,194 @@
+"""The study of Cho et al.: all selections trained from the same start, then table and plot."""
+
+import argparse
+import json
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from tqdm import tqdm
+
+from clipsmall.mining.scored import Floats
+from clipsmall.synthetic.free_embeddings import (
+    SELECTIONS,
+    FreeEmbeddings,
+    known_optimum,
+    train_free_embeddings,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure, SubFigure
+
+# Okabe and Ito's, which the colour-blind tell apart.
+COLOURS = dict(
+    zip(SELECTIONS, ["#000000", "#E69F00", "#CC79A7", "#56B4E9", "#D55E00", "#009E73"], strict=True)
+)
+
+
+def run_study(options: argparse.Namespace) -> tuple[pd.DataFrame, dict[str, Floats]]:
+    """All curves, and the final (N, N) cosines of each selection and seed.
+
+    Every selection starts from the seed's numbers and draws its batches from a generator of its
+    own, whichever others run.
+
+    Args:
+        options: of the command.
+    """
+    rows = list[dict[str, Any]]()
+    cosines = dict[str, Floats]()
+    runs = [(selection, seed) for selection in options.selections for seed in options.seeds]
+
+    with tqdm(total=len(runs) * (options.steps + 1), unit="step", disable=None) as bar:
+        for selection, seed in runs:
+            free = _start(options, seed)
+            generator = np.random.default_rng([seed, *selection.encode()])
+            curve = train_free_embeddings(
+                free, selection, options.batch_size, options.steps, generator
+            )
+            for row in curve:
+                rows.append({"selection": selection, "seed": seed, **row})
+                bar.update()
+
+            cosines[f"{selection}_{seed}"] = free.cosines().detach().numpy()
+
+    # columns of None alone would be objects
+    curves = pd.DataFrame(rows).astype({"row_distance": float, "distance": float})
+    return curves, cosines
+
+
+def _start(options: argparse.Namespace, seed: int) -> FreeEmbeddings:
+    shape = (2, options.pairs, options.width)
+    image, text = np.random.default_rng(seed).standard_normal(shape)
+    return FreeEmbeddings(image, text, options.loss, options.scale, options.bias, options.lr)
+
+
+def summarise_study(options: argparse.Namespace, curves: pd.DataFrame) -> dict[str, Any]:
+    """The options, the loss at the optimum, and mean and standard deviation over seeds at the end.
+
+    Args:
+        curves: of `run_study`.
+    """
+    optimum = known_optimum(options.pairs, options.width)
+    loss_at_optimum = None
+    if optimum is not None:
+        points = optimum.numpy()
+        there = FreeEmbeddings(points, points, options.loss, options.scale, options.bias)
+        loss_at_optimum = there.full_loss()
+
+    last = curves[curves.step == options.steps].groupby("selection", sort=False)
+    columns = ["row_distance", "distance", "diagonal", "full_loss"]
+    final = {str(name): rows[columns].agg(["mean", "std"]).to_dict() for name, rows in last}
+    # NaN, of one seed or without an optimum, becomes null
+    without_nan = json.loads(pd.Series(final).to_json())
+    return {
+        "options": {**vars(options), "out": str(options.out)},
+        "loss_at_target": loss_at_optimum,
+        "final": without_nan,
+    }
+
+
+def study_table(options: argparse.Namespace, curves: pd.DataFrame) -> str:
+    """Means over seeds, on the way and at the end, as text.
+
+    On the way: the distance from the optimum, or the loss where none is known.
+
+    Args:
+        curves: of `run_study`.
+    """
+    column = "full_loss" if curves.row_distance.isna().all() else "row_distance"
+    # after a tenth of the steps, two tenths ...
+    steps = sorted({max(options.steps * tenths // 10, 1) for tenths in (1, 2, 4, 10)})
+    shown = curves[curves.step.isin(steps)]
+    on_the_way = shown.pivot_table(column, "selection", "step", sort=False)
+    on_the_way.columns = pd.Index([f"step {step}" for step in on_the_way])
+    last = curves[curves.step == options.steps].groupby("selection", sort=False)
+    end = last[["updates", "pairs", "full_loss", "diagonal"]].mean()
+    end = end.astype({"updates": int, "pairs": int})
+    table = on_the_way.join(end).rename_axis(None)
+    seeds = " ".join(map(str, options.seeds))
+    heading = f"{column.replace('_', ' ')}, mean over --seeds {seeds}, and the end"
+    return f"{heading}\n{table.to_string(float_format='{:.4f}'.format)}"
+
+
+def draw_study(
+    options: argparse.Namespace,
+    curves: pd.DataFrame,
+    cosines: dict[str, Floats],
+    loss_at_optimum: float | None,
+) -> None:
+    """Write curves.png: loss and distance over the steps, and the final cosines of the first seed.
+
+    Args:
+        curves, cosines: of `run_study`.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 8), layout="constrained")
+    upper, lower = figure.subfigures(2, 1, squeeze=False, height_ratios=[1.7, 1])[:, 0]
+    _draw_curves(upper, options, curves, loss_at_optimum)
+    _draw_cosines(lower, options, cosines)
+    first_seed = options.seeds[0]
+    figure.suptitle(
+        f"{options.pairs} pairs, width {options.width}, batches of {options.batch_size}, "
+        f"lr {options.lr:g}; mean and range over seeds {', '.join(map(str, options.seeds))}, "
+        f"cosines of seed {first_seed} at the end"
+    )
+    figure.savefig(options.out / "curves.png", dpi=110)
+
+
+def _draw_curves(
+    figure: "Figure | SubFigure",
+    options: argparse.Namespace,
+    curves: pd.DataFrame,
+    loss_at_optimum: float | None,
+) -> None:
+    """The distance from the optimum, where it is known, and the loss."""
+    columns = 1 if loss_at_optimum is None else 2
+    panels = figure.subplots(1, columns, squeeze=False)[0]
+    loss_panel = panels[-1]
+    _draw_mean_and_range(loss_panel, curves, "full_loss", f"{options.loss} loss of the full batch")
+    # the first steps would leave no room for the differences
+    settled = curves.full_loss[curves.step >= options.steps // 5].max()
+    bottom, top = loss_panel.get_ylim()
+    loss_panel.set_ylim(bottom, min(top, settled * 1.02))
+
+    if loss_at_optimum is not None:
+        shape = "simplex" if options.width >= options.pairs - 1 else "cross-polytope"
+        name = f"distance to the {shape}, rows sorted"
+        _draw_mean_and_range(panels[0], curves, "row_distance", name)
+        panels[0].set_yscale("log")
+        loss_panel.axhline(loss_at_optimum, color="0.4", linestyle="--", label=f"at the {shape}")
+
+    handles, names = loss_panel.get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside upper center", ncols=4, frameon=False)
+
+
+def _draw_cosines(
+    figure: "Figure | SubFigure", options: argparse.Namespace, cosines: dict[str, Floats]
+) -> None:
+    """A heat map for each selection."""
+    panels = figure.subplots(1, len(options.selections), squeeze=False)[0]
+    for axes, name in zip(panels, options.selections, strict=True):
+        matrix = cosines[f"{name}_{options.seeds[0]}"]
+        image = axes.imshow(matrix, cmap="RdBu_r", vmin=-1, vmax=1)
+        axes.set_title(name, color=COLOURS[name])
+        axes.set(xticks=[], yticks=[])
+
+    figure.colorbar(image, ax=panels, shrink=0.8, label="cosine, image i and text j")
+
+
+def _draw_mean_and_range(axes: "Axes", curves: pd.DataFrame, column: str, name: str) -> None:
+    """A line per selection, the mean over seeds, in a band from the least to the greatest."""
+    for selection, rows in curves.groupby("selection", sort=False):
+        over_seeds = rows.groupby("step")[column].agg(["mean", "min", "max"])
+        steps = over_seeds.index
+        colour = COLOURS[str(selection)]
+        label = f"{selection}: {SELECTIONS[str(selection)]}"
+        axes.plot(steps, over_seeds["mean"], color=colour, label=label)
+        band: dict[str, Any] = {"color": colour, "alpha": 0.15, "linewidth": 0}
+        axes.fill_between(steps, over_seeds["min"], over_seeds["max"], **band)
+
+    axes.set(xlabel="step", ylabel=name)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.margins(x=0.01)
