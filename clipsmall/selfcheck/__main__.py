@@ -150,7 +150,7 @@ def subject(config: Config, pairs: int) -> Subject:
     loaded = build.loaded_towers(config, data, None)
     setting = build_objective.setting(config, loaded, data.ids)
     encoder = build.dual_encoder(config, loaded, setting).to(accelerator.device)
-    gradient_check.without_chance(encoder)
+    gradient_check.turn_off_random_layers(encoder)
     objective = build_objective.objective(config, setting)
     if isinstance(objective, torch.nn.Module):
         objective = objective.to(accelerator.device)
@@ -213,7 +213,7 @@ def compare(it: Subject, dtype: torch.dtype, chunk: int) -> list[GradientRow]:
     if low is not None:
         compared = differences(low, reference, named, device)
         rows += [
-            GradientRow(f"{label}, {precision}", group, d, gradient_check.loose(d))
+            GradientRow(f"{label}, {precision}", group, d, gradient_check.judge_low_precision(d))
             for group, d in compared.items()
         ]
     return rows

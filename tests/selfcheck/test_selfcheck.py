@@ -43,9 +43,9 @@ from clipsmall.selfcheck.gradients import (
     Judge,
     differences,
     groups,
-    loose,
+    judge_low_precision,
     table,
-    without_chance,
+    turn_off_random_layers,
 )
 from tests.shards_for_tests import config
 
@@ -449,7 +449,7 @@ def test_parameters_are_grouped_by_what_depends_on_them() -> None:
 def test_random_layers_are_off_and_batch_norms_see_the_batch() -> None:
     towers = Towers()
     model = nn.ModuleList([towers, MovingAverage(towers, 0.9, 0)]).eval()
-    without_chance(model)
+    turn_off_random_layers(model)
     assert {name for name, part in model.named_modules() if part.training} == {"0.norm"}
 
 
@@ -532,7 +532,12 @@ EXACT = Difference(1.0, 1.0, 1.0, 0.0, 0.0, 10, 0, 0, 0)
             "idle",
             "no gradient but rounding",
         ),
-        (Difference(1.0, 1.0, 1.0, 0.0, 0.0, 10, 0, 1, 0), 1e-15, "wrong", "1 with one it has not"),
+        (
+            Difference(1.0, 1.0, 1.0, 0.0, 0.0, 10, 0, 1, 0),
+            1e-15,
+            "wrong",
+            "1 with a gradient that one process lacks",
+        ),
         (Difference(1.0, 1.0, 1.0, 0.0, 0.0, 10, 0, 0, 3), 1e-15, "wrong", "not finite: 3 of 10"),
     ],
 )
@@ -546,9 +551,13 @@ def test_what_a_difference_means(d: Difference, noise: float, state: str, words:
 
 
 def test_a_lower_precision_is_wrong_only_without_direction() -> None:
-    assert loose(Difference(0.5, 1.0, 0.95, 0.6, 0.5, 10, 0, 0, 0)).state == "near"
-    assert loose(Difference(1.0, 1.0, 0.85, 0.6, 0.5, 10, 0, 0, 0)).state == "wrong"
-    assert loose(Difference(0.0, 1.0, math.nan, 1.0, 0.5, 10, 0, 0, 0)).state == "wrong"
-    assert loose(Difference(1.0, 1.0, -1.0, 2.0, 2.0, 1, 0, 0, 0)).state == "near"
-    assert loose(Difference(1.0, 1.0, 1.0, 0.0, 0.0, 10, 0, 0, 1)).state == "wrong"
-    assert loose(Difference(0.0, 0.0, math.nan, 0.0, 0.0, 10, 0, 0, 0)).state == "idle"
+    assert judge_low_precision(Difference(0.5, 1.0, 0.95, 0.6, 0.5, 10, 0, 0, 0)).state == "near"
+    assert judge_low_precision(Difference(1.0, 1.0, 0.85, 0.6, 0.5, 10, 0, 0, 0)).state == "wrong"
+    assert (
+        judge_low_precision(Difference(0.0, 1.0, math.nan, 1.0, 0.5, 10, 0, 0, 0)).state == "wrong"
+    )
+    assert judge_low_precision(Difference(1.0, 1.0, -1.0, 2.0, 2.0, 1, 0, 0, 0)).state == "near"
+    assert judge_low_precision(Difference(1.0, 1.0, 1.0, 0.0, 0.0, 10, 0, 0, 1)).state == "wrong"
+    assert (
+        judge_low_precision(Difference(0.0, 0.0, math.nan, 0.0, 0.0, 10, 0, 0, 0)).state == "idle"
+    )
