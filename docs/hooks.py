@@ -120,8 +120,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return match[1] + os.path.relpath(inside, Path(page.file.src_uri).parent)
 
     markdown = LINK.sub(moved, markdown)
-    # a mean and its deviation stay on one line
-    markdown = re.sub(r"(\d) ± (\d)", "\\1\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}\\2", markdown)
+    # a mean, its deviation and its mark stay on one line
+    markdown = re.sub(" (?=[±▲▼])|(?<=±) ", "\N{NO-BREAK SPACE}", markdown)
     return RUNS.sub(lambda match: runs_table(ROOT / match[1]), markdown)
 
 
