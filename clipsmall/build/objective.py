@@ -16,7 +16,7 @@ from clipsmall.config import Config
 from clipsmall.distributed import world
 from clipsmall.model.heads import HEADS
 from clipsmall.model.towers import Loaded
-from clipsmall.objectives import OBJECTIVES, QUEUES, ObjectiveSpec
+from clipsmall.objectives import OBJECTIVES, SECTIONS, ObjectiveSpec
 from clipsmall.objectives.accumulated import Accumulated
 from clipsmall.objectives.options import FOR_ALL, Options, given_to_heads
 
@@ -46,10 +46,13 @@ def setting(config: Config, loaded: Loaded, ids: Tensor | None) -> RunContext:
 @torch.no_grad()
 def width(loaded: Loaded) -> int:
     """D of the embeddings, found by running the text tower on one word."""
-    training = loaded.towers.training
-    loaded.towers.eval()
-    embedding: Tensor = loaded.towers.text(loaded.tokenize(["a"]))
-    loaded.towers.train(training)
+    towers = loaded.towers
+    training = towers.training
+
+    towers.eval()
+    ids = loaded.tokenize(["a"])
+    embedding: Tensor = towers.text(ids)
+    towers.train(training)
     return embedding.shape[1]
 
 
@@ -69,21 +72,26 @@ def options(config: Config, spec: ObjectiveSpec) -> Options:
 def sections(config: Config) -> tuple[str, ...]:
     """The sections of the config that this run's loss depends on."""
     used = {spec.section for spec in kinds(config)}
-    if config.objective.queue != "none":
-        used.add(config.objective.queue)
-    return tuple(f"objective.{section}" for section in sorted(used))
+    queue = config.objective.queue
+    if queue != "none":
+        used.add(queue)
+
+    names = [f"objective.{section}" for section in sorted(used)]
+    return tuple(names)
 
 
 def without_effect(config: Config) -> list[str]:
     """Sections that were changed for an objective or a queue that this run does not have."""
     used = sections(config)
     defaults = type(config.objective)()
-    names = {spec.section for spec in OBJECTIVES.values()} | set(QUEUES)
+
     idle = []
-    for name in sorted(names):
-        changed = getattr(config.objective, name) != getattr(defaults, name)
-        if changed and f"objective.{name}" not in used:
-            idle.append(f"objective.{name}")
+    for name in sorted(SECTIONS):
+        title = f"objective.{name}"
+        given = getattr(config.objective, name)
+        default = getattr(defaults, name)
+        if given != default and title not in used:
+            idle.append(title)
     return idle
 
 
@@ -93,8 +101,11 @@ def head_options(config: Config) -> dict[str, dict[str, Any]]:
     Raises:
         ValueError: two of them ask for one head with different options.
     """
-    asked = [given_to_heads(spec.heads, options(config, spec)) for spec in kinds(config)]
+    asked = []
+    for spec in kinds(config):
+        asked.append(given_to_heads(spec.heads, options(config, spec)))
     asked.append(build_queue.head_options(config))
+
     heads: dict[str, dict[str, Any]] = {}
     for each in asked:
         for name, its in each.items():
@@ -123,15 +134,19 @@ def through(config: Config) -> str:
     Raises:
         ValueError: the objectives match different heads, and nothing in common.
     """
-    found = {spec.retrieval_head(options(config, spec)) for spec in kinds(config)}
-    matched = [head for head in found if head is not None]
+    matched = set()
+    for spec in kinds(config):
+        head = spec.retrieval_head(options(config, spec))
+        if head is not None:
+            matched.add(head)
+
     if len(matched) > 1 and "" not in matched:
         raise ValueError(
             f"objective.name: {config.objective.title} aligns {' and '.join(sorted(matched))}, and "
             "nothing to retrieve by; add an objective that aligns the towers' own features, such "
             "as softmax"
         )
-    return matched[0] if len(matched) == 1 else ""
+    return matched.pop() if len(matched) == 1 else ""
 
 
 def least_batch(config: Config) -> int:
@@ -202,10 +217,17 @@ def objective(config: Config, setting: RunContext) -> Callable[..., dict[str, Te
     """
     _refuse_ring(config)
     _refuse_one_tower(config)
-    built = {name: _built(config, OBJECTIVES[name], setting) for name in config.objective.mix}
+
+    mix = config.objective.mix
+    built = {}
+    for name in mix:
+        built[name] = _built(config, OBJECTIVES[name], setting)
+
     whole = build_queue.queued(config, built, setting)
+    # there is no queue
     if whole is None:
-        whole = build_queue.joined(config.objective.mix, built)
+        whole = build_queue.joined(mix, built)
+
     if config.optim.accumulate > 1:
         return Accumulated(whole, parts(config))
     return whole
@@ -213,9 +235,14 @@ def objective(config: Config, setting: RunContext) -> Callable[..., dict[str, Te
 
 def _built(config: Config, spec: ObjectiveSpec, setting: RunContext) -> Callable[..., Any]:
     """One objective of the mix, with its options."""
-    given = {**options(config, spec), FOR_ALL: config.objective.mask_duplicates}
+    given = dict(options(config, spec))
+    given[FOR_ALL] = config.objective.mask_duplicates
     taken = spec.taken(given)
-    return spec.make(setting, **taken) if spec.is_class else partial(spec.make, **taken)
+
+    if spec.is_class:
+        built: Callable[..., Any] = spec.make(setting, **taken)
+        return built
+    return partial(spec.make, **taken)
 
 
 def _refuse_ring(config: Config) -> None:

@@ -44,9 +44,12 @@ def size(config: Config, pairs: int | None) -> int:
     given: Any = options(config)["size"]
     if given != "auto":
         return int(given)
+
     batch = config.data.batch_size
     wanted = queue.auto_size(options(config), batch)
-    return max(min(wanted, LONGEST, pairs or LONGEST) // batch, 1) * batch
+    most = min(wanted, LONGEST, pairs or LONGEST)
+    batches = max(most // batch, 1)
+    return batches * batch
 
 
 def columns(config: Config, setting: RunContext) -> int:
@@ -57,8 +60,12 @@ def columns(config: Config, setting: RunContext) -> int:
     queue = spec(config)
     if queue is None or not queue.from_start:
         return setting.batch_size
-    held = size(config, None if setting.ids is None else len(setting.ids))
-    return held + (setting.batch_size if in_batch(config) else 1)
+
+    pairs = None if setting.ids is None else len(setting.ids)
+    queued = size(config, pairs)
+    # of the batch all pairs, or the row's own
+    of_batch = setting.batch_size if in_batch(config) else 1
+    return queued + of_batch
 
 
 def in_batch(config: Config) -> bool:
@@ -145,13 +152,23 @@ def queued(
     if kind == "none":
         return None
     _refuse(config)
+
+    # those that take no more columns than the batch compare within it all the same
     given: dict[str, Callable[..., Any]] = {}
     for name, each in softened(config, built, setting).items():
-        given[name] = each if OBJECTIVES[name].queue else InBatch(each)
+        takes_more = OBJECTIVES[name].queue
+        given[name] = each if takes_more else InBatch(each)
+
+    fraction = options(config).get("start", 0.0)
     pairs = None if setting.ids is None else len(setting.ids)
-    inner = joined(config.objective.mix, given)
-    start = round(options(config).get("start", 0.0) * config.optim.pairs)
-    return Queued(inner, kind, size(config, pairs), setting.width, in_batch(config), start)
+    return Queued(
+        joined(config.objective.mix, given),
+        kind,
+        size=size(config, pairs),
+        width=setting.width,
+        in_batch=in_batch(config),
+        start=round(fraction * config.optim.pairs),
+    )
 
 
 def _refuse(config: Config) -> None:
@@ -179,6 +196,11 @@ def joined(
     mix: dict[str, float], built: dict[str, Callable[..., Any]]
 ) -> Callable[..., dict[str, Tensor]]:
     """One objective as it is, several by weight."""
-    if list(mix.values()) == [1.0]:
+    weights = list(mix.values())
+    if weights == [1.0]:
         return next(iter(built.values()))
-    return Combination({name: (weight, built[name]) for name, weight in mix.items()})
+
+    weighted = {}
+    for name, weight in mix.items():
+        weighted[name] = (weight, built[name])
+    return Combination(weighted)

@@ -76,18 +76,22 @@ class ObjectiveChoice(Section):
     @property
     def mix(self) -> dict[str, float]:
         """Weights by name; a single objective weighs 1."""
-        if isinstance(self.name, dict):
-            return {str(name): weight for name, weight in self.name.items()}
-        return {self.name: 1.0}
+        if not isinstance(self.name, dict):
+            return {self.name: 1.0}
+        return dict(self.name)
 
     @property
     def title(self) -> str:
         """The mix in words, as in "softmax + 0.1 vicreg, moco queue"."""
         parts = []
         for name, weight in self.mix.items():
-            parts.append(name if weight == 1 else f"{weight:g} {name}")
-        queue = "" if self.queue == "none" else f", {self.queue} queue"
-        return " + ".join(parts) + queue
+            factor = "" if weight == 1 else f"{weight:g} "
+            parts.append(factor + name)
+
+        title = " + ".join(parts)
+        if self.queue != "none":
+            title += f", {self.queue} queue"
+        return title
 
     def options(self, section: str) -> dict[str, Any]:
         """The values of a section, by option."""
@@ -110,8 +114,11 @@ def unknown(name: object) -> str:
     """What to say of a name that is no objective's."""
     if name in QUEUES:
         return f"{name} is a queue around an objective: objective.queue={name}"
+
+    guess = f"there are {', '.join(OBJECTIVES)}"
     near = get_close_matches(str(name), OBJECTIVES, 1)
-    guess = f"did you mean {near[0]}?" if near else f"there are {', '.join(OBJECTIVES)}"
+    if near:
+        guess = f"did you mean {near[0]}?"
     return f"there is no objective {name!r}; {guess}"
 
 

@@ -92,8 +92,9 @@ class Projectors(Head):
         ] = (),
     ) -> None:
         super().__init__()
-        self.image = _projector([context.width, *widths])
-        self.text = _projector([context.width, *widths])
+        all_widths = [context.width, *widths]
+        self.image = _projector(all_widths)
+        self.text = _projector(all_widths)
 
     def forward(
         self, pairs: Pairs, image: Tensor, text: Tensor, outputs: Outputs
@@ -111,6 +112,7 @@ def _projector(widths: Sequence[int]) -> nn.Sequential:
     """From widths[0] to widths[-1]; of one width nothing is made."""
     if len(widths) == 1:
         return nn.Sequential()
+
     *hidden, last = pairwise(widths)
     layers: list[nn.Module] = []
     for before, after in hidden:
@@ -144,10 +146,8 @@ class Predictors(Head):
         ] = 4.0,
     ) -> None:
         super().__init__()
-        width = context.width
-        between = max(1, round(hidden * width))
-        self.image = nn.Sequential(*_hidden_layer(width, between), nn.Linear(between, width))
-        self.text = nn.Sequential(*_hidden_layer(width, between), nn.Linear(between, width))
+        self.image = _predictor(context.width, hidden)
+        self.text = _predictor(context.width, hidden)
 
     def forward(
         self, pairs: Pairs, image: Tensor, text: Tensor, outputs: Outputs
@@ -169,6 +169,15 @@ class Predictors(Head):
 
     def retrieve_text(self, text: Tensor) -> Tensor:
         return torch.cat([unit(text), unit(self.text(text))], dim=-1) / math.sqrt(2)
+
+
+def _predictor(width: int, hidden: float) -> nn.Sequential:
+    """Linear, batch normalisation, ReLU, Linear: from D to D."""
+    between = max(1, round(hidden * width))
+    return nn.Sequential(
+        *_hidden_layer(width, between),
+        nn.Linear(between, width),
+    )
 
 
 class Momentum(Head):
@@ -229,7 +238,8 @@ class Prototypes(Head):
         ] = 512,
     ) -> None:
         super().__init__()
-        self.weight = nn.Parameter(F.normalize(torch.randn(prototypes, context.width), dim=1))
+        directions = torch.randn(prototypes, context.width)
+        self.weight = nn.Parameter(F.normalize(directions, dim=1))
 
     def forward(
         self, pairs: Pairs, image: Tensor, text: Tensor, outputs: Outputs

@@ -48,13 +48,19 @@ class MovingAverage(nn.Module):
         if self.steps:
             done = (self.step / self.steps).clamp(max=1)
             share *= (1 + torch.cos(math.pi * done)) / 2
-        for mine, theirs in zip(self.towers.parameters(), towers.parameters(), strict=True):
+
+        parameters = zip(self.towers.parameters(), towers.parameters(), strict=True)
+        for mine, theirs in parameters:
             mine.lerp_(theirs, share.to(mine.dtype))
-        for kept, new in zip(self.towers.buffers(), towers.buffers(), strict=True):
-            if kept.is_floating_point():
-                moved = kept.lerp(new, share.to(kept.dtype))
-                # equal entries stay: lerp would make NaN of an attention mask's −inf
-                kept.copy_(torch.where(kept == new, kept, moved))
-            else:
+
+        buffers = zip(self.towers.buffers(), towers.buffers(), strict=True)
+        for kept, new in buffers:
+            # counters
+            if not kept.is_floating_point():
                 kept.copy_(new)
+                continue
+            moved = kept.lerp(new, share.to(kept.dtype))
+            # equal entries stay: lerp would make NaN of an attention mask's −inf
+            is_equal = kept == new
+            kept.copy_(torch.where(is_equal, kept, moved))
         self.step += 1

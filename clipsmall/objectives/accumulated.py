@@ -44,15 +44,24 @@ class Accumulated(nn.Module):
         for k in range(self.parts):
             some_rows = every_nth(rows, k, self.parts)
             some_columns = every_nth(columns, k, self.parts)
-            found.append(self.objective(some_rows, some_columns))
-        return {name: torch.stack([each[name] for each in found]).mean() for name in found[0]}
+            terms = self.objective(some_rows, some_columns)
+            found.append(terms)
+
+        # every term is reported, as its mean
+        means = {}
+        for name in found[0]:
+            of_parts = [terms[name] for terms in found]
+            means[name] = torch.stack(of_parts).mean()
+        return means
 
 
 def every_nth(pairs: Embeddings, first: int, n: int) -> Embeddings:
     """Every n-th pair from `first` on."""
+    some = slice(first, None, n)
+    # contiguous, as collectives need it
     return pairs._replace(
-        image=pairs.image[first::n].contiguous(),
-        text=pairs.text[first::n].contiguous(),
-        index=pairs.index[first::n].contiguous(),
-        caption_hash=pairs.caption_hash[first::n].contiguous(),
+        image=pairs.image[some].contiguous(),
+        text=pairs.text[some].contiguous(),
+        index=pairs.index[some].contiguous(),
+        caption_hash=pairs.caption_hash[some].contiguous(),
     )

@@ -84,14 +84,21 @@ def align_uniform(
     )
     if problem:
         raise ValueError(f"align_uniform: {problem}")
+
     layout = layout_of(rows, columns, mask_duplicates)
-    counts = negative_counts(layout).to(similarity.wide(rows.image))
+    dtype = similarity.wide(rows.image)
+    counts = negative_counts(layout).to(dtype)
+
+    # (b,) squared distances of the pairs, to the power alpha/2
     own = own_features(rows.text, columns.text, layout)
-    distance = (rows.image.to(counts.dtype) - own.to(counts.dtype)).square().sum(dim=1)
+    difference = rows.image.to(dtype) - own.to(dtype)
+    distance = difference.square().sum(dim=1)
     if alpha != 2:
         # the power's slope at 0 is infinite below alpha 2, and autograd's 0 · inf is NaN
         distance = distance.clamp(min=torch.finfo(distance.dtype).tiny) ** (alpha / 2)
     alignment = distance.mean()
+
+    # the mean over both modalities, or between them
     if cross:
         compared = [(rows.image, columns.text)]
     else:
@@ -121,9 +128,15 @@ def log_mean_kernel(x: Tensor, y: Tensor, layout: Layout, t: float, pairs: Tenso
     if pairs == 0:
         # still a function of both: DDP refuses what gets no gradient
         return (x.sum() + y.sum()) * 0.0
-    sums = similarity.logsumexp(scaled(x, x.new_tensor(2 * t)), y, layout, columns=False).rows
-    # ‖x − y‖² = 2 − 2 cos
-    return world.gather(sums).logsumexp(dim=0) - pairs.log() - 2 * t
+
+    # −t ‖x − y‖² = 2t cos − 2t
+    x = scaled(x, x.new_tensor(2 * t))
+    sums = similarity.logsumexp(x, y, layout, columns=False)
+
+    # one log sum over all ranks' rows
+    everyone = world.gather(sums.rows)
+    log_sum = everyone.logsumexp(dim=0)
+    return log_sum - pairs.log() - 2 * t
 
 
 def opposite_poles(options: Options) -> str:

@@ -67,11 +67,18 @@ def barlow(
     """
     image = _standardised(rows.extra["image_projected"])
     text = _standardised(rows.extra["text_projected"])
+
+    # (D, D) of the global batch
+    count = len(image) * world.size()
     with torch.autocast(image.device.type, enabled=False):
-        correlation = world.add(image.T @ text) / (len(image) * world.size())
+        products = world.add(image.T @ text)
+        correlation = products / count
+
+    # its diagonal should be 1, the rest 0
     own = correlation.diagonal()
     invariance = (1 - own).square().sum()
-    others = redundancy * (correlation.square().sum() - own.square().sum())
+    everything = correlation.square().sum()
+    others = redundancy * (everything - own.square().sum())
     return {
         "loss": invariance + others,
         "invariance": invariance.detach(),
@@ -81,10 +88,14 @@ def barlow(
 
 def _standardised(x: Tensor) -> Tensor:
     """(b, D) mean 0 and variance 1 in each coordinate, over the global batch."""
-    if len(x) * world.size() < 2:
+    count = len(x) * world.size()
+    if count < 2:
         raise ValueError("barlow standardises over pairs: it needs a batch of at least 2")
+
     _, centred, variance = moments(x)
-    return centred * (variance + 1e-5).rsqrt()
+    # coordinates that do not vary stay finite
+    factor = (variance + 1e-5).rsqrt()
+    return centred * factor
 
 
 def retrieval_head(options: Options) -> str:

@@ -108,6 +108,7 @@ class Bce(nn.Module):
         if len(columns.index) < 2:
             raise ValueError("bce compares pairs with one another: it needs a batch of at least 2")
         layout = layout_of(rows, columns, self.mask_duplicates)
+
         # (b,) by which a row's negatives are divided
         if self.mode == "balanced":
             counts = negative_counts(layout)
@@ -118,17 +119,26 @@ class Bce(nn.Module):
             layout = replace(layout, chosen=chosen)
             divisor = torch.ones_like(layout.own)
             negatives = self.count.float()
+
         compared = comparisons(rows, columns, layout)
+        directions = len(compared)
         accuracies = []
         positive = negative = rows.logit_scale.new_zeros(())
         for x, y, its_own in compared:
             x = scaled(x, rows.logit_scale)
             bias = rows.logit_bias.to(x.dtype).expand(len(x))
+
+            # positives
             own = dots(x, its_own) + bias
-            weights = 1 / (divisor.to(x.dtype) * len(x) * len(compared))
-            positive = positive + F.softplus(-own).mean() / len(compared)
-            negative = negative + similarity.total(x, y, layout, softplus, weights, bias)
+            costs = F.softplus(-own).mean()
+            positive = positive + costs / directions
+
+            # negatives
+            weights = 1 / (divisor.to(x.dtype) * len(x) * directions)
+            costs = similarity.total(x, y, layout, softplus, weights, bias)
+            negative = negative + costs
             accuracies.append(self._accuracy_of(own, x, y, layout, bias))
+
         accuracy = torch.stack(accuracies).mean()
         self._grow(accuracy, layout.columns)
         return {
@@ -143,10 +153,15 @@ class Bce(nn.Module):
         """(N,) bool, True at the shifts of this step: a function of seed and step alone."""
         seed = (self.seed * 1_000_003 + int(self.step)) % 2**63
         generator = torch.Generator().manual_seed(seed)
+
         # a shift of 0 would be the positive
-        shifts = 1 + torch.randperm(columns - 1, generator=generator)[: int(self.count)]
+        order = torch.randperm(columns - 1, generator=generator)
+        count = int(self.count)
+        shifts = 1 + order[:count]
+
         chosen = torch.zeros(columns, dtype=torch.bool)
-        return chosen.index_fill_(0, shifts, True).to(device)
+        chosen.index_fill_(0, shifts, True)
+        return chosen.to(device)
 
     @torch.no_grad()
     def _accuracy_of(
@@ -155,15 +170,25 @@ class Bce(nn.Module):
         """() over all ranks' rows that have a negative; if none has, the running accuracy."""
         hardest, _ = similarity.nearest(x, y, layout, bias)
         has_negative = hardest > -torch.inf
-        hits = ((own > hardest) & has_negative).sum()
-        all_hits, all_rows = world.total(torch.stack([hits, has_negative.sum()]))
-        return torch.where(all_rows > 0, all_hits / all_rows.clamp(min=1), self.accuracy)
+        is_hit = (own > hardest) & has_negative
+
+        # one exchange for both
+        mine = torch.stack([is_hit.sum(), has_negative.sum()])
+        hits, counted = world.total(mine)
+        accuracy = hits / counted.clamp(min=1)
+        return torch.where(counted > 0, accuracy, self.accuracy)
 
     @torch.no_grad()
     def _grow(self, accuracy: Tensor, columns: int) -> None:
-        self.accuracy.lerp_(accuracy.to(self.accuracy.dtype), 0.1)
+        """Update the running accuracy, and with it k."""
+        new = accuracy.to(self.accuracy.dtype)
+        self.accuracy.lerp_(new, 0.1)
+
+        # on the device: nothing waits
         if self.mode == "warmup":
-            self.count.add_(self.accuracy > 0.5).clamp_(max=columns - 1)
+            is_right = self.accuracy > 0.5
+            self.count.add_(is_right)
+            self.count.clamp_(max=columns - 1)
         self.step += 1
 
 

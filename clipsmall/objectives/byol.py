@@ -52,9 +52,22 @@ def byol(rows: Embeddings, columns: Embeddings) -> dict[str, Tensor]:
         >>> byol(pairs, pairs)["loss"].item()  # one direction is right, one is opposite
         4.0
     """
-    by_image = dots(unit(rows.extra["image_predicted"]), unit(rows.extra["text_target"].detach()))
-    by_text = dots(unit(rows.extra["text_predicted"]), unit(rows.extra["image_target"].detach()))
-    return {"loss": 4 - 2 * (by_image.mean() + by_text.mean()), "spread": spread(rows)}
+    # (b, D) what is learned
+    predicted_text = unit(rows.extra["image_predicted"])
+    predicted_image = unit(rows.extra["text_predicted"])
+
+    # (b, D) what it is learned from, without gradient
+    text = unit(rows.extra["text_target"].detach())
+    image = unit(rows.extra["image_target"].detach())
+
+    # (b,) cosines
+    by_image = dots(predicted_text, text)
+    by_text = dots(predicted_image, image)
+    cosines = by_image.mean() + by_text.mean()
+    return {
+        "loss": 4 - 2 * cosines,
+        "spread": spread(rows),
+    }
 
 
 SPEC = ObjectiveSpec(

@@ -35,7 +35,11 @@ class Combination(nn.Module):
     def __init__(self, parts: dict[str, tuple[float, Callable[..., dict[str, Tensor]]]]) -> None:
         super().__init__()
         self.parts = parts
-        modules = {name: part for name, (_, part) in parts.items() if isinstance(part, nn.Module)}
+        # those with buffers, so that they are moved and saved
+        modules = {}
+        for name, (_, part) in parts.items():
+            if isinstance(part, nn.Module):
+                modules[name] = part
         self.memories = nn.ModuleDict(modules)
 
     def forward(self, rows: Embeddings, columns: Embeddings) -> dict[str, Tensor]:
@@ -45,12 +49,16 @@ class Combination(nn.Module):
             found[name] = part(rows, columns)
             weighted.append(weight * found[name]["loss"])
         losses = {"loss": torch.stack(weighted).sum()}
+
+        # what is reported of each part
         negatives = []
         for name, terms in found.items():
             for term, value in terms.items():
-                losses[name if term == "loss" else f"{name}/{term}"] = value.detach()
+                label = name if term == "loss" else f"{name}/{term}"
+                losses[label] = value.detach()
             if "effective_negatives" in terms:
                 negatives.append(terms["effective_negatives"])
+
         if negatives:
             losses["effective_negatives"] = torch.stack(negatives).amax()
         return losses

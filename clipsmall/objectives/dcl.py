@@ -85,23 +85,33 @@ def decoupled(
     layout = layout_of(rows, columns, mask_duplicates)
     image, text = directions(rows, columns, layout)
     accuracy = (image.accuracy + text.accuracy) / 2
+
+    # log sums over the negatives
     of_images = image.others
     of_texts = text.others
     if intra_modal:
         among_images, among_texts = within_modalities(rows, columns, layout)
         of_images = add_log_sums(of_images, among_images)
         of_texts = add_log_sums(of_texts, among_texts)
+
     loss = image.own.new_zeros(())
     for own, others in ((image.own, of_images), (text.own, of_texts)):
-        weight = 1.0 if sigma is None else positive_weights(own / rows.logit_scale, sigma)
+        weight: Tensor | float = 1.0
+        if sigma is not None:
+            cosines = own / rows.logit_scale
+            weight = positive_weights(cosines, sigma)
+
         # every column has the row's caption: there is nothing to learn from
         no_negative = others == -torch.inf
-        costs = (others - weight * own).masked_fill(no_negative, 0.0)
+        costs = others - weight * own
+        costs = costs.masked_fill(no_negative, 0.0)
         loss = loss + costs.mean() / 2
+
+    negatives = negative_counts(layout).float()
     return {
         "loss": loss,
         "accuracy": accuracy,
-        "effective_negatives": negative_counts(layout).float().mean() * (1 + intra_modal),
+        "effective_negatives": negatives.mean() * (1 + intra_modal),
     }
 
 
@@ -112,7 +122,12 @@ def positive_weights(cosines: Tensor, sigma: float) -> Tensor:
     """
     mine = cosines.detach() / sigma
     everyone = world.gather(mine)
-    return 2 - len(everyone) * (mine - everyone.logsumexp(dim=0)).exp()
+
+    # of my pairs, their softmax over all ranks' pairs
+    log_sum = everyone.logsumexp(dim=0)
+    fraction = (mine - log_sum).exp()
+    count = len(everyone)
+    return 2 - count * fraction
 
 
 SPEC = ObjectiveSpec(dcl, section="dcl", queue=True)

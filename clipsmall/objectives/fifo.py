@@ -57,12 +57,19 @@ class Fifo(nn.Module):
             features: (N, D) each.
         """
         count = len(index)
+        last = slice(-self.size, None)
         sound = finite(*features.values())
-        following = torch.arange(count, device=index.device)
-        positions = ((self.seen + following) % self.size)[-self.size :]
-        for name, rows in {"index": index, "caption": caption, **features}.items():
+
+        # where these pairs go: after the last ones, from the first row again at the end
+        following = self.seen + torch.arange(count, device=index.device)
+        positions = (following % self.size)[last]
+
+        entries = {"index": index, "caption": caption, **features}
+        for name, rows in entries.items():
             kept = self.get_buffer(name)
-            new = rows[-self.size :].to(kept.dtype)
+            old = kept[positions]
+            new = rows[last].to(kept.dtype)
             # where, not if: the host does not wait for `sound`
-            kept[positions] = torch.where(sound, new, kept[positions])
+            kept[positions] = torch.where(sound, new, old)
+
         self.seen += count * sound

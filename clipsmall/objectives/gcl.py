@@ -207,25 +207,39 @@ class Gcl(nn.Module):
         no_negative = counts[:, None] == 0
         with torch.no_grad():
             # log of the mean over negatives
-            log_g = others - own - counts.to(own.dtype).log()[:, None]
+            log_counts = counts.to(own.dtype).log()[:, None]
+            log_g = others - own - log_counts
             log_u = self._averaged(positions, log_g, gamma)
+
+            # ε + u
             log_epsilon = torch.full_like(log_u, self.epsilon).log()
             floored = log_u.logaddexp(log_epsilon)
-            # g / (ε + u) of the gradient, and log(ε + u) + ρ of the value
-            weight = (log_g - floored).exp().masked_fill(no_negative, 0.0)
-            value = (floored + (self.variant.rho or 0.0)).masked_fill(no_negative, 0.0)
-        factor = tau if self.variant.multiplied else torch.ones_like(tau)
-        pulls = (weight * (others - own)).masked_fill(no_negative, 0.0)
+
+            # g / (ε + u), of the gradient
+            weight = (log_g - floored).exp()
+            weight = weight.masked_fill(no_negative, 0.0)
+
+            # log(ε + u) + ρ, of the value
+            value = floored + (self.variant.rho or 0.0)
+            value = value.masked_fill(no_negative, 0.0)
+
         # L itself; of its gradient only the part where τ stands in front
+        factor = tau if self.variant.multiplied else torch.ones_like(tau)
         by_tau = (factor * value).sum(dim=1).mean()
+
         # the rest of the gradient, by features and by τ within u
+        pulls = weight * (others - own)
+        pulls = pulls.masked_fill(no_negative, 0.0)
         pull = (factor.detach() * pulls).sum(dim=1).mean()
 
+        # (b, 2) of L by each pair's temperatures
         slopes = None
         if self.temperatures is not None:
             of_image = mean_exponent(rows.image, columns.text, 1 / tau[:, 0], layout, image)
             of_text = mean_exponent(rows.text, columns.image, 1 / tau[:, 1], layout, text)
-            slopes = value - weight * torch.stack([of_image, of_text], dim=1)
+            exponents = torch.stack([of_image, of_text], dim=1)
+            slopes = value - weight * exponents
+
         self._remember(positions, counts > 0, log_u, slopes)
         return {
             "loss": by_tau + (pull - pull.detach()),
@@ -241,42 +255,60 @@ class Gcl(nn.Module):
         least = self.variant.gamma
         if not self.variant.cosine:
             return torch.full_like(self.log_u[0, 0], least)
-        done = (self.step.to(self.log_u.dtype) / self.decay_steps).clamp(max=1.0)
-        return (least + (1 - least) * (1 + (math.pi * done).cos()) / 2).clamp(max=1.0)
+
+        # fraction of the decay that is over
+        step = self.step.to(self.log_u.dtype)
+        done = (step / self.decay_steps).clamp(max=1.0)
+
+        # from 1 to the least
+        wave = 1 + (math.pi * done).cos()
+        gamma = least + (1 - least) * wave / 2
+        return gamma.clamp(max=1.0)
 
     def _averaged(self, positions: Tensor, log_g: Tensor, gamma: Tensor) -> Tensor:
         """(b, 2) log u after this step; at the first visit of a pair that is log g."""
-        before = self.log_u[positions].to(log_g.dtype)
+        dtype = log_g.dtype
+        before = self.log_u[positions].to(dtype)
+        mixed = _mixed(before, log_g, gamma.to(dtype))
+
         first_visit = before == -torch.inf
-        return torch.where(first_visit, log_g, _mixed(before, log_g, gamma.to(log_g.dtype)))
+        return torch.where(first_visit, log_g, mixed)
 
     def _positions(self, index: Tensor) -> Tensor:
         """(N,) rows of the tables that hold these pairs.
 
         Asked of all columns, so that all ranks refuse an unknown pair together.
         """
-        positions = torch.searchsorted(self.ids, index).clamp(max=len(self.ids) - 1)
+        count = len(self.ids)
+        # a number beyond the last one is unknown, too
+        positions = torch.searchsorted(self.ids, index).clamp(max=count - 1)
+
         unknown = index[self.ids[positions] != index]
         if len(unknown):
-            raise ValueError(
-                f"gcl: pair {unknown[0].item()} is not one of the {len(self.ids)} it was built for"
-            )
+            first = unknown[0].item()
+            raise ValueError(f"gcl: pair {first} is not one of the {count} it was built for")
         return positions
 
     def _compared(
         self, rows: Embeddings, columns: Embeddings, layout: Layout, positions: Tensor
     ) -> tuple[Direction, Direction, Tensor]:
         """Images among texts, texts among images, and the τ of both: (b, 2) or (1, 1)."""
+        # one of each image and of each text
         if self.temperatures is not None:
-            tau = self.temperatures.tau[positions].to(similarity.wide(rows.image))
+            tau = self.temperatures.tau[positions]
+            tau = tau.to(similarity.wide(rows.image))
             scales = (1 / tau[:, 0], 1 / tau[:, 1])
             image, text = directions(rows, columns, layout, scales)
             return image, text, tau
+
+        # one that is fixed, in place of the model's
         if self.variant.tau is not None:
-            fixed = torch.full_like(rows.logit_scale, 1 / self.variant.tau)
-            rows = rows._replace(logit_scale=fixed)
+            scale = torch.full_like(rows.logit_scale, 1 / self.variant.tau)
+            rows = rows._replace(logit_scale=scale)
+
         image, text = directions(rows, columns, layout)
-        return image, text, 1 / rows.logit_scale.view(1, 1)
+        tau = 1 / rows.logit_scale.view(1, 1)
+        return image, text, tau
 
     @torch.no_grad()
     def _remember(
@@ -287,12 +319,18 @@ class Gcl(nn.Module):
         So does a pair whose numbers are not finite: fp16 skips that step, and a NaN would stay in a
         table for ever.
         """
-        sound = has_negative & log_u.isfinite().all(dim=1)
+        is_finite = log_u.isfinite().all(dim=1)
+        sound = has_negative & is_finite
+
+        # of all ranks: the tables are the same everywhere
         taken = world.gather(sound.int()) > 0
         positions = world.gather(positions)[taken]
-        self.log_u[positions] = world.gather(log_u)[taken].to(self.log_u.dtype)
+        all_log_u = world.gather(log_u)[taken]
+        self.log_u[positions] = all_log_u.to(self.log_u.dtype)
+
         if self.temperatures is not None and slopes is not None:
-            self.temperatures.update(positions, world.gather(slopes)[taken])
+            all_slopes = world.gather(slopes)[taken]
+            self.temperatures.update(positions, all_slopes)
         self.step += 1
 
 

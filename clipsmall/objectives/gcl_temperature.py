@@ -55,18 +55,30 @@ class Temperatures(nn.Module):
             positions: (N,) rows of the tables, each once.
             slopes: (N, 2) of the loss by these pairs' τ.
         """
-        slopes = slopes.to(self.tau.dtype).clamp(-STEEPEST, STEEPEST)
+        slopes = slopes.to(self.tau.dtype)
+        slopes = slopes.clamp(-STEEPEST, STEEPEST)
+
+        # running mean of the slopes
         new_weight = 0.1 if self.adam else 0.9
-        self.slope[positions] = self.slope[positions].lerp(slopes, new_weight)
-        step = self.slope[positions]
+        before = self.slope[positions]
+        step = before.lerp(slopes, new_weight)
+        self.slope[positions] = step
+
         if self.adam:
+            # running mean of their squares
+            before = self.square[positions]
+            square = before.lerp(slopes.square(), 0.001)
+            self.square[positions] = square
+
+            # both begin at 0, which is corrected by the pair's own visits
             self.visits[positions] += 1
-            self.square[positions] = self.square[positions].lerp(slopes.square(), 0.001)
             visits = self.visits[positions].to(slopes.dtype)
             mean = step / (1 - 0.9**visits)
-            square = self.square[positions] / (1 - 0.999**visits)
+            square = square / (1 - 0.999**visits)
             step = mean / (square.sqrt() + 1e-8)
-        self.tau[positions] = (self.tau[positions] - self.lr * step).clamp(*self.bounds)
+
+        tau = self.tau[positions] - self.lr * step
+        self.tau[positions] = tau.clamp(*self.bounds)
 
 
 def mean_exponent(
@@ -81,10 +93,15 @@ def mean_exponent(
         layout: which columns are negatives.
         direction: the log sums.
     """
-    no_negative = direction.others == -torch.inf
-    others = direction.others.detach().masked_fill(no_negative, 0.0)
-    entropy = similarity.row_sums(scaled(x, scale), y, layout, _entropy, -others)
-    return entropy + others - direction.own.detach()
+    own = direction.own.detach()
+    others = direction.others.detach()
+    no_negative = others == -torch.inf
+    others = others.masked_fill(no_negative, 0.0)
+
+    # Σ_j p_j log p_j, p the softmax over negatives: log p_j = S_ij − others
+    x = scaled(x, scale)
+    log_weight = similarity.row_sums(x, y, layout, _entropy, -others)
+    return log_weight + others - own
 
 
 def _entropy(log_weights: Tensor) -> tuple[Tensor, Tensor]:

@@ -77,30 +77,48 @@ def hsic(
     n = 2 * len(columns.index)
     x = torch.cat([rows.image, rows.text])
     y = torch.cat([columns.image, columns.text])
-    everything = Layout(torch.arange(len(x), device=x.device), n, keep_own=True, ring=len(y) < n)
+    everything = Layout(
+        own=torch.arange(len(x), device=x.device),
+        columns=n,
+        keep_own=True,
+        ring=len(y) < n,
+    )
+
+    # (b,) and () of K
     kernel = partial(_kernel, width=width)
     row_means = similarity.row_sums(x, y, everything, kernel) / n
     mean = world.mean(row_means.mean())
-    # with these weights a total is the mean over my rows and all columns
+
+    # () mean (K − mean)² over my rows: with these weights a total is a mean over my rows and all
+    # columns
     weights = torch.full_like(row_means, 1 / (n * len(x)))
     squared = partial(_squared, width=width, mean=mean)
     squares = similarity.total(x, y, everything, squared, weights)
 
+    # HSIC(Z, Z), and its root
     r = row_means - mean
     m = world.mean(r.mean())
-    variance = world.mean(squares) - 2 * world.mean(r.square().mean()) + m.square()
+    of_rows = world.mean(r.square().mean())
+    variance = world.mean(squares) - 2 * of_rows + m.square()
     # the root's slope stays finite when all points are one
     deviation = (variance.clamp(min=0) + 1e-10).sqrt()
     slope = gamma / (2 * deviation)
-    pairs = _kernel(dots(rows.image, rows.text), width)[0].mean()
+
+    # the first term of HSIC(Z, Y)
+    of_pairs, _ = _kernel(dots(rows.image, rows.text), width)
+    pairs = of_pairs.mean()
+
     # the part of the gradient that is linear in K
     linear_weights = weights * (1 + slope * (2 * m - 4 * r))
     linear = similarity.total(x, y, everything, kernel, linear_weights)
     dependence = world.mean(pairs) - mean
+
     # has the loss's gradient, but another value
     surrogate = linear + slope * squares - pairs
+    value = gamma * deviation - dependence
+    correction = (value - surrogate).detach()
     return {
-        "loss": surrogate + (gamma * deviation - dependence - surrogate).detach(),
+        "loss": surrogate + correction,
         "dependence": dependence,
         "redundancy": deviation,
     }

@@ -1,5 +1,6 @@
 """Neighbours: a pair's partner is replaced by what resembles it most among former pairs."""
 
+from dataclasses import replace
 from typing import Annotated
 
 import torch
@@ -35,11 +36,18 @@ class Queue(Fifo):
             (b,) cosine with the entry; (b, D) its features; (b,) its caption's hash.
         """
         filled = len(self)
+        entries = self.features[:filled]
+
+        # no entry is a row's own column, but those of its index are left out
         nowhere = torch.full((len(features),), -1, device=features.device)
-        groups = () if index is None else ((index, self.index[:filled]),)
-        layout = Layout(nowhere, filled, groups=groups)
-        cosine, entry = similarity.nearest(features, self.features[:filled], layout)
-        return cosine, self.features[entry], self.caption[entry]
+        layout = Layout(own=nowhere, columns=filled)
+        if index is not None:
+            layout = replace(layout, groups=((index, self.index[:filled]),))
+
+        cosine, entry = similarity.nearest(features, entries, layout)
+        neighbour = self.features[entry]
+        caption = self.caption[entry]
+        return cosine, neighbour, caption
 
 
 class Neighbours(nn.Module):
@@ -126,6 +134,8 @@ class Neighbours(nn.Module):
             raise ValueError(
                 f"nn keeps its own queue: it needs all ranks' rows as columns, not {count}"
             )
+
+        # neighbours are looked up before these pairs are in the queue
         image = rows.image.detach()
         text = rows.text.detach()
         terms = [self._compared(rows, columns, rows.image, text, self.texts)]
@@ -133,10 +143,14 @@ class Neighbours(nn.Module):
             terms.append(self._compared(rows, columns, rows.text, image, self.images))
             all_images = world.gather(image)
             self.images.push(columns.index, columns.caption_hash, features=all_images)
+
+        # the mean of both directions, or of the one
         losses = {}
         for key in terms[0]:
-            losses[key] = torch.stack([term[key] for term in terms]).mean()
+            of_both = [term[key] for term in terms]
+            losses[key] = torch.stack(of_both).mean()
         losses["entries"] = torch.tensor(float(len(self.texts)), device=image.device)
+
         all_texts = world.gather(text)
         self.texts.push(columns.index, columns.caption_hash, features=all_texts)
         return losses
@@ -153,18 +167,21 @@ class Neighbours(nn.Module):
             partner: (b, D) the other one, without gradient.
             queue: of the partner's modality.
         """
+        # until the queue is filled each feature is its own neighbour
         neighbour = partner.to(similarity.wide(partner))
         caption = rows.caption_hash
         cosine = partner.new_ones(len(partner))
         if len(queue) >= self.start:
             own_index = rows.index if self.mask_duplicates else None
             cosine, neighbour, caption = queue.nearest(partner, own_index)
+
         # `directions` compares images with texts: what learns takes the images' place, what it is
         # compared with that of the texts, whichever they are
         rows = rows._replace(image=learning, text=neighbour, caption_hash=caption)
         ring = len(columns.text) < len(columns.index)
         everyone = neighbour if ring else world.gather(neighbour)
         columns = columns._replace(text=everyone, caption_hash=world.gather(caption))
+
         layout = layout_of(rows, columns, self.mask_duplicates)
         forth, back = directions(rows, columns, layout)
         return {

@@ -22,6 +22,8 @@ from clipsmall.model.heads import HEADS
 Options = Mapping[str, Any]
 # given to every objective that takes it; stands in the config beside the sections
 FOR_ALL = "mask_duplicates"
+# types that are made of others: A | B, and tuple[A, ...]
+COMPOUND = (Union, UnionType, tuple)
 
 
 class Section(BaseModel):
@@ -79,8 +81,11 @@ def options_of_heads(heads: Mapping[str, Mapping[str, Any]]) -> dict[str, Option
         options = options_of(HEADS[head])
         for name, default in defaults.items():
             if name not in options:
-                raise TypeError(f"the head {head} takes no {name!r}; it takes {', '.join(options)}")
-            options[name] = options[name]._replace(default=default)
+                known = ", ".join(options)
+                raise TypeError(f"the head {head} takes no {name!r}; it takes {known}")
+            option = options[name]
+            options[name] = option._replace(default=default)
+
         found |= options
     return found
 
@@ -89,27 +94,43 @@ def given_to_heads(
     heads: Mapping[str, Mapping[str, Any]], given: Options
 ) -> dict[str, dict[str, Any]]:
     """The options of each head, of the values in a section."""
-    return {head: {name: given[name] for name in options_of(HEADS[head])} for head in heads}
+    found = {}
+    for head in heads:
+        names = options_of(HEADS[head])
+        found[head] = {name: given[name] for name in names}
+    return found
 
 
 def _check_declaration(where: str, annotation: Any) -> None:
-    fields = [note for note in _notes(annotation) if isinstance(note, FieldInfo)]
-    if not any(field.description for field in fields):
+    fields = []
+    for note in _notes(annotation):
+        if isinstance(note, FieldInfo):
+            fields.append(note)
+
+    has_help = any(field.description for field in fields)
+    if not has_help:
         raise TypeError(f"{where}: declare it as Annotated[type, Field(description=...)]")
-    bounds = [note for field in fields for note in field.metadata]
-    bounded = any(isinstance(bound, Ge | Gt | Le | Lt) for bound in bounds)
-    if _is_number(annotation) and not bounded:
+
+    has_range = False
+    for field in fields:
+        for bound in field.metadata:
+            has_range = has_range or isinstance(bound, Ge | Gt | Le | Lt)
+    if _is_number(annotation) and not has_range:
         raise TypeError(f"{where}: a number needs a range, as in Field(gt=0, description=...)")
 
 
 def _notes(annotation: Any) -> list[Any]:
     """All metadata of Annotated, also within unions and containers."""
     inner = get_args(annotation)
+    found: list[Any] = []
     if get_origin(annotation) is Annotated:
-        return [*inner[1:], *_notes(inner[0])]
-    if get_origin(annotation) in (Union, UnionType, tuple):
-        return [note for each in inner for note in _notes(each)]
-    return []
+        kind, *notes = inner
+        found += notes
+        found += _notes(kind)
+    elif get_origin(annotation) in COMPOUND:
+        for each in inner:
+            found += _notes(each)
+    return found
 
 
 def _is_number(annotation: Any) -> bool:
@@ -117,10 +138,12 @@ def _is_number(annotation: Any) -> bool:
     if annotation in (int, float):
         return True
     inner = get_args(annotation)
-    if get_origin(annotation) is Annotated:
+    origin = get_origin(annotation)
+    if origin is Annotated:
         return _is_number(inner[0])
-    is_compound = get_origin(annotation) in (Union, UnionType, tuple)
-    return is_compound and any(_is_number(each) for each in inner)
+    if origin in COMPOUND:
+        return any(_is_number(each) for each in inner)
+    return False
 
 
 def merged(parts: list[dict[str, Option]], section: str) -> dict[str, Option]:
@@ -145,10 +168,12 @@ def in_order(options: dict[str, Option], first: tuple[str, ...], section: str) -
     Raises:
         TypeError: one of `first` is no option.
     """
-    unknown = [name for name in first if name not in options]
-    if unknown:
-        raise TypeError(f"section {section} has no option {unknown[0]!r}")
-    leading = {name: options[name] for name in first}
+    leading = {}
+    for name in first:
+        if name not in options:
+            raise TypeError(f"section {section} has no option {name!r}")
+        leading[name] = options[name]
+    # of equal keys the first place counts
     return {**leading, **options}
 
 
@@ -167,11 +192,22 @@ def section_model(
     """
     fields: dict[str, Any] = {}
     for name, option in options.items():
-        _check_declaration(f"{section}.{name}", option.annotation)
+        where = f"{section}.{name}"
+        _check_declaration(where, option.annotation)
         fields[name] = (option.annotation, option.default)
-    title = "".join(word.capitalize() for word in section.split("_"))
-    validators: dict[str, Any] = {} if check is None else {"check": check}
-    return create_model(title, __base__=Section, __validators__=validators, **fields)
+
+    words = section.split("_")
+    title = "".join(word.capitalize() for word in words)
+
+    validators: dict[str, Any] = {}
+    if check is not None:
+        validators["check"] = check
+    return create_model(
+        title,
+        __base__=Section,
+        __validators__=validators,
+        **fields,
+    )
 
 
 def check_options(owner: str, function: Callable[..., Any], **given: Any) -> None:
@@ -182,8 +218,10 @@ def check_options(owner: str, function: Callable[..., Any], **given: Any) -> Non
     """
     options = options_of(function)
     for name, value in given.items():
+        declared = options[name].annotation
         try:
-            TypeAdapter(options[name].annotation).validate_python(value)
+            TypeAdapter(declared).validate_python(value)
         except ValidationError as error:
-            problem = error.errors()[0]["msg"].replace("Input should be", "must be")
+            first = error.errors()[0]
+            problem = first["msg"].replace("Input should be", "must be")
             raise ValueError(f"{owner}: {name} {problem}, not {value!r}") from None

@@ -24,8 +24,11 @@ def own_columns(rows: Embeddings, columns: Embeddings) -> Tensor:
     Found by `index`, so no rank offset exists. A queue holds older copies of a pair: of several
     columns the first is taken, which is that of the batch.
     """
+    # stable: of equal numbers the first column stays first
     known, order = columns.index.sort(stable=True)
-    positions: Tensor = order[torch.searchsorted(known, rows.index)]
+    sorted_positions = torch.searchsorted(known, rows.index)
+
+    positions: Tensor = order[sorted_positions]
     return positions
 
 
@@ -44,14 +47,22 @@ def layout_of(
     """
     # (b,), (N,): a column whose number equals the row's is no negative
     groups = []
+
+    # without repeats only the own pair has a row's caption, and it is left out anyway
     if mask_duplicates and has_repeats(columns.caption_hash):
         groups.append((rows.caption_hash, columns.caption_hash))
+
+    # older copies of a pair in a queue
     if columns.live is not None and has_repeats(columns.index):
         groups.append((rows.index, columns.index))
+
+    # columns that are positives only have number 0, as all rows have
     if columns.own_only:
         positions = torch.arange(len(columns.index), device=columns.index.device)
         is_negative = (positions >= columns.own_only).long()
-        groups.append((torch.zeros_like(rows.index), is_negative))
+        zeros = torch.zeros_like(rows.index)
+        groups.append((zeros, is_negative))
+
     return Layout(
         own=own_columns(rows, columns),
         columns=len(columns.index),
@@ -66,8 +77,14 @@ def add_log_sums(first: Tensor, second: Tensor) -> Tensor:
 
     Both may be −inf, in a row that has no column; its gradient is 0 here, NaN with logaddexp alone.
     """
-    empty = (first == -torch.inf) & (second == -torch.inf)
-    sums = torch.logaddexp(first.masked_fill(empty, 0.0), second.masked_fill(empty, 0.0))
+    no_first = first == -torch.inf
+    no_second = second == -torch.inf
+    empty = no_first & no_second
+
+    # finite stand-ins where both are empty, whose gradient the last line cuts off
+    first = first.masked_fill(empty, 0.0)
+    second = second.masked_fill(empty, 0.0)
+    sums = torch.logaddexp(first, second)
     return sums.masked_fill(empty, -torch.inf)
 
 
@@ -80,20 +97,25 @@ def negative_counts(layout: Layout) -> Tensor:
     others = torch.full_like(layout.own, layout.columns - 1)
     if not layout.groups:
         return others
+
+    # of one group the equal columns are counted by binary search; the row's own is among them
     if len(layout.groups) == 1:
-        # of one group the equal columns are counted by binary search; the row's own is among them
         of_rows, of_columns = layout.groups[0]
         known = of_columns.sort().values
         before = torch.searchsorted(known, of_rows)
         up_to = torch.searchsorted(known, of_rows, right=True)
-        return others + 1 - (up_to - before)
-    # groups may overlap: the mask itself is counted, a few columns at a time
+        equal = up_to - before
+        return others + 1 - equal
+
+    # several groups may overlap: the mask itself is counted, a few columns at a time
     counted = replace(layout, keep_own=False, chosen=None)
-    others = torch.zeros_like(layout.own)
+    all_rows = slice(None)
+    counts = torch.zeros_like(layout.own)
     for start in range(0, layout.columns, COUNTED_AT_ONCE):
-        j = slice(start, min(start + COUNTED_AT_ONCE, layout.columns))
-        others += (~counted.left_out(slice(None), j)).sum(dim=1)
-    return others
+        end = min(start + COUNTED_AT_ONCE, layout.columns)
+        left_out = counted.left_out(all_rows, slice(start, end))
+        counts += (~left_out).sum(dim=1)
+    return counts
 
 
 def dots(x: Tensor, y: Tensor) -> Tensor:
@@ -142,12 +164,20 @@ def comparisons(
 
     Where the columns are the batch itself, the second matrix is the first one's transpose.
     """
-    own_texts = own_features(rows.text, columns.text, layout)
-    images_among_texts = Comparison(rows.image, columns.text, own_texts)
+    images_among_texts = Comparison(
+        x=rows.image,
+        y=columns.text,
+        own=own_features(rows.text, columns.text, layout),
+    )
     if not both_directions and whole_batch(rows, columns):
         return [images_among_texts]
-    own_images = own_features(rows.image, columns.image, layout)
-    return [images_among_texts, Comparison(rows.text, columns.image, own_images)]
+
+    texts_among_images = Comparison(
+        x=rows.text,
+        y=columns.image,
+        own=own_features(rows.image, columns.image, layout),
+    )
+    return [images_among_texts, texts_among_images]
 
 
 class Direction(NamedTuple):
@@ -194,18 +224,39 @@ def directions(
     """
     image_scale, text_scale = scales or (rows.logit_scale, rows.logit_scale)
     image = scaled(rows.image, image_scale)
-    own = dots(image, own_features(rows.text, columns.text, layout))
+    own_texts = own_features(rows.text, columns.text, layout)
+    own = dots(image, own_texts)
+
+    # one matrix: its column sums are the texts' sums over images
     if scales is None and whole_batch(rows, columns):
         sums = similarity.logsumexp(image, columns.text, layout)
-        of_images = Direction(own, sums.rows, sums.row_max)
-        of_texts = Direction(own, sums.columns[layout.own], sums.column_max[layout.own])
+        of_images = Direction(
+            own=own,
+            others=sums.rows,
+            hardest=sums.row_max,
+        )
+        of_texts = Direction(
+            own=own,
+            others=sums.columns[layout.own],
+            hardest=sums.column_max[layout.own],
+        )
         return of_images, of_texts
+
+    # two matrices
     text = scaled(rows.text, text_scale)
     forth = similarity.logsumexp(image, columns.text, layout, columns=False)
     back = similarity.logsumexp(text, columns.image, layout, columns=False)
-    own_of_texts = dots(text, own_features(rows.image, columns.image, layout))
-    of_images = Direction(own, forth.rows, forth.row_max)
-    of_texts = Direction(own_of_texts, back.rows, back.row_max)
+    of_images = Direction(
+        own=own,
+        others=forth.rows,
+        hardest=forth.row_max,
+    )
+    own_images = own_features(rows.image, columns.image, layout)
+    of_texts = Direction(
+        own=dots(text, own_images),
+        others=back.rows,
+        hardest=back.row_max,
+    )
     return of_images, of_texts
 
 
@@ -218,13 +269,28 @@ def within_modalities(
     """
     image = scaled(rows.image, rows.logit_scale)
     text = scaled(rows.text, rows.logit_scale)
-    among_images = similarity.logsumexp(image, columns.image, layout, columns=False)
-    among_texts = similarity.logsumexp(text, columns.text, layout, columns=False)
+
+    # of each matrix the row sums are wanted only
+    among_images = similarity.logsumexp(
+        image,
+        columns.image,
+        layout,
+        columns=False,
+    )
+    among_texts = similarity.logsumexp(
+        text,
+        columns.text,
+        layout,
+        columns=False,
+    )
     return among_images.rows, among_texts.rows
 
 
 def scaled(x: Tensor, scale: Tensor) -> Tensor:
     """(b, D) rows times a scale () or (b,), at least in float32."""
-    x = x.to(similarity.wide(x))
-    factor = scale[:, None] if scale.dim() else scale
-    return x * factor.to(x.dtype)
+    dtype = similarity.wide(x)
+    factor = scale.to(dtype)
+    # a scale of each row
+    if factor.dim():
+        factor = factor[:, None]
+    return x.to(dtype) * factor

@@ -108,11 +108,20 @@ class Queued(nn.Module):
 
     def forward(self, rows: Embeddings, columns: Embeddings) -> dict[str, Tensor]:
         image, text = self.features(rows, columns)
-        filled = len(self.past) if self.past.seen >= self.start else 0
-        losses = self.objective(rows, self.widened(columns, image, text, filled))
+
+        # before the start the queue is filled, but not used
+        started = self.past.seen >= self.start
+        filled = len(self.past) if started else 0
+        widened = self.widened(columns, image, text, filled)
+        losses = self.objective(rows, widened)
         losses["queue"] = torch.tensor(float(filled), device=image.device)
+
+        # after use: no pair meets itself as its own negative
         self.past.push(
-            columns.index, columns.caption_hash, image=image.detach(), text=text.detach()
+            columns.index,
+            columns.caption_hash,
+            image=image.detach(),
+            text=text.detach(),
         )
         return losses
 
@@ -127,16 +136,20 @@ class Queued(nn.Module):
         """
         if image is columns.image and not filled:
             return columns
+
         past = self.past
-        queued_image = past.get_buffer("image")[:filled].to(image.dtype)
-        queued_text = past.get_buffer("text")[:filled].to(text.dtype)
+        queued_image = past.get_buffer("image")[:filled]
+        queued_text = past.get_buffer("text")[:filled]
+        index = past.index[:filled]
+        caption = past.caption[:filled]
+
         # beside an empty queue the batch has to give the negatives, or nobody would learn
         only_positives = bool(filled) and not self.in_batch
         return columns._replace(
-            image=torch.cat([image, queued_image]),
-            text=torch.cat([text, queued_text]),
-            index=torch.cat([columns.index, past.index[:filled]]),
-            caption_hash=torch.cat([columns.caption_hash, past.caption[:filled]]),
+            image=torch.cat([image, queued_image.to(image.dtype)]),
+            text=torch.cat([text, queued_text.to(text.dtype)]),
+            index=torch.cat([columns.index, index]),
+            caption_hash=torch.cat([columns.caption_hash, caption]),
             live=columns,
             own_only=len(image) if only_positives else 0,
         )
@@ -156,9 +169,12 @@ class InBatch(nn.Module):
 @torch.no_grad()
 def averaged_features(rows: Embeddings, columns: Embeddings) -> tuple[Tensor, Tensor]:
     """What the averaged towers make of everybody's pairs."""
-    image = world.gather(unit(rows.extra["image_target"]))
-    text = world.gather(unit(rows.extra["text_target"]))
-    return image, text
+    image = unit(rows.extra["image_target"])
+    text = unit(rows.extra["text_target"])
+
+    all_images = world.gather(image)
+    all_texts = world.gather(text)
+    return all_images, all_texts
 
 
 def live_features(rows: Embeddings, columns: Embeddings) -> tuple[Tensor, Tensor]:
@@ -236,10 +252,15 @@ class QueueSpec:
         Raises:
             TypeError: an option that nobody takes.
         """
-        parts = [dict(self.own_options), options_of_heads(self.heads)]
+        parts = [
+            dict(self.own_options),
+            options_of_heads(self.heads),
+        ]
         if self.soft_targets:
             parts.append(options_of(SoftTargets))
-        return in_order(merged(parts, name), self.first, name)
+
+        found = merged(parts, name)
+        return in_order(found, self.first, name)
 
 
 def longest(batch: int, momentum: float) -> int:
@@ -257,10 +278,12 @@ def _stale_moco(options: Options, batch: int, fresh: bool) -> str:
     momentum = options["momentum"]
     if size == "auto" or size <= longest(batch, momentum):
         return ""
+
+    # the momentum that would do: 1 − m with one digit, rounded down
     largest = STALE * batch / size
-    # 1 − m with one digit, rounded down
     digit = 10.0 ** math.floor(math.log10(largest))
     enough = 1 - largest // digit * digit
+
     return (
         f"objective.moco.size={size} at momentum {momentum} and batch {batch}: the oldest keys are "
         f"{size / batch:,.0f} steps old, the averaged towers remember {1 / (1 - momentum):,.0f} (r "

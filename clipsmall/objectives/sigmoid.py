@@ -63,20 +63,33 @@ def sigmoid(
         0.0269
     """
     layout = layout_of(rows, columns, mask_duplicates)
-    bias = rows.logit_bias * rows.logit_scale if relative_bias else rows.logit_bias
+    bias = rows.logit_bias
+    if relative_bias:
+        bias = rows.logit_bias * rows.logit_scale
+
     compared = comparisons(rows, columns, layout)
+    directions = len(compared)
     positive = negative = rows.logit_scale.new_zeros(())
     for x, y, own in compared:
         x = scaled(x, rows.logit_scale)
         offset = bias.to(x.dtype).expand(len(x))
-        weights = torch.full_like(offset, 1 / (len(x) * len(compared)))
-        positive = positive + F.softplus(-(dots(x, own) + bias)).mean() / len(compared)
-        negative = negative + similarity.total(x, y, layout, softplus, weights, u=offset)
+
+        # positives
+        logits = dots(x, own) + bias
+        costs = F.softplus(-logits).mean()
+        positive = positive + costs / directions
+
+        # negatives: a mean over rows, a sum over columns
+        weights = torch.full_like(offset, 1 / (len(x) * directions))
+        costs = similarity.total(x, y, layout, softplus, weights, u=offset)
+        negative = negative + costs
+
+    negatives = negative_counts(layout).float()
     return {
         "loss": positive + negative,
         "positive": positive.detach(),
         "negative": negative.detach(),
-        "effective_negatives": negative_counts(layout).float().mean(),
+        "effective_negatives": negatives.mean(),
     }
 
 

@@ -53,9 +53,17 @@ def simsiam(rows: Embeddings, columns: Embeddings) -> dict[str, Tensor]:
         >>> simsiam(pairs, pairs)["loss"].item()
         -1.0
     """
-    by_image = dots(unit(rows.extra["image_predicted"]), rows.text.detach())
-    by_text = dots(unit(rows.extra["text_predicted"]), rows.image.detach())
-    return {"loss": -(by_image.mean() + by_text.mean()) / 2, "spread": spread(rows)}
+    predicted_text = unit(rows.extra["image_predicted"])
+    predicted_image = unit(rows.extra["text_predicted"])
+
+    # (b,) cosines; only the predictions learn
+    by_image = dots(predicted_text, rows.text.detach())
+    by_text = dots(predicted_image, rows.image.detach())
+    cosines = by_image.mean() + by_text.mean()
+    return {
+        "loss": -cosines / 2,
+        "spread": spread(rows),
+    }
 
 
 def spread(rows: Embeddings) -> Tensor:
@@ -64,10 +72,17 @@ def spread(rows: Embeddings) -> Tensor:
     Over the global batch and both modalities. Near 1 where the unit vectors fill the sphere, 0
     where they have collapsed into one (arXiv 2011.10566, §4.1).
     """
+    # (D,) over all ranks
     _, _, image_variance = moments(rows.image.detach())
     _, _, text_variance = moments(rows.text.detach())
-    mean: Tensor = (image_variance.sqrt().mean() + text_variance.sqrt().mean()) / 2
-    return mean * math.sqrt(rows.image.shape[1])
+
+    image = image_variance.sqrt().mean()
+    text = text_variance.sqrt().mean()
+    mean: Tensor = (image + text) / 2
+
+    # unit vectors that fill the sphere have a standard deviation of 1/√D
+    width = rows.image.shape[1]
+    return mean * math.sqrt(width)
 
 
 SPEC = ObjectiveSpec(

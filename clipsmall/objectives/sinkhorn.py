@@ -89,19 +89,25 @@ def sinkhorn(
         raise ValueError(
             f"sinkhorn needs {needed} columns, all ranks' rows, not {len(columns.index)}"
         )
+
     layout = layout_of(rows, columns, mask_duplicates, keep_own=True)
     x = scaled(rows.image, rows.logit_scale)
-    own = dots(x, own_features(rows.text, columns.text, layout))
+    own_texts = own_features(rows.text, columns.text, layout)
+    own = dots(x, own_texts)
+
+    # the gradient goes through the last column step alone
     with nullcontext() if unrolled else torch.no_grad():
         f, used, error = potentials(x, columns.text, layout, iterations, tolerance)
+
     if iterations:
         # of all columns; each row takes its own column's
-        column_sums = similarity.logsumexp(x, columns.text, layout, u=f, rows=False).columns
-        minus_g = column_sums[layout.own]
+        sums = similarity.logsumexp(x, columns.text, layout, u=f, rows=False)
+        minus_g = sums.columns[layout.own]
         loss = (minus_g - own - f).mean()
     else:
-        row_sums = similarity.logsumexp(x, columns.text, layout, columns=False).rows
-        loss = (row_sums - own).mean()
+        sums = similarity.logsumexp(x, columns.text, layout, columns=False)
+        loss = (sums.rows - own).mean()
+
     return {
         "loss": loss,
         "row_error": error,
@@ -126,17 +132,26 @@ def potentials(
         f (b,) of my rows before the last column step; the iterations used; () the largest row error
         of all ranks, so that all stop together.
     """
-    f = -similarity.logsumexp(x, y, layout, columns=False).rows
+    first = similarity.logsumexp(x, y, layout, columns=False)
+    f = -first.rows
     used = 0
     error = f.new_tensor(torch.inf)
     while used < iterations:
         used += 1
-        g = -similarity.logsumexp(x, y, layout, u=f, rows=False).columns
-        row = similarity.logsumexp(x, y, layout, v=g, columns=False).rows
+        # columns sum to 1
+        by_columns = similarity.logsumexp(x, y, layout, u=f, rows=False)
+        g = -by_columns.columns
+
+        # how far the rows are from it; the largest of all ranks, so that all stop together
+        by_rows = similarity.logsumexp(x, y, layout, v=g, columns=False)
+        row = by_rows.rows
         row_sums = (row.detach() + f.detach()).exp()
-        error = world.maximum(row_sums.sub(1).abs().max())
+        mine = row_sums.sub(1).abs().max()
+        error = world.maximum(mine)
         if used == iterations or bool(error <= tolerance):
             break
+
+        # rows sum to 1
         f = -row
     return f, used, error
 

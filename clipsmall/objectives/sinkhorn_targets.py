@@ -81,15 +81,23 @@ def sinkhorn_targets(
         raise ValueError(
             "sinkhorn_targets needs exactly the gathered batch as columns: no queue, no ring"
         )
+
+    # the plain softmax
     image, text = directions(rows, columns, layout)
     hard = (image.cross_entropy.mean() + text.cross_entropy.mean()) / 2
+
     # equal captions stay in: the targets are there to find them
     others = replace(layout, groups=())
     plan = TransportPlan(rows, others, epsilon, iterations)
+
+    # cross entropy against the plan: log sums less the expected logit, both ways
     x = scaled(rows.image, rows.extra["soft_scale"])
-    sums = similarity.logsumexp(x, columns.text, replace(others, keep_own=True))
+    everything = replace(others, keep_own=True)
+    sums = similarity.logsumexp(x, columns.text, everything)
+    row_sums = sums.rows.mean()
+    column_sums = sums.columns[layout.own].mean()
     expected: Tensor = _ExpectedLogit.apply(x, columns.text, plan) / len(x)
-    soft = (sums.rows.mean() + sums.columns[layout.own].mean()) / 2 - expected
+    soft = (row_sums + column_sums) / 2 - expected
     return {
         "loss": alpha * hard + (1 - alpha) * soft,
         "softmax": hard.detach(),
@@ -111,27 +119,41 @@ class TransportPlan:
 
     @torch.no_grad()
     def __init__(self, rows: Embeddings, others: Layout, epsilon: float, iterations: int) -> None:
+        self.layout = others
         image = unit(rows.extra["image_target"])
         text = unit(rows.extra["text_target"])
         all_images = world.gather(image)
         all_texts = world.gather(text)
-        self.layout = others
-        # one product of these is the sum of the three similarities
-        self.x = torch.cat([image, text, image], dim=1) / epsilon
-        self.y = torch.cat([all_images, all_texts, all_texts], dim=1)
-        f, _, _ = potentials(self.x, self.y, others, iterations, tolerance=0.0)
+
+        # (b, 3D) and (N, 3D): their inner product is the sum of the three similarities
+        x = torch.cat([image, text, image], dim=1) / epsilon
+        y = torch.cat([all_images, all_texts, all_texts], dim=1)
+        self.x = x
+        self.y = y
+
         # f and g make the columns sum to 1
+        f, _, _ = potentials(x, y, others, iterations, tolerance=0.0)
+        column_sums = similarity.logsumexp(x, y, others, u=f, rows=False)
         self.f_of_columns = f
-        self.g = -similarity.logsumexp(self.x, self.y, others, u=f, rows=False).columns
+        self.g = -column_sums.columns
+
         # this f and g make the rows sum to 1
-        self.f = -similarity.logsumexp(self.x, self.y, others, v=self.g, columns=False).rows
+        row_sums = similarity.logsumexp(x, y, others, v=self.g, columns=False)
+        self.f = -row_sums.rows
 
     def tiles(self) -> Iterator[tuple[slice, slice, Tensor]]:
         """Rows, columns, and the targets (rows, columns) of every tile."""
-        for i, j, _, _, _, tile in similarity.tiles(self.x, self.y, self.layout, v=self.g):
-            tile.masked_fill_(self.layout.left_out(i, j), -torch.inf)
-            of_images = (tile + self.f[i, None]).exp()
-            of_texts = (tile + self.f_of_columns[i, None]).exp()
+        tiles = similarity.tiles(self.x, self.y, self.layout, v=self.g)
+        for i, j, _, _, _, tile in tiles:
+            left_out = self.layout.left_out(i, j)
+            tile.masked_fill_(left_out, -torch.inf)
+
+            # rows of the first sum to 1, columns of the second
+            row_potential = self.f[i, None]
+            of_images = (tile + row_potential).exp()
+            row_potential = self.f_of_columns[i, None]
+            of_texts = (tile + row_potential).exp()
+
             yield i, j, (of_images + of_texts) / 2
 
 
@@ -141,12 +163,18 @@ class _ExpectedLogit(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, plan: TransportPlan) -> Tensor:
         dx = torch.zeros_like(x)
+        # y may lie in host memory; the sums are made where x is
         dy = torch.zeros_like(y, dtype=x.dtype, device=x.device)
+
         with torch.autocast(x.device.type, enabled=False):
             for i, j, q in plan.tiles():
-                dx[i].addmm_(q, y[j].to(x.device, x.dtype))
+                some_y = y[j].to(x.device, x.dtype)
+                dx[i].addmm_(q, some_y)
                 dy[j].addmm_(q.T, x[i])
-        ctx.save_for_backward(dx, dy.to(y.device, y.dtype))
+
+        dy = dy.to(y.device, y.dtype)
+        ctx.save_for_backward(dx, dy)
+        # it is linear in x: the value is x times its own gradient
         return (x * dx).sum()
 
     @staticmethod

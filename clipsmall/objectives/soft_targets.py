@@ -86,8 +86,11 @@ class SoftTargets(nn.Module):
         image, text = directions(rows, columns, layout)
         grown: Tensor | float = 1.0
         if self.ramp_steps:
-            grown = (self.step.to(image.own.dtype) / self.ramp_steps).clamp(max=1.0)
-        hard = (image.cross_entropy.mean() + text.cross_entropy.mean()) / 2
+            step = self.step.to(image.own.dtype)
+            grown = (step / self.ramp_steps).clamp(max=1.0)
+
+        both_ways = image.cross_entropy.mean() + text.cross_entropy.mean()
+        hard = both_ways / 2
 
         # α (S_ii − Σ_j q_ij S_ij): what the soft targets change in either direction
         expected_text = expected_column(rows, "image_target", columns.text, layout)
@@ -96,9 +99,11 @@ class SoftTargets(nn.Module):
         of_text = dots(scaled(rows.text, rows.logit_scale), expected_image)
         pull_of_image = (image.own - of_image).mean() / 2
         pull_of_text = (text.own - of_text).mean() / 2
+        soft = self.alpha * grown * (pull_of_image + pull_of_text)
+
         self.step += 1
         return {
-            "loss": hard + self.alpha * grown * (pull_of_image + pull_of_text),
+            "loss": hard + soft,
             "softmax": hard.detach(),
             "accuracy": (image.accuracy + text.accuracy) / 2,
             "effective_negatives": negative_counts(layout).float().mean(),
@@ -115,9 +120,14 @@ def expected_column(rows: Embeddings, target: str, y: Tensor, layout: Layout) ->
         layout: which columns are negatives; a row's own counts, too.
     """
     everything = replace(layout, keep_own=True)
+    features = unit(rows.extra[target])
+
     with torch.enable_grad():
-        features = scaled(unit(rows.extra[target]), rows.logit_scale)
-        teacher = features.detach().requires_grad_()
-        sums = similarity.logsumexp(teacher, y.detach(), everything, columns=False)
-        expected: Tensor = torch.autograd.grad(sums.rows.sum(), teacher)[0]
+        teacher = scaled(features, rows.logit_scale)
+        teacher = teacher.detach().requires_grad_()
+        y = y.detach()
+        sums = similarity.logsumexp(teacher, y, everything, columns=False)
+        # the gradient of a log sum is the mean of the columns under its softmax
+        total = sums.rows.sum()
+        expected: Tensor = torch.autograd.grad(total, teacher)[0]
     return expected

@@ -70,15 +70,23 @@ def softmax(
     """
     layout = layout_of(rows, columns, mask_duplicates)
     image, text = directions(rows, columns, layout)
+    # among the other modality only
     accuracy = (image.accuracy + text.accuracy) / 2
+
+    # the own modality's log sums join the denominators
     if intra_modal:
         among_images, among_texts = within_modalities(rows, columns, layout)
-        image = image._replace(others=add_log_sums(image.others, among_images))
-        text = text._replace(others=add_log_sums(text.others, among_texts))
+        image_sums = add_log_sums(image.others, among_images)
+        text_sums = add_log_sums(text.others, among_texts)
+        image = image._replace(others=image_sums)
+        text = text._replace(others=text_sums)
+
+    both_ways = image.cross_entropy.mean() + text.cross_entropy.mean()
+    negatives = negative_counts(layout).float()
     return {
-        "loss": (image.cross_entropy.mean() + text.cross_entropy.mean()) / 2,
+        "loss": both_ways / 2,
         "accuracy": accuracy,
-        "effective_negatives": negative_counts(layout).float().mean() * (1 + intra_modal),
+        "effective_negatives": negatives.mean() * (1 + intra_modal),
     }
 
 

@@ -91,10 +91,17 @@ class ObjectiveSpec:
         Raises:
             TypeError: an option that nobody takes, or a parameter that is no option.
         """
+        # a class is given the context, a function rows and columns
         taken = 1 if self.is_class else 2
-        if strange := required_parameters(self.make)[taken:]:
+        strange = required_parameters(self.make)[taken:]
+        if strange:
             raise TypeError(f"{self.make.__name__}: {strange[0]} needs a default")
-        found = merged([options_of(self.make), options_of_heads(self.heads)], self.section)
+
+        parts = [
+            options_of(self.make),
+            options_of_heads(self.heads),
+        ]
+        found = merged(parts, self.section)
         return in_order(found, self.first, self.section)
 
     def taken(self, given: Options) -> dict[str, Any]:
@@ -115,11 +122,15 @@ def sections_of(specs: Mapping[str, ObjectiveSpec]) -> dict[str, type[Section]]:
     """
     sharing: dict[str, list[ObjectiveSpec]] = {}
     for spec in specs.values():
-        sharing.setdefault(spec.section, []).append(spec)
+        its = sharing.setdefault(spec.section, [])
+        its.append(spec)
+
     made = {}
     for section, its in sharing.items():
-        options = merged([spec.options() for spec in its], section)
-        made[section] = section_model(section, options, _checked_by(its))
+        parts = [spec.options() for spec in its]
+        options = merged(parts, section)
+        check = _checked_by(its)
+        made[section] = section_model(section, options, check)
     return made
 
 

@@ -61,11 +61,18 @@ def spectral(
     layout = layout_of(rows, columns, mask_duplicates)
     counts = negative_counts(layout).to(similarity.wide(rows.image))
     compared = comparisons(rows, columns, layout)
+    directions = len(compared)
     positive = negative = rows.logit_scale.new_zeros(())
     for x, y, own in compared:
-        positive = positive - 2 * dots(x, own).mean() / len(compared)
-        weights = mu / (counts.clamp(min=1) * len(x) * len(compared))
-        negative = negative + similarity.total(x, y, layout, square, weights)
+        # positives
+        cosine = dots(x, own).mean()
+        positive = positive - 2 * cosine / directions
+
+        # negatives: a mean over rows and over each row's negatives
+        weights = mu / (counts.clamp(min=1) * len(x) * directions)
+        squares = similarity.total(x, y, layout, square, weights)
+        negative = negative + squares
+
     return {
         "loss": positive + negative,
         "positive": positive.detach(),

@@ -82,18 +82,32 @@ class Superclass(nn.Module):
         first = torch.ones_like(ids, dtype=torch.bool)
         first[:, 1:] = ids[:, 1:] != ids[:, :-1]
         self._count(ids[first], len(ids))
+
         # (V,) w of all tokens, then (b, L) of these
-        rarity = (self.captions / (1 + self.documents)).to(logits.dtype).log().clamp(min=0)
+        rarity = (self.captions / (1 + self.documents)).to(logits.dtype)
+        rarity = rarity.log().clamp(min=0)
         weights = rarity[ids] * first
-        targets = weights / weights.sum(dim=1, keepdim=True).clamp(min=1e-12)
-        costs = targets * (logits.logsumexp(dim=1, keepdim=True) - logits.gather(1, ids))
+        sums = weights.sum(dim=1, keepdim=True)
+        targets = weights / sums.clamp(min=1e-12)
+
+        # (b, L) −log softmax of these tokens, by their targets
+        log_sums = logits.logsumexp(dim=1, keepdim=True)
+        surprise = log_sums - logits.gather(1, ids)
+        costs = targets * surprise
+
         predicted = logits.argmax(dim=1, keepdim=True)
-        right = ((ids == predicted) & (weights > 0)).any(dim=1)
-        return {"loss": costs.sum(dim=1).mean(), "accuracy": right.float().mean()}
+        is_right = (ids == predicted) & (weights > 0)
+        return {
+            "loss": costs.sum(dim=1).mean(),
+            "accuracy": is_right.any(dim=1).float().mean(),
+        }
 
     @torch.no_grad()
     def _count(self, tokens: Tensor, captions: int) -> None:
-        counts = torch.bincount(tokens, minlength=len(self.documents))
+        """Add captions, of which these tokens are each in one, to those of all ranks."""
+        vocabulary = len(self.documents)
+        counts = torch.bincount(tokens, minlength=vocabulary)
+
         self.documents += world.total(counts)
         self.captions += captions * world.size()
 

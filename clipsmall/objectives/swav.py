@@ -109,16 +109,28 @@ class Swav(nn.Module):
         frozen = (self.step < self.freeze_steps).to(prototypes.dtype)
         prototypes = prototypes - frozen * (prototypes - prototypes.detach())
 
-        images = _everyones(columns.image, columns).to(rows.image.device)
-        texts = _everyones(columns.text, columns).to(rows.image.device)
+        # (N, D) of all ranks, where the rows are
+        device = rows.image.device
+        images = _everyones(columns.image, columns).to(device)
+        texts = _everyones(columns.text, columns).to(device)
+
+        # (b, P) codes: what is predicted
         positions = own_columns(rows, columns)
         of_image = self._codes(images, self.images, prototypes)[positions]
         of_text = self._codes(texts, self.texts, prototypes)[positions]
-        by_image = (_scores(rows.image, prototypes) / self.temperature).log_softmax(dim=1)
-        by_text = (_scores(rows.text, prototypes) / self.temperature).log_softmax(dim=1)
+
+        # (b, P) log assignments: what learns
+        image_logits = _scores(rows.image, prototypes) / self.temperature
+        text_logits = _scores(rows.text, prototypes) / self.temperature
+        by_image = image_logits.log_softmax(dim=1)
+        by_text = text_logits.log_softmax(dim=1)
         self._remember(images, texts)
 
-        swapped = (of_text * by_image).sum(dim=1).mean() + (of_image * by_text).sum(dim=1).mean()
+        # each predicts the codes of the other
+        text_by_image = (of_text * by_image).sum(dim=1)
+        image_by_text = (of_image * by_text).sum(dim=1)
+        swapped = text_by_image.mean() + image_by_text.mean()
+
         assigned = ((by_image.exp() + by_text.exp()) / 2).detach()
         # (P,) mean assignment over all ranks
         used = world.mean(assigned.mean(dim=0))
@@ -139,22 +151,32 @@ class Swav(nn.Module):
     @torch.no_grad()
     def _codes(self, features: Tensor, queued: Tensor, prototypes: Tensor) -> Tensor:
         """(N, P) of the batch, or of batch and queue; every rank computes the same numbers."""
-        if self.queue and bool(self.written >= self.queue):
-            features = torch.cat([features, queued.to(features.dtype)])
-        return shared_out(_scores(features, prototypes), self.epsilon, self.iterations)
+        # a queue that is not full yet holds zeros
+        is_full = bool(self.queue) and bool(self.written >= self.queue)
+        if is_full:
+            queued = queued.to(features.dtype)
+            features = torch.cat([features, queued])
+
+        scores = _scores(features, prototypes)
+        return shared_out(scores, self.epsilon, self.iterations)
 
     @torch.no_grad()
     def _remember(self, images: Tensor, texts: Tensor) -> None:
         """The newest pairs overwrite the oldest, if they are finite."""
         count = len(images)
         sound = finite(images, texts)
+
+        # of more than fit the last stay
         new = min(count, self.queue)
         if new:
             newest = torch.arange(count - new, count, device=self.written.device)
             positions = (self.written + newest) % self.queue
             for queue, features in ((self.images, images), (self.texts, texts)):
+                old = queue[positions]
                 taken = features[-new:].to(queue.dtype)
-                queue[positions] = torch.where(sound, taken, queue[positions])
+                # where, not if: the host does not wait for `sound`
+                queue[positions] = torch.where(sound, taken, old)
+
         self.written += count * sound
         self.step += 1
 
@@ -168,8 +190,12 @@ def _everyones(features: Tensor, columns: Embeddings) -> Tensor:
 def _scores(features: Tensor, prototypes: Tensor) -> Tensor:
     """(n, P) cosines, at least in float32."""
     dtype = similarity.wide(features)
+    features = features.to(dtype)
+    prototypes = prototypes.to(dtype)
+
+    # autocast would multiply in half precision
     with torch.autocast(features.device.type, enabled=False):
-        return features.to(dtype) @ prototypes.to(dtype).T
+        return features @ prototypes.T
 
 
 def shared_out(scores: Tensor, epsilon: float, iterations: int) -> Tensor:

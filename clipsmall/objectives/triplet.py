@@ -62,11 +62,21 @@ def triplet(
         3.2
     """
     layout = layout_of(rows, columns, mask_duplicates)
+    count = len(rows.index)
     loss = rows.logit_scale.new_zeros(())
     for x, y, own in comparisons(rows, columns, layout, both_directions=True):
-        weights = x.new_full((len(x),), 1 / len(x), dtype=similarity.wide(x))
-        loss = loss + similarity.total(x, y, layout, hinge, weights, u=margin - dots(x, own))
-    return {"loss": loss, "effective_negatives": negative_counts(layout).float().mean()}
+        # a mean over rows, a sum over columns
+        weights = x.new_full((count,), 1 / count, dtype=similarity.wide(x))
+        # (b,) added to a row's cosines before the hinge
+        lead = margin - dots(x, own)
+        costs = similarity.total(x, y, layout, hinge, weights, u=lead)
+        loss = loss + costs
+
+    negatives = negative_counts(layout).float()
+    return {
+        "loss": loss,
+        "effective_negatives": negatives.mean(),
+    }
 
 
 def hinge(x: Tensor) -> tuple[Tensor, Tensor]:

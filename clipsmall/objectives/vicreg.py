@@ -86,7 +86,12 @@ def vicreg(
         "covariance": covariance * (image_overlap + text_overlap),
     }
     loss = terms["invariance"] + terms["variance"] + terms["covariance"]
-    return {"loss": loss, **{name: term.detach() for name, term in terms.items()}}
+    return {
+        "loss": loss,
+        "invariance": terms["invariance"].detach(),
+        "variance": terms["variance"].detach(),
+        "covariance": terms["covariance"].detach(),
+    }
 
 
 def _at_least_float32(x: Tensor) -> Tensor:
@@ -98,12 +103,22 @@ def _spread_and_overlap(x: Tensor) -> tuple[Tensor, Tensor]:
     count = len(x) * world.size()
     if count < 2:
         raise ValueError("vicreg measures how pairs vary: it needs a batch of at least 2")
+
+    # v: moments divide by N, the paper by N − 1
     _, centred, variance = moments(x)
-    deviation = (variance * (count / (count - 1)) + 1e-4).sqrt()
+    unbiased = variance * (count / (count - 1))
+    deviation = (unbiased + 1e-4).sqrt()
+    missing = F.relu(1 - deviation)
+
+    # c: all entries of the matrix but its diagonal
     with torch.autocast(x.device.type, enabled=False):
-        covariance = world.add(centred.T @ centred) / (count - 1)
-    others = covariance.square().sum() - covariance.diagonal().square().sum()
-    return F.relu(1 - deviation).mean(), others / x.shape[1]
+        products = world.add(centred.T @ centred)
+        covariance = products / (count - 1)
+    everything = covariance.square().sum()
+    own = covariance.diagonal().square().sum()
+    others = everything - own
+    width = x.shape[1]
+    return missing.mean(), others / width
 
 
 SPEC = ObjectiveSpec(
