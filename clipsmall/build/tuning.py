@@ -140,11 +140,16 @@ def trained_parts(model: DualEncoder) -> list[str]:
     total = dict(trained)
     for name, parameter in model.named_parameters():
         part = _part(model.towers, name)
+        if part not in total:
+            trained[part] = 0
+            adapters[part] = 0
+            total[part] = 0
         size = parameter.numel()
-        learns = size if parameter.requires_grad else 0
-        trained[part] = trained.get(part, 0) + learns
-        adapters[part] = adapters.get(part, 0) + (learns if ".lora_" in name else 0)
-        total[part] = total.get(part, 0) + size
+        total[part] += size
+        if parameter.requires_grad:
+            trained[part] += size
+            if ".lora_" in name:
+                adapters[part] += size
     lines = []
     for part in total:
         mode = _mode(trained[part], adapters[part], total[part])
@@ -172,8 +177,11 @@ def _mode(trained: int, adapters: int, total: int) -> str:
 def computation(state: RunState) -> str:
     """How the model is computed, in words: precision, attention, activations, optimizer."""
     accelerator = state.accelerator
-    words = {"no": "fp32", "fp16": "fp16 with a loss scale"}
-    precision = words.get(accelerator.mixed_precision, accelerator.mixed_precision)
+    precision = accelerator.mixed_precision
+    if precision == "no":
+        precision = "fp32"
+    elif precision == "fp16":
+        precision = "fp16 with a loss scale"
     attention = f"attention by {state.loaded.towers.attention}"
     if state.loaded.checkpointed:
         attention += ", activation checkpointing"

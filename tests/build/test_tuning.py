@@ -106,7 +106,6 @@ def stirred(encoder: DualEncoder) -> DualEncoder:
 
 
 # ---- gradients
-# -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip", "open_clip"])
@@ -155,7 +154,6 @@ def test_a_tensor_that_trains_without_a_gradient_stops_the_first_step(
 
 
 # ---- what trains
-# ---------------------------------------------------------------------------------------------------
 
 
 def trained(encoder: DualEncoder) -> set[str]:
@@ -280,7 +278,6 @@ def test_frozen_batch_norm_may_be_cut_into_chunks(tmp_path: Path) -> None:
 
 
 # ---- adapters
-# --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip", "open_clip"])
@@ -380,7 +377,6 @@ def test_our_small_towers_have_no_adapters_nor_checkpoints(glyphs: Path, tmp_pat
 
 
 # ---- runs
-# ------------------------------------------------------------------------------------------------------------
 
 
 def weights(out: Path, step: int) -> dict[str, Tensor]:
@@ -555,7 +551,6 @@ def test_code_of_a_model_is_not_run(tmp_path: Path) -> None:
 
 
 # ---- devices
-# ---------------------------------------------------------------------------------------------------------
 
 
 def test_kernels_are_known_by_architecture() -> None:
