@@ -47,8 +47,8 @@ def idle_towers(config: Config, data: TrainingData, model: DualEncoder) -> list[
     nothing in them trains, nothing augments their input."""
     if not config.tune.cache or data.catalog is None or config.steps <= data.per_epoch:
         return []
-    place = model.towers.place
-    trained = {place(name).tower for name, p in model.towers.named_parameters() if p.requires_grad}
+    locate = model.towers.locate
+    trained = {locate(name).tower for name, p in model.towers.named_parameters() if p.requires_grad}
     found = [tower for tower in ("image", "text") if tower not in trained]
     if config.data.crop_scale < 1 and "image" in found:
         found.remove("image")
@@ -176,13 +176,13 @@ def _digest(
         if tower == "text"
         else (loaded.spec, config.data.max_pixels)
     )
-    place = model.towers.place
+    locate = model.towers.locate
     weights = {
-        name: x for name, x in model.towers.state_dict().items() if place(name).tower == tower
+        name: x for name, x in model.towers.state_dict().items() if locate(name).tower == tower
     }
     layers = (
         (name, part)
         for name, part in model.towers.named_modules()
-        if place(f"{name}.").tower == tower
+        if locate(f"{name}.").tower == tower
     )
     return model_digest(layers, weights, tower, probe, accelerator.mixed_precision)

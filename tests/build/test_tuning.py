@@ -31,7 +31,7 @@ from clipsmall.distributed import devices
 from clipsmall.model import lora
 from clipsmall.model.dual_encoder import DualEncoder
 from clipsmall.model.load import rebuild, save_model_files
-from clipsmall.model.parameter_names import LAST, depths, linear_maps, place
+from clipsmall.model.parameter_names import LAST, depths, linear_maps, locate
 from clipsmall.model.saved import load_model
 from tests.local_clip import local_clip, local_siglip
 from tests.model.test_towers import write_open_clip_json
@@ -166,26 +166,27 @@ def test_each_amount_trains_what_it_says(models: dict[str, str], kind: str) -> N
         return trained(built(config_of(models[kind], tune=tune)))
 
     names = of()
-    image = {n for n in names if place(n).tower == "image" and n.startswith("towers.")}
-    text = {n for n in names if place(n).tower == "text" and n.startswith("towers.")}
+    image = {n for n in names if locate(n).tower == "image" and n.startswith("towers.")}
+    text = {n for n in names if locate(n).tower == "text" and n.startswith("towers.")}
     assert names == image | text | {"logit_scale"}
     assert len(image) > 20 < len(text)
     assert of(image="frozen") == text | {"logit_scale"}
     assert of(image="frozen", text="frozen") == {"logit_scale"}
     assert of(text="frozen", logit_scale=False) == image
-    assert of(image="frozen", text=1) == {n for n in text if place(n).block >= 1} | {"logit_scale"}
-    last = {n for n in image if place(n).projection}
+    assert of(image="frozen", text=1) == {n for n in text if locate(n).block >= 1} | {"logit_scale"}
+    last = {n for n in image if locate(n).projection}
     assert of(image="frozen", projections=True) == text | last | {"logit_scale"}
-    assert of(projections=False) == {n for n in image | text if not place(n).projection} | {
+    assert of(projections=False) == {n for n in image | text if not locate(n).projection} | {
         "logit_scale"
     }
     adapters = of(image="lora", text="frozen") - {"logit_scale"}
     assert adapters
     assert all(
-        ".lora_" in n and place(n).tower == "image" and 0 <= place(n).block < LAST for n in adapters
+        ".lora_" in n and locate(n).tower == "image" and 0 <= locate(n).block < LAST
+        for n in adapters
     )
     both = of(image="lora", text=1)
-    assert {n for n in both if ".lora_" not in n} == {n for n in text if place(n).block >= 1} | {
+    assert {n for n in both if ".lora_" not in n} == {n for n in text if locate(n).block >= 1} | {
         "logit_scale"
     }
 
@@ -210,9 +211,9 @@ def test_a_name_tells_its_place() -> None:
         "model.text_model.head.weight": ("text", LAST, True),
         "model.visual_projection.base_layer.weight": ("image", LAST, True),
     }.items():
-        assert tuple(place(name)) == expected, name
+        assert tuple(locate(name)) == expected, name
     names = ["model.visual.transformer.resblocks.11.x.w", "model.transformer.resblocks.2.w"]
-    assert depths(map(place, names)) == {"image": 12, "text": 3}
+    assert depths(map(locate, names)) == {"image": 12, "text": 3}
 
 
 def test_lr_falls_block_by_block(models: dict[str, str]) -> None:
@@ -223,7 +224,7 @@ def test_lr_falls_block_by_block(models: dict[str, str]) -> None:
     lrs = {names[p]: group["lr"] for group in adamw.param_groups for p in group["params"]}
     assert len(lrs) == len(trained(encoder))
     for name, lr in lrs.items():
-        here = place(name)
+        here = locate(name)
         # two blocks
         follows = 0 if name == "logit_scale" or here.block == LAST else 2 - here.block
         assert lr == pytest.approx(1e-3 * 0.5**follows), name
