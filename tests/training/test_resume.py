@@ -280,7 +280,7 @@ def test_workers_outlive_a_signal_to_the_whole_group(glyphs: Path, tmp_path: Pat
 
 HOLDS = """
 import torch
-from clipsmall.shards import batch_loader
+from clipsmall.data import batch_loader
 
 class Slow(torch.utils.data.Dataset):
     def __getitem__(self, number):
@@ -460,7 +460,7 @@ STAGES = """
 import os, sys
 from pathlib import Path
 import torch
-from clipsmall import checkpoint
+from clipsmall.storage import checkpoint
 stage, folder = sys.argv[1], Path(sys.argv[2])
 def die(*_):
     os.kill(os.getpid(), 9)
@@ -547,7 +547,7 @@ def test_a_kill_at_any_stage_of_a_save_leaves_the_last_one(tmp_path: Path, stage
 
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path) -> None:
     code = (
-        "import resource, signal, sys, torch\nfrom pathlib import Path\nfrom clipsmall import checkpoint\n"
+        "import resource, signal, sys, torch\nfrom pathlib import Path\nfrom clipsmall.storage import checkpoint\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nfolder = Path(sys.argv[1])\n"
         "checkpoint.save(folder / 'step_00000001', {'model': {'w': torch.zeros(9)}}, {}, lambda path: None)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
