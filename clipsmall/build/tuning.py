@@ -17,7 +17,6 @@ from clipsmall.training.state import RunState
 def tune(options: TuneSection, loaded: Loaded) -> None:
     """Put adapters into the towers, unless a checkpoint brought them, and say what trains.
 
-
     Raises:
         ValueError: adapters asked of towers that take none, or matching nothing; more blocks than a
             tower has.
