@@ -51,7 +51,7 @@ def cacheable_towers(
     trained = set()
     for name, parameter in model.towers.named_parameters():
         if parameter.requires_grad:
-            trained.add(model.towers.place(name).tower)
+            trained.add(model.towers.locate(name).tower)
     found = []
     if "image" not in trained and not augmented:
         found.append("image")
@@ -211,12 +211,12 @@ def tower_digest(
     )
     weights = {}
     for name, tensor in model.towers.state_dict().items():
-        if model.towers.place(name).tower == tower:
+        if model.towers.locate(name).tower == tower:
             weights[name] = tensor
     # modules, too: an activation function has no weights
     layers = (
         (name, part)
         for name, part in model.towers.named_modules()
-        if model.towers.place(f"{name}.").tower == tower
+        if model.towers.locate(f"{name}.").tower == tower
     )
     return model_digest(layers, weights, tower, probe, precision)

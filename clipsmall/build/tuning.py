@@ -9,7 +9,7 @@ from torch import nn
 from clipsmall.config.schema import TuneSection
 from clipsmall.model import lora
 from clipsmall.model.dual_encoder import DualEncoder
-from clipsmall.model.parameter_names import LAST, Place, depths
+from clipsmall.model.parameter_names import LAST, Location, depths
 from clipsmall.model.towers import Loaded, Towers
 from clipsmall.training.state import RunState
 
@@ -17,13 +17,12 @@ from clipsmall.training.state import RunState
 def tune(options: TuneSection, loaded: Loaded) -> None:
     """Put adapters into the towers, unless a checkpoint brought them, and say what trains.
 
-    Parameters that the library itself keeps frozen stay so.
-
     Raises:
         ValueError: adapters asked of towers that take none, or matching nothing; more blocks than a
             tower has.
     """
     towers = loaded.towers
+    # a checkpoint that the run continues has them already
     if "lora" in (options.image, options.text) and "lora" not in loaded.description:
         insert_adapters(options, loaded)
     blocks = block_counts(towers)
@@ -35,9 +34,10 @@ def tune(options: TuneSection, loaded: Loaded) -> None:
             )
     trained = []
     for name, parameter in towers.named_parameters():
+        # adapters always train, and what the library keeps frozen never does
         if not parameter.requires_grad or ".lora_" in name:
             continue
-        parameter.requires_grad_(trains(options, towers.place(name), blocks))
+        parameter.requires_grad_(trains(options, towers.locate(name), blocks))
         if parameter.requires_grad:
             trained.append(name)
     if "lora" in loaded.description:
@@ -47,10 +47,10 @@ def tune(options: TuneSection, loaded: Loaded) -> None:
 
 def block_counts(towers: Towers) -> dict[str, int]:
     """How many blocks the image tower and the text tower have."""
-    return depths(towers.place(name) for name, _ in towers.named_parameters())
+    return depths(towers.locate(name) for name, _ in towers.named_parameters())
 
 
-def trains(options: TuneSection, where: Place, blocks: dict[str, int]) -> bool:
+def trains(options: TuneSection, where: Location, blocks: dict[str, int]) -> bool:
     """Whether a parameter of a tower trains that is no adapter's.
 
     Args:
@@ -58,6 +58,7 @@ def trains(options: TuneSection, where: Place, blocks: dict[str, int]) -> bool:
         blocks: of each tower.
     """
     amount = options.image if where.tower == "image" else options.text
+    # a projection goes with its tower, unless the user says otherwise
     if where.projection and options.projections != "auto":
         return options.projections
     if isinstance(amount, int):
@@ -77,8 +78,9 @@ def insert_adapters(options: TuneSection, loaded: Loaded) -> None:
     asked = {tower for tower in ("image", "text") if getattr(options, tower) == "lora"}
     matched = set()
     names = []
-    for name in lora.targets(towers.adaptable, options.lora.targets, towers.place):
-        tower = towers.place(f"{name}.").tower
+    # the targets may match modules of both towers, of which perhaps only one has adapters
+    for name in lora.targets(towers.adaptable, options.lora.targets, towers.locate):
+        tower = towers.locate(f"{name}.").tower
         if tower in asked:
             names.append(name)
             matched.add(tower)
@@ -105,7 +107,7 @@ def lr_scale(layer_decay: float, model: DualEncoder) -> Callable[[str], float]:
     def scale(name: str) -> float:
         if layer_decay == 1 or not name.startswith("towers."):
             return 1.0
-        here = towers.place(name.removeprefix("towers."))
+        here = towers.locate(name.removeprefix("towers."))
         if here.block == LAST:
             return 1.0
         return layer_decay ** (blocks[here.tower] - here.block)
@@ -120,6 +122,7 @@ def refuse_idle(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
     """
 
     def look(*_: Any) -> None:
+        # one look is enough
         handle.remove()
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         idle = [name for name, p in trained.items() if p.grad is None]
@@ -135,16 +138,22 @@ def refuse_idle(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
 
 def trained_parts(model: DualEncoder) -> list[str]:
     """One line per part of the model: what trains, and how many of its parameters."""
+    # the towers first, whatever order their parameters have
     trained = {"image tower": 0, "text tower": 0}
     adapters = dict(trained)
     total = dict(trained)
     for name, parameter in model.named_parameters():
         part = _part(model.towers, name)
+        if part not in total:
+            trained[part] = 0
+            adapters[part] = 0
+            total[part] = 0
         size = parameter.numel()
-        learns = size if parameter.requires_grad else 0
-        trained[part] = trained.get(part, 0) + learns
-        adapters[part] = adapters.get(part, 0) + (learns if ".lora_" in name else 0)
-        total[part] = total.get(part, 0) + size
+        total[part] += size
+        if parameter.requires_grad:
+            trained[part] += size
+            if ".lora_" in name:
+                adapters[part] += size
     lines = []
     for part in total:
         mode = _mode(trained[part], adapters[part], total[part])
@@ -155,7 +164,7 @@ def trained_parts(model: DualEncoder) -> list[str]:
 def _part(towers: Towers, name: str) -> str:
     """The part of the model that a parameter belongs to: a tower, a head, or the scale or bias."""
     if name.startswith("towers."):
-        return f"{towers.place(name.removeprefix('towers.')).tower} tower"
+        return f"{towers.locate(name.removeprefix('towers.')).tower} tower"
     if name.startswith("heads."):
         return name.split(".")[1]
     return name
@@ -172,8 +181,11 @@ def _mode(trained: int, adapters: int, total: int) -> str:
 def computation(state: RunState) -> str:
     """How the model is computed, in words: precision, attention, activations, optimizer."""
     accelerator = state.accelerator
-    words = {"no": "fp32", "fp16": "fp16 with a loss scale"}
-    precision = words.get(accelerator.mixed_precision, accelerator.mixed_precision)
+    precision = accelerator.mixed_precision
+    if precision == "no":
+        precision = "fp32"
+    elif precision == "fp16":
+        precision = "fp16 with a loss scale"
     attention = f"attention by {state.loaded.towers.attention}"
     if state.loaded.checkpointed:
         attention += ", activation checkpointing"

@@ -70,6 +70,7 @@ def export(options: argparse.Namespace) -> None:
         ValueError: a model that cannot be exported.
     """
     target = Path(options.to).resolve()
+    # what users of the folder write to load it
     address = options.push or target.name
     source, facts = find_run(options.model)
     with folder.complete_folder(target) as partial:
@@ -87,6 +88,7 @@ def export(options: argparse.Namespace) -> None:
         base = described.get("base") or ("" if facts else options.model)
         revision = ""
         if options.adapter:
+            # nothing to compare: without their base the adapters are no model
             base = adapter.base_name(loaded, options.model, public=bool(options.push))
             revision = described.get("revision") or ""
             config, tensors = lora.adapter(loaded.towers.adaptable)

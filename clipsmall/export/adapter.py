@@ -66,6 +66,7 @@ def write_adapter(
         revision: of the base on the hub, "" if unknown.
         scalars: logit_scale (its log) and perhaps logit_bias.
     """
+    # peft looks here for the base that the adapters are for
     named = {**config, "base_model_name_or_path": base, "revision": revision or None}
     (folder / "adapter_config.json").write_text(json.dumps(named, indent=2) + "\n")
     path = folder / "adapter_model.safetensors"

@@ -27,11 +27,13 @@ def to_transformers(
         Inexpressible: (a ValueError) transformers has no such model.
     """
     tensors, scalars = _without_scalars(tensors)
+    # 12 is open_clip's default
     text_layers = config["text_cfg"].get("layers", 12)
     if siglip.is_siglip(config):
         made = siglip.siglip_for_transformers(config, name)
         vision_layers = made["vision_config"]["num_hidden_layers"]
         names = siglip.siglip_names(vision_layers, text_layers)
+        # both scalars, with an axis
         kept = {key: value.reshape(1) for key, value in scalars.items()}
     else:
         made = clip.clip_for_transformers(config, name)

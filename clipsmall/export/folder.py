@@ -78,6 +78,7 @@ def _write_from_transformers(loaded: Loaded, tensors: Tensors, name: str, folder
             own[key] = tensors[key].reshape(1)
     elif own.pop("logit_bias", None) is not None:
         notes.append(_bias_note(tensors))
+    # SigLIP was trained with its padding in sight
     has_mask = config["model_type"] == "clip"
     tokenizer = prepared_for_transformers(tokenize.tokenizer, tokenize.length, has_mask)
     _write_transformers(config, own, tokenizer, loaded.spec, folder)
@@ -85,6 +86,7 @@ def _write_from_transformers(loaded: Loaded, tensors: Tensors, name: str, folder
         converted, weights = to_open_clip(config, tensors, name)
     except Inexpressible as error:
         return ["transformers"], [*notes, f"For transformers alone: {error}."]
+    # open_clip has CLIP's own tokenizer itself, any other it looks for at this name
     if not is_clip_tokenizer(tokenizer):
         converted["text_cfg"]["hf_tokenizer_name"] = name
     _write_open_clip(converted, weights, loaded.spec, folder)

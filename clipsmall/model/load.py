@@ -77,6 +77,9 @@ def rebuild(folder: Path) -> Loaded:
 def save_model_files(loaded: Loaded, folder: Path) -> None:
     """Write what `rebuild` needs beside the weights."""
     loaded.save_files(folder)
-    kind = loaded.towers.kind
-    content = {"kind": kind, **loaded.description, "spec": asdict(loaded.spec)}
+    content = {
+        "kind": loaded.towers.kind,
+        **loaded.description,
+        "spec": asdict(loaded.spec),
+    }
     (folder / "towers.json").write_text(json.dumps(content, indent=2))

@@ -11,11 +11,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from clipsmall.model.parameter_names import Place, linear_maps, place
+from clipsmall.model.parameter_names import Location, linear_maps, locate
 
 
 def targets(
-    model: nn.Module, asked: str | Sequence[str], where: Callable[[str], Place] = place
+    model: nn.Module, asked: str | Sequence[str], where: Callable[[str], Location] = locate
 ) -> list[str]:
     """Full names of the modules that get adapters.
 

@@ -1,4 +1,4 @@
-"""Where a parameter stands, by its name: in which tower, in which block, or in a projection.
+"""Where a parameter is, by its name: in which tower, in which block, or in a projection.
 
 The names are those of transformers, open_clip, timm and our small towers, of which none contradicts
 another. With `towers.model.` or any other prefix before them they mean the same.
@@ -51,8 +51,8 @@ TAIL = re.compile(
 LAST = 10_000
 
 
-class Place(NamedTuple):
-    """Where one parameter or module stands."""
+class Location(NamedTuple):
+    """Where one parameter or module is."""
 
     # "image" or "text"
     tower: str
@@ -62,8 +62,8 @@ class Place(NamedTuple):
     projection: bool
 
 
-def place(name: str) -> Place:
-    """Where a parameter of towers stands.
+def locate(name: str) -> Location:
+    """Where a parameter of towers is.
 
     Args:
         name: its full name; of a module with a "." behind it.
@@ -75,22 +75,22 @@ def place(name: str) -> Place:
     if block is not None:
         from_zero, from_one = block.groups()
         number = int(from_zero) if from_zero else int(from_one) - 1
-        return Place(tower, number, False)
+        return Location(tower, number, False)
     projection = PROJECTION.search(name) is not None
     follows = projection or TAIL.search(name) is not None
-    return Place(tower, LAST if follows else -1, projection)
+    return Location(tower, LAST if follows else -1, projection)
 
 
-def depths(places: Iterable[Place]) -> dict[str, int]:
-    """How many blocks each tower has, by the places of its parameters."""
+def depths(locations: Iterable[Location]) -> dict[str, int]:
+    """How many blocks each tower has, by where its parameters are."""
     found = {"image": 0, "text": 0}
-    for here in places:
+    for here in locations:
         if 0 <= here.block < LAST:
             found[here.tower] = max(found[here.tower], here.block + 1)
     return found
 
 
-def linear_maps(model: nn.Module, where: Callable[[str], Place] = place) -> list[str]:
+def linear_maps(model: nn.Module, where: Callable[[str], Location] = locate) -> list[str]:
     """Full names of the linear maps inside blocks.
 
     An attention module of torch's holds its maps as one tensor: it is named in their place.

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from clipsmall.batch import RunContext
-from clipsmall.model import load as tower_loading
 from clipsmall.model.dual_encoder import DualEncoder
 from clipsmall.model.heads import HEADS
+from clipsmall.model.load import load_towers, rebuild
 from clipsmall.model.towers import Loaded
 from clipsmall.storage import checkpoint
 
@@ -41,7 +41,7 @@ def load_model(name: str, pretrained: str = "") -> tuple[DualEncoder, Loaded]:
 
 
 def _from_checkpoint(path: Path) -> tuple[DualEncoder, Loaded]:
-    loaded = tower_loading.rebuild(path)
+    loaded = rebuild(path)
     weights = checkpoint.read_tensors(path, "model")
     head = ""
     heads = {}
@@ -68,7 +68,7 @@ def _from_library(name: str, pretrained: str) -> tuple[DualEncoder, Loaded]:
             f"{name}: an untrained tower JSON has no vocabulary; give a run folder or checkpoint"
         )
 
-    loaded = tower_loading.load_towers(name, pretrained, no_captions)
+    loaded = load_towers(name, pretrained, no_captions)
     if loaded.logit_scale is None and pretrained != "none":
         raise ValueError(
             f"{name}: no weights named, its towers would be random; choose a tag that "

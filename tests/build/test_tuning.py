@@ -31,7 +31,7 @@ from clipsmall.distributed import devices
 from clipsmall.model import lora
 from clipsmall.model.dual_encoder import DualEncoder
 from clipsmall.model.load import rebuild, save_model_files
-from clipsmall.model.parameter_names import LAST, depths, linear_maps, place
+from clipsmall.model.parameter_names import LAST, depths, linear_maps, locate
 from clipsmall.model.saved import load_model
 from tests.local_clip import local_clip, local_siglip
 from tests.model.test_towers import write_open_clip_json
@@ -106,7 +106,6 @@ def stirred(encoder: DualEncoder) -> DualEncoder:
 
 
 # ---- gradients
-# -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip", "open_clip"])
@@ -155,7 +154,6 @@ def test_a_tensor_that_trains_without_a_gradient_stops_the_first_step(
 
 
 # ---- what trains
-# ---------------------------------------------------------------------------------------------------
 
 
 def trained(encoder: DualEncoder) -> set[str]:
@@ -168,26 +166,27 @@ def test_each_amount_trains_what_it_says(models: dict[str, str], kind: str) -> N
         return trained(built(config_of(models[kind], tune=tune)))
 
     names = of()
-    image = {n for n in names if place(n).tower == "image" and n.startswith("towers.")}
-    text = {n for n in names if place(n).tower == "text" and n.startswith("towers.")}
+    image = {n for n in names if locate(n).tower == "image" and n.startswith("towers.")}
+    text = {n for n in names if locate(n).tower == "text" and n.startswith("towers.")}
     assert names == image | text | {"logit_scale"}
     assert len(image) > 20 < len(text)
     assert of(image="frozen") == text | {"logit_scale"}
     assert of(image="frozen", text="frozen") == {"logit_scale"}
     assert of(text="frozen", logit_scale=False) == image
-    assert of(image="frozen", text=1) == {n for n in text if place(n).block >= 1} | {"logit_scale"}
-    last = {n for n in image if place(n).projection}
+    assert of(image="frozen", text=1) == {n for n in text if locate(n).block >= 1} | {"logit_scale"}
+    last = {n for n in image if locate(n).projection}
     assert of(image="frozen", projections=True) == text | last | {"logit_scale"}
-    assert of(projections=False) == {n for n in image | text if not place(n).projection} | {
+    assert of(projections=False) == {n for n in image | text if not locate(n).projection} | {
         "logit_scale"
     }
     adapters = of(image="lora", text="frozen") - {"logit_scale"}
     assert adapters
     assert all(
-        ".lora_" in n and place(n).tower == "image" and 0 <= place(n).block < LAST for n in adapters
+        ".lora_" in n and locate(n).tower == "image" and 0 <= locate(n).block < LAST
+        for n in adapters
     )
     both = of(image="lora", text=1)
-    assert {n for n in both if ".lora_" not in n} == {n for n in text if place(n).block >= 1} | {
+    assert {n for n in both if ".lora_" not in n} == {n for n in text if locate(n).block >= 1} | {
         "logit_scale"
     }
 
@@ -212,9 +211,9 @@ def test_a_name_tells_its_place() -> None:
         "model.text_model.head.weight": ("text", LAST, True),
         "model.visual_projection.base_layer.weight": ("image", LAST, True),
     }.items():
-        assert tuple(place(name)) == expected, name
+        assert tuple(locate(name)) == expected, name
     names = ["model.visual.transformer.resblocks.11.x.w", "model.transformer.resblocks.2.w"]
-    assert depths(map(place, names)) == {"image": 12, "text": 3}
+    assert depths(map(locate, names)) == {"image": 12, "text": 3}
 
 
 def test_lr_falls_block_by_block(models: dict[str, str]) -> None:
@@ -225,7 +224,7 @@ def test_lr_falls_block_by_block(models: dict[str, str]) -> None:
     lrs = {names[p]: group["lr"] for group in adamw.param_groups for p in group["params"]}
     assert len(lrs) == len(trained(encoder))
     for name, lr in lrs.items():
-        here = place(name)
+        here = locate(name)
         # two blocks
         follows = 0 if name == "logit_scale" or here.block == LAST else 2 - here.block
         assert lr == pytest.approx(1e-3 * 0.5**follows), name
@@ -280,7 +279,6 @@ def test_frozen_batch_norm_may_be_cut_into_chunks(tmp_path: Path) -> None:
 
 
 # ---- adapters
-# --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip", "open_clip"])
@@ -380,7 +378,6 @@ def test_our_small_towers_have_no_adapters_nor_checkpoints(glyphs: Path, tmp_pat
 
 
 # ---- runs
-# ------------------------------------------------------------------------------------------------------------
 
 
 def weights(out: Path, step: int) -> dict[str, Tensor]:
@@ -555,7 +552,6 @@ def test_code_of_a_model_is_not_run(tmp_path: Path) -> None:
 
 
 # ---- devices
-# ---------------------------------------------------------------------------------------------------------
 
 
 def test_kernels_are_known_by_architecture() -> None:

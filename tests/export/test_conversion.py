@@ -126,7 +126,6 @@ def equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 # ---- transformers -> open_clip -> transformers
-# ------------------------------------------------------------------
 
 
 def clip_config(
@@ -220,7 +219,6 @@ def test_a_siglip_of_transformers_in_open_clip(case: str) -> None:
 
 
 # ---- open_clip -> transformers -> open_clip
-# ---------------------------------------------------------------------
 
 
 def open_config(text: dict[str, Any], vision: dict[str, Any], **top: Any) -> dict[str, Any]:
@@ -305,7 +303,6 @@ def test_a_bias_stays_with_open_clip() -> None:
 
 
 # ---- what cannot be said
-# ----------------------------------------------------------------------------------------
 
 SIGLIP_IMAGE = {
     "timm_model_name": "vit_base_patch16_siglip_224",
@@ -425,7 +422,6 @@ def opened_on_meta(cfg: dict[str, Any]) -> Any:
 
 
 # ---- tokenizer
-# --------------------------------------------------------------------------------------------------
 
 CAPTIONS = [
     "a photo of a cat",

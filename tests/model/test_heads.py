@@ -117,8 +117,9 @@ def test_a_model_retrieves_through_its_predictors_one_pair_at_a_time() -> None:
     batch = pairs(6)
     head = HEADS["predictors"](setting(), hidden=0.25)
     assert head.image[0].out_features == WIDTH // 4  # type: ignore[index, union-attr]
+    heads = {"predictors": head}
     model = DualEncoder(
-        towers, ImageSpec(16), 10.0, 0.0, False, heads={"predictors": head}, retrieval_head="predictors"
+        towers, ImageSpec(16), 10.0, 0.0, False, heads=heads, retrieval_head="predictors"
     )
     extra = model.train()(batch).extra
     assert extra["image_predicted"].shape == extra["text_raw"].shape == (6, WIDTH)

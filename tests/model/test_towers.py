@@ -2,9 +2,9 @@
 and their files.
 
 Seen to fail when: `encode_image` forgets the std; a folder's resize, interpolation or crop is not
-taken over; HF weights stay in their file's dtype, or captions are cut one token early; `save`
-leaves out an open_clip model's HF tokenizer; `take_scale_and_bias` leaves logit_scale in the library's
-model; the clamp moves into forward.
+taken over; HF weights stay in their file's dtype, or captions are cut one token early; `save_files`
+leaves out an open_clip model's HF tokenizer; `take_scale_and_bias` leaves logit_scale in the
+library's model; the clamp moves into forward.
 """
 
 import json
@@ -60,7 +60,6 @@ SIZES = [LANDSCAPE, PORTRAIT, (32, 32), (33, 32), (32, 47), (10, 20), (1, 1), (3
 
 
 # ---- models made here, also for other tests
-# ---------------------------------------------------------------------
 
 
 def write_open_clip_json(folder: Path, name: str = "tiny-open-clip.json", **changes: Any) -> Path:
@@ -213,7 +212,6 @@ def close(found: Tensor, expected: Tensor) -> None:
 
 
 # ---- open_clip
-# --------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -341,7 +339,6 @@ def test_open_clips_longest_resize_is_refused(tmp_path: Path) -> None:
 
 
 # ---- transformers
-# -----------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -471,7 +468,6 @@ def test_a_processor_saved_whole_is_found(clip: tuple[Path, Any], tmp_path: Path
 
 
 # ---- training
-# ---------------------------------------------------------------------------------------------------
 
 
 def towers_of(kind: str, request: pytest.FixtureRequest) -> Loaded:
@@ -547,7 +543,6 @@ def small_pairs() -> Pairs:
 
 
 # ---- files
-# ------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -598,7 +593,6 @@ def test_an_open_clip_model_with_a_hf_tokenizer_takes_it_along(tmp_path: Path) -
 
 
 # ---- names
-# ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -696,7 +690,6 @@ def test_a_broken_hf_folder_is_refused_by_name(
 
 
 # ---- our own words
-# ----------------------------------------------------------------------------------------------
 
 
 def trained(captions: list[str], **options: Any) -> WordTokenizer:

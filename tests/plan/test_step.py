@@ -16,7 +16,7 @@ from clipsmall.config import Config
 from clipsmall.config.reader import read
 from clipsmall.distributed import world
 from clipsmall.distributed.tiles import TILE
-from clipsmall.model import load as tower_loading
+from clipsmall.model.towers import open_clip_towers
 from clipsmall.objectives import OBJECTIVES
 from clipsmall.plan import largest as search
 from clipsmall.plan.__main__ import main, size
@@ -206,13 +206,13 @@ def test_every_objective_is_planned(name: str) -> None:
 
 def test_no_weights_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[bool] = []
-    real = tower_loading.from_open_clip
+    real = open_clip_towers.load_open_clip
 
-    def watched(name: str, pretrained: str, weights: bool = True) -> Any:
-        asked.append(weights or bool(pretrained))
-        return real(name, pretrained, weights)
+    def watched(name: str, tag: str, weights: bool = True) -> Any:
+        asked.append(weights or bool(tag))
+        return real(name, tag, weights)
 
-    monkeypatch.setattr(tower_loading, "from_open_clip", watched)
+    monkeypatch.setattr(open_clip_towers, "load_open_clip", watched)
     measure(config("--model.pretrained=openai", model="RN50"), GPU, 2)
     assert asked == [False]
 

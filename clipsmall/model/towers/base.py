@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from clipsmall.data.preprocess import ImageSpec
-from clipsmall.model.parameter_names import Place, place
+from clipsmall.model.parameter_names import Location, locate
 
 
 @dataclass
@@ -135,7 +135,7 @@ class Towers(nn.Module):
         """The module that adapters are put into; tune.lora.targets names its parts."""
         return self
 
-    def place(self, name: str) -> Place:
+    def locate(self, name: str) -> Location:
         """In which tower and block a parameter or module stands.
 
         The default knows common names: image parameters lie under `visual.`, blocks are numbered
@@ -144,7 +144,7 @@ class Towers(nn.Module):
         Args:
             name: full name of a parameter; of a module with a "." behind it.
         """
-        return place(name)
+        return locate(name)
 
     @property
     def family(self) -> str:

@@ -32,8 +32,9 @@ class SmallImage(BaseModel):
 
     @model_validator(mode="after")
     def _halves(self) -> "SmallImage":
-        if self.size % 2 ** len(self.widths):
-            raise ValueError(f"size={self.size} cannot be halved {len(self.widths)} times")
+        halvings = len(self.widths)
+        if self.size % 2**halvings:
+            raise ValueError(f"size={self.size} cannot be halved {halvings} times")
         return self
 
 
@@ -105,9 +106,11 @@ class SmallTowers(Towers):
         is_word = ids != PAD
         x = self.words(ids) + self.positions
         x = self.blocks(x, src_key_padding_mask=~is_word)
+        # (B, L, 1): 1 for a word, 0 for padding
         weights = is_word.to(x.dtype)[:, :, None]
         total = (x * weights).sum(dim=1)
-        features: Tensor = self.head(total / weights.sum(dim=1).clamp(min=1))
+        words = weights.sum(dim=1).clamp(min=1)
+        features: Tensor = self.head(total / words)
         return features
 
     @classmethod
@@ -119,13 +122,15 @@ class SmallTowers(Towers):
             config = SmallConfig.model_validate(read_json(Path(name)))
         except ValidationError as error:
             raise ValueError(f"{name}: {error}") from None
-        return load_small(config, WordTokenizer.train(captions(), config.text))
+        tokenizer = WordTokenizer.train(captions(), config.text)
+        return load_small(config, tokenizer)
 
     @classmethod
     def rebuild(cls, folder: Path, description: dict[str, Any]) -> Loaded:
         config = SmallConfig.model_validate(description["config"])
         length = config.text.context_length
-        return load_small(config, WordTokenizer.load(folder / "tokenizer.json", length))
+        tokenizer = WordTokenizer.load(folder / "tokenizer.json", length)
+        return load_small(config, tokenizer)
 
 
 def load_small(config: SmallConfig, tokenizer: "WordTokenizer") -> Loaded:
@@ -177,7 +182,9 @@ class WordTokenizer:
         return json.dumps(json.loads(self.tokenizer.to_str()), ensure_ascii=False, indent=1)
 
     def __call__(self, captions: list[str]) -> Tensor:
-        ids = torch.tensor([encoding.ids for encoding in self.tokenizer.encode_batch(captions)])
-        # a caption of nothing but symbols that the splitter drops: one unknown word
-        ids[ids.eq(PAD).all(dim=1), 0] = UNKNOWN
+        encodings = self.tokenizer.encode_batch(captions)
+        ids = torch.tensor([encoding.ids for encoding in encodings])
+        # a caption of nothing but symbols, which the splitter drops, is one unknown word
+        is_empty = ids.eq(PAD).all(dim=1)
+        ids[is_empty, 0] = UNKNOWN
         return ids
