@@ -147,15 +147,16 @@ class Trainer:
             # Stopped from outside, for which launchers exit with 1: it goes on the next time.
             return
 
+        # what a command of ours says of bad input, or the end of a traceback
         errors = [line for line in lines if line.startswith("error: ")] or lines[-3:]
-        told = {
+        outcome = {
             "exit_code": code,
             "error": "\n".join(errors)[-2000:] or f"exit code {code}",
             "log": f"{run.folder}/log.txt",
         }
         name = "failed" if code else "submitted"
         part = run.folder / f".tmp-{name}.json"
-        part.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+        part.write_text(json.dumps(outcome, indent=2) + "\n", encoding="utf-8")
         part.replace(run.folder / f"{name}.json")
 
 
@@ -167,7 +168,8 @@ def training_environment(jobs: int, launch: str) -> dict[str, str]:
     if launch:
         return dict(os.environ)
 
-    threads = max(1, (os.cpu_count() or 1) // jobs)
+    cores = os.cpu_count() or 1
+    threads = max(1, cores // jobs)
     return {"OMP_NUM_THREADS": str(threads), **os.environ}
 
 

@@ -29,9 +29,14 @@ def groups_by_batch_size(
     """Settings that differ in nothing but the size of their batch, together."""
     groups = dict[tuple[str, ...], list[GridSetting]]()
     for setting in settings:
-        levels = setting.levels.items()
-        others = tuple(level for axis, level in levels if axis not in comparison.batch_axes)
-        groups.setdefault(others, []).append(setting)
+        others = []
+        for axis, level in setting.levels.items():
+            if axis not in comparison.batch_axes:
+                others.append(level)
+
+        group = groups.setdefault(tuple(others), [])
+        group.append(setting)
+
     return list(groups.values())
 
 

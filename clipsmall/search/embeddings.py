@@ -45,8 +45,11 @@ class StoredEmbeddings:
 
     def distinct_captions(self) -> Tensor:
         """(captions,) the first row of each; letter case and white space make no difference."""
-        texts = (caption.as_py() for caption in self.captions)
-        hashes = np.fromiter(map(caption_hash, texts), np.int64, len(self.captions))
+        # filled one by one: a list of millions of Python numbers would be large
+        hashes = np.empty(len(self.captions), np.int64)
+        for row, caption in enumerate(self.captions):
+            hashes[row] = caption_hash(caption.as_py())
+
         _, first_rows = np.unique(hashes, return_index=True)
         return torch.from_numpy(np.sort(first_rows))
 
@@ -104,8 +107,12 @@ def embed(encoder: Encoder, catalog: Catalog, folder: Path, model: str = "") -> 
 def _fingerprint(catalog: Catalog, number: int) -> str:
     """A digest of a shard and of which pairs in it are good."""
     shard = catalog.shards[number]
-    digest = hashlib.sha256(f"{shard.name} {proof(shard)}".encode())
-    digest.update(catalog.only(number).spans.tobytes())
+    identity = f"{shard.name} {proof(shard)}"
+    digest = hashlib.sha256(identity.encode())
+
+    # where the good pairs lie in the file
+    good = catalog.only(number).spans
+    digest.update(good.tobytes())
     return digest.hexdigest()
 
 
