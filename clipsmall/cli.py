@@ -10,12 +10,12 @@ MODEL_HELP = (
 )
 
 
-def refuse(error: Exception) -> NoReturn:
-    """How every command ends on bad input: the message, one `error:` a line, and exit code 2."""
+def refuse(error: Exception, code: int = 2) -> NoReturn:
+    """How every command ends on bad input: the message after `error:`, and exit code 2."""
     said = str(error)
     # torch hands on a loader worker's error as its traceback: "\nmodule.Class: message"
     if said.startswith("Caught "):
         said = re.split(r"\n(?:\w+\.)*[A-Z]\w*: ", said)[-1]
     for line in said.splitlines():
         print(f"error: {line}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(code)

@@ -17,14 +17,15 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from data_tools.pairs import pairs_of
-from data_tools.shard_maker import ShardRecipe, Tally
-from data_tools.shard_run import TooManyErrors, make_shards
-from data_tools.shard_writer import PAIRS_PER_SHARD
-from data_tools.sources import Request, open_source
+from clipsmall.cli import refuse
+from clipsmall.data.making.pairs import pairs_of
+from clipsmall.data.making.shard_maker import ShardRecipe, Tally
+from clipsmall.data.making.shard_run import TooManyErrors, make_shards
+from clipsmall.data.making.shard_writer import PAIRS_PER_SHARD
+from clipsmall.data.making.sources import Request, open_source
 
 
-def parser() -> argparse.ArgumentParser:
+def _parser() -> argparse.ArgumentParser:
     """The command line, whose help is the manual."""
     made = argparse.ArgumentParser(
         "make_shards", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -111,8 +112,10 @@ def _add_output(add: Callable[..., object]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0 done, 1 too many unusable pairs, 2 wrong use, 130 interrupted."""
-    args = parser().parse_args(argv)
+    """Returns the exit code: 0 done, 130 interrupted; ends with 1 for too many unusable pairs, 2 on
+    wrong use.
+    """
+    args = _parser().parse_args(argv)
     start = time.time()
     try:
         request = _request(args)
@@ -133,22 +136,20 @@ def main(argv: list[str] | None = None) -> int:
             args.max_error_rate,
         )
     except TooManyErrors as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        refuse(error, code=1)
     except (ValueError, OSError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        refuse(error)
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last whole shard", file=sys.stderr)
         return 130
     captions = sum(len(pair.captions) for pair in pairs)
-    print(summary(args.out, tally, captions, time.time() - start))
+    print(_summary(args.out, tally, captions, time.time() - start))
     return 0
 
 
-def summary(out: Path, tally: Tally, captions: int, seconds: float) -> str:
+def _summary(out: Path, tally: Tally, captions: int, seconds: float) -> str:
     """A few lines for the terminal."""
-    shards = sorted(out.glob("*.tar"))
+    shards = sorted(out.glob("[!.]*.tar"))
     size = sum(shard.stat().st_size for shard in shards)
     lines = [
         ("shards", f"{len(shards)} in {out}, {size / 1e6:,.1f} MB"),

@@ -22,19 +22,20 @@ import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
+from clipsmall.cli import refuse
 from clipsmall.data import open_catalog
 from clipsmall.data.batch_plan import read_plan, write_plan
+from clipsmall.data.making.repack import repack as repacked
+from clipsmall.data.making.shard_writer import PAIRS_PER_SHARD
 from clipsmall.data.scores import all_scores, write_scores
 from clipsmall.distributed import world
 from clipsmall.evaluation import Encoder
+from clipsmall.evaluation.shard_scores import score_shard, scorer_of, to_do
 from clipsmall.mining import MiningRecipe
+from clipsmall.mining.hard_pairs import draw_hardest
+from clipsmall.mining.plans import plan_batches
 from clipsmall.mining.weights import WEIGHTS
 from clipsmall.model.saved import load_model
-from data_tools.hard_pairs import draw_hardest
-from data_tools.plans import plan as planned
-from data_tools.repack import repack as repacked
-from data_tools.scores import score_shard, scorer_of, to_do
-from data_tools.shard_writer import PAIRS_PER_SHARD
 
 # of clipsmall.mining: those that drop no pair
 METHODS = (
@@ -47,20 +48,19 @@ METHODS = (
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0 done, 2 wrong use."""
-    args = parser().parse_args(argv)
+    """Returns the exit code: 0 done, 130 interrupted; ends with 2 on wrong use."""
+    args = _parser().parse_args(argv)
     try:
         args.run(args)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        refuse(error)
     except KeyboardInterrupt:
         print("stopped; the same command goes on where it stopped", file=sys.stderr)
         return 130
     return 0
 
 
-def parser() -> argparse.ArgumentParser:
+def _parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         "mine_shards", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -183,8 +183,7 @@ def score(args: argparse.Namespace) -> None:
     ) as bar:
         for place in mine:
             shard = catalog.shards[place]
-            with world.alone():
-                table, bad = score_shard(encoder, catalog, place)
+            table, bad = score_shard(encoder, catalog, place)
             write_scores(shard, args.scores, table, scorer)
             if bad:
                 tqdm.write(
@@ -211,7 +210,7 @@ def plan(args: argparse.Namespace) -> None:
     recipe = MiningRecipe(**{name: getattr(args, name) for name in names})
     catalog = open_catalog(args.data)
     table = all_scores(catalog, args.scores)
-    pairs, numbers = planned(catalog, table, recipe, args.fraction, args.window, args.seed)
+    pairs, numbers = plan_batches(catalog, table, recipe, args.fraction, args.window, args.seed)
     about = {
         "scorer": table.scorer._asdict(),
         "recipe": asdict(recipe),

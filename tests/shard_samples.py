@@ -3,6 +3,7 @@
 import hashlib
 import json
 import tarfile
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -36,11 +37,19 @@ def picture(colour: str, kind: str = "PNG", size: tuple[int, int] = (12, 8)) -> 
 
 
 def run(*args: object) -> int:
-    return main(
-        [str(arg) for arg in [*args, "--workers", 1]]
-        if "--workers" not in args
-        else [str(a) for a in args]
-    )
+    """The exit code of make_shards with these words, in this process unless they say otherwise."""
+    words = [str(arg) for arg in args]
+    if "--workers" not in words:
+        words += ["--workers", "1"]
+    return exit_code(main, words)
+
+
+def exit_code(command: Callable[[list[str]], int], words: list[str]) -> int:
+    """Of a command that returns it, or ends with it."""
+    try:
+        return command(words)
+    except SystemExit as ended:
+        return int(str(ended.code))
 
 
 def samples(out: Path) -> dict[str, dict[str, Any]]:

@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
-from data_tools.glyphs import _samples, draw, glyphs_of
-from data_tools.shard_writer import write_shard
+from clipsmall.data.making.glyphs import draw_glyph, glyph_samples, glyphs_of
+from clipsmall.data.making.shard_writer import write_shard
 
 TOWERS = {
     "kind": "small",
@@ -18,16 +18,16 @@ def write_glyphs(folder: Path, pairs: int = 300, shards: int = 3) -> None:
     """`train` (`pairs` of one face over `shards`), `test` (60 of another face), classnames.txt,
     towers.json.
     """
-    glyphs = [g for g in glyphs_of("DejaVuSans") if draw(g)][:pairs]
+    glyphs = [g for g in glyphs_of("DejaVuSans") if draw_glyph(g)][:pairs]
     size = pairs // shards
     for number in range(shards):
         write_shard(
             folder / "train",
             number,
-            _samples(glyphs[number * size : (number + 1) * size], number * size),
+            glyph_samples(glyphs[number * size : (number + 1) * size], number * size),
         )
-    test = [g for g in glyphs_of("DejaVuSerif") if draw(g)][:60]
-    write_shard(folder / "test", 0, _samples(test, 0))
+    test = [g for g in glyphs_of("DejaVuSerif") if draw_glyph(g)][:60]
+    write_shard(folder / "test", 0, glyph_samples(test, 0))
     (folder / "classnames.txt").write_text(
         "".join(f"{name}\n" for name in sorted({g.name for g in glyphs + test}))
     )

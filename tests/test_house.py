@@ -2,7 +2,7 @@
 
 Seen to fail when: a class name is used twice; a wing imports one that imports it; a tenth floor of
 imports is added; a module lies in the root; lines become dense; comments go; pickle, torch.load or
-torch.distributed appear.
+torch.distributed appear; a second module renames files.
 """
 
 import ast
@@ -42,6 +42,32 @@ def test_only_world_speaks_torch_distributed() -> None:
         str(path.relative_to(ROOT)) for path in FILES if "torch.distributed" in _imports(path)
     }
     assert speakers == {"clipsmall/distributed/world.py"}
+
+
+def test_only_atomic_renames() -> None:
+    """All files and folders that must appear whole go through the one writer."""
+    renamers = {
+        str(path.relative_to(ROOT))
+        for path in FILES
+        if any(_renames(node) for node in ast.walk(ast.parse(path.read_text())))
+    }
+    assert renamers == {"clipsmall/storage/atomic.py"}
+
+
+def _renames(node: ast.AST) -> bool:
+    """Whether it is a call of os.replace, os.rename, shutil.move, Path.replace or Path.rename.
+
+    `str.replace` has two arguments; `rename` and `replace` of tables and dates have named ones.
+    """
+    if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+        return False
+    name = node.func.attr
+    owner = node.func.value.id if isinstance(node.func.value, ast.Name) else ""
+    if (owner, name) in {("os", "replace"), ("os", "rename"), ("os", "renames")}:
+        return True
+    if (owner, name) == ("shutil", "move"):
+        return True
+    return name in ("replace", "rename") and len(node.args) == 1
 
 
 def test_no_module_hides_a_library() -> None:

@@ -2,7 +2,6 @@
 captions.
 """
 
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +15,16 @@ from tqdm import tqdm
 from clipsmall.build import objective as build_objective
 from clipsmall.build.data import TrainingData
 from clipsmall.config import Config
-from clipsmall.data import Catalog, captions_of, fields_of, read_index
+from clipsmall.data import Catalog, read_index
 from clipsmall.data.features import Features, feature_file, usable, write_features
 from clipsmall.data.scores import good_rows
 from clipsmall.distributed import world
 from clipsmall.evaluation import Encoder
+from clipsmall.evaluation.shard_features import (
+    encode_shard_images,
+    encode_shard_texts,
+    read_shard_captions,
+)
 from clipsmall.model.dual_encoder import DualEncoder
 from clipsmall.model.parameter_names import place
 from clipsmall.model.towers import Loaded
@@ -121,41 +125,28 @@ class Maker:
 
     def images(self, shard: int) -> tuple[Tensor, Tensor]:
         """As `write_features` takes them."""
-        alone, rows, total = self._alone(shard)
-        try:
-            with world.alone(), self.accelerator.autocast():
-                made, there = self._encoder().images(alone)
-        except ValueError as error:
-            if "can be read" not in str(error):
-                raise
-            made = self._encoder().texts(["a"])[:0]
-            there = torch.empty(0, dtype=torch.int64)
-        finally:
-            os.close(alone.descriptor(0))
+        rows, total = self._index_rows(shard)
+        with self.accelerator.autocast():
+            made, readable = encode_shard_images(self._encoder(), self.catalog, shard)
+        # one row for each pair of the index: NaN where the image cannot be read
         features = torch.full((total, made.shape[1]), torch.nan)
-        features[rows[there]] = made
+        features[rows[readable]] = made
         return features, torch.arange(total + 1)
 
     def texts(self, shard: int) -> tuple[Tensor, Tensor]:
-        alone, rows, total = self._alone(shard)
-        captions = list[str]()
+        rows, total = self._index_rows(shard)
+        captions = read_shard_captions(self.catalog, shard)
         counts = torch.zeros(total, dtype=torch.int64)
-        for row, place_ in enumerate(rows.tolist()):
-            members = alone.read_text(row)
-            mine = captions_of(members.text, fields_of(members.json))
-            captions += mine
-            counts[place_] = len(mine)
-        os.close(alone.descriptor(0))
-        with world.alone(), self.accelerator.autocast():
-            features = self._encoder().texts(captions)
+        counts[rows] = torch.tensor([len(each) for each in captions], dtype=torch.int64)
+        flat = [caption for each in captions for caption in each]
+        with self.accelerator.autocast():
+            features = encode_shard_texts(self._encoder(), flat)
         return features, torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
 
-    def _alone(self, shard: int) -> tuple[Catalog, Tensor, int]:
-        """One shard as a catalog, the rows of its index that these are, and how many the index
-        has.
-        """
+    def _index_rows(self, shard: int) -> tuple[Tensor, int]:
+        """The rows of a shard's index that hold its good pairs, and how many rows it has."""
         table = read_index(self.catalog.shards[shard], ["status"])
-        return self.catalog.only(shard), torch.from_numpy(good_rows(table)), len(table)
+        return torch.from_numpy(good_rows(table)), len(table)
 
     def _encoder(self) -> Encoder:
         size = self.config.evaluate.batch_size

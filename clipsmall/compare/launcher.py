@@ -1,6 +1,5 @@
 """Trains what a grid still lacks: one process per run, several runs at a time."""
 
-import json
 import os
 import shlex
 import signal
@@ -22,7 +21,7 @@ from tqdm import tqdm
 from clipsmall.compare.budgets import Budgets
 from clipsmall.compare.grid import Comparison, GridSetting
 from clipsmall.compare.runs import GridRun
-from clipsmall.storage import locks
+from clipsmall.storage import atomic, locks
 
 # Exit codes of a run that was told to stop.
 STOPPED_CODES = (128 + signal.SIGTERM, 128 + signal.SIGINT, -signal.SIGTERM, -signal.SIGINT)
@@ -155,9 +154,7 @@ class Trainer:
             "log": f"{run.folder}/log.txt",
         }
         name = "failed" if code else "submitted"
-        part = run.folder / f".tmp-{name}.json"
-        part.write_text(json.dumps(outcome, indent=2) + "\n", encoding="utf-8")
-        part.replace(run.folder / f"{name}.json")
+        atomic.write_json(run.folder / f"{name}.json", outcome)
 
 
 def training_environment(jobs: int, launch: str) -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from clipsmall.compare.runs import config_digest
 from clipsmall.config.reader import lay_over, validated
 from clipsmall.plan.largest import Planner
 from clipsmall.plan.step import Machine
+from clipsmall.storage import atomic
 
 GIB = 2**30
 
@@ -94,7 +94,7 @@ def planned_memory(comparison: Comparison, settings: list[GridSetting]) -> dict[
                 needs[setting.title] = math.nan
                 continue
 
-            _keep(known, path)
+            atomic.write_json(path, known)
 
         needs[setting.title] = math.nan if known[key] is None else known[key]
 
@@ -111,10 +111,3 @@ def _peak(planner: Planner, tree: Tree) -> float | None:
         return planner.peak(config, config.data.batch_size // planner.machine.ranks) / GIB
     except (ValueError, NotImplementedError):
         return None
-
-
-def _keep(known: dict[str, float | None], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    part.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
-    part.replace(path)

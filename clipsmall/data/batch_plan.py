@@ -1,10 +1,7 @@
-"""The plan file: batches put together beforehand, for the pairs of one catalog, and the order that
-plays them.
-"""
+"""The plan file: batches chosen before training, and the order that plays them."""
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,8 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clipsmall.data.catalog import Catalog
-from clipsmall.data.index import ShardError
+from clipsmall.data.index import ShardError, text_metadata
 from clipsmall.data.order import Rows, permutation
+from clipsmall.storage import atomic
 
 VERSION = 1
 # batches that are read ahead together: with 256 pairs of 30 kB each 120 MB
@@ -25,7 +23,7 @@ MAKE = "make it with: python -m data_tools.mine_shards plan"
 class BatchPlan(NamedTuple):
     """m batches of B pairs."""
 
-    # (m, B) of the catalog
+    # (m, B), of the catalog
     rows: Rows
     # sha256 of the file
     digest: str
@@ -34,8 +32,12 @@ class BatchPlan(NamedTuple):
 
 
 def write_plan(path: Path, pairs: Rows, fingerprint: str, about: dict[str, Any]) -> None:
-    """Write `pairs`, (m, B) numbers of pairs, for the catalog of that fingerprint; whole or not at
-    all.
+    """Write a plan file, whole or not at all.
+
+    Args:
+        pairs: (m, B) numbers of pairs.
+        fingerprint: of the catalog that has these pairs.
+        about: how the plan was made, for whoever reads the file.
     """
     column = pa.FixedSizeListArray.from_arrays(pa.array(pairs.reshape(-1)), pairs.shape[1])
     metadata = {
@@ -43,13 +45,9 @@ def write_plan(path: Path, pairs: Rows, fingerprint: str, about: dict[str, Any])
         "fingerprint": fingerprint,
         "about": json.dumps(about),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    try:
-        pq.write_table(pa.table({"pairs": column}).replace_schema_metadata(metadata), temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    table = pa.table({"pairs": column}).replace_schema_metadata(metadata)
+    with atomic.new_file(path) as temporary:
+        pq.write_table(table, temporary)
 
 
 def read_plan(path: Path, catalog: Catalog, batch_size: int = 0) -> BatchPlan:
@@ -67,9 +65,7 @@ def read_plan(path: Path, catalog: Catalog, batch_size: int = 0) -> BatchPlan:
         table = pq.read_table(pa.BufferReader(data))
     except (pa.ArrowException, OSError) as error:
         raise ShardError(f"{path}: no plan can be read there ({error}); {MAKE}") from None
-    metadata = {
-        key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()
-    }
+    metadata = text_metadata(table)
     if metadata.get("clipsmall_plan") != str(VERSION):
         raise ShardError(f"{path}: not a plan of version {VERSION}; {MAKE}")
     if metadata["fingerprint"] != catalog.fingerprint:
@@ -88,23 +84,28 @@ def read_plan(path: Path, catalog: Catalog, batch_size: int = 0) -> BatchPlan:
 
 def _rows(path: Path, pairs: Rows, catalog: Catalog) -> Rows:
     """(m, B) numbers of pairs -> their rows in the catalog."""
+    # numbers need not be in order in the catalog: search them sorted
     order = np.argsort(catalog.index)
-    rows: Rows = order[np.searchsorted(catalog.index, pairs, sorter=order).clip(max=len(order) - 1)]
-    if (odd := catalog.index[rows] != pairs).any():
+    found = np.searchsorted(catalog.index, pairs, sorter=order)
+    # a number beyond the last one is found at the end, and compared below
+    rows: Rows = order[found.clip(max=len(order) - 1)]
+    unknown = catalog.index[rows] != pairs
+    if unknown.any():
         raise ShardError(
-            f"{path}: names pair {pairs[odd][0]}, which the shards do not have; {MAKE}"
+            f"{path}: names pair {pairs[unknown][0]}, which the shards do not have; {MAKE}"
         )
-    known, counts = np.unique(pairs, return_counts=True)
-    if (counts > 1).any():
-        raise ShardError(f"{path}: has pair {known[counts > 1][0]} twice; {MAKE}")
+    numbers, counts = np.unique(pairs, return_counts=True)
+    twice = numbers[counts > 1]
+    if len(twice):
+        raise ShardError(f"{path}: has pair {twice[0]} twice; {MAKE}")
     return rows
 
 
 class PlannedOrder:
-    """The batches of a plan, in another order each epoch; who is in them does not change.
+    """The batches of a plan, in another order each epoch; the pairs of a batch stay the same.
 
-    To be used in place of `Order`: a pure function of (plan, seed, epoch, position). What a window
-    is for, reading ahead, is done for AHEAD batches at a time.
+    Used in place of `Order`, and like it a pure function of (plan, seed, epoch, position). Its
+    window, the unit of reading ahead, is AHEAD batches.
 
     Args:
         plan: (m, B) rows of the catalog.
@@ -120,15 +121,17 @@ class PlannedOrder:
     def rows(self, epoch: int, positions: Rows) -> Rows:
         """(n,) positions within an epoch, each in [0, length) -> (n,) rows of the data set."""
         batch, slot = np.divmod(positions, self._plan.shape[1])
-        found: Rows = self._plan[permutation(len(self._plan), self.seed, epoch)[batch], slot]
+        order = permutation(len(self._plan), self.seed, epoch)
+        found: Rows = self._plan[order[batch], slot]
         return found
 
     def window_blocks(self, epoch: int, window: int) -> list[tuple[int, int]]:
-        """The (first row, number of rows) pieces that a window reads, in the order of the disk:
-        single pairs.
+        """The (first row, number of rows) pieces that a window reads, in the order of the disk.
+
+        Here a piece is a single pair.
         """
         low = window * self.window
         high = min((window + 1) * self.window, self.length)
-        return [
-            (row, 1) for row in np.sort(self.rows(epoch, np.arange(low, max(low, high)))).tolist()
-        ]
+        positions = np.arange(low, max(low, high))
+        rows = np.sort(self.rows(epoch, positions))
+        return [(row, 1) for row in rows.tolist()]

@@ -1,4 +1,4 @@
-"""The captions of a sample: read from its members, cleaned, and hashed."""
+"""The captions of a sample: read from its files, cleaned, and hashed."""
 
 import hashlib
 import json
@@ -8,10 +8,9 @@ from typing import Any
 
 def caption_hash(caption: str) -> int:
     """Signed 64-bit hash of a caption, blind to letter case, white space and Unicode form."""
-    plain = " ".join(unicodedata.normalize("NFKC", caption).casefold().split())
-    return int.from_bytes(
-        hashlib.blake2b(plain.encode(), digest_size=8).digest(), "little", signed=True
-    )
+    words = unicodedata.normalize("NFKC", caption).casefold().split()
+    digest = hashlib.blake2b(" ".join(words).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
 
 
 def fields_of(record: bytes) -> dict[str, Any]:
@@ -27,20 +26,25 @@ def fields_of(record: bytes) -> dict[str, Any]:
 def captions_of(text: bytes, fields: dict[str, Any]) -> list[str]:
     """The captions of a sample, from its `.txt` and its parsed `.json`; blank ones are dropped.
 
-    `captions` in the json wins; a json with `caption` marks img2dataset's layout, whose `.txt` (or,
-    without one, that field) is one caption; any other `.txt` holds one caption a line, as in
+    `captions` in the json wins. A json with `caption` marks img2dataset's layout, whose `.txt` (or,
+    without one, that field) is one caption. Any other `.txt` holds one caption per line, as in
     CLIP_benchmark's retrieval sets.
 
     Raises:
         UnicodeDecodeError: the `.txt` is not UTF-8.
     """
-    if isinstance(listed := fields.get("captions"), list):
+    listed = fields.get("captions")
+    if isinstance(listed, list):
         found = [str(caption) for caption in listed]
+    elif "caption" in fields:
+        found = [text.decode("utf-8") or str(fields["caption"] or "")]
     else:
-        whole = text.decode("utf-8")
-        found = (
-            [whole or str(fields["caption"] or "")] if "caption" in fields else whole.splitlines()
-        )
-    # half a surrogate pair, which json can spell, cannot be encoded again
-    plain = (caption.encode("utf-8", "ignore").decode().replace("\0", " ") for caption in found)
-    return [cleaned for caption in plain if (cleaned := " ".join(caption.split()))]
+        found = text.decode("utf-8").splitlines()
+    cleaned = []
+    for caption in found:
+        # half a surrogate pair, which json can spell, cannot be encoded again
+        plain = caption.encode("utf-8", "ignore").decode().replace("\0", " ")
+        words = plain.split()
+        if words:
+            cleaned.append(" ".join(words))
+    return cleaned

@@ -1,6 +1,4 @@
-"""All shards of a data set as one table of pairs: which file, which bytes, which number, which
-caption.
-"""
+"""All shards of a data set as one table of pairs: file, bytes, number and caption of each."""
 
 import hashlib
 import json
@@ -35,8 +33,8 @@ COLUMNS = [
 ]
 
 
-class Members(NamedTuple):
-    """The raw bytes of one sample; b"" for a member that is not there."""
+class SampleBytes(NamedTuple):
+    """The raw bytes of one sample's files; b"" for a file that is not there."""
 
     image: bytes
     text: bytes
@@ -46,9 +44,9 @@ class Members(NamedTuple):
 
 @dataclass
 class Catalog:
-    """N good pairs over several shards; a *row* is a pair's place in this table.
+    """N good pairs over several shards; a *row* is a pair's position in this table.
 
-    Files are opened on first use and kept open, one descriptor a shard and process.
+    Files are opened on first use and kept open: one descriptor per shard and process.
     """
 
     shards: list[Path]
@@ -79,14 +77,16 @@ class Catalog:
         """Pairs in each shard."""
         return np.bincount(self.shard, minlength=len(self.shards)).tolist()  # type: ignore[no-any-return]
 
-    def only(self, place: int) -> "Catalog":
-        """One of the shards, with a descriptor of its own, to be closed: there may be more than a
-        process may hold.
+    def only(self, number: int) -> "Catalog":
+        """One of the shards as a catalog, by its number in `shards`.
+
+        Its descriptor is its own, to be closed by the caller: there may be more shards than a
+        process may hold open files.
         """
-        mine = self.shard == place
+        mine = self.shard == number
         return replace(
             self,
-            shards=[self.shards[place]],
+            shards=[self.shards[number]],
             shard=self.shard[mine] * 0,
             index=self.index[mine],
             spans=self.spans[mine],
@@ -94,43 +94,58 @@ class Catalog:
             _files={},
         )
 
-    def read(self, row: int) -> Members:
-        """The members of one pair, in one read: they lie side by side in the tar."""
+    def read(self, row: int) -> SampleBytes:
+        """The files of one pair, in one read: they lie side by side in the tar. Raises ShardError
+        if the shard was cut while in use.
+        """
         spans = self.spans[row]
+        # an offset of -1 says that there is no such file
         there = spans[spans[:, 0] >= 0]
         low = int(there[:, 0].min())
         high = int(there.sum(axis=1).max())
         data = self._bytes(row, low, high - low)
-        return Members(*(data[o - low : o - low + n] if o >= 0 else b"" for o, n in spans.tolist()))
+        parts = []
+        for offset, size in spans.tolist():
+            begin = offset - low
+            parts.append(data[begin : begin + size] if offset >= 0 else b"")
+        return SampleBytes(*parts)
 
-    def read_text(self, row: int) -> Members:
+    def read_text(self, row: int) -> SampleBytes:
         """The same without the image, which is most of the bytes."""
-        return Members(
-            b"",
-            *(self._bytes(row, o, n) if o >= 0 else b"" for o, n in self.spans[row, 1:].tolist()),
-        )
+        parts = []
+        for offset, size in self.spans[row, 1:].tolist():
+            parts.append(self._bytes(row, offset, size) if offset >= 0 else b"")
+        return SampleBytes(b"", *parts)
 
     def _bytes(self, row: int, offset: int, size: int) -> bytes:
-        data = os.pread(self.descriptor(int(self.shard[row])), size, offset)
+        shard = int(self.shard[row])
+        data = os.pread(self.descriptor(shard), size, offset)
         if len(data) < size:
             raise ShardError(
-                f"{self.shards[self.shard[row]]}: ends before its index says; it was cut while in use"
+                f"{self.shards[shard]}: ends before its index says; it was cut while in use"
             )
         return data
 
     def name(self, row: int) -> str:
-        """For messages: shard and key of a pair (read from the index file, so not for hot
-        paths).
+        """Shard and key of a pair, for messages.
+
+        Not for every batch: it reads the index file.
         """
         shard = self.shards[self.shard[row]]
         table = read_index(shard, ["key", "image_offset"])
-        place = int(np.flatnonzero(table["image_offset"].to_numpy() == self.spans[row, 0, 0])[0])
-        return f"{shard}:{table['key'][place].as_py()}"
+        # the offset of its image tells a pair from all others of the shard
+        offsets = table["image_offset"].to_numpy()
+        found = int(np.flatnonzero(offsets == self.spans[row, 0, 0])[0])
+        key = table["key"][found].as_py()
+        return f"{shard}:{key}"
 
     def descriptor(self, shard: int) -> int:
-        if shard not in self._files:
-            self._files[shard] = os.open(self.shards[shard], os.O_RDONLY)
-        return self._files[shard]
+        """The open file of a shard, by its number in `shards`."""
+        descriptor = self._files.get(shard)
+        if descriptor is None:
+            descriptor = os.open(self.shards[shard], os.O_RDONLY)
+            self._files[shard] = descriptor
+        return descriptor
 
     def __getstate__(self) -> dict[str, object]:
         # descriptors stay in the process that opened them
@@ -143,120 +158,141 @@ def shard_paths(patterns: str | list[str]) -> list[Path]:
     Raises:
         ShardError: a pattern that names no tar, a URL, a compressed tar.
     """
+    if isinstance(patterns, str):
+        patterns = [patterns]
     found: list[Path] = []
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+    for pattern in patterns:
         if "://" in pattern or pattern.startswith("pipe:"):
             raise ShardError(
                 f"{pattern}: not a local path; remote shards are read with data.streaming=true"
             )
         for name in braceexpand.braceexpand(pattern):
-            here = (
-                sorted(Path(name).glob("*.tar"))
-                if Path(name).is_dir()
-                else [Path(p) for p in sorted(glob(name))]
+            found += _local_shards(name)
+    for path in found:
+        if path.suffix != ".tar":
+            raise ShardError(
+                f"{path}: not a .tar; compressed shards cannot be read at random, unpack them first"
             )
-            if not here:
-                raise ShardError(f"{name}: no shards there (*.tar)")
-            if lacking := unfinished(Path(name)):
-                raise ShardError(
-                    f"{name}: {lacking}; to use what is there name the tars themselves ({name}/*.tar)"
-                )
-            found += here
-    if odd := [path for path in found if path.suffix != ".tar"]:
-        raise ShardError(
-            f"{odd[0]}: not a .tar; compressed shards cannot be read at random, unpack them first"
-        )
-    # named by two patterns, still there once
+    # a shard named by two patterns is there once
     return list(dict.fromkeys(found))
 
 
+def _local_shards(name: str) -> list[Path]:
+    """The tars of a folder, or those that a glob names."""
+    path = Path(name)
+    if path.is_dir():
+        # a leading dot marks what a killed writer left
+        found = sorted(path.glob("[!.]*.tar"))
+    else:
+        found = [Path(match) for match in sorted(glob(name))]
+    if not found:
+        raise ShardError(f"{name}: no shards there (*.tar)")
+    lacking = unfinished(path)
+    if lacking:
+        raise ShardError(
+            f"{name}: {lacking}; to use what is there name the tars themselves ({name}/*.tar)"
+        )
+    return found
+
+
 def unfinished(folder: Path) -> str:
-    """What a folder lacks that make_shards has not filled; empty for a whole one, and for one that
-    others made.
+    """What is missing in a folder that make_shards has not finished; empty for a finished one, and
+    for shards that other programs made.
     """
     try:
         pairs = int(json.loads((folder / RECORD).read_text())["pairs"])
-        there = sum(
-            int(json.loads(stats.read_text())["count"])
-            for stats in folder.glob("[0-9]*_stats.json")
-        )
+        made = 0
+        for stats in folder.glob("[0-9]*_stats.json"):
+            made += int(json.loads(stats.read_text())["count"])
     except (OSError, ValueError, KeyError, TypeError):
         return ""
-    return (
-        f"make_shards has made {there} of {pairs} pairs: type its command again"
-        if there < pairs
-        else ""
-    )
+    if made >= pairs:
+        return ""
+    return f"make_shards has made {made} of {pairs} pairs: type its command again"
 
 
-def _allow_files(shards: int) -> None:
-    """Every process opens every shard in the course of an epoch; most systems allow 1,024 until
-    asked for more.
+def _allow_open_files(shards: int) -> None:
+    """Ask the system for a descriptor per shard; most systems allow 1,024 unless asked.
+
+    Every process opens every shard in the course of an epoch.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    # with test sets, workers and libraries
+    # twice: test sets have shards, too; 256 for workers and libraries
     needed = 2 * shards + 256
     if soft == resource.RLIM_INFINITY or soft >= needed:
         return
     most = max(soft, needed) if hard == resource.RLIM_INFINITY else hard
     if most < shards + 256:
         raise ShardError(
-            f"{shards} shards, but a process may open {most} files here; allow more (ulimit -n {needed}), or make "
-            "larger shards"
+            f"{shards} shards, but a process may open {most} files here; allow more "
+            f"(ulimit -n {needed}), or make larger shards"
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def open_catalog(patterns: str | list[str], captions: bool = True) -> Catalog:
-    """Open the indexes of all shards, and leave out the pairs known to be bad (counted in
-    `left_out`).
-
-    `captions=False` keeps images without one, for classification sets that have labels only.
+    """Open the indexes of all shards, and leave out the pairs known to be bad.
 
     A pair's number is what its json says, when all pairs have one and no two the same (make_shards
-    writes it so); otherwise its place in the list of shards.
+    writes it so); otherwise its position in the list of shards.
+
+    Args:
+        captions: leave out images without one; False keeps them, for classification sets that have
+            only labels.
 
     Raises:
         ShardError: a shard is missing, has no index, has changed since it was indexed, or nothing
             good is left.
     """
     shards = shard_paths(patterns)
-    _allow_files(len(shards))
+    _allow_open_files(len(shards))
     tables = [read_index(shard, COLUMNS) for shard in shards]
     sizes = [len(table) for table in tables]
-    table = pa.concat_tables([t.replace_schema_metadata(None) for t in tables]).combine_chunks()
-    status = table["status"].to_numpy(zero_copy_only=False)
-    good = (
-        (status == "")
-        if captions
-        else np.isin(status.astype(str), ["", "no caption", "empty caption"])
-    )
+    # each table's metadata names its own shard
+    bare = [table.replace_schema_metadata(None) for table in tables]
+    pairs = pa.concat_tables(bare).combine_chunks()
+    status = pairs["status"].to_numpy(zero_copy_only=False)
+    if captions:
+        good = status == ""
+    else:
+        good = np.isin(status.astype(str), ["", "no caption", "empty caption"])
     if not good.any():
         raise ShardError(f"{patterns}: no usable pair in {len(shards)} shards")
-    index = table["index"].to_numpy()
-    if (index < 0).any() or len(np.unique(index)) < len(index):
-        index = np.arange(len(index), dtype=np.int64)
-    spans = np.stack(
-        [
-            np.stack([table[f"{m}_offset"], table[f"{m}_size"]], axis=-1)
-            for m in ("image", "text", "json", "label")
-        ],
-        axis=1,
-    )
+    index = _pair_numbers(pairs)[good]
     reasons, counts = np.unique(status[~good].astype(str), return_counts=True)
-    digest = hashlib.sha256(index[good].tobytes())
-    for shard, each in zip(shards, tables, strict=True):
-        digest.update(
-            shard.name.encode()
-            + each.schema.metadata[b"tar_size"]
-            + each.schema.metadata[b"tar_proof"]
-        )
     return Catalog(
         shards=shards,
         shard=np.repeat(np.arange(len(shards), dtype=np.int32), sizes)[good],
-        index=index[good],
-        spans=spans[good],
-        caption_hash=table["caption_hash"].to_numpy()[good],
+        index=index,
+        spans=_spans(pairs)[good],
+        caption_hash=pairs["caption_hash"].to_numpy()[good],
         left_out=dict(zip(reasons.tolist(), counts.tolist(), strict=True)),
-        fingerprint=digest.hexdigest(),
+        fingerprint=_fingerprint(index, shards, tables),
     )
+
+
+def _pair_numbers(pairs: pa.Table) -> NDArray[np.int64]:
+    """(N,) what the json files say, or the rows of the table where that numbers them badly."""
+    index: NDArray[np.int64] = pairs["index"].to_numpy()
+    if (index < 0).any() or len(np.unique(index)) < len(index):
+        return np.arange(len(index), dtype=np.int64)
+    return index
+
+
+def _spans(pairs: pa.Table) -> NDArray[np.int64]:
+    """(N, 4, 2) offset and size of image, text, json and label."""
+    found = []
+    for member in ("image", "text", "json", "label"):
+        columns = [pairs[f"{member}_offset"], pairs[f"{member}_size"]]
+        found.append(np.stack(columns, axis=-1))
+    return np.stack(found, axis=1)
+
+
+def _fingerprint(index: NDArray[np.int64], shards: list[Path], tables: list[pa.Table]) -> str:
+    """sha256 of which pairs are good and what the shards hold; the folder does not count."""
+    digest = hashlib.sha256(index.tobytes())
+    for shard, table in zip(shards, tables, strict=True):
+        digest.update(shard.name.encode())
+        digest.update(table.schema.metadata[b"tar_size"])
+        digest.update(table.schema.metadata[b"tar_proof"])
+    return digest.hexdigest()

@@ -1,8 +1,6 @@
 """Features that a frozen tower made once: sidecars `NNNNN.image-1a2b3c4d.safetensors` of shards."""
 
-import contextlib
 import hashlib
-import os
 from pathlib import Path
 
 import numpy as np
@@ -15,31 +13,38 @@ from clipsmall.data.index import ShardError, proof, read_index
 from clipsmall.data.order import Rows
 from clipsmall.data.preprocess import BadImage
 from clipsmall.data.scores import good_rows
+from clipsmall.storage import atomic
 
 VERSION = "1"
 
 
 def feature_file(shard: Path, tower: str, digest: str, folder: Path | None = None) -> Path:
-    """Where the features of a shard are: beside it, or in a folder, where shards of several sets
-    may have one name.
+    """Where the features of a shard are: beside it, or in a folder.
 
-    `digest`: of the tower, image or text.
+    Args:
+        tower: image or text.
+        digest: of that tower.
+        folder: for several data sets, whose shards may have the same name: a hash of the path tells
+            them apart.
     """
-    stem = (
-        f"{shard.stem}-{hashlib.sha256(str(shard.resolve()).encode()).hexdigest()[:8]}"
-        if folder
-        else shard.stem
-    )
-    return (folder or shard.parent) / f"{stem}.{tower}-{digest[:8]}.safetensors"
+    ending = f"{tower}-{digest[:8]}.safetensors"
+    if folder is None:
+        return shard.parent / f"{shard.stem}.{ending}"
+    path_hash = hashlib.sha256(str(shard.resolve()).encode()).hexdigest()[:8]
+    return folder / f"{shard.stem}-{path_hash}.{ending}"
 
 
 def _belongs(shard: Path, digest: str) -> dict[str, str]:
-    """What features are made of: the file that lies there now, the pairs in it that are good, and
+    """What features are made from: the file that lies there now, the pairs in it that are good, and
     the tower.
     """
     good = good_rows(read_index(shard, ["status"]))
-    rows = hashlib.sha256(good.tobytes()).hexdigest()[:16]
-    return {"version": VERSION, "tar_proof": proof(shard), "rows": rows, "digest": digest}
+    return {
+        "version": VERSION,
+        "tar_proof": proof(shard),
+        "rows": hashlib.sha256(good.tobytes()).hexdigest()[:16],
+        "digest": digest,
+    }
 
 
 def usable(path: Path, shard: Path, digest: str) -> bool:
@@ -58,28 +63,24 @@ def write_features(path: Path, shard: Path, digest: str, features: Tensor, first
     """Write the features of a shard, whole or not at all.
 
     Args:
-        features: (m, D); NaN where there are none. first: (n + 1,) those of row i of the shard's
-            index are `features[first[i] : first[i + 1]]`: one an image, one a caption.
+        features: (m, D); NaN where there are none.
+        first: (n + 1,) row i of the shard's index has `features[first[i] : first[i + 1]]`: one per
+            image, or one per caption.
 
     Raises:
         ValueError: no room, or no right to write.
     """
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     metadata = _belongs(shard, digest)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"features": features.contiguous(), "first": first}, temporary, metadata)
-        # safetensors leaves 0600; shards are shared
-        temporary.chmod(0o644)
-        os.replace(temporary, path)
+        with atomic.new_file(path) as temporary:
+            save_file({"features": features.contiguous(), "first": first}, temporary, metadata)
+            # safetensors leaves 0600; shards are shared
+            temporary.chmod(0o644)
     except (OSError, SafetensorError) as error:
         raise ValueError(
-            f"{path}: features of the frozen tower cannot be written ({error}); give another tune.cache_folder, or "
-            "--tune.cache=false"
+            f"{path}: features of the frozen tower cannot be written ({error}); "
+            "give another tune.cache_folder, or --tune.cache=false"
         ) from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 class Features:
@@ -96,15 +97,14 @@ class Features:
     def __init__(self, catalog: Catalog, files: list[Path]) -> None:
         if missing := [file for file in files if not file.exists()]:
             raise ShardError(
-                f"{missing[0]}: not there, though another rank made it: ranks on several machines need a "
-                "tune.cache_folder that all of them see"
+                f"{missing[0]}: not there, though another rank made it: ranks on several machines "
+                "need a tune.cache_folder that all of them see"
             )
         self.shard = catalog.shard
         self.files = files
-        # which row of its shard's index each row of the catalog is
-        self.place: Rows = np.concatenate(
-            [good_rows(read_index(shard, ["status"])) for shard in catalog.shards]
-        )
+        # (N,) for each row of the catalog, its row in the index of its shard
+        rows = [good_rows(read_index(shard, ["status"])) for shard in catalog.shards]
+        self.index_row: Rows = np.concatenate(rows)
         self._open: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, row: int, caption: int = 0) -> Tensor:
@@ -114,7 +114,8 @@ class Features:
             with safe_open(self.files[shard], framework="pt") as file:
                 self._open[shard] = (file.get_tensor("features"), file.get_tensor("first"))
         features, first = self._open[shard]
-        found = features[int(first[self.place[row]]) + caption]
+        of_first_caption = int(first[self.index_row[row]])
+        found = features[of_first_caption + caption]
         if not found.isfinite().all():
             raise BadImage("could not be read when its features were made")
         return found.clone()

@@ -1,17 +1,17 @@
-"""The index of one tar shard: where each sample's members lie, their hashes, and what is wrong with
-them.
+"""The index of one tar shard: where each sample's files lie, their hashes, and what is wrong.
 
 It stands beside the shard as `NAME.index.parquet` and makes three things possible that a streamed
-tar cannot
-give: random access (hence exact resume), truncation noticed before training, and known bad samples
-left out.
+tar cannot give: random access (hence exact resume), truncation noticed before training, and known
+bad samples left out.
+
+A *member* is a file inside the tar, a *sample* the members that share a name up to the first dot.
 """
 
 import hashlib
 import json
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clipsmall.data.captions import caption_hash, captions_of, fields_of
+from clipsmall.storage import atomic
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "avif", "gif", "bmp", "tif", "tiff")
 VERSION = 1
@@ -62,6 +63,8 @@ def image_hash(image: bytes) -> int:
 
 
 class Member(NamedTuple):
+    """A file inside a tar."""
+
     name: str
     # of the data, in the tar
     offset: int
@@ -69,16 +72,22 @@ class Member(NamedTuple):
     size: int
 
 
+def text_metadata(table: pa.Table) -> dict[str, str]:
+    """What the file of a table says of itself; Parquet keeps it as bytes."""
+    raw = table.schema.metadata or {}
+    return {key.decode(): value.decode() for key, value in raw.items()}
+
+
 def index_path(shard: Path) -> Path:
     return shard.with_suffix(".index.parquet")
 
 
 def tar_members(shard: Path) -> list[Member]:
-    """Every regular file of an uncompressed tar, in order.
+    """Every regular file of an uncompressed tar, in order; links and directories are left out.
 
-    Links, devices and directories are passed over. Raises ShardError for anything but a whole tar:
-    `tarfile` and webdataset take a file that ends at a header, or inside one, for a shorter tar
-    without a word.
+    Raises:
+        ShardError: anything but a whole tar. `tarfile` and webdataset would silently read a file
+            that ends at a header, or inside one, as a shorter tar.
     """
     size = shard.stat().st_size
     if size == 0:
@@ -88,11 +97,10 @@ def tar_members(shard: Path) -> list[Member]:
     try:
         with tarfile.open(shard, "r:") as tar:
             for info in tar:
-                end = (
-                    info.offset_data + -(-info.size // 512) * 512
-                    if info.isreg()
-                    else info.offset_data
-                )
+                end = info.offset_data
+                if info.isreg():
+                    # data are padded to whole blocks of 512 bytes
+                    end += -(-info.size // 512) * 512
                 if info.offset_data + info.size > size:
                     raise ShardError(
                         f"{shard}: cut inside member {info.name!r}; copy or make it again"
@@ -103,6 +111,7 @@ def tar_members(shard: Path) -> list[Member]:
         raise ShardError(
             f"{shard}: not an uncompressed tar, or cut ({error}); copy or make it again"
         ) from None
+    # a tar ends with an empty block, which a cut one lacks
     with shard.open("rb") as file:
         file.seek(end)
         if file.read(512) != b"\0" * 512:
@@ -112,9 +121,10 @@ def tar_members(shard: Path) -> list[Member]:
     return members
 
 
-def samples(members: list[Member]) -> Iterator[tuple[str, dict[str, Member]]]:
-    """Members grouped as webdataset does: neighbours with one name up to the first dot of the file
-    name.
+def group_members(members: list[Member]) -> Iterator[tuple[str, dict[str, Member]]]:
+    """Members grouped into samples as webdataset does; yields each key with its members by suffix.
+
+    Neighbours belong together whose path is the same up to the first dot of the file name.
     """
     key = None
     group = dict[str, Member]()
@@ -135,36 +145,25 @@ def samples(members: list[Member]) -> Iterator[tuple[str, dict[str, Member]]]:
         yield key, group
 
 
-def _row(key: str, group: dict[str, Member], read: Any) -> dict[str, Any]:
-    """One row of the index; `read(member) -> bytes`."""
+def _row(key: str, group: dict[str, Member], read: Callable[[Member], bytes]) -> dict[str, Any]:
+    """One row of the index: a sample, its first image, and why it cannot be used."""
     missing = Member("", -1, 0)
-    suffix = next((s for s in IMAGE_SUFFIXES if s in group), "")
+    suffix = next((each for each in IMAGE_SUFFIXES if each in group), "")
     image = group.get(suffix, missing)
     text = group.get("txt", missing)
     record = group.get("json", missing)
     label = group.get("cls", missing)
-    status = ""
-    fields = dict[str, Any]()
-    captions = list[str]()
-    if record.size > MAX_TEXT_BYTES or text.size > MAX_TEXT_BYTES:
-        status = "caption or json over 1 MiB"
-    else:
-        try:
-            fields = fields_of(read(record) if record.size else b"")
-            captions = captions_of(read(text) if text.size > 0 else b"", fields)
-            if not captions:
-                status = "no caption" if text.offset < 0 else "empty caption"
-        except UnicodeDecodeError:
-            status = "caption is not UTF-8"
-        except (ValueError, RecursionError):
-            status = "broken json"
+    fields, captions, status = _read_caption(text, record, read)
     if image.size == 0:
         status = "no image"
     number = fields.get("index", -1)
+    # a bool is an int, too, and json's numbers have no limit
+    if type(number) is not int or not 0 <= number < 2**63:
+        number = -1
     return {
         # a tar's names need not be UTF-8
         "key": key.encode("utf-8", "replace").decode(),
-        "index": number if type(number) is int and 0 <= number < 2**63 else -1,
+        "index": number,
         "image_offset": image.offset,
         "image_size": image.size,
         "image_suffix": suffix,
@@ -181,15 +180,38 @@ def _row(key: str, group: dict[str, Member], read: Any) -> dict[str, Any]:
     }
 
 
+def _read_caption(
+    text: Member, record: Member, read: Callable[[Member], bytes]
+) -> tuple[dict[str, Any], list[str], str]:
+    """The json's fields, the captions, and what is wrong with them ("" = nothing)."""
+    fields = dict[str, Any]()
+    captions = list[str]()
+    if record.size > MAX_TEXT_BYTES or text.size > MAX_TEXT_BYTES:
+        return fields, captions, "caption or json over 1 MiB"
+    try:
+        fields = fields_of(read(record) if record.size else b"")
+        captions = captions_of(read(text) if text.size > 0 else b"", fields)
+    except UnicodeDecodeError:
+        return fields, captions, "caption is not UTF-8"
+    except (ValueError, RecursionError):
+        return fields, captions, "broken json"
+    if captions:
+        return fields, captions, ""
+    return fields, captions, "no caption" if text.offset < 0 else "empty caption"
+
+
 def proof(shard: Path) -> str:
-    """sha256 of a shard's first, middle and last 64 KiB: tars are padded, so another one may have
-    the same size.
+    """sha256 of a shard's first, middle and last 64 KiB.
+
+    Tars are padded, so another tar may well have the same size.
     """
     size = shard.stat().st_size
+    offsets = (0, size // 2, max(size - PROOF_BYTES, 0))
     digest = hashlib.sha256()
     with shard.open("rb") as file:
-        for offset in (0, size // 2, max(size - PROOF_BYTES, 0)):
-            digest.update(os.pread(file.fileno(), PROOF_BYTES, offset))
+        for offset in offsets:
+            part = os.pread(file.fileno(), PROOF_BYTES, offset)
+            digest.update(part)
     return digest.hexdigest()
 
 
@@ -198,7 +220,9 @@ def check_stats(shard: Path, samples: int) -> None:
     the tar holds.
     """
     stats = shard.with_name(f"{shard.stem}_stats.json")
-    promised = json.loads(stats.read_text()).get("successes") if stats.exists() else None
+    if not stats.exists():
+        return
+    promised = json.loads(stats.read_text()).get("successes")
     if promised not in (None, samples):
         raise ShardError(
             f"{shard}: holds {samples} samples, {stats.name} says {promised}; copy or make it again"
@@ -216,7 +240,7 @@ def build_index(shard: Path) -> pa.Table:
     with shard.open("rb") as file:
         rows = [
             _row(key, group, lambda m: os.pread(file.fileno(), m.size, m.offset))
-            for key, group in samples(members)
+            for key, group in group_members(members)
         ]
     check_stats(shard, len(rows))
     metadata = {
@@ -230,9 +254,8 @@ def build_index(shard: Path) -> pa.Table:
 def write_index(shard: Path, table: pa.Table) -> Path:
     """Write `table` beside the shard, whole or not at all."""
     path = index_path(shard)
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    pq.write_table(table, temporary)
-    os.replace(temporary, path)
+    with atomic.new_file(path) as temporary:
+        pq.write_table(table, temporary)
     return path
 
 
@@ -256,21 +279,19 @@ def read_index(shard: Path, columns: list[str] | None = None) -> pa.Table:
         raise ShardError(
             f"{path}: unreadable ({error}); delete it and run data_tools.check_shards"
         ) from None
-    metadata = {
-        key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()
-    }
+    metadata = text_metadata(table)
     if metadata.get("clipsmall_index") != str(VERSION):
         raise ShardError(
-            f"{path}: not a clipsmall index of version {VERSION}; run data_tools.check_shards --rebuild"
+            f"{path}: not a clipsmall index of version {VERSION}; "
+            "run data_tools.check_shards --rebuild"
         )
-    if (size := shard.stat().st_size) != int(metadata["tar_size"]):
+    mend = f"restore it, or run: python -m data_tools.check_shards {shard.parent} --rebuild"
+    size = shard.stat().st_size
+    if size != int(metadata["tar_size"]):
         raise ShardError(
-            f"{shard}: has {size} bytes, its index was made for {metadata['tar_size']}: truncated or replaced; "
-            f"restore it, or run: python -m data_tools.check_shards {shard.parent} --rebuild"
+            f"{shard}: has {size} bytes, its index was made for {metadata['tar_size']}: "
+            f"truncated or replaced; {mend}"
         )
     if metadata.get("tar_proof") != proof(shard):
-        raise ShardError(
-            f"{shard}: is another file than the one its index was made for; restore it, or run: "
-            f"python -m data_tools.check_shards {shard.parent} --rebuild"
-        )
+        raise ShardError(f"{shard}: is another file than the one its index was made for; {mend}")
     return table

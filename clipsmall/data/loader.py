@@ -1,6 +1,4 @@
-"""Loader processes: whole batches, in order, that outlive a SIGTERM long enough for the trainer to
-save.
-"""
+"""Loader processes, which ignore a SIGTERM from outside so that the trainer can still save."""
 
 import os
 import signal
@@ -12,12 +10,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from clipsmall.data.reader import LoadedBatch
 
-# seconds that a worker serves on after SIGTERM, where nobody can tell who sent it (macOS)
+# seconds that a worker goes on after SIGTERM where its sender is not known (macOS)
 LAST_SERVICE = 30
 
 
 def _leave_with_the_trainer() -> None:
-    """SIGTERM from the trainer means leave; from anyone else it is the trainer's to answer."""
+    """End this worker on a SIGTERM from the trainer; ignore one from anyone else."""
     trainer = os.getppid()
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trainer:
         pass
@@ -25,11 +23,12 @@ def _leave_with_the_trainer() -> None:
 
 
 def outlive_the_signal(worker: int) -> None:
-    """SIGTERM and Ctrl-C reach the whole process group; the trainer finishes its step and saves,
-    then ends its workers.
+    """Workers ignore SIGTERM and Ctrl-C from outside but exit when the trainer sends SIGTERM.
 
-    Workers must not die of it (torch would end the trainer, perhaps in the middle of a save), nor
-    be deaf to it: at interpreter exit they are sent SIGTERM and waited for.
+    A scheduler's signal reaches the whole process group. The trainer answers it: it finishes its
+    step, saves, and ends its workers. If a worker died first, torch would end the trainer, perhaps
+    in the middle of a save; if it ignored SIGTERM altogether, the trainer, which sends one at its
+    exit and waits, would hang.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):
@@ -53,8 +52,7 @@ def batch_loader(
         batches: GlobalBatches, or a stream.
         numbers: the global batches to load, in this order for any number of workers; None for a
             stream, which is endless and comes in another order for another number of workers.
-        timeout: seconds without an answer of a worker that end the run with an error, instead of a
-            hang.
+        timeout: seconds without a batch from a worker after which an error is raised.
     """
     return DataLoader(
         batches,

@@ -1,6 +1,4 @@
-"""The order of pairs: a pure function of (seed, epoch, position), whoever asks and from
-wherever.
-"""
+"""The order of pairs: a pure function of (seed, epoch, position), the same for every rank."""
 
 from functools import lru_cache
 
@@ -11,9 +9,8 @@ Rows = NDArray[np.int64]
 
 
 def permutation(size: int, *seed: int) -> Rows:
-    """A seeded permutation of range(size). Sorted raw PCG64 words: numpy keeps that stream between
-    releases.
-    """
+    """A seeded permutation of range(size), the same in every numpy release."""
+    # the raw words of PCG64 are fixed; numpy's own shuffle may change
     raw = np.random.PCG64(np.random.SeedSequence(seed)).random_raw(size)
     return np.argsort(raw, kind="stable").astype(np.int64)
 
@@ -39,18 +36,17 @@ class Order:
         self.length = sum(sizes)
         self.seed = seed
         self.window = window
-        starts = [
-            np.arange(0, size, block) + before
-            for size, before in zip(sizes, np.cumsum([0, *sizes]), strict=False)
-        ]
-        self._starts: Rows = np.concatenate([*starts, np.zeros(0)]).astype(np.int64)
-        ends = np.minimum(
-            self._starts + block,
-            np.cumsum(sizes)[np.searchsorted(np.cumsum(sizes), self._starts, side="right")]
-            if sizes
-            else 0,
-        )
-        self._lengths: Rows = (ends - self._starts).astype(np.int64)
+        starts = [np.zeros(0, np.int64)]
+        lengths = [np.zeros(0, np.int64)]
+        first = 0
+        for size in sizes:
+            # the last block of a shard may be shorter
+            within = np.arange(0, size, block)
+            starts.append(first + within)
+            lengths.append(np.minimum(block, size - within))
+            first += size
+        self._starts: Rows = np.concatenate(starts)
+        self._lengths: Rows = np.concatenate(lengths)
         self._remember()
 
     def _remember(self) -> None:
@@ -58,14 +54,13 @@ class Order:
         self._window = lru_cache(maxsize=4)(self._shuffled)
 
     def __getstate__(self) -> dict[str, object]:
-        return {
-            name: value
-            for name, value in self.__dict__.items()
-            if name not in ("_epoch", "_window")
-        }
+        state = dict(self.__dict__)
+        # caches cannot be pickled
+        del state["_epoch"], state["_window"]
+        return state
 
-    # in a spawned loader process
     def __setstate__(self, state: dict[str, object]) -> None:
+        # in a spawned loader process
         self.__dict__.update(state)
         self._remember()
 
@@ -77,7 +72,8 @@ class Order:
         which = positions // self.window
         for window in np.unique(which):
             here = which == window
-            out[here] = self._window(epoch, int(window))[positions[here] - window * self.window]
+            shuffled = self._window(epoch, int(window))
+            out[here] = shuffled[positions[here] - window * self.window]
         return out
 
     def window_blocks(self, epoch: int, window: int) -> list[tuple[int, int]]:
@@ -90,26 +86,27 @@ class Order:
         pieces = list[tuple[int, int]]()
         if low >= self.length:
             return pieces
-        for block in range(int(np.searchsorted(before, low, side="right")) - 1, len(starts)):
-            if before[block] >= high:
+        # from the block that holds the window's first pair to the one that holds its last
+        first_block = int(np.searchsorted(before, low, side="right")) - 1
+        for block in range(first_block, len(starts)):
+            position = int(before[block])
+            if position >= high:
                 break
-            first = max(low - int(before[block]), 0)
-            last = min(high - int(before[block]), int(lengths[block]))
+            first = max(low - position, 0)
+            last = min(high - position, int(lengths[block]))
             pieces.append((int(starts[block]) + first, last - first))
         return sorted(pieces)
 
     def _laid_out(self, epoch: int) -> tuple[Rows, Rows, Rows]:
+        """First row and length of each block in the order of the epoch, and the pairs before it."""
         order = permutation(len(self._starts), self.seed, epoch)
         lengths = self._lengths[order]
-        return (
-            self._starts[order],
-            lengths,
-            np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64),
-        )
+        before = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64)
+        return self._starts[order], lengths, before
 
     def _shuffled(self, epoch: int, window: int) -> Rows:
-        rows = np.concatenate(
-            [np.arange(start, start + size) for start, size in self.window_blocks(epoch, window)]
-        )
-        shuffled: Rows = rows[permutation(len(rows), self.seed, epoch, window)]
+        blocks = self.window_blocks(epoch, window)
+        rows = np.concatenate([np.arange(first, first + size) for first, size in blocks])
+        order = permutation(len(rows), self.seed, epoch, window)
+        shuffled: Rows = rows[order]
         return shuffled

@@ -1,6 +1,4 @@
-"""Global batches from shards: the same ones for any number of ranks and workers, resumed at any
-batch.
-"""
+"""Global batches from shards, the same for any number of ranks and workers."""
 
 import os
 from collections import Counter
@@ -24,27 +22,30 @@ from clipsmall.data.index import ShardError, image_hash
 from clipsmall.data.order import Order, permutation
 from clipsmall.data.preprocess import BadImage, ImageTransform
 
-# bytes: what Linux reads at most for one WILLNEED advice
+# bytes that Linux reads at most for one POSIX_FADV_WILLNEED
 READAHEAD = 128 * 1024
 # tries to replace one bad pair before the run stops
 MAX_SUBSTITUTES = 16
+# names kept for each reason
+EXAMPLES = 5
 # n captions -> (n, L) int64
 Tokenize = Callable[[list[str]], Tensor]
 
 
 @dataclass
 class Skips:
-    """Pairs that could not be read, counted by reason, with a few names of each."""
+    """Pairs that could not be read, counted by reason, with at most five names for each."""
 
+    # pairs asked for, the unreadable ones among them
     seen: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
 
     def add(self, reason: str, name: Callable[[], str]) -> None:
-        """Count; `name` is asked for the first five of a reason only."""
+        """Count one more; `name`, which may be slow, is called for the first few of a reason."""
         self.reasons[reason] += 1
         named = self.examples.setdefault(reason, [])
-        if len(named) < 5:
+        if len(named) < EXAMPLES:
             named.append(name())
 
     def merge(self, other: "Skips") -> None:
@@ -52,7 +53,8 @@ class Skips:
         self.reasons.update(other.reasons)
         for reason, names in other.examples.items():
             mine = self.examples.setdefault(reason, [])
-            mine += [name for name in names if name not in mine][: 5 - len(mine)]
+            new = [name for name in names if name not in mine]
+            mine += new[: EXAMPLES - len(mine)]
 
     @property
     def total(self) -> int:
@@ -60,37 +62,54 @@ class Skips:
 
     @property
     def rate(self) -> float:
+        """Ratio of unreadable to seen pairs."""
         return self.total / max(self.seen, 1)
 
     def __str__(self) -> str:
-        return "; ".join(
-            f"{n} x {why} (e.g. {', '.join(self.examples[why][:2])})"
-            for why, n in self.reasons.items()
-        )
+        parts = []
+        for reason, count in self.reasons.items():
+            names = ", ".join(self.examples[reason][:2])
+            parts.append(f"{count} x {reason} (e.g. {names})")
+        return "; ".join(parts)
 
 
 class LoadedBatch(NamedTuple):
+    """The pairs of a batch that one rank trains on, and what could not be read on the way."""
+
     pairs: Pairs
     skips: Skips
-    # (B,) int64, of the encoded images, by which mining keeps copies apart; 0 where nobody asked
+    # (B/W,) int64, of the encoded images, by which mining keeps copies apart; 0 if not asked for
     image_hash: Tensor
+
+
+class _LoadedPair(NamedTuple):
+    """A pair on its way into a batch."""
+
+    row: int
+    # (3, H, W) uint8, or (D,) features
+    image: Tensor
+    caption: str
+    # (D,) features of the caption; empty if they are not made
+    text: Tensor
+    image_hash: int
 
 
 class GlobalBatches(Dataset[LoadedBatch]):
     """`batches[k]` is this rank's slice of global batch k, a pure function of (catalog, seed, k).
 
-    Global batch k of an epoch is places k·B … (k+1)·B of its order, and rank r of W takes the r-th
-    W-th of it, so every world size sees the same batches. The `length mod B` pairs that fill no
-    batch are left for other epochs, whose order differs. A bad pair is replaced by the pair at the
-    same slot of a following batch: that depends on no rank, and no pair comes twice in one batch.
+    Global batch k of an epoch is positions k·B … (k+1)·B of its order, and rank r of W ranks takes
+    the r-th of W equal slices of it, so every world size sees the same batches. The `length mod B`
+    pairs that fill no batch are left for other epochs, whose order differs. A bad pair is replaced
+    by the pair at the same slot of a following batch: that does not depend on the number of ranks,
+    and no pair comes twice in one batch.
 
     Args:
         order: of the pairs, or of the batches of a plan.
         batch_size: B, pairs of one step over all ranks.
         rank, world_size: which slice is mine.
-        hash_images: 90 µs for 150 KB, which only mining needs.
-        made: features of the `image` or the `text`, which stand in the batch in place of pixels or
-            token ids.
+        hash_images: hash every encoded image (90 µs for 150 KB), which only mining needs.
+        made: features by tower, `image` or `text`; the batch holds them in place of pixels or token
+            ids.
 
     Raises:
         ValueError: B does not divide by the ranks, or the data set is smaller than one batch.
@@ -112,7 +131,8 @@ class GlobalBatches(Dataset[LoadedBatch]):
             raise ValueError(f"data.batch_size={batch_size} is not divisible by {world_size} ranks")
         if batch_size > order.length:
             raise ValueError(
-                f"data.batch_size={batch_size} is more than the {order.length} pairs of the data set"
+                f"data.batch_size={batch_size} is more than the {order.length} pairs "
+                "of the data set"
             )
         self.catalog = catalog
         self.order = order
@@ -121,8 +141,8 @@ class GlobalBatches(Dataset[LoadedBatch]):
         self.batch_size = batch_size
         self.rank = rank
         self.world_size = world_size
-        # no proxy could travel to a spawned worker
         self.hash_images = hash_images
+        # a mappingproxy cannot travel to a spawned worker
         self.made = dict(made)
         self.per_epoch = order.length // batch_size
         self._advised: tuple[int, int] | None = None
@@ -136,75 +156,90 @@ class GlobalBatches(Dataset[LoadedBatch]):
         replaced.
         """
         epoch, batch = self.place(number)
+        return self.order.rows(epoch, self._positions(batch))
+
+    def _positions(self, batch: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+        """(B/W,) positions within the epoch: my slice of a batch of it."""
         local = self.batch_size // self.world_size
         first = batch * self.batch_size + self.rank * local
-        return self.order.rows(epoch, np.arange(first, first + local))
+        return np.arange(first, first + local)
 
     def __getitem__(self, number: int) -> LoadedBatch:
         epoch, batch = self.place(number)
         self._read_ahead(epoch, batch)
-        local = self.batch_size // self.world_size
-        skips = Skips(seen=local)
-        loaded = [
-            self._pair(epoch, batch * self.batch_size + self.rank * local + slot, row, skips)
-            for slot, row in enumerate(self.rows(number).tolist())
-        ]
-        images, captions, made, rows, hashes = zip(*loaded, strict=True)
+        positions = self._positions(batch)
+        rows = self.order.rows(epoch, positions)
+        skips = Skips(seen=len(rows))
+        loaded = []
+        for position, row in zip(positions.tolist(), rows.tolist(), strict=True):
+            loaded.append(self._good_pair(epoch, position, row, skips))
+        captions = [pair.caption for pair in loaded]
+        if "text" in self.made:
+            text = torch.stack([pair.text for pair in loaded])
+        else:
+            text = self.tokenize(captions)
         pairs = Pairs(
-            image=torch.stack(images),
-            text=torch.stack(made) if "text" in self.made else self.tokenize(list(captions)),
-            index=torch.from_numpy(self.catalog.index[list(rows)]),
+            image=torch.stack([pair.image for pair in loaded]),
+            text=text,
+            # rows of substitutes among them
+            index=torch.from_numpy(self.catalog.index[[pair.row for pair in loaded]]),
             caption_hash=torch.tensor([caption_hash(caption) for caption in captions]),
         )
-        return LoadedBatch(pairs, skips, torch.tensor(hashes))
+        return LoadedBatch(pairs, skips, torch.tensor([pair.image_hash for pair in loaded]))
 
-    def _pair(
-        self, epoch: int, position: int, row: int, skips: Skips
-    ) -> tuple[Tensor, str, Tensor | None, int, int]:
-        """The pair at `position` of the epoch, or its deterministic substitute: image, caption and
-        its features if they were made, row, image hash."""
+    def _good_pair(self, epoch: int, position: int, row: int, skips: Skips) -> _LoadedPair:
+        """The pair at `position` of the epoch, or its deterministic substitute if it is bad."""
         for step in range(1, MAX_SUBSTITUTES + 1):
             try:
-                looked_at = "image" not in self.made or self.hash_images
-                members = self.catalog.read(row) if looked_at else self.catalog.read_text(row)
-                image = (
-                    self.made["image"](row)
-                    if "image" in self.made
-                    else self._augmented(members.image, epoch, row)
-                )
-                captions = captions_of(members.text, fields_of(members.json))
-                chosen = self._choice(len(captions), epoch, row)
-                hashed = image_hash(members.image) if self.hash_images else 0
-                made = self.made["text"](row, chosen) if "text" in self.made else None
-                return image, captions[chosen], made, row, hashed
+                return self._load_pair(epoch, row)
             except BadImage as reason:
                 skips.add(str(reason), partial(self.catalog.name, row))
+            # the same slot of the next batch
             position = (position + self.batch_size) % (self.per_epoch * self.batch_size)
             row = int(self.order.rows(epoch, np.array([position]))[0])
+            # after a whole round the bad pair itself comes again
             if step >= self.per_epoch:
                 break
         raise ShardError(
-            f"no good pair found in place of a bad one after {skips}; run data_tools.check_shards --decode"
+            f"no good pair found in place of a bad one after {skips}; "
+            "run data_tools.check_shards --decode"
+        )
+
+    def _load_pair(self, epoch: int, row: int) -> _LoadedPair:
+        """Raises BadImage."""
+        # features of the image stand for its bytes, which are then read for their hash only
+        needs_image = "image" not in self.made or self.hash_images
+        data = self.catalog.read(row) if needs_image else self.catalog.read_text(row)
+        if "image" in self.made:
+            image = self.made["image"](row)
+        else:
+            image = self._augmented(data.image, epoch, row)
+        captions = captions_of(data.text, fields_of(data.json))
+        chosen = self._choice(len(captions), epoch, row)
+        return _LoadedPair(
+            row=row,
+            image=image,
+            caption=captions[chosen],
+            text=self.made["text"](row, chosen) if "text" in self.made else torch.empty(0),
+            image_hash=image_hash(data.image) if self.hash_images else 0,
         )
 
     def _choice(self, captions: int, epoch: int, row: int) -> int:
         """Which of a pair's captions this epoch shows: each once before any comes again."""
-        return (
-            int(permutation(captions, self.order.seed, row)[epoch % captions])
-            if captions > 1
-            else 0
-        )
+        if captions <= 1:
+            return 0
+        order = permutation(captions, self.order.seed, row)
+        return int(order[epoch % captions])
 
     def _augmented(self, data: bytes, epoch: int, row: int) -> Tensor:
-        """Random crops seeded by (seed, epoch, row): the same in any worker, and the global RNG
-        untouched.
-        """
+        """Pixels; random crops are seeded by (seed, epoch, row), hence the same in any worker."""
         if not self.image.random:
             return self.image(data)
+        sequence = np.random.SeedSequence((self.order.seed, epoch, row))
+        seed = sequence.generate_state(1, np.uint64)[0]
+        # torchvision draws from the global generator, which is the training's
         with torch.random.fork_rng(devices=[]):
-            seed = np.random.SeedSequence((self.order.seed, epoch, row)).generate_state(
-                1, np.uint64
-            )[0]
+            # torch takes 63 bits
             torch.default_generator.manual_seed(int(seed) >> 1)
             return self.image(data)
 
@@ -217,12 +252,19 @@ class GlobalBatches(Dataset[LoadedBatch]):
         window = batch * self.batch_size // self.order.window
         if self._advised == (epoch, window):
             return
-        first_time = self._advised is None
+        # nobody has announced the first window
+        windows = [window, window + 1] if self._advised is None else [window + 1]
         self._advised = (epoch, window)
-        for ahead in (window, window + 1) if first_time else (window + 1,):
+        for ahead in windows:
             for row, count in self.order.window_blocks(epoch, ahead):
-                low = int(self.catalog.spans[row, 0, 0])
-                last = self.catalog.spans[row + count - 1]
-                for offset in range(low, int(last.sum(axis=1).max()), READAHEAD):
-                    descriptor = self.catalog.descriptor(int(self.catalog.shard[row]))
-                    os.posix_fadvise(descriptor, offset, READAHEAD, os.POSIX_FADV_WILLNEED)
+                self._advise(row, count)
+
+    def _advise(self, row: int, count: int) -> None:
+        """Announce the bytes of `count` neighbouring rows of one shard."""
+        descriptor = self.catalog.descriptor(int(self.catalog.shard[row]))
+        last = self.catalog.spans[row + count - 1]
+        begin = int(self.catalog.spans[row, 0, 0])
+        # of the last of the pair's files
+        end = int(last.sum(axis=1).max())
+        for offset in range(begin, end, READAHEAD):
+            os.posix_fadvise(descriptor, offset, READAHEAD, os.POSIX_FADV_WILLNEED)

@@ -1,9 +1,6 @@
-"""Scores of shards: what a model made of each of their pairs, in sidecars
-`NNNNN.scores.parquet`.
-"""
+"""Scores of pairs by a model, kept beside each shard as `NNNNN.scores.parquet`."""
 
 import json
-import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,8 +11,9 @@ from numpy.typing import NDArray
 
 from clipsmall import __version__
 from clipsmall.data.catalog import Catalog
-from clipsmall.data.index import ShardError, proof, read_index
+from clipsmall.data.index import ShardError, proof, read_index, text_metadata
 from clipsmall.data.order import Rows
+from clipsmall.storage import atomic
 
 VERSION = 1
 
@@ -51,7 +49,8 @@ class Scores(NamedTuple):
         """(len(places), 2 D) image and text side by side: their products are the sum of both
         cosines.
         """
-        return np.concatenate([self.image[places], self.text[places]], axis=1).astype(np.float32)
+        both = [self.image[places], self.text[places]]
+        return np.concatenate(both, axis=1).astype(np.float32)
 
 
 def sidecar(shard: Path, folder: Path | None = None) -> Path:
@@ -68,13 +67,8 @@ def write_scores(shard: Path, folder: Path | None, table: pa.Table, scorer: Scor
         "tar_proof": proof(shard),
         "scorer": json.dumps(scorer._asdict()),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    try:
+    with atomic.new_file(path) as temporary:
         pq.write_table(table.replace_schema_metadata(metadata), temporary, use_dictionary=False)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_scores(shard: Path, folder: Path | None, columns: list[str]) -> tuple[pa.Table, Scorer]:
@@ -93,9 +87,7 @@ def read_scores(shard: Path, folder: Path | None, columns: list[str]) -> tuple[p
         table = pq.read_table(path, columns=columns)
     except (pa.ArrowException, OSError) as error:
         raise ShardError(f"{path}: cut or broken ({error}); {again}") from None
-    metadata = {
-        key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()
-    }
+    metadata = text_metadata(table)
     if metadata.get("clipsmall_scores") != str(VERSION):
         raise ShardError(f"{path}: not scores of version {VERSION}; {again}")
     if metadata["tar_proof"] != proof(shard):
@@ -110,42 +102,49 @@ def all_scores(catalog: Catalog, folder: Path | None = None) -> Scores:
     Raises:
         ShardError: a shard without usable scores, or scores of different models.
     """
-    parts = []
-    before = np.cumsum([0, *catalog.sizes])
+    row = []
+    image_hash = []
+    image = []
+    text = []
     first: Scorer | None = None
-    for place, shard in enumerate(catalog.shards):
-        if not catalog.sizes[place]:
+    # rows of the catalog that lie in the shards before
+    before = 0
+    for shard, size in zip(catalog.shards, catalog.sizes, strict=True):
+        if size == 0:
             continue
         table, scorer = read_scores(shard, folder, ["row", "image_hash", "image", "text"])
         first = first or scorer
         if scorer.digest != first.digest:
             raise ShardError(
-                f"{sidecar(shard, folder)}: scored by {scorer.model} (weights {scorer.digest[:8]}), others by "
-                f"{first.model} ({first.digest[:8]}); score them alike with: data_tools.mine_shards score --rescore"
+                f"{sidecar(shard, folder)}: scored by {scorer.model} "
+                f"(weights {scorer.digest[:8]}), others by {first.model} ({first.digest[:8]}); "
+                "score them alike with: data_tools.mine_shards score --rescore"
             )
         good = good_rows(read_index(shard, ["status"]))
         rows = table["row"].to_numpy()
-        # a pair may have been found bad since
-        there = np.isin(rows, good)
-        halves = [_rows(table[name])[there] for name in ("image", "text")]
-        parts.append(
-            (
-                before[place] + np.searchsorted(good, rows[there]),
-                table["image_hash"].to_numpy()[there],
-                *halves,
-            )
-        )
+        # a pair may have been found bad since it was scored
+        still_good = np.isin(rows, good)
+        row.append(before + np.searchsorted(good, rows[still_good]))
+        image_hash.append(table["image_hash"].to_numpy()[still_good])
+        image.append(_matrix(table["image"])[still_good])
+        text.append(_matrix(table["text"])[still_good])
+        before += size
     # a catalog has pairs
     assert first is not None
-    row, image_hash, image, text = (np.concatenate(column) for column in zip(*parts, strict=True))
-    return Scores(row, image_hash, image, text, first)
-
-
-def _rows(column: pa.ChunkedArray) -> NDArray[np.float16]:
-    lists = column.combine_chunks()
-    found: NDArray[np.float16] = (
-        lists.flatten().to_numpy().reshape(len(lists), lists.type.list_size)
+    return Scores(
+        row=np.concatenate(row),
+        image_hash=np.concatenate(image_hash),
+        image=np.concatenate(image),
+        text=np.concatenate(text),
+        scorer=first,
     )
+
+
+def _matrix(column: pa.ChunkedArray) -> NDArray[np.float16]:
+    """(n, D) a column of n lists of D numbers."""
+    lists = column.combine_chunks()
+    numbers = lists.flatten().to_numpy()
+    found: NDArray[np.float16] = numbers.reshape(len(lists), lists.type.list_size)
     return found
 
 

@@ -23,6 +23,10 @@ from clipsmall.storage import checkpoint
 Change = Callable[[Image.Image, int], Image.Image]
 
 
+class NoReadableImage(ValueError):
+    """Not one image of those asked for can be read; the message names the first shard."""
+
+
 class _Images(Dataset[tuple[int, Tensor | None]]):
     def __init__(self, catalog: Catalog, transform: ImageTransform, change: Change | None) -> None:
         self.catalog = catalog
@@ -97,7 +101,7 @@ class Encoder:
                 cropped.
 
         Raises:
-            ValueError: every image is broken.
+            NoReadableImage: every image is broken.
         """
         wanted = torch.arange(len(catalog)) if only is None else torch.tensor(only)
         batches = list(torch.split(wanted, self.batch_size))
@@ -122,7 +126,9 @@ class Encoder:
             self._encode(self.model.encode_image, torch.zeros(1, 3, side, side, dtype=torch.uint8))
         features, found = self._gathered(torch.cat(rows), torch.cat(parts))
         if not len(found):
-            raise ValueError(f"{catalog.shards[0]} ...: none of {len(wanted)} images can be read")
+            raise NoReadableImage(
+                f"{catalog.shards[0]} ...: none of {len(wanted)} images can be read"
+            )
         return features, found
 
     def texts(self, captions: Sequence[str]) -> Tensor:

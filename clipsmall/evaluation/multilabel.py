@@ -12,7 +12,7 @@ from sklearn.metrics import average_precision_score
 from torch import Tensor
 
 from clipsmall.data import Catalog
-from clipsmall.data.index import MAX_TEXT_BYTES, Member, samples, tar_members
+from clipsmall.data.index import MAX_TEXT_BYTES, Member, group_members, tar_members
 from clipsmall.evaluation.hits import chunk_rows, scores
 
 
@@ -49,7 +49,7 @@ def read_targets(catalog: Catalog, classes: int) -> Tensor:
     for number, shard in enumerate(catalog.shards):
         members = {
             member.offset: group.get("npy")
-            for _, group in samples(tar_members(shard))
+            for _, group in group_members(tar_members(shard))
             for member in group.values()
         }
         for row in np.flatnonzero(catalog.shard == number).tolist():

@@ -2,12 +2,13 @@
 terminal.
 """
 
-import json
 import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from clipsmall.storage import atomic
 
 
 @dataclass
@@ -54,7 +55,6 @@ def cell_path(folder: Path, dataset: str, pretrained: str, model: str, task: str
 
 def write_cell(cell: Result, folder: Path, model: str, pretrained: str) -> Path:
     """Write the file `cell_path` names, whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
     path = cell_path(folder, cell.dataset, pretrained, model, cell.task)
     content = {
         "dataset": cell.dataset,
@@ -68,9 +68,7 @@ def write_cell(cell: Result, folder: Path, model: str, pretrained: str) -> Path:
         **({"details": cell.details} if cell.details else {}),
         **({"key": cell.key} if cell.key else {}),
     }
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(temporary, path)
+    atomic.write_json(path, content)
     return path
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from clipsmall.data import Catalog, build_index, index_path, open_catalog, shard_paths, write_index
 from clipsmall.data.index import IMAGE_SUFFIXES
+from clipsmall.data.making.tables import TABLES
 from clipsmall.distributed import world
 
 # dataset_type.txt -> the task it is made for
@@ -17,15 +18,8 @@ KINDS = {
     "retrieval": "retrieval",
     "multilabel": "zero_shot",
 }
-# that data_tools.make_shards opens
-TABLES = (
-    ".csv",
-    ".tsv",
-    ".jsonl",
-    ".ndjson",
-    ".parquet",
-    ".zip",
-)
+# what data_tools.make_shards opens
+SOURCES = (*TABLES, ".zip")
 
 
 @dataclass(frozen=True)
@@ -171,7 +165,7 @@ def _refuse_images(path: str) -> None:
     made = f"{place.parent.name}-shards/test" if place.name == "test" else f"{place.stem}-shards"
     if path.startswith("hf:"):
         columns = "--split test --caption COLUMN --label COLUMN"
-    elif place.suffix in TABLES and place.is_file():
+    elif place.suffix in SOURCES and place.is_file():
         columns = "--label COLUMN"
     elif place.is_dir() and not any(place.glob("*.tar")) and any(map(_is_image, place.rglob("*"))):
         columns = "--label class"

@@ -3,13 +3,13 @@ terminal.
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from clipsmall.evaluation.results import safe
+from clipsmall.storage import atomic
 
 # CLIP_benchmark's columns, in its order; what else we measure stands behind
 FIRST = [
@@ -97,23 +97,16 @@ def write_tables(folder: Path) -> None:
     cells = read_cells(folder)
     if not cells:
         return
-    _write(folder / "benchmark.csv", benchmark(cells).to_csv(index=False))
+    atomic.write_text(folder / "benchmark.csv", benchmark(cells).to_csv(index=False))
     models: dict[str, list[dict[str, Any]]] = {}
     for cell in cells:
         models.setdefault(f"{safe(cell['model'])}_{safe(cell['pretrained'])}", []).append(cell)
     for name, own in models.items():
         if lines := eval_results(own):
-            _write(
+            atomic.write_text(
                 folder / name / "eval_results.jsonl",
                 "".join(json.dumps(line) + "\n" for line in lines),
             )
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def printed(cells: list[dict[str, Any]]) -> str:

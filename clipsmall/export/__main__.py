@@ -46,7 +46,7 @@ def run_of(name: str) -> tuple[str, dict[str, Any]]:
         facts["versions"] = read_json(run.path / "env.json")
     # those of another step are another model's
     if run.last_evaluation() in (-1, step):
-        facts["cells"] = [read_json(cell) for cell in sorted(run.evaluations.glob("*.json"))]
+        facts["cells"] = [read_json(cell) for cell in sorted(run.evaluations.glob("[!.]*.json"))]
     return str(path), facts
 
 

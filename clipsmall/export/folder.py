@@ -1,8 +1,6 @@
 """A model's folder for transformers and open_clip at once: their files do not overlap."""
 
 import json
-import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +13,7 @@ from clipsmall.export import Inexpressible, to_open_clip, to_transformers
 from clipsmall.export.tokenizer import for_transformers, is_clips
 from clipsmall.export.weights import Tensors
 from clipsmall.model.towers import Loaded
+from clipsmall.storage import atomic
 
 
 @contextmanager
@@ -26,15 +25,11 @@ def complete(target: Path) -> Iterator[Path]:
     """
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise ValueError(f"{target}: is there already; give --to a new folder")
-    partial = target.with_name(f".tmp-{os.getpid()}-{target.name}")
     try:
-        partial.mkdir(parents=True)
-        yield partial
-        os.replace(partial, target)
+        with atomic.new_folder(target) as partial:
+            yield partial
     except OSError as error:
         raise ValueError(f"{target}: cannot be written ({error.strerror or error})") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write(loaded: Loaded, scalars: Tensors, name: str, folder: Path) -> tuple[list[str], list[str]]:

@@ -13,6 +13,8 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image, ImageOps
 
+from clipsmall.storage import atomic
+
 # Names of columns and metrics whose numbers from 0 to 1 are shown in percent.
 FRACTION_NAME = re.compile(
     r"(?<![a-z])acc(?!um)|recall|chance|precision|share|wait|r@\d|top[- _]?\d|\bmap\b",
@@ -82,10 +84,8 @@ def fill_template(template: str, **values: Any) -> str:
 
 def save_html(html: str, path: Path) -> None:
     """Write a page to `path`, whole or not at all. Raises OSError."""
-    part = path.with_name(f".{path.name}.part")
     # a caption may hold a lone surrogate
-    part.write_bytes(html.encode(errors="replace"))
-    part.replace(path)
+    atomic.write_bytes(path, html.encode(errors="replace"))
 
 
 def is_fraction(name: str) -> bool:

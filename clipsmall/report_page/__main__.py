@@ -59,7 +59,7 @@ def result_tables(folder: RunFolder, names: list[str]) -> list[Table]:
     """The JSON cells as a table a task, each metric beside its chance level, data sets in the order
     of `names`.
     """
-    cells = [json.loads(path.read_text()) for path in folder.evaluations.glob("*.json")]
+    cells = [json.loads(path.read_text()) for path in folder.evaluations.glob("[!.]*.json")]
     cells.sort(
         key=lambda cell: names.index(cell["dataset"]) if cell["dataset"] in names else len(names)
     )

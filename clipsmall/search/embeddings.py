@@ -1,7 +1,6 @@
 """Embeddings of all images and captions of a data set: made once, shard by shard, then read."""
 
 import hashlib
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +11,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from clipsmall.data import Catalog, ShardError, caption_hash, read_index
+from clipsmall.data import Catalog, caption_hash, read_index
 from clipsmall.data.index import proof
 from clipsmall.data.scores import good_rows
 from clipsmall.evaluation import Encoder
-from clipsmall.evaluation.features import read_texts
 from clipsmall.evaluation.hits import refuse_non_finite
+from clipsmall.evaluation.shard_features import (
+    encode_shard_images,
+    encode_shard_texts,
+    read_shard_captions,
+)
 from clipsmall.search.store import EmbeddingStore, Part, lock_folder
 
 
@@ -79,7 +82,7 @@ def embed(encoder: Encoder, catalog: Catalog, folder: Path, model: str = "") -> 
         missing = store.missing()
         silent = not (missing and encoder.progress)
         for number in tqdm(missing, desc="embedding shards", disable=silent):
-            store.add(number, *_made(encoder, catalog, number))
+            store.add(number, *_embed_shard(encoder, catalog, number))
 
         parts = [part for number in range(len(fingerprints)) if (part := store.part(number))]
 
@@ -116,22 +119,22 @@ def _fingerprint(catalog: Catalog, number: int) -> str:
     return digest.hexdigest()
 
 
-def _made(encoder: Encoder, catalog: Catalog, number: int) -> tuple[Part, int]:
-    """A shard's part, and how many of its images cannot be read."""
+def _embed_shard(encoder: Encoder, catalog: Catalog, number: int) -> tuple[Part, int]:
+    """A shard's part, and how many of its images cannot be read.
+
+    Raises:
+        ValueError: features that are not finite.
+    """
     shard = catalog.shards[number]
-    alone = catalog.only(number)
-
-    try:
-        image, found = _images(encoder, alone)
-        captions = read_texts(alone, rows=found.tolist()).captions
-    finally:
-        os.close(alone.descriptor(0))
-
-    flat = [caption for each in captions for caption in each]
-    text = encoder.texts(flat) if flat else image
+    image, found = encode_shard_images(encoder, catalog, number)
+    captions_of = read_shard_captions(catalog, number, found.tolist())
+    captions = [caption for of_image in captions_of for caption in of_image]
+    text = encode_shard_texts(encoder, captions)
     refuse_non_finite(image, f"{shard}: image")
     refuse_non_finite(text, f"{shard}: text")
-    counts = torch.tensor([len(each) for each in captions], dtype=torch.int64)
+
+    # an image has a row for each of its captions
+    counts = torch.tensor([len(of_image) for of_image in captions_of], dtype=torch.int64)
     rows = found.repeat_interleave(counts).numpy()
     index = read_index(shard, ["key", "status"])
     keys = index["key"].take(good_rows(index)[rows])
@@ -139,20 +142,8 @@ def _made(encoder: Encoder, catalog: Catalog, number: int) -> tuple[Part, int]:
         "shard": [shard.name] * len(rows),
         "row": rows,
         "key": keys,
-        "caption": pa.array(flat, pa.string()),
+        "caption": pa.array(captions, pa.string()),
     }
-    return Part(image.half().repeat_interleave(counts, dim=0), text.half(), pa.table(columns)), len(
-        alone
-    ) - len(found)
-
-
-def _images(encoder: Encoder, catalog: Catalog) -> tuple[Tensor, Tensor]:
-    """Features and rows of the images that can be read; none, where the encoder would stop."""
-    try:
-        return encoder.images(catalog)
-    except ShardError:
-        raise
-    except ValueError as error:
-        if "can be read" not in str(error):
-            raise
-        return encoder.texts(["none"])[:0], torch.empty(0, dtype=torch.int64)
+    repeated = image.half().repeat_interleave(counts, dim=0)
+    part = Part(repeated, text.half(), pa.table(columns))
+    return part, catalog.sizes[number] - len(found)

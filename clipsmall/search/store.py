@@ -7,7 +7,6 @@ A part is a shard of the data. Row i of its three files is one caption with its 
 """
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -20,7 +19,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from clipsmall.storage import locks
+from clipsmall.storage import atomic, locks
 
 VERSION = 1
 ENDINGS = {"img_emb": "npy", "text_emb": "npy", "metadata": "parquet"}
@@ -203,11 +202,9 @@ class EmbeddingStore:
 
     def _write(self, file: Path, save: Callable[[Path], object]) -> None:
         """Whole or not at all."""
-        temporary = file.with_name(f".tmp-{file.name}")
         try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            save(temporary)
-            os.replace(temporary, file)
+            with atomic.new_file(file) as temporary:
+                save(temporary)
         except OSError as error:
             raise ValueError(
                 f"{file}: cannot be written ({error}); give another --embeddings"

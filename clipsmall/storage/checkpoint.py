@@ -1,15 +1,13 @@
-"""Checkpoints: all state of a run in one folder of safetensors and JSON, complete or not there at
-all.
+"""Checkpoints: all state of a run in one folder of safetensors and JSON, complete or absent.
 
-A folder `step_00001234` holds the five homes of state: weights (`model.safetensors`), optimizer and
-schedule (`optimizer.*`), objective memory (`objective.safetensors`), and in `state.json` the place
-in the data, Progress and every rank's random generators. `manifest.json` is written last, with size
-and sha256 of every other file; a folder gets its final name only after that.
+A folder `step_00001234` holds weights (`model.safetensors`), optimizer and schedule
+(`optimizer.*`), objective memory (`objective.safetensors`), and in `state.json` the position in the
+data, Progress and every rank's random generators. `manifest.json` is written last, with size and
+sha256 of every other file; a folder gets its final name only after that.
 """
 
 import hashlib
 import json
-import os
 import random
 import shutil
 import sys
@@ -23,6 +21,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from clipsmall.storage import atomic
+
 VERSION = 1
 Tensors = dict[str, Tensor]
 
@@ -32,37 +32,44 @@ class CheckpointError(ValueError):
 
 
 # ---- random generators
-# -----------------------------------------------------------------------------------------
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
     """All generators of this process, as JSON."""
-    kind, keys, *place = np.random.get_state(legacy=True)
+    cuda = ""
+    if device.type == "cuda":
+        cuda = _as_hex(torch.cuda.get_rng_state(device))
+    # three more values: position in the keys, and a Gaussian number kept for later
+    kind, keys, *position = np.random.get_state(legacy=True)
     return {
-        "torch": torch.get_rng_state().numpy().tobytes().hex(),
-        "cuda": torch.cuda.get_rng_state(device).numpy().tobytes().hex()
-        if device.type == "cuda"
-        else "",
+        "torch": _as_hex(torch.get_rng_state()),
+        "cuda": cuda,
         "python": random.getstate(),
-        "numpy": [kind, np.asarray(keys).tolist(), *place],
+        "numpy": [kind, np.asarray(keys).tolist(), *position],
     }
 
 
-def set_random_state(state: dict[str, Any], device: torch.device) -> None:
-    def tensor(text: str) -> Tensor:
-        return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
+def _as_hex(state: Tensor) -> str:
+    return state.numpy().tobytes().hex()
 
-    torch.set_rng_state(tensor(state["torch"]))
+
+def _from_hex(text: str) -> Tensor:
+    return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
+
+
+def set_random_state(state: dict[str, Any], device: torch.device) -> None:
+    """Set all generators of this process to a state that `random_state` returned."""
+    torch.set_rng_state(_from_hex(state["torch"]))
     if device.type == "cuda" and state["cuda"]:
-        torch.cuda.set_rng_state(tensor(state["cuda"]), device)
+        torch.cuda.set_rng_state(_from_hex(state["cuda"]), device)
+    # JSON has made lists of its tuples
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
-    kind, keys, *place = state["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *place))
+    kind, keys, *position = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *position))
 
 
 # ---- optimizer state as tensors and JSON
-# -----------------------------------------------------------------------
 
 
 def split_optimizer(state: dict[str, Any]) -> tuple[Tensors, dict[str, Any]]:
@@ -80,9 +87,11 @@ def split_optimizer(state: dict[str, Any]) -> tuple[Tensors, dict[str, Any]]:
 
 
 def joined_optimizer(tensors: Tensors, rest: dict[str, Any]) -> dict[str, Any]:
-    state: dict[int, dict[str, Any]] = {
-        int(parameter): dict(entries) for parameter, entries in rest["state"].items()
-    }
+    """The inverse of `split_optimizer`."""
+    state = dict[int, dict[str, Any]]()
+    # JSON has made strings of the parameters' numbers
+    for parameter, entries in rest["state"].items():
+        state[int(parameter)] = dict(entries)
     for key, value in tensors.items():
         parameter, _, name = key.partition(".")
         state[int(parameter)][name] = value
@@ -90,10 +99,10 @@ def joined_optimizer(tensors: Tensors, rest: dict[str, Any]) -> dict[str, Any]:
 
 
 # ---- folders
-# ---------------------------------------------------------------------------------------------------
 
 
 def step_folder(checkpoints: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies; names sort by step."""
     return checkpoints / f"step_{step:08d}"
 
 
@@ -103,23 +112,21 @@ def _digest(path: Path) -> str:
 
 
 def model_digest(layers: Iterable[tuple[str, nn.Module]], tensors: Tensors, *also: object) -> str:
-    """sha256 of all that a model's outputs depend on: its weights; its layers by name, as
-    activations have no weights; and what is given beside, by its repr."""
-    found = hashlib.sha256(repr(also).encode())
+    """sha256 of all that a model's outputs depend on.
+
+    Args:
+        layers: by name; activations have no weights, and yet they count.
+        tensors: the weights by name.
+        also: what else the outputs depend on, such as preprocessing; counts by its repr.
+    """
+    digest = hashlib.sha256(repr(also).encode())
     for name, layer in layers:
-        found.update(f"{name} {type(layer).__name__} {layer.extra_repr()}".encode())
+        digest.update(f"{name} {type(layer).__name__} {layer.extra_repr()}".encode())
     for name, tensor in sorted(tensors.items()):
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        flat = tensor.cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def save(
@@ -136,46 +143,41 @@ def save(
     Raises:
         CheckpointError: no room, or no right to write; what was there before is untouched.
     """
-    temporary = folder.with_name(f".tmp-{os.getpid()}-{folder.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        temporary.mkdir(parents=True)
-        for stem, named in tensors.items():
-            if named:
-                # clone: tied weights share memory, which safetensors refuses
-                whole = {
-                    name: tensor.detach().cpu().contiguous().clone()
-                    for name, tensor in named.items()
-                }
-                save_file(whole, temporary / f"{stem}.safetensors")
-        (temporary / "state.json").write_text(json.dumps(state))
-        extra(temporary)
-        files = sorted(path for path in temporary.rglob("*") if path.is_file())
-        for path in files:
-            _sync(path)
-        manifest = {
-            "version": VERSION,
-            "files": {
-                str(path.relative_to(temporary)): {
-                    "size": path.stat().st_size,
-                    "sha256": _digest(path),
-                }
-                for path in files
-            },
-        }
-        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2))
-        _sync(temporary / "manifest.json")
-        _sync(temporary)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(temporary, folder)
-        _sync(folder.parent)
+        with atomic.new_folder(folder, overwrite=True) as temporary:
+            for stem, named in tensors.items():
+                if named:
+                    _save_tensors(named, temporary / f"{stem}.safetensors")
+            (temporary / "state.json").write_text(json.dumps(state))
+            extra(temporary)
+            # last: it lists all others
+            _write_manifest(temporary)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"{folder}: could not be written ({error}); those before it are whole: make room, then --resume=auto"
+            f"{folder}: could not be written ({error}); those before it are whole: make room, "
+            "then --resume=auto"
         ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _save_tensors(named: Tensors, path: Path) -> None:
+    whole = Tensors()
+    for name, tensor in named.items():
+        # clone: tied weights share memory, which safetensors refuses
+        whole[name] = tensor.detach().cpu().contiguous().clone()
+    save_file(whole, path)
+
+
+def _write_manifest(folder: Path) -> None:
+    """List size and sha256 of every file in the folder."""
+    files = dict[str, dict[str, Any]]()
+    for path in sorted(folder.rglob("*")):
+        if not path.is_file():
+            continue
+        size = path.stat().st_size
+        name = str(path.relative_to(folder))
+        files[name] = {"size": size, "sha256": _digest(path)}
+    manifest = {"version": VERSION, "files": files}
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2))
 
 
 def verify(folder: Path) -> None:
@@ -190,15 +192,14 @@ def verify(folder: Path) -> None:
         ) from None
     if manifest.get("version") != VERSION:
         raise CheckpointError(
-            f"{folder}: checkpoint version {manifest.get('version')}; this clipsmall reads {VERSION}"
+            f"{folder}: checkpoint version {manifest.get('version')}; "
+            f"this clipsmall reads {VERSION}"
         )
     for name, facts in manifest["files"].items():
         path = folder / name
-        if (
-            not path.exists()
-            or path.stat().st_size != facts["size"]
-            or _digest(path) != facts["sha256"]
-        ):
+        # the size first: reading gigabytes takes a while
+        whole = path.exists() and path.stat().st_size == facts["size"]
+        if not whole or _digest(path) != facts["sha256"]:
             raise CheckpointError(
                 f"{path}: missing, cut or changed since it was saved; use another checkpoint"
             )
@@ -221,15 +222,15 @@ def newest(checkpoints: Path) -> Path | None:
             return folder
     if there:
         raise CheckpointError(
-            f"{checkpoints}: none of {len(there)} checkpoints can be used; restore one, or give another --out"
+            f"{checkpoints}: none of {len(there)} checkpoints can be used; restore one, "
+            "or give another --out"
         )
     return None
 
 
 def tidy(checkpoints: Path, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints, and what an interrupted save left."""
-    for stale in checkpoints.glob(".tmp-*"):
-        shutil.rmtree(stale, ignore_errors=True)
+    atomic.sweep(checkpoints)
     for old in sorted(checkpoints.glob("step_*"))[:-keep]:
         shutil.rmtree(old)
 

@@ -1,5 +1,6 @@
-"""Locks on files: one process holds them, with the children that were handed the file, until the
-last of these ends.
+"""Locks on files and folders, held until the process ends.
+
+Children that inherit the open file hold the lock, too: it ends with the last of them.
 """
 
 import fcntl
@@ -10,14 +11,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-# seconds: somebody may just be looking
+# seconds between tries: another process may only be looking
 WAITS = (0.1, 0.2)
 
 
 def take(file: IO[Any] | int) -> bool:
-    """Lock an open file or folder; False if another process has it. A disk without locks (some
-    network file systems)
-    cannot tell: True."""
+    """Lock an open file or folder; False if another process has it.
+
+    True, too, on a disk without locks (some network file systems), which cannot tell.
+    """
     for wait in (*WAITS, 0.0):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -32,19 +34,23 @@ def take(file: IO[Any] | int) -> bool:
 
 @contextmanager
 def alone(folder: Path, refusal: str) -> Iterator[None]:
-    """Inside, no other process is inside with this folder. Raises ValueError, with the words of
-    `refusal`, if one is; OSError for a folder that is not there."""
-    place = os.open(folder, os.O_RDONLY)
+    """Hold the lock of a folder for the block.
+
+    Raises:
+        ValueError: another process holds it; the message is `refusal`.
+        OSError: the folder is not there.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        if not take(place):
+        if not take(descriptor):
             raise ValueError(f"{folder}: {refusal}")
         yield
     finally:
-        os.close(place)
+        os.close(descriptor)
 
 
 def held(path: Path) -> bool:
-    """Whether a process has locked it. A disk without locks cannot tell: no."""
+    """Whether a process has locked a file; False on a disk without locks, which cannot tell."""
     if not path.exists():
         return False
     with path.open("a") as file:

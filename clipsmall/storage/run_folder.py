@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from clipsmall.storage import locks
+from clipsmall.storage import atomic, locks
 
 PACKAGES = (
     "clipsmall",
@@ -27,6 +27,7 @@ PACKAGES = (
 
 
 def versions() -> dict[str, str]:
+    """What the run was made with: packages, Python, platform and device."""
     found = {"python": platform.python_version(), "platform": platform.platform()}
     for name in PACKAGES:
         try:
@@ -38,6 +39,7 @@ def versions() -> dict[str, str]:
 
 
 def _step(line: str) -> float:
+    """The step of a line of the log; infinite for a line that was cut."""
     try:
         return float(json.loads(line)["step"])
     except (json.JSONDecodeError, KeyError):
@@ -48,7 +50,7 @@ def _step(line: str) -> float:
 class RunFolder:
     """Paths of a run's results.
 
-    `claim` is for the main rank only. Its lock is held until the process ends.
+    `claim` is called by the main rank only. Its lock is held until the process ends.
     """
 
     def __init__(self, out: str) -> None:
@@ -58,6 +60,7 @@ class RunFolder:
         self.evaluations = self.path / "eval"
 
     def holds(self, checkpoint: Path) -> bool:
+        """Whether a checkpoint is one of this run."""
         return checkpoint.resolve().parent == self.checkpoints.resolve()
 
     def refuse_if_used(self, resume: bool, checkpoint: Path | None) -> None:
@@ -65,26 +68,36 @@ class RunFolder:
         continued = resume or (checkpoint is not None and self.holds(checkpoint))
         if not continued and (self.path / "run.yaml").exists():
             raise ValueError(
-                f"{self.path}: holds a run already; continue it with --resume=auto, or give another --out"
+                f"{self.path}: holds a run already; continue it with --resume=auto, "
+                "or give another --out"
             )
 
     def last_evaluation(self) -> int:
         """The last step with a line of results (which has no `loss`) in metrics.jsonl, -1 if there
         is none.
         """
-        lines = (
-            self.metrics.read_text(errors="replace").splitlines() if self.metrics.exists() else []
-        )
-        steps = [_step(line) for line in lines if '"loss"' not in line]
-        return max((int(step) for step in steps if step < math.inf), default=-1)
+        last = -1
+        for line in self._log_lines():
+            if '"loss"' in line:
+                continue
+            step = _step(line)
+            if step < math.inf:
+                last = max(last, int(step))
+        return last
+
+    def _log_lines(self) -> list[str]:
+        """Of metrics.jsonl; a kill may have left half a character at its end."""
+        if not self.metrics.exists():
+            return []
+        return self.metrics.read_text(errors="replace").splitlines()
 
     def claim(self, config: str, step: int, launch: dict[str, Any]) -> None:
-        """Make the folder, lock it, write run.yaml, command.txt and env.json, and take back what
+        """Make the folder, lock it, write run.yaml, command.txt and env.json, and set aside what
         came after `step`.
 
-        A resumed run's log is then that of an uninterrupted one, and its checkpoints are the
-        newest: later ones (broken, or left behind on purpose by naming an earlier one) are renamed,
-        not deleted.
+        A resumed run then has the log of an uninterrupted one, and its newest checkpoint is the one
+        it continues from: later ones (broken, or left behind on purpose by naming an earlier one)
+        are renamed, not deleted.
 
         Raises:
             ValueError: the folder cannot be written, or another run is using it.
@@ -101,29 +114,17 @@ class RunFolder:
                 f"{self.path}: another run is writing here; wait for it, or give another --out"
             )
         if self.metrics.exists():
-            kept = [
-                line
-                for line in self.metrics.read_text(errors="replace").splitlines()
-                if _step(line) <= step
-            ]
-            self._write(self.metrics.name, "".join(f"{line}\n" for line in kept))
+            kept = [line for line in self._log_lines() if _step(line) <= step]
+            atomic.write_text(self.metrics, "".join(f"{line}\n" for line in kept))
         for folder in self.checkpoints.glob("step_*"):
             if int(folder.name.removeprefix("step_")) > step:
                 aside = folder.with_name(f"aside_{folder.name}_{time.time_ns()}")
-                folder.rename(aside)
+                atomic.move(folder, aside)
                 print(
                     f"note: {folder.name} is later than step {step}; kept as {aside.name}",
                     file=sys.stderr,
                 )
-        self._write("run.yaml", config)
-        self._write("command.txt", shlex.join(sys.argv) + "\n")
-        self._write("env.json", json.dumps(versions() | launch, indent=2) + "\n")
-
-    def _write(self, name: str, text: str) -> None:
-        """Whole or not at all: a resumed run's files outlive a full disk."""
-        partial = self.path / f".tmp-{name}"
-        try:
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(self.path / name)
-        finally:
-            partial.unlink(missing_ok=True)
+        # whole or not at all: a resumed run's files outlive a full disk
+        atomic.write_text(self.path / "run.yaml", config)
+        atomic.write_text(self.path / "command.txt", shlex.join(sys.argv) + "\n")
+        atomic.write_json(self.path / "env.json", versions() | launch)

@@ -16,9 +16,9 @@ from safetensors import safe_open
 
 from clipsmall.data import ShardError, open_catalog
 from clipsmall.data.features import Features, feature_file, usable, write_features
+from clipsmall.data.making.shard_writer import ShardSample, write_shard
 from clipsmall.data.preprocess import BadImage
 from data_tools import check_shards
-from data_tools.shard_writer import ShardSample, write_shard
 from tests.data.test_reader import damaged
 from tests.distributed.test_world import run_trainer
 from tests.local_clip import local_clip

@@ -32,10 +32,10 @@ from clipsmall.data import (
     read_index,
     write_index,
 )
+from clipsmall.data.making.shard_writer import ShardSample, write_shard
 from clipsmall.data.order import permutation
 from clipsmall.data.preprocess import ImageSpec, ImageTransform
 from clipsmall.model.small import SmallText, WordTokenizer
-from data_tools.shard_writer import ShardSample, write_shard
 
 TOKENIZE = WordTokenizer.train(["latin small letter a"], SmallText(context_length=8))
 
@@ -306,11 +306,11 @@ def test_as_many_files_may_be_open_as_there_are_shards(monkeypatch: pytest.Monke
     asked = []
     monkeypatch.setattr(catalog.resource, "getrlimit", lambda which: (1024, 4096))
     monkeypatch.setattr(catalog.resource, "setrlimit", lambda which, limits: asked.append(limits))
-    catalog._allow_files(3)
+    catalog._allow_open_files(3)
     assert not asked
-    catalog._allow_files(1240)
+    catalog._allow_open_files(1240)
     assert asked == [(4096, 4096)]
     with pytest.raises(
         ShardError, match=r"4000 shards, but a process may open 4096 files .*ulimit -n 8256"
     ):
-        catalog._allow_files(4000)
+        catalog._allow_open_files(4000)

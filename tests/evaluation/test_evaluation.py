@@ -28,6 +28,7 @@ from torch import Tensor
 
 from clipsmall import retrieve, zero_shot
 from clipsmall.data import Catalog, build_index, open_catalog, write_index
+from clipsmall.data.making.shard_writer import ShardSample, write_shard
 from clipsmall.data.preprocess import ImageSpec
 from clipsmall.evaluation import Encoder, Result, classification, print_cells, prompts, write_cell
 from clipsmall.evaluation import retrieval as measure_retrieval
@@ -39,7 +40,6 @@ from clipsmall.evaluation.retrieval import recalls, relevance
 from clipsmall.model.dual_encoder import DualEncoder
 from clipsmall.model.load import load_towers
 from clipsmall.model.small import SmallConfig, SmallTowers, WordTokenizer
-from data_tools.shard_writer import ShardSample, write_shard
 from tests.model.test_towers import write_clip, write_open_clip_folder, write_open_clip_json
 from tests.shard_samples import write_tar
 from tests.shards_for_tests import TOWERS

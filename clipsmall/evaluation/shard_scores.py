@@ -1,16 +1,19 @@
 """Scoring a shard: what a model makes of each of its pairs."""
 
-import os
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import torch
 from torch import Tensor
 
-from clipsmall.data import Catalog, ShardError, captions_of, fields_of, read_index
+from clipsmall.data import Catalog, ShardError, read_index
 from clipsmall.data.scores import Scorer, good_rows, read_scores, sidecar
 from clipsmall.evaluation import Encoder
+from clipsmall.evaluation.shard_features import (
+    encode_shard_images,
+    encode_shard_texts,
+    read_shard_captions,
+)
 from clipsmall.model.dual_encoder import DualEncoder
 from clipsmall.storage import checkpoint
 
@@ -23,7 +26,7 @@ def scorer_of(model: DualEncoder, name: str, pretrained: str) -> Scorer:
 
 
 def score_shard(encoder: Encoder, catalog: Catalog, place: int) -> tuple[pa.Table, int]:
-    """Score one shard of a catalog; on this rank alone.
+    """Score one shard of a catalog; no other rank need take part.
 
     Returns the n pairs whose images can be read, and how many cannot: `row` (ordinal within the
     shard's index), `key` and `index` (as in that index), `caption_hash`, `image_hash`, `image` and
@@ -31,14 +34,9 @@ def score_shard(encoder: Encoder, catalog: Catalog, place: int) -> tuple[pa.Tabl
     image is not augmented.
     """
     shard = catalog.shards[place]
-    alone = catalog.only(place)
-    try:
-        image, found = _images(encoder, alone)
-        members = [alone.read_text(row) for row in found.tolist()]
-        captions = [captions_of(each.text, fields_of(each.json))[0] for each in members]
-        text = encoder.texts(captions) if captions else image
-    finally:
-        os.close(alone.descriptor(0))
+    image, found = encode_shard_images(encoder, catalog, place)
+    captions = read_shard_captions(catalog, place, found.tolist())
+    text = encode_shard_texts(encoder, [each[0] for each in captions])
     table = read_index(shard, ["key", "index", "caption_hash", "sha256", "status"])
     rows = good_rows(table)[found.numpy()]
     named = table.take(rows)
@@ -52,19 +50,7 @@ def score_shard(encoder: Encoder, catalog: Catalog, place: int) -> tuple[pa.Tabl
         "text": _halves(text),
         "similarity": (image * text).sum(dim=1).numpy(),
     }
-    return pa.table(scores), len(alone) - len(found)
-
-
-def _images(encoder: Encoder, catalog: Catalog) -> tuple[Tensor, Tensor]:
-    """Features and rows of the images that can be read; none, where the encoder would stop."""
-    try:
-        return encoder.images(catalog)
-    except ShardError:
-        raise
-    except ValueError:
-        # not one can
-        width = encoder.texts(["none"]).shape[1]
-        return torch.empty(0, width), torch.empty(0, dtype=torch.int64)
+    return pa.table(scores), catalog.sizes[place] - len(found)
 
 
 def image_hashes(sha256: list[str]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:

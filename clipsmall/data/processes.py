@@ -13,7 +13,7 @@ Result = TypeVar("Result")
 # imported once, in the fork server
 HEAVY = [
     "clipsmall.data.preprocess",
-    "data_tools.shard_writer",
+    "clipsmall.data.making.shard_writer",
     "pandas",
 ]
 

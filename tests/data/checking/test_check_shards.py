@@ -15,15 +15,23 @@ from clipsmall.data import (
     read_index,
     write_index,
 )
+from clipsmall.data.checking.shard_check import Problem
+from clipsmall.data.checking.shard_report import report_of
 from clipsmall.data.index import tar_members
 from data_tools.check_shards import main
-from data_tools.shard_check import Problem
-from data_tools.shard_report import report_of
-from tests.shard_samples import COLOURS, make_photos, pair_members, picture, run, write_tar
+from tests.shard_samples import (
+    COLOURS,
+    exit_code,
+    make_photos,
+    pair_members,
+    picture,
+    run,
+    write_tar,
+)
 
 
 def check(*args: object) -> int:
-    return main([str(arg) for arg in [*args, "--workers", 1]])
+    return exit_code(main, [str(arg) for arg in [*args, "--workers", 1]])
 
 
 def report(folder: Path) -> dict:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from data_tools.shard_check import Problem
+from clipsmall.data.checking.shard_check import Problem
 
 EXAMPLES = 3
 # groups of duplicates shown

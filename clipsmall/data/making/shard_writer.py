@@ -4,7 +4,6 @@
 
 import hashlib
 import json
-import os
 import time
 from collections import Counter
 from collections.abc import Iterable
@@ -15,6 +14,7 @@ from typing import Any
 import webdataset
 
 from clipsmall.data import build_index, write_index
+from clipsmall.storage import atomic
 
 # img2dataset's keys have four digits for a pair within its shard
 PAIRS_PER_SHARD = 10_000
@@ -37,7 +37,7 @@ class ShardSample:
     fields: dict[str, Any] = field(default_factory=dict)
 
 
-def members(key: str, sample: ShardSample) -> dict[str, Any]:
+def sample_members(key: str, sample: ShardSample) -> dict[str, Any]:
     """A sample as img2dataset lays it out: key.jpg, key.txt, key.json."""
     record = {
         **sample.fields,
@@ -72,18 +72,14 @@ def write_shard(
     folder.mkdir(parents=True, exist_ok=True)
     start = time.time()
     shard = folder / f"{number:05d}.tar"
-    temporary = folder / f".tmp-{os.getpid()}-{shard.name}"
     written = 0
-    try:
-        with temporary.open("wb") as file:
-            with webdataset.TarWriter(file, encoder=False, mtime=0) as tar:
-                for written, sample in enumerate(samples, start=1):
-                    tar.write(members(f"{number:05d}{written - 1:04d}", sample))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, shard)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with (
+        atomic.new_file(shard) as temporary,
+        temporary.open("wb") as file,
+        webdataset.TarWriter(file, encoder=False, mtime=0) as tar,
+    ):
+        for written, sample in enumerate(samples, start=1):
+            tar.write(sample_members(f"{number:05d}{written - 1:04d}", sample))
     stats_path = folder / f"{number:05d}_stats.json"
     stats_path.unlink(missing_ok=True)
     write_index(shard, build_index(shard))
@@ -98,7 +94,5 @@ def write_shard(
         "end_time": time.time(),
         "status_dict": {"success": written, **(failures or {})},
     }
-    partial = folder / f".tmp-{os.getpid()}-{stats_path.name}"
-    partial.write_text(json.dumps(stats, indent=2))
-    os.replace(partial, stats_path)
+    atomic.write_text(stats_path, json.dumps(stats, indent=2))
     return written

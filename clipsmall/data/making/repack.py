@@ -3,7 +3,6 @@ shard.
 """
 
 import json
-import os
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
@@ -14,9 +13,10 @@ from tqdm import tqdm
 
 from clipsmall.data import Catalog, ShardError, captions_of, fields_of, read_index
 from clipsmall.data.batch_plan import BatchPlan
+from clipsmall.data.making.shard_writer import ShardSample, write_shard
 from clipsmall.data.order import Rows
 from clipsmall.data.scores import good_rows
-from data_tools.shard_writer import ShardSample, write_shard
+from clipsmall.storage import atomic
 
 RECORD = "repacked.json"
 
@@ -59,9 +59,8 @@ def _claim(out: Path, record: dict[str, object]) -> None:
     elif any(out.glob("*.tar")):
         raise ValueError(f"{out}: holds shards that were not made by repack; choose another folder")
     out.mkdir(parents=True, exist_ok=True)
-    temporary = out / f".tmp-{os.getpid()}-{RECORD}"
-    temporary.write_text(json.dumps(record))
-    os.replace(temporary, path)
+    # without a newline: the text is compared as a whole
+    atomic.write_text(path, json.dumps(record))
 
 
 def _finished(out: Path, number: int, pairs: int) -> bool:

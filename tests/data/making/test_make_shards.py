@@ -11,9 +11,10 @@ import pytest
 from PIL import Image
 
 from clipsmall.data import open_catalog, read_index
+from clipsmall.data.making import stores
+from clipsmall.data.making.pairs import clean_captions
 from clipsmall.storage import locks
 from data_tools import check_shards
-from data_tools.pairs import clean_captions
 from tests.shard_samples import by_index, check_colours, make_photos, picture, run, samples
 
 
@@ -150,9 +151,7 @@ def test_other_arguments_or_inputs_are_refused(
 def test_zip_members_that_claim_too_much_are_not_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import data_tools.stores
-
-    monkeypatch.setattr(data_tools.stores, "MAX_FILE_BYTES", 10_000)
+    monkeypatch.setattr(stores, "MAX_FILE_BYTES", 10_000)
     with zipfile.ZipFile(tmp_path / "in.zip", "w", zipfile.ZIP_DEFLATED) as file:
         file.writestr("b/good.png", picture("red"))
         file.writestr("a/bomb.png", bytes(1_000_000))

@@ -5,7 +5,6 @@ stopped.
 import hashlib
 import json
 import math
-import os
 import re
 from dataclasses import asdict
 from functools import partial
@@ -15,12 +14,12 @@ from typing import Any
 from tqdm import tqdm
 
 from clipsmall.data.catalog import RECORD
+from clipsmall.data.making.pairs import SourcePair, pairs_hash
+from clipsmall.data.making.shard_maker import Job, ShardRecipe, Tally, finished, make_shard
+from clipsmall.data.making.stores import ImageStore
 from clipsmall.data.order import permutation
-from clipsmall.storage import locks
-from data_tools.pairs import SourcePair, pairs_hash
-from data_tools.pool import in_processes
-from data_tools.shard_maker import Job, ShardRecipe, Tally, finished, make_shard
-from data_tools.stores import ImageStore
+from clipsmall.data.processes import in_processes
+from clipsmall.storage import atomic, locks
 
 
 class TooManyErrors(ValueError):
@@ -116,11 +115,9 @@ def _prepare(out: Path, record: dict[str, Any], overwrite: bool) -> None:
         raise ValueError(
             f"{out}: holds shards that make_shards did not make; choose another folder, or --overwrite"
         )
-    for stale in out.glob(".tmp-*"):
-        stale.unlink(missing_ok=True)
-    temporary = out / f".tmp-{os.getpid()}-{RECORD}"
-    temporary.write_text(json.dumps(record, indent=2, ensure_ascii=False))
-    os.replace(temporary, path)
+    # the lock says that no other command is writing here
+    atomic.sweep(out)
+    atomic.write_text(path, json.dumps(record, indent=2, ensure_ascii=False))
 
 
 def _compare(path: Path, record: dict[str, Any]) -> None:

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 
 from clipsmall.data import Catalog, captions_of, fields_of
+from clipsmall.data.checking.contact_sheet import COLUMNS, SheetCell, draw_sheet
 from clipsmall.data.preprocess import BadImage, decode
 from clipsmall.data.scores import Scores
 from clipsmall.mining.scored import Floats, Ints, scored
-from data_tools.contact_sheet import COLUMNS, SheetCell, draw_sheet
 
 # pairs
 SHOWN = 48

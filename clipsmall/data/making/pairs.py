@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from data_tools.sources import Request, Source
-from data_tools.stores import Place
-from data_tools.tables import CAPTION_NAMES, columns_of, pick
+from clipsmall.data.making.sources import Request, Source
+from clipsmall.data.making.stores import Place
+from clipsmall.data.making.tables import CAPTION_NAMES, columns_of, pick
 
 RESERVED = (
     "key",

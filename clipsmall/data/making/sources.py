@@ -9,9 +9,16 @@ import pandas as pd
 import pyarrow as pa
 
 from clipsmall.data.index import IMAGE_SUFFIXES
+from clipsmall.data.making.stores import DatasetStore, ImageStore, open_store
+from clipsmall.data.making.tables import (
+    IMAGE_NAMES,
+    TABLES,
+    columns_of,
+    parquet_schema,
+    pick,
+    read_table,
+)
 from clipsmall.data.preprocess import BadImage
-from data_tools.stores import ImageStore, Rows, open_store
-from data_tools.tables import IMAGE_NAMES, TABLES, columns_of, parquet_schema, pick, read_table
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -240,4 +247,4 @@ def _dataset_source(dataset: "Dataset", request: Request) -> Source:
     pictures = dataset.select_columns([column])
     if isinstance(dataset.features[column], datasets.Image):
         pictures = pictures.cast_column(column, datasets.Image(decode=False))
-    return Source(frame, Rows(pictures, column), None)
+    return Source(frame, DatasetStore(pictures, column), None)

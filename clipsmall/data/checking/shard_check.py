@@ -72,14 +72,12 @@ def find_shards(paths: list[str]) -> tuple[list[Path], list[Problem]]:
 
 
 def _in_folder(folder: Path) -> tuple[list[Path], dict[Path, str]]:
-    shards = sorted(folder.glob("*.tar"))
+    shards = sorted(folder.glob("[!.]*.tar"))
     missing = {}
     for suffix in ("_stats.json", ".index.parquet"):
-        for side in sorted(folder.glob(f"*{suffix}")):
-            if (
-                not (shard := folder / f"{side.name.removesuffix(suffix)}.tar").exists()
-                and side.name[0] != "."
-            ):
+        for side in sorted(folder.glob(f"[!.]*{suffix}")):
+            shard = folder / f"{side.name.removesuffix(suffix)}.tar"
+            if not shard.exists():
                 missing[shard] = f"missing, but {side.name} is there"
     if lacking := unfinished(folder):
         missing[folder / RECORD] = lacking
@@ -90,7 +88,7 @@ def _in_folder(folder: Path) -> tuple[list[Path], dict[Path, str]]:
                 missing[shard] = f"missing, but nshards.txt says {promised}"
     if not shards and not missing:
         for inner in sorted(
-            inner for inner in folder.iterdir() if inner.is_dir() and any(inner.glob("*.tar"))
+            inner for inner in folder.iterdir() if inner.is_dir() and any(inner.glob("[!.]*.tar"))
         ):
             more, absent = _in_folder(inner)
             shards += more

@@ -38,14 +38,17 @@ from clipsmall.data import (
 )
 from clipsmall.data.batch_plan import read_plan, write_plan
 from clipsmall.data.index import image_hash, proof
+from clipsmall.data.making import repack
+from clipsmall.data.making.shard_writer import ShardSample, write_shard
 from clipsmall.data.preprocess import ImageSpec, ImageTransform
 from clipsmall.data.scores import Scorer, Scores, all_scores, sidecar
-from clipsmall.mining import MiningRecipe
+from clipsmall.evaluation import shard_scores
+from clipsmall.mining import MiningRecipe, hard_pairs, plans
+from clipsmall.mining.plans import routed, seated
 from clipsmall.model.saved import load_model
-from data_tools import hard_pairs, mine_shards, plans, repack, scores
-from data_tools.plans import routed, seated
-from data_tools.shard_writer import ShardSample, write_shard
+from data_tools import mine_shards
 from tests.data.test_reader import TOKENIZE
+from tests.shard_samples import exit_code
 from tests.shards_for_tests import config
 
 SMALL = ["--batch_size", "16", "--window", "64", "--guard", "0", "--near", "1"]
@@ -77,7 +80,7 @@ def shards(scored: Path, tmp_path: Path) -> Path:
 
 
 def run(*words: object) -> int:
-    return mine_shards.main([str(word) for word in words])
+    return exit_code(mine_shards.main, [str(word) for word in words])
 
 
 def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:
@@ -151,7 +154,7 @@ def test_a_second_run_scores_only_what_is_missing_cut_or_replaced(
     shards: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     done = list[int]()
-    real = scores.score_shard
+    real = shard_scores.score_shard
 
     def counted(encoder: Any, catalog: Any, place: int) -> Any:
         done.append(place)
@@ -387,7 +390,7 @@ def test_mined_batches_are_hard_and_half_a_plan_is_random(scored: Path) -> None:
     table = topics(300)
     mined = {}
     for fraction in (1, 0.5):
-        batches, numbers = plans.plan(
+        batches, numbers = plans.plan_batches(
             catalog, table, MiningRecipe(batch_size=16, guard=0, near=1), fraction, 300, 0
         )
         assert np.unique(batches).size == batches.size == 288
@@ -406,7 +409,7 @@ def test_a_batch_is_made_of_groups_from_all_windows(scored: Path) -> None:
     catalog = open_catalog(str(scored))
     table = topics(300)
     recipe = MiningRecipe(batch_size=16, guard=0, near=1)
-    batches, _ = plans.plan(catalog, table, recipe, 1, 64, 0)
+    batches, _ = plans.plan_batches(catalog, table, recipe, 1, 64, 0)
     generator = np.random.default_rng(0)
     places = np.sort(generator.permutation(300)[:288])
     windows = routed(table, places, 16, 4, generator)
@@ -425,7 +428,7 @@ def test_copies_are_kept_apart_in_a_group(scored: Path) -> None:
     table = topics(240)
     catalog.caption_hash[:240] = np.arange(240) % 48
     for copies in (catalog.caption_hash, table.image_hash):
-        batches, _ = plans.plan(
+        batches, _ = plans.plan_batches(
             catalog, table, MiningRecipe(batch_size=16, guard=0, near=1), 1, 120, 0
         )
         groups = copies[batches].reshape(-1, 4)

@@ -22,7 +22,7 @@ CHUNK = 65_536
 MEASURED = 65_536
 
 
-def plan(
+def plan_batches(
     catalog: Catalog, table: Scores, recipe: MiningRecipe, fraction: float, window: int, seed: int
 ) -> tuple[Ints, dict[str, float]]:
     """Batches for all scored pairs but those few that fill none; a pair is in one batch at most.
@@ -48,7 +48,7 @@ def plan(
     """
     size = recipe.batch_size
     generator = np.random.default_rng(seed)
-    check(len(table.row), recipe, fraction, window)
+    check_plan_sizes(len(table.row), recipe, fraction, window)
     places = np.sort(generator.permutation(len(table.row))[: len(table.row) // size * size])
     index = catalog.index[table.row]
     captions = catalog.caption_hash[table.row]
@@ -79,7 +79,7 @@ def plan(
     return index[generator.permutation(np.concatenate([mined[:kept], others]))], numbers
 
 
-def check(pairs: int, recipe: MiningRecipe, fraction: float, window: int) -> None:
+def check_plan_sizes(pairs: int, recipe: MiningRecipe, fraction: float, window: int) -> None:
     size = recipe.batch_size
     if size < 2 or size > pairs:
         raise ValueError(

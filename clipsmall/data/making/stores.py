@@ -46,7 +46,7 @@ def _shown(name: str) -> bool:
 
 
 @dataclass(frozen=True)
-class Folder:
+class FolderStore:
     """Files under `root`; places are paths relative to it, or absolute."""
 
     root: Path
@@ -89,7 +89,7 @@ def _open_zip(path: Path, size: int, changed: int) -> zipfile.ZipFile:
 
 
 @dataclass(frozen=True)
-class Zip:
+class ZipStore:
     """Members of a zip, read one at a time into memory."""
 
     path: Path
@@ -135,7 +135,7 @@ class Zip:
 
 
 @dataclass(frozen=True)
-class Rows:
+class DatasetStore:
     """One column of a `datasets.Dataset` holding bytes, or `{bytes, path}`; places are row
     numbers.
     """
@@ -151,7 +151,7 @@ class Rows:
         if isinstance(value, dict):
             data = value.get("bytes")
             path = value.get("path")
-            value = data if data is not None or not path else Folder(Path()).read(path)
+            value = data if data is not None or not path else FolderStore(Path()).read(path)
         if not isinstance(value, bytes):
             raise BadImage(MISSING)
         if len(value) > MAX_FILE_BYTES:
@@ -162,16 +162,16 @@ class Rows:
         return f"dataset {self.dataset._fingerprint}"
 
 
-def open_store(path: Path) -> Folder | Zip:
+def open_store(path: Path) -> FolderStore | ZipStore:
     """A folder or a zip of images.
 
     Raises:
         ValueError: neither of them.
     """
     if path.is_dir():
-        return Folder(path)
+        return FolderStore(path)
     if path.is_file() and zipfile.is_zipfile(path):
-        return Zip(path)
+        return ZipStore(path)
     raise ValueError(
         f"{path}: " + ("neither a folder nor a zip" if path.exists() else "no such file or folder")
     )

@@ -15,10 +15,10 @@ from PIL import Image
 
 from clipsmall.data import read_index
 from clipsmall.data.index import MAX_TEXT_BYTES
+from clipsmall.data.making.pairs import SourcePair
+from clipsmall.data.making.shard_writer import PAIRS_PER_SHARD, ShardSample, write_shard
+from clipsmall.data.making.stores import MISSING, UNREADABLE, ImageStore
 from clipsmall.data.preprocess import BadImage, decode
-from data_tools.pairs import SourcePair
-from data_tools.shard_writer import PAIRS_PER_SHARD, ShardSample, write_shard
-from data_tools.stores import MISSING, UNREADABLE, ImageStore
 
 NO_CAPTION = "empty caption"
 # Pillow's name -> ours

@@ -10,9 +10,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import data_tools.glyphs
 from clipsmall.data import open_catalog, read_index
-from data_tools import glyphs
-from data_tools.glyphs import Glyph, draw, faces, glyphs_of, held_out_captions, splits
+from clipsmall.data.making import glyphs
+from clipsmall.data.making.glyphs import (
+    Glyph,
+    draw_glyph,
+    faces,
+    glyphs_of,
+    held_out_captions,
+    splits,
+)
 
 
 @pytest.fixture(scope="module")
@@ -47,14 +55,14 @@ def test_held_out_faces_are_never_trained_on(everything: list[Glyph]) -> None:
 def test_a_glyph_is_drawn_whole_and_in_the_middle() -> None:
     for character in "ÅgWjﷺ":
         image = np.asarray(
-            Image.open(BytesIO(draw(Glyph("DejaVuSans", ord(character), "")) or b""))
+            Image.open(BytesIO(draw_glyph(Glyph("DejaVuSans", ord(character), "")) or b""))
         )
         ink = np.argwhere(image < 128)
         assert image.shape == (32, 32)
         assert ink.min() >= 1
         assert ink.max() <= 30
         assert np.abs((ink.min(axis=0) + ink.max(axis=0)) / 2 - 15.5).max() <= 2
-    assert draw(Glyph("DejaVuSans", ord(" "), "space")) is None
+    assert draw_glyph(Glyph("DejaVuSans", ord(" "), "space")) is None
 
 
 def test_the_same_bytes_for_any_number_of_workers(
@@ -62,7 +70,7 @@ def test_the_same_bytes_for_any_number_of_workers(
 ) -> None:
     monkeypatch.setattr(glyphs, "faces", lambda: ["STIXGeneralItalic", "STIXGeneralBolIta"])
     monkeypatch.setattr(glyphs, "SHARD", 400)
-    counts = [glyphs.make(tmp_path / str(workers), workers) for workers in (1, 2)]
+    counts = [glyphs.make_glyph_shards(tmp_path / str(workers), workers) for workers in (1, 2)]
     assert counts[0] == counts[1]
     names = sorted(path.relative_to(tmp_path / "1") for path in (tmp_path / "1").rglob("*.tar"))
     assert len(names) >= 4
@@ -78,5 +86,5 @@ def test_the_same_bytes_for_any_number_of_workers(
 
 def test_made_twice_is_made_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "classnames.txt").write_text("a\n")
-    assert glyphs.main([str(tmp_path)]) == 0
+    assert data_tools.glyphs.main([str(tmp_path)]) == 0
     assert "made before" in capsys.readouterr().out

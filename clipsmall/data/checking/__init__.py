@@ -1,0 +1,1 @@
+"""Checking shards: each one whole and indexed, a report on all, a sheet of pictures."""

@@ -1,0 +1,87 @@
+"""The check of all shards of a data set: one report, one table of pairs, some pairs to look at."""
+
+import warnings
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+from tqdm import tqdm
+
+from clipsmall.data.checking.contact_sheet import SheetCell
+from clipsmall.data.checking.shard_check import Problem, check_shard, pair_captions, pair_image
+from clipsmall.data.checking.shard_report import ShardReport, report_of
+from clipsmall.data.index import read_index
+from clipsmall.data.preprocess import BadImage, decode
+from clipsmall.data.processes import in_processes
+
+
+def check_shards(
+    shards: list[Path],
+    missing: list[Problem],
+    rebuild: bool = False,
+    decode: bool = False,
+    workers: int = 1,
+) -> tuple[ShardReport, pd.DataFrame]:
+    """Check every shard; one that cannot be used does not stop the check of the others.
+
+    Args:
+        missing: shards that ought to be there, for the report.
+        rebuild: make every index again, not only the missing ones.
+        decode: decode every image, and note the broken ones in the index.
+        workers: processes, one shard each.
+
+    Returns:
+        The report, and the indexes of all usable shards as one table with the column `shard`.
+    """
+    found: dict[Path, Problem | None] = {}
+    check = partial(check_shard, rebuild=rebuild, decode_images=decode)
+    with tqdm(total=len(shards), unit="shard", desc="check", disable=None) as bar:
+        for shard, problem in in_processes(check, shards, workers):
+            found[shard] = problem
+            bar.update()
+    # in the order of the shards, whichever was ready first
+    problems = list(missing)
+    good = list[Path]()
+    for shard in shards:
+        problem = found[shard]
+        if problem is None:
+            good.append(shard)
+        else:
+            problems.append(problem)
+    tables = [read_index(shard).to_pandas().assign(shard=str(shard)) for shard in good]
+    frame = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame({"status": []})
+    size = sum(shard.stat().st_size for shard in good)
+    return report_of(frame, problems, len(good), size, pair_captions, decoded=decode), frame
+
+
+def sample_cells(frame: pd.DataFrame, most: int) -> list[SheetCell]:
+    """At most `most` evenly picked good pairs, or bad ones when there are no others.
+
+    Args:
+        frame: indexes of shards in one table, as `check_shards` returns it.
+    """
+    if frame.empty:
+        return []
+    pictures = frame[frame["image_size"] > 0]
+    good = pictures[pictures["status"] == ""]
+    if good.empty:
+        good = pictures
+    rows = np.unique(np.linspace(0, len(good) - 1, min(most, len(good))).round().astype(int))
+    return [_cell(row) for _, row in good.iloc[rows].iterrows()]
+
+
+def _cell(row: pd.Series) -> SheetCell:
+    captions = pair_captions(row) or [f"({row['status']})"]
+    caption = captions[0]
+    if len(captions) > 1:
+        caption += f" (+{len(captions) - 1})"
+    picture: Image.Image | str
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="PIL")
+            picture = decode(pair_image(row))
+    except BadImage as reason:
+        picture = str(reason)
+    return SheetCell(picture, caption)

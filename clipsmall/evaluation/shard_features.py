@@ -1,0 +1,72 @@
+"""Features of one shard, encoded by one rank; images that cannot be read are left out.
+
+Whoever keeps features beside shards (frozen towers, search, scores for mining) deals the shards to
+the ranks and encodes each of its own as if it were the only rank.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from clipsmall.data import Catalog, captions_of, fields_of
+from clipsmall.distributed import world
+from clipsmall.evaluation.features import Encoder, NoReadableImage
+
+
+@contextmanager
+def _one_shard(catalog: Catalog, shard: int) -> Iterator[Catalog]:
+    """One shard as a catalog of its own, whose file is closed at the end: there may be more shards
+    than a process may hold open files.
+    """
+    alone = catalog.only(shard)
+    try:
+        yield alone
+    finally:
+        os.close(alone.descriptor(0))
+
+
+def encode_shard_images(encoder: Encoder, catalog: Catalog, shard: int) -> tuple[Tensor, Tensor]:
+    """Features of the images of a shard that can be read; no other rank need take part.
+
+    Args:
+        shard: number of the shard in the catalog.
+
+    Returns:
+        (m, D) features, m = 0 where no image can be read, and (m,) their rows, ascending: ordinals
+        among the good pairs of the shard.
+
+    Raises:
+        ShardError: the shard was cut while in use.
+    """
+    with _one_shard(catalog, shard) as alone, world.alone():
+        try:
+            return encoder.images(alone)
+        except NoReadableImage:
+            # nothing to encode: the caption only tells D
+            no_features = encoder.texts(["a"])[:0]
+            return no_features, torch.empty(0, dtype=torch.int64)
+
+
+def read_shard_captions(
+    catalog: Catalog, shard: int, rows: list[int] | None = None
+) -> list[list[str]]:
+    """All captions of each good pair of a shard, or of some: ordinals among its good pairs.
+
+    Raises:
+        ShardError: the shard was cut while in use.
+    """
+    found = list[list[str]]()
+    with _one_shard(catalog, shard) as alone:
+        for row in range(len(alone)) if rows is None else rows:
+            members = alone.read_text(row)
+            found.append(captions_of(members.text, fields_of(members.json)))
+    return found
+
+
+def encode_shard_texts(encoder: Encoder, captions: list[str]) -> Tensor:
+    """(n, D) features of n captions, n = 0 among them; no other rank need take part."""
+    with world.alone():
+        return encoder.texts(captions)
