@@ -37,12 +37,14 @@ def main(words: list[str] | None = None) -> int:
     summary = summarise_study(options, curves)
 
     curves.to_csv(options.out / "curves.csv", index=False, float_format="%.8g")
+    # safetensors takes arrays of one piece only
     arrays = {name: np.ascontiguousarray(array) for name, array in cosines.items()}
     save_file(arrays, options.out / "heatmaps.safetensors")
     (options.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     draw_study(options, curves, cosines, summary["loss_at_target"])
 
     print(study_table(options, curves))
+    # not to stdout, where the table may be piped on
     files = "curves.csv, heatmaps.safetensors, summary.json, curves.png"
     print(f"written to {options.out}: {files}", file=sys.stderr)
     return 0

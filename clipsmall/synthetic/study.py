@@ -183,6 +183,7 @@ def _draw_curves(
         panels[0].set_yscale("log")
         loss_panel.axhline(loss_at_optimum, color="0.4", linestyle="--", label=f"at the {shape}")
 
+    # both panels have the same lines; that of the optimum is in the loss alone
     handles, names = loss_panel.get_legend_handles_labels()
     figure.legend(handles, names, loc="outside upper center", ncols=4, frameon=False)
 
