@@ -116,6 +116,7 @@ def _train(comparison: Comparison, budgets: Budgets, options: argparse.Namespace
     before = {number: signal.signal(number, trainer.stop) for number in STOP_SIGNALS}
     seeds = options.seeds or comparison.seeds
     train_grid(comparison, budgets, trainer, options.jobs, seeds, options.only)
+
     for number, handler in before.items():
         signal.signal(number, handler)
 

@@ -47,7 +47,8 @@ class Budgets:
         # of a group of which no batch fits, the smallest is shown with what it needs
         smallest = []
         for group in groups_by_batch_size(comparison, self.settings):
-            if not any(setting in self.fitting for setting in group):
+            some_fit = any(setting in self.fitting for setting in group)
+            if not some_fit:
                 smallest.append(min(group, key=batch_size_of))
 
         self.shown = [each for each in self.settings if each in self.fitting or each in smallest]
@@ -90,17 +91,34 @@ class Budgets:
         if not all(run.state in ("done", "failed") for run in trials.values()):
             return None
 
-        scores = {lr: self.trial_score(run) for lr, run in trials.items() if run.finished}
-        known = {lr: score for lr, score in scores.items() if score is not None}
-        return max(known, key=lambda lr: known[lr], default=None)
+        # a trial may end with a metric that is no number
+        scores = {}
+        for lr, run in trials.items():
+            score = self.trial_score(run)
+            if score is not None:
+                scores[lr] = score
+
+        return max(scores, key=lambda lr: scores[lr], default=None)
 
     def trial_score(self, trial: GridRun) -> float | None:
         """What a trial of a learning rate reached; None if it has not ended, or with no number."""
         rates = self.comparison.lr
-        column = rates.metric if rates and rates.metric else self.comparison.metric
+        column = self.comparison.metric
+
+        if rates and rates.metric:
+            column = rates.metric
+
         key = self.comparison.metrics[column]
-        values = [line[key] for line in trial.logged_lines() if line.get(key) is not None]
-        return float(values[-1]) if values and trial.finished else None
+
+        values = []
+        for line in trial.logged_lines():
+            if line.get(key) is not None:
+                values.append(line[key])
+
+        if not values or not trial.finished:
+            return None
+
+        return float(values[-1])
 
     def rates_at_the_edge(self) -> list[str]:
         """Groups of settings whose best rate is the least or the greatest that was tried."""

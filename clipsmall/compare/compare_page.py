@@ -118,7 +118,8 @@ def unfinished_runs(comparison: Comparison, runs: pd.DataFrame) -> list[tuple[st
     for row in rows:
         setting = ", ".join(f"{axis_words(axis)} {row[axis]}" for axis in comparison.axes)
         outcome = (setting, row["state"], row["error"])
-        seeds_of.setdefault(outcome, []).append(str(row["seed"]))
+        seeds = seeds_of.setdefault(outcome, [])
+        seeds.append(str(row["seed"]))
 
     unfinished = []
     for (setting, state, error), seeds in seeds_of.items():

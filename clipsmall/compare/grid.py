@@ -257,9 +257,11 @@ class Comparison(Section):
     @property
     def budget_words(self) -> str:
         """The budget in words, with a hint where a level has its own."""
-        trees = [tree for levels in self.axes.values() for tree in levels.values()]
-        if any("pairs" in tree.get("optim", {}) for tree in trees):
-            return f"{self.budget.words}, where the grid does not say otherwise"
+        for levels in self.axes.values():
+            for tree in levels.values():
+                if "pairs" in tree.get("optim", {}):
+                    return f"{self.budget.words}, where the grid does not say otherwise"
+
         return self.budget.words
 
     @property

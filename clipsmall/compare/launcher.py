@@ -146,14 +146,15 @@ class Trainer:
             # Stopped from outside, for which launchers exit with 1: it goes on the next time.
             return
 
+        # what a command of ours says of bad input, or the end of a traceback
         errors = [line for line in lines if line.startswith("error: ")] or lines[-3:]
-        told = {
+        outcome = {
             "exit_code": code,
             "error": "\n".join(errors)[-2000:] or f"exit code {code}",
             "log": f"{run.folder}/log.txt",
         }
         name = "failed" if code else "submitted"
-        atomic.write_json(run.folder / f"{name}.json", told)
+        atomic.write_json(run.folder / f"{name}.json", outcome)
 
 
 def training_environment(jobs: int, launch: str) -> dict[str, str]:
@@ -164,7 +165,8 @@ def training_environment(jobs: int, launch: str) -> dict[str, str]:
     if launch:
         return dict(os.environ)
 
-    threads = max(1, (os.cpu_count() or 1) // jobs)
+    cores = os.cpu_count() or 1
+    threads = max(1, cores // jobs)
     return {"OMP_NUM_THREADS": str(threads), **os.environ}
 
 

@@ -29,9 +29,14 @@ def groups_by_batch_size(
     """Settings that differ in nothing but the size of their batch, together."""
     groups = dict[tuple[str, ...], list[GridSetting]]()
     for setting in settings:
-        levels = setting.levels.items()
-        others = tuple(level for axis, level in levels if axis not in comparison.batch_axes)
-        groups.setdefault(others, []).append(setting)
+        others = []
+        for axis, level in setting.levels.items():
+            if axis not in comparison.batch_axes:
+                others.append(level)
+
+        group = groups.setdefault(tuple(others), [])
+        group.append(setting)
+
     return list(groups.values())
 
 
@@ -89,7 +94,7 @@ def planned_memory(comparison: Comparison, settings: list[GridSetting]) -> dict[
                 needs[setting.title] = math.nan
                 continue
 
-            _keep(known, path)
+            atomic.write_json(path, known)
 
         needs[setting.title] = math.nan if known[key] is None else known[key]
 
@@ -106,7 +111,3 @@ def _peak(planner: Planner, tree: Tree) -> float | None:
         return planner.peak(config, config.data.batch_size // planner.machine.ranks) / GIB
     except (ValueError, NotImplementedError):
         return None
-
-
-def _keep(known: dict[str, float | None], path: Path) -> None:
-    atomic.write_json(path, known)

@@ -85,12 +85,15 @@ def terminal_table(comparison: Comparison, summary: pd.DataFrame) -> str:
     for metric in comparison.metrics:
         cells = []
         for mean, sd in zip(summary[metric], summary[f"{metric} sd"], strict=True):
+            # one seed has no spread
             spread = "" if pd.isna(sd) else f" ± {percent(sd)}"
-            cells.append(DASH if pd.isna(mean) else percent(mean) + spread)
+            text = DASH if pd.isna(mean) else percent(mean) + spread
+            cells.append(text)
 
         table[metric] = cells
 
-    for column, values in {"seconds": summary["seconds"], "MiB": 1024 * summary["memory"]}.items():
+    costs = {"seconds": summary["seconds"], "MiB": 1024 * summary["memory"]}
+    for column, values in costs.items():
         table[column] = [DASH if pd.isna(value) else f"{value:,.0f}" for value in values]
 
     return table.to_string(index=False)
@@ -104,9 +107,11 @@ def _with_full_baseline(comparison: Comparison, runs: pd.DataFrame) -> Compariso
     """
     baseline = dict(comparison.baseline_levels)
     for axis in comparison.batch_axes if comparison.budget.memory else ():
-        of_baseline = runs[(runs[list(baseline)] == list(baseline.values())).all(axis=1)]
-        if axis not in baseline and of_baseline[axis].nunique() == 1:
-            baseline[axis] = of_baseline[axis].iloc[0]
+        is_baseline = (runs[list(baseline)] == list(baseline.values())).all(axis=1)
+        batch_sizes = runs[is_baseline][axis]
+        # only where it is one: elsewhere each setting is compared with its own
+        if axis not in baseline and batch_sizes.nunique() == 1:
+            baseline[axis] = batch_sizes.iloc[0]
 
     return comparison.model_copy(update={"baseline": baseline})
 
@@ -116,9 +121,13 @@ def _settings_with_runs(
 ) -> pd.DataFrame:
     """The rows of settings that are part of the comparison: a limit of memory leaves some out."""
     axes = list(comparison.axes)
-    shown = set(runs[axes].itertuples(index=False, name=None))
-    settings = frame[axes].itertuples(index=False, name=None)
-    return frame[[levels in shown for levels in settings]].reset_index(drop=True)
+    with_runs = set(runs[axes].itertuples(index=False, name=None))
+
+    shown = []
+    for levels in frame[axes].itertuples(index=False, name=None):
+        shown.append(levels in with_runs)
+
+    return frame[shown].reset_index(drop=True)
 
 
 def _table_of_rates(budgets: Budgets) -> list[Table]:

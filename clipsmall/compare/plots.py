@@ -5,7 +5,7 @@ import math
 import re
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -192,6 +192,8 @@ def plot_against_axis(frames: Frames, column: str, name: str, axis: str) -> Figu
     titles = [_panel_title(levels) for levels, _ in parts]
     fraction = column in frames.comparison.metrics
     figure, panels = _panel_grid(titles, axis_words(axis), name, fraction)
+
+    # levels lie where their numbers are, and the nearest two have a gap
     positions = _axis_positions(frames.axes[axis])
     gap = float(np.diff(sorted(positions.values())).min())
     # where the first axis lies across, there is one line of one colour
@@ -202,12 +204,17 @@ def plot_against_axis(frames: Frames, column: str, name: str, axis: str) -> Figu
 
     for panel, (_, part) in zip(panels, parts, strict=True):
         for levels, line in frames.parts(part, line_axes):
-            number = frames.axes[frames.coloured].index(levels[frames.coloured]) if levels else 0
-            x = line[axis].map(positions) + step * (number - (lines - 1) / 2)
+            number = 0
+            if levels:
+                number = frames.axes[frames.coloured].index(levels[frames.coloured])
+
+            from_the_middle = number - (lines - 1) / 2
+            x = line[axis].map(positions) + step * from_the_middle
             _draw_means(panel, x, line[column], frames.look(levels))
 
-        panel.set_xticks(list(positions.values()), [clean_label(level) for level in positions])
-        panel.set_xlim(min(positions.values()) - gap / 2, max(positions.values()) + gap / 2)
+        ticks = list(positions.values())
+        panel.set_xticks(ticks, [clean_label(level) for level in positions])
+        panel.set_xlim(min(ticks) - gap / 2, max(ticks) + gap / 2)
 
     if line_axes:
         _add_legend(frames, figure, done[frames.coloured])
@@ -222,13 +229,23 @@ def plot_each_setting(frames: Frames, column: str, name: str) -> Figure:
     panel = figure.add_subplot(xlabel=name)
 
     for height, (levels, part) in enumerate(rows):
-        values = part[part["state"] == "done"][column].dropna()
+        done = part[part["state"] == "done"]
+        values = done[column].dropna()
         look = frames.look(levels)
-        dots = {"linestyle": "", "marker": ".", "alpha": 0.4, "color": look["color"]}
-        panel.plot(values, [height] * len(values), **dots)  # type: ignore[arg-type]
-        if len(values):
-            sd = values.std() if len(values) > 1 else 0.0
-            panel.errorbar(values.mean(), height, xerr=sd, capsize=2, markersize=6, **look)  # type: ignore[arg-type]
+        panel.plot(
+            values,
+            [height] * len(values),
+            linestyle="",
+            marker=".",
+            alpha=0.4,
+            color=look["color"],
+        )
+        if values.empty:
+            continue
+
+        # one value has no standard deviation
+        sd = values.std() if len(values) > 1 else 0.0
+        panel.errorbar(values.mean(), height, xerr=sd, capsize=2, markersize=6, **look)  # type: ignore[arg-type]
 
     names = [clean_label(", ".join(levels.values())) for levels, _ in rows]
     panel.set_yticks(range(len(rows)), names)
@@ -252,19 +269,34 @@ def plot_pareto_front(frames: Frames, metric: str, cost: str) -> Figure | None:
     means[cost] /= unit
     figure, (panel,) = _panel_grid([""], words, metric, fraction=True)
 
-    if means[cost].min() > 0 and means[cost].max() >= 4 * means[cost].min():
+    least = means[cost].min()
+    if least > 0 and means[cost].max() >= 4 * least:
         _use_log_scale(panel)
 
     for levels, part in frames.parts(means, axes):
         panel.plot(part[cost], part[metric], linestyle="", markersize=5, **frames.look(levels))  # type: ignore[arg-type]
 
     _join_batch_sizes(frames, panel, means, metric, cost)
+
+    # behind everything else
     on_front = pareto_front(means[cost], means[metric])
     best = means[on_front].sort_values([cost, metric])
-    front_look: dict[str, Any] = {"color": GREY, "linewidth": 4, "alpha": 0.3, "zorder": 0}
-    panel.plot(best[cost], best[metric], drawstyle="steps-post", **front_look)
+    panel.plot(
+        best[cost],
+        best[metric],
+        drawstyle="steps-post",
+        color=GREY,
+        linewidth=4,
+        alpha=0.3,
+        zorder=0,
+    )
+
+    # the colour says the first level, and one that all share says nothing
     further = [axis for axis in frames.others(frames.coloured) if means[axis].nunique() > 1]
-    names = [clean_label(", ".join(levels)) for levels in best[further].to_numpy()]
+    names = []
+    for further_levels in best[further].to_numpy():
+        names.append(clean_label(", ".join(further_levels)))
+
     _name_points(panel, best[[cost, metric]].to_numpy(), names)
     _add_legend(frames, figure, means[frames.coloured])
     return figure
@@ -279,8 +311,12 @@ def _join_batch_sizes(
         return
 
     for levels, part in frames.parts(means, frames.others(*joined)):
+        # "16", "128" and "32" by their numbers
         line = part.sort_values(joined, key=pd.to_numeric)
-        colour = frames.look(levels)["color"] if frames.coloured in levels else GREY
+        colour = GREY
+        if frames.coloured in levels:
+            colour = frames.look(levels)["color"]
+
         panel.plot(line[cost], line[metric], linewidth=0.6, color=colour, zorder=1)
 
 
@@ -321,8 +357,14 @@ def _name_points(panel: Axes, points: NDArray[np.float64], names: list[str]) -> 
             continue
 
         named.append(position)
-        offset = {"xytext": (-4, 4), "textcoords": "offset points", "ha": "right"}
-        panel.annotate(name, tuple(point), fontsize=8, **offset)  # type: ignore[arg-type]
+        panel.annotate(
+            name,
+            tuple(point),
+            xytext=(-4, 4),
+            textcoords="offset points",
+            ha="right",
+            fontsize=8,
+        )
 
 
 def plot_learning_curves(frames: Frames, column: str) -> Figure | None:
@@ -364,9 +406,16 @@ def _draw_curves_of_seeds(panel: Axes, seeds: pd.DataFrame, look: dict[str, str]
         panel.plot(seeds[seed].dropna(), linewidth=0.7, alpha=0.5, color=look["color"])
 
     # a seed that joins or leaves would make the mean jump
-    mean = seeds.mean(axis=1)[seeds.notna().all(axis=1)]
-    marks = {"markevery": max(1, len(mean) // CURVE_MARKS), "markersize": 4, **look}
-    panel.plot(mean.index.to_numpy(), mean.to_numpy(), linewidth=1.4, **marks)  # type: ignore[arg-type]
+    all_are_there = seeds.notna().all(axis=1)
+    mean = seeds.mean(axis=1)[all_are_there]
+    panel.plot(
+        mean.index.to_numpy(),
+        mean.to_numpy(),
+        linewidth=1.4,
+        markevery=max(1, len(mean) // CURVE_MARKS),
+        markersize=4,
+        **look,  # type: ignore[arg-type]
+    )
 
 
 # What several plots share.
@@ -375,9 +424,11 @@ def _draw_curves_of_seeds(panel: Axes, seeds: pd.DataFrame, look: dict[str, str]
 def _axis_positions(levels: Collection[str]) -> dict[str, float]:
     """Where numeric levels lie across: by their logarithm if all are positive."""
     values = {level: float(level) for level in levels}
-    if min(values.values()) > 0:
-        return {level: math.log2(value) for level, value in values.items()}
-    return values
+    if min(values.values()) <= 0:
+        return values
+
+    # batch sizes and ranks double from level to level
+    return {level: math.log2(value) for level, value in values.items()}
 
 
 def clean_label(text: str) -> str:
@@ -447,12 +498,20 @@ def _add_legend(frames: Frames, figure: Figure, shown: "pd.Series[str]") -> None
     levels = [level for level in frames.axes[frames.coloured] if level in present]
     handles = [Line2D([], [], **frames.look({frames.coloured: level})) for level in levels]  # type: ignore[arg-type]
     names = [clean_label(level) for level in levels]
+
     # inches of the marker, and of a letter
     width = 0.55 + 0.085 * max(map(len, names))
-    columns = max(1, int(figure.get_figwidth() / width))
-    columns = min(len(names), columns)
-    look = {"ncols": columns, "frameon": False, "fontsize": 9}
-    figure.legend(handles, names, loc="outside lower center", **look)
+    fitting = max(1, int(figure.get_figwidth() / width))
+    columns = min(len(names), fitting)
+
+    figure.legend(
+        handles,
+        names,
+        loc="outside lower center",
+        ncols=columns,
+        frameon=False,
+        fontsize=9,
+    )
 
 
 def _draw_means(
@@ -463,7 +522,18 @@ def _draw_means(
     The seeds are faint dots.
     """
     panel.plot(x, y, linestyle="", marker=".", markersize=4, alpha=0.4, color=look["color"])
-    mean = y.groupby(x).mean()
-    sd = y.groupby(x).std().fillna(0)
-    looks = {"linewidth": 1.4, "markersize": 5, "capsize": 2, "elinewidth": 1, **look}
-    panel.errorbar(mean.index.to_numpy(), mean.to_numpy(), yerr=np.asarray(sd), **looks)  # type: ignore[arg-type]
+
+    seeds = y.groupby(x)
+    mean = seeds.mean()
+    # of one seed there is none
+    sd = seeds.std().fillna(0)
+    panel.errorbar(
+        mean.index.to_numpy(),
+        mean.to_numpy(),
+        yerr=np.asarray(sd),
+        linewidth=1.4,
+        markersize=5,
+        capsize=2,
+        elinewidth=1,
+        **look,  # type: ignore[arg-type]
+    )

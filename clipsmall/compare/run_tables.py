@@ -44,7 +44,10 @@ def tables_of_runs(
             run = cell.runs[number] if cell.runs else None
             which = {**cell.setting.levels, "seed": seed}
             rows.append({**which, **_run_row(comparison, run, cell)})
-            for line in run.logged_lines() if run else ():
+            if run is None:
+                continue
+
+            for line in run.logged_lines():
                 curves_row = {name: line.get(name) for name in CURVES}
                 for column, key in comparison.metrics.items():
                     curves_row[column] = line.get(key)

@@ -32,13 +32,17 @@ def config_digest(tree: Tree) -> str:
     """
     relevant = {name: value for name, value in tree.items() if name not in WITHOUT_EFFECT[""]}
     for section in ("data", "run"):
-        options = relevant.pop(section, {})
-        ignored = WITHOUT_EFFECT[section]
-        left = {name: value for name, value in options.items() if name not in ignored}
+        left = {}
+        for name, value in relevant.pop(section, {}).items():
+            if name not in WITHOUT_EFFECT[section]:
+                left[name] = value
+
+        # an empty section is as good as none
         if left:
             relevant[section] = left
 
-    return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:8]
+    text = json.dumps(relevant, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 @dataclass(frozen=True)
@@ -143,5 +147,7 @@ def make_run(
     tree = setting.tree
     for change in (*changes, {"seed": seed}):
         tree = lay_over(tree, change)
-    name = safe("-".join([*setting.levels.values(), f"s{seed}", config_digest(tree)]))
+
+    parts = [*setting.levels.values(), f"s{seed}", config_digest(tree)]
+    name = safe("-".join(parts))
     return GridRun(setting, seed, tree, Path(out) / kind / name, kind)

@@ -32,7 +32,10 @@ def pareto_front(cost: ArrayLike, gain: ArrayLike) -> NDArray[np.bool_]:
     no_worse = (costs <= own_cost) & (gains >= own_gain)
     strictly_better = (costs < own_cost) | (gains > own_gain)
     beaten = (no_worse & strictly_better).any(axis=1)
-    return np.asarray(~beaten & ~np.isnan(costs) & ~np.isnan(gains), dtype=bool)
+
+    # NaN compares with nothing, and so is never beaten
+    known = ~np.isnan(costs) & ~np.isnan(gains)
+    return np.asarray(~beaten & known, dtype=bool)
 
 
 def bootstrap_interval(values: ArrayLike, draws: int = 10_000) -> tuple[float, float]:
@@ -47,7 +50,9 @@ def bootstrap_interval(values: ArrayLike, draws: int = 10_000) -> tuple[float, f
     if len(found) < 2:
         return nan, nan
 
-    means = np.random.default_rng(0).choice(found, (draws, len(found))).mean(axis=1)
+    # a fixed seed: the same results give the same page
+    generator = np.random.default_rng(0)
+    means = generator.choice(found, (draws, len(found))).mean(axis=1)
     low, high = np.quantile(means, (0.025, 0.975))
     return float(low), float(high)
 
@@ -145,13 +150,16 @@ def contrasts_with_baseline(
 
     blocks: dict[Levels, list[Levels]] = {}
     for levels in product(*axes.values()):
-        blocks.setdefault(levels_elsewhere(levels, axes, baseline), []).append(levels)
+        block = blocks.setdefault(levels_elsewhere(levels, axes, baseline), [])
+        block.append(levels)
 
     rows: list[dict[str, Any]] = []
     for settings in blocks.values():
         base = next(levels for levels in settings if _has_levels(levels, axes, baseline))
         rivals = [levels for levels in settings if levels != base]
-        tests = _tests_against_first([results.get(levels, {}) for levels in (base, *rivals)])
+        # a setting without results has no tests, but its rows
+        found = [results.get(levels, {}) for levels in (base, *rivals)]
+        tests = _tests_against_first(found)
         for levels, test in zip(rivals, tests, strict=True):
             rows.append(dict(zip(axes, levels, strict=True)) | test)
 
@@ -179,8 +187,11 @@ def holm_adjusted(p: ArrayLike) -> NDArray[np.float64]:
     tests = np.count_nonzero(~np.isnan(adjusted))
     # NaN sorts last
     order = np.argsort(adjusted)[:tests]
+
+    # m, m - 1 ... 1
     factors = np.arange(len(order), 0, -1)
-    adjusted[order] = np.minimum(1, np.maximum.accumulate(adjusted[order] * factors))
+    no_smaller = np.maximum.accumulate(adjusted[order] * factors)
+    adjusted[order] = np.minimum(1, no_smaller)
     return adjusted
 
 
@@ -202,6 +213,7 @@ def _tests_against_first(settings: list[dict[int, float]]) -> list[dict[str, flo
     inverse = np.linalg.pinv(gram, hermitian=True)
     effects = inverse @ x.T @ y
 
+    # residual degrees of freedom, and the standard deviation of one run
     free = len(y) - np.linalg.matrix_rank(gram, hermitian=True)
     noise = np.sqrt(((y - x @ effects) ** 2).sum() / free) if free else nan
     # rounding: as good as identical numbers, of which no t can be made
@@ -216,10 +228,12 @@ def _tests_against_first(settings: list[dict[int, float]]) -> list[dict[str, flo
         # else seeds and settings are confounded
         known = np.allclose(contrast @ inverse @ gram, contrast, atol=1e-6)
         difference = contrast @ effects if known else nan
+
         error = noise * np.sqrt(contrast @ inverse @ contrast)
         reach = student_t.ppf(0.975, free) * error if free else nan
         t = difference / error
         p = 2 * student_t.sf(abs(t), free) if free else nan
+
         common = len(settings[rival].keys() & settings[0].keys())
         # Holm's p needs all of them, and follows
         values = (difference, difference - reach, difference + reach, t, free, p, nan, common)

@@ -31,7 +31,7 @@ from clipsmall.compare.wording import (
 OUTCOME_HEADS = {
     "better": "Better than {}",
     "worse": "Worse than {}",
-    "open": "Not told apart from {}",
+    "open": "Not significantly different from {}",
     "ahead": "Ahead of {}, untested",
     "behind": "Behind {}, untested",
 }
@@ -39,7 +39,7 @@ OUTCOME_HEADS = {
 LEADER_NOTES = {
     "better": "better than {}",
     "worse": "worse than {} seed for seed",
-    "open": "not told apart from {}",
+    "open": "not significantly different from {}",
     "": "no seed in common with {}",
 }
 # Smaller differences are rounding errors.
@@ -90,9 +90,16 @@ class Study:
         around = {self.place(one), self.place(other)}
         settings = self.runs[list(axes)].itertuples(index=False, name=None)
         near = [self.place(levels) in around for levels in settings]
+
+        # `other` as a baseline with a level on every axis: all settings are its rivals
         baseline = dict(zip(axes, other, strict=True))
+
         contrasts = contrasts_with_baseline(self.runs[near], axes, metric, baseline)
-        return next(row for row in frame_rows(contrasts) if self.levels(row) == one)
+        for row in frame_rows(contrasts):
+            if self.levels(row) == one:
+                return row
+
+        raise AssertionError(f"{one} is not among the rivals of {other}")
 
     def name(self, levels: Levels | Mapping[str, str]) -> str:
         """("chunked", "32") -> "chunked at batch size 32"."""
@@ -111,9 +118,13 @@ class Study:
 
     def rival(self, levels: Levels) -> str:
         """What a setting is compared as: its levels on the baseline's axes."""
-        of_axis = zip(self.comparison.axes, levels, strict=True)
         baseline = self.comparison.baseline_levels
-        return self.name({axis: level for axis, level in of_axis if axis in baseline})
+        compared = {}
+        for axis, level in zip(self.comparison.axes, levels, strict=True):
+            if axis in baseline:
+                compared[axis] = level
+
+        return self.name(compared)
 
     @property
     def baseline(self) -> str:
@@ -154,7 +165,8 @@ class Study:
         """Settings by rival: "chunked at batch sizes 16 and 32; mined at batch size 64"."""
         places_of: dict[str, list[Levels]] = {}
         for levels in chosen:
-            places_of.setdefault(self.rival(levels), []).append(self.place(levels))
+            places = places_of.setdefault(self.rival(levels), [])
+            places.append(self.place(levels))
         return "; ".join(rival + self.at(places) for rival, places in places_of.items())
 
     def value(self, levels: Levels, metric: str) -> str:
@@ -352,9 +364,10 @@ def _rivals_of_the_baseline(study: Study) -> list[str]:
 def _range_of_differences(tests: list[Row]) -> str:
     """The range of differences and the largest p: " (+1.2 to +4.1 points, p ≤ 0.012)"."""
     values = sorted(test["difference"] for test in tests)
-    ends = [percent(value, "+") for value in (values[0], values[-1])]
+    ends = [percent(values[0], "+"), percent(values[-1], "+")]
     # where both ends read the same, one stands for both
     text = " to ".join(dict.fromkeys(ends))
+
     p = max(test["p Holm"] for test in tests)
     if p < SIGNIFICANCE_LEVEL:
         return f" ({text} points, {p_value_words(p, len(tests) > 1)})"
@@ -406,7 +419,7 @@ def _gain_of_the_largest_batch(study: Study, lines: SettingsBySize) -> list[str]
 
     significant = test["p"] < SIGNIFICANCE_LEVEL
     if test["p"] >= SIGNIFICANCE_LEVEL or abs(difference) <= EQUAL:
-        words = "not told apart from"
+        words = "not significantly different from"
     elif difference > 0:
         words = "better than" if significant else "ahead of"
     else:
@@ -470,6 +483,7 @@ def _pareto_sentence(study: Study, cost: str, words: str) -> list[str]:
 
     price = [study.table[levels][cost] for levels in known]
     gain = [study.table[levels][metric] for levels in known]
+    # a twentieth is no choice to make
     if max(price) < 1.05 * min(price):
         ends = [_amount(cost, value) for value in (min(price), max(price))]
         return [f"The {words} hardly differs: {' to '.join(dict.fromkeys(ends))}."]
@@ -477,7 +491,11 @@ def _pareto_sentence(study: Study, cost: str, words: str) -> list[str]:
     # `known` has the best first, and on the front the best is the dearest: the cheapest first
     front = [at for at, on_front in enumerate(pareto_front(price, gain)) if on_front][::-1]
     settings = study.grouped(known[at] for at in front)
-    ends = [f"{percent(gain[at])} % for {_amount(cost, price[at])}" for at in (front[0], front[-1])]
+
+    ends = []
+    for at in (front[0], front[-1]):
+        ends.append(f"{percent(gain[at])} % for {_amount(cost, price[at])}")
+
     span = " to ".join(dict.fromkeys(ends))
 
     if cost == "seconds":
@@ -499,9 +517,16 @@ def _varying_times(study: Study) -> str:
 
 def _amount(cost: str, value: float) -> str:
     """0.31 GiB -> 317 MiB; 750 s -> 12 min."""
+    if cost == "memory" and value >= 1:
+        return f"{value:.1f} GiB"
     if cost == "memory":
-        return f"{value:.1f} GiB" if value >= 1 else f"{1024 * value:.0f} MiB"
-    return f"{value / 60:.0f} min" if value >= 600 else f"{value:.0f} s"
+        return f"{1024 * value:.0f} MiB"
+
+    # seconds
+    if value >= 600:
+        return f"{value / 60:.0f} min"
+
+    return f"{value:.0f} s"
 
 
 def _other_metrics(study: Study) -> list[str]:
@@ -539,10 +564,14 @@ def _unsteady(study: Study) -> list[str]:
     for levels, row in study.table.items():
         own = row[column]
         place = study.place(levels)
-        here = [study.table[other][column] for other in study.table if study.place(other) == place]
-        known = [sd for sd in here if not isnan(sd)]
-        others = len(known) - 1
+        known = []
+        for other, other_row in study.table.items():
+            if study.place(other) == place and not isnan(other_row[column]):
+                known.append(other_row[column])
+
+        # the mean variance of the others, times their number
         squares = sum(sd**2 for sd in known) - own**2
+        others = len(known) - 1
         if others > 1 and own**2 * others > 16 * squares:
             items.append(f"{study.name(levels)} (± {percent(own)})")
 

@@ -59,7 +59,10 @@ def heat_map_address(
 
     if len(labels) == len(matrix) <= MOST_LABELS:
         # A control character would break the SVG: matplotlib repeats each label in a comment there.
-        short = ["".join(filter(str.isprintable, label))[:36] for label in labels]
+        short = []
+        for label in labels:
+            printable = "".join(filter(str.isprintable, label))
+            short.append(printable[:36])
         ticks = range(len(short))
         font_size = min(10, 260 / len(short))
         axes.set_xticks(ticks, short, rotation=90, fontsize=font_size)

@@ -107,11 +107,14 @@ def training_plots(frame: pd.DataFrame) -> Iterator[Plot]:
 
 def _curve_and_median(name: str, curve: "pd.Series[float]") -> list[Line]:
     """A noisy curve, faint, below its running median."""
-    # learning rates and logit scales are smooth as they are
-    window = 1 if name.startswith(("lr", "logit")) else 1 + len(curve) // 40
+    # a fortieth of the run; learning rates and logit scales are smooth as they are
+    is_smooth = name.startswith(("lr", "logit"))
+    window = 1 if is_smooth else 1 + len(curve) // 40
     median = curve.rolling(window, center=True, min_periods=1).median()
+
     # few points are marked: a line alone hides how few there are
-    look = {"color": "C0", "marker": "o" if len(curve) < 20 else "", "markersize": 3}
+    marker = "o" if len(curve) < 20 else ""
+    look = {"color": "C0", "marker": marker, "markersize": 3}
     faint = look | {"alpha": 0.35, "linewidth": 0.8}
     return [(curve, faint), (median, look)]
 
@@ -128,15 +131,26 @@ def evaluation_plots(frame: pd.DataFrame) -> Iterator[Plot]:
         lines: list[Line] = []
         for number, name in enumerate(names):
             curve = finite_series(frame, name)
+            # [task/]set
             parent = name.rpartition("/")[0]
             data_set = parent.partition("/")[2] or parent
+            last = format_quantity(curve.iloc[-1], fraction)
             colour = f"C{number}"
-            label = f"{data_set[:44]}: {format_quantity(curve.iloc[-1], fraction)}"
-            look = {"color": colour, "marker": "o", "markersize": 3, "label": label}
+            look = {
+                "color": colour,
+                "marker": "o",
+                "markersize": 3,
+                "label": f"{data_set[:44]}: {last}",
+            }
             lines.append((curve, look))
-            set_chance = f"{parent}/chance" if fraction and not of_several_guesses else ""
+
+            set_chance = ""
+            if fraction and not of_several_guesses:
+                set_chance = f"{parent}/chance"
+
+            # a column that is not there has no values, and draws nothing
+            dashed = {"color": colour, "linestyle": "--", "linewidth": 1}
             for chance in (f"{name}/chance", set_chance):
-                dashed = {"color": colour, "linestyle": "--", "linewidth": 1}
                 lines.append((finite_series(frame, chance), dashed))
 
         title = " · ".join(filter(None, (task, metric))).replace("_", " ")
@@ -152,7 +166,11 @@ def _columns_by_metric(frame: pd.DataFrame) -> dict[tuple[str, str], list[str]]:
         if len(finite_series(frame, name)) < 2:
             continue
 
-        task = name.split("/")[0] if name.count("/") > 1 else ""
+        # [task/]set/metric
+        task = ""
+        if name.count("/") > 1:
+            task = name.split("/")[0]
+
         metric = name.rpartition("/")[2]
         columns.setdefault((task, metric), []).append(name)
 
@@ -165,10 +183,14 @@ def finite_series(frame: pd.DataFrame, name: str) -> "pd.Series[float]":
     A stretch that was repeated after a resume counts once, as it came last.
     """
     part = frame.reindex(columns=["pairs", name])
+    # text, None and infinity are no points of a curve
     part = part.apply(pd.to_numeric, errors="coerce").astype(float)
-    part = part[np.isfinite(part).all(axis=1)]
+    is_finite = np.isfinite(part).all(axis=1)
+    part = part[is_finite]
+
     part = part.drop_duplicates("pairs", keep="last")
-    return pd.Series(part[name].to_numpy(), index=part["pairs"]).sort_index()
+    values = part[name].to_numpy()
+    return pd.Series(values, index=part["pairs"]).sort_index()
 
 
 def draw_curves(lines: list[Line], fraction: bool) -> str:

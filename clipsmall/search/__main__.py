@@ -63,6 +63,7 @@ def _searcher(options: argparse.Namespace, catalog: Catalog) -> Searcher:
         options.workers,
         progress=True,
     )
+
     name = f"{options.model} {options.pretrained}".strip()
     embeddings = embed(encoder, catalog, folder, name)
     left_out = sum(catalog.left_out.values())
@@ -76,10 +77,16 @@ def _searcher(options: argparse.Namespace, catalog: Catalog) -> Searcher:
 
 def _default_folder(options: argparse.Namespace, catalog: Catalog) -> Path:
     """embeddings/DATA-MODEL-DIGEST: short names may be alike, embeddings are not."""
-    paths = [Path(options.model).resolve(), *(shard.resolve() for shard in catalog.shards)]
-    identity = "\0".join([options.pretrained, *map(str, paths)])
-    digest = hashlib.sha256(identity.encode()).hexdigest()[:8]
-    name = f"{_short_name(options.data[0])} {_short_name(options.model)} {digest}"
+    identity = [options.pretrained, str(Path(options.model).resolve())]
+    for shard in catalog.shards:
+        identity.append(str(shard.resolve()))
+
+    digest = hashlib.sha256("\0".join(identity).encode()).hexdigest()
+
+    data = _short_name(options.data[0])
+    model = _short_name(options.model)
+    name = f"{data} {model} {digest[:8]}"
+    # a hub id has a slash, a folder may have blanks
     return Path("embeddings") / re.sub(r"[^\w.-]+", "-", name)
 
 
@@ -102,9 +109,13 @@ def _device(given: str) -> torch.device:
 
 def _short_name(given: str) -> str:
     """A path's last two parts, which tell more than `test` or `run`; a hub id as it is."""
-    if not Path(given).exists():
+    path = Path(given)
+    if not path.exists():
         return given
-    return "/".join(Path(given).resolve().parts[-2:]).lstrip("/")
+
+    last_two = path.resolve().parts[-2:]
+    # in the root of the disk, one of the two is the root
+    return "/".join(last_two).lstrip("/")
 
 
 def _options(words: list[str] | None) -> argparse.Namespace:

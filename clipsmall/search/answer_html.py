@@ -50,9 +50,12 @@ CSS = """
 
 def answer_html(answer: Answer, images: int) -> str:
     """The answer as HTML; `images`: how many were compared."""
-    comparing = f"{1e3 * answer.comparing:,.1f} ms to search {images:,} images"
-    embedding = f"{1e3 * answer.embedding:,.1f} ms to embed the query"
-    return _fill(answer, f"{comparing}, {embedding}")
+    comparing = 1e3 * answer.comparing
+    embedding = 1e3 * answer.embedding
+    note = (
+        f"{comparing:,.1f} ms to search {images:,} images, {embedding:,.1f} ms to embed the query"
+    )
+    return _fill(answer, note)
 
 
 def note_html(text: str) -> str:

@@ -48,8 +48,11 @@ class StoredEmbeddings:
 
     def distinct_captions(self) -> Tensor:
         """(captions,) the first row of each; letter case and white space make no difference."""
-        texts = (caption.as_py() for caption in self.captions)
-        hashes = np.fromiter(map(caption_hash, texts), np.int64, len(self.captions))
+        # filled one by one: a list of millions of Python numbers would be large
+        hashes = np.empty(len(self.captions), np.int64)
+        for row, caption in enumerate(self.captions):
+            hashes[row] = caption_hash(caption.as_py())
+
         _, first_rows = np.unique(hashes, return_index=True)
         return torch.from_numpy(np.sort(first_rows))
 
@@ -79,7 +82,7 @@ def embed(encoder: Encoder, catalog: Catalog, folder: Path, model: str = "") -> 
         missing = store.missing()
         silent = not (missing and encoder.progress)
         for number in tqdm(missing, desc="embedding shards", disable=silent):
-            store.add(number, *_made(encoder, catalog, number))
+            store.add(number, *_embed_shard(encoder, catalog, number))
 
         parts = [part for number in range(len(fingerprints)) if (part := store.part(number))]
 
@@ -107,21 +110,31 @@ def embed(encoder: Encoder, catalog: Catalog, folder: Path, model: str = "") -> 
 def _fingerprint(catalog: Catalog, number: int) -> str:
     """A digest of a shard and of which pairs in it are good."""
     shard = catalog.shards[number]
-    digest = hashlib.sha256(f"{shard.name} {proof(shard)}".encode())
-    digest.update(catalog.only(number).spans.tobytes())
+    identity = f"{shard.name} {proof(shard)}"
+    digest = hashlib.sha256(identity.encode())
+
+    # where the good pairs lie in the file
+    good = catalog.only(number).spans
+    digest.update(good.tobytes())
     return digest.hexdigest()
 
 
-def _made(encoder: Encoder, catalog: Catalog, number: int) -> tuple[Part, int]:
-    """A shard's part, and how many of its images cannot be read."""
+def _embed_shard(encoder: Encoder, catalog: Catalog, number: int) -> tuple[Part, int]:
+    """A shard's part, and how many of its images cannot be read.
+
+    Raises:
+        ValueError: features that are not finite.
+    """
     shard = catalog.shards[number]
     image, found = encode_shard_images(encoder, catalog, number)
-    captions = read_shard_captions(catalog, number, found.tolist())
-    flat = [caption for each in captions for caption in each]
-    text = encode_shard_texts(encoder, flat)
+    captions_of = read_shard_captions(catalog, number, found.tolist())
+    captions = [caption for of_image in captions_of for caption in of_image]
+    text = encode_shard_texts(encoder, captions)
     refuse_non_finite(image, f"{shard}: image")
     refuse_non_finite(text, f"{shard}: text")
-    counts = torch.tensor([len(each) for each in captions], dtype=torch.int64)
+
+    # an image has a row for each of its captions
+    counts = torch.tensor([len(of_image) for of_image in captions_of], dtype=torch.int64)
     rows = found.repeat_interleave(counts).numpy()
     index = read_index(shard, ["key", "status"])
     keys = index["key"].take(good_rows(index)[rows])
@@ -129,7 +142,8 @@ def _made(encoder: Encoder, catalog: Catalog, number: int) -> tuple[Part, int]:
         "shard": [shard.name] * len(rows),
         "row": rows,
         "key": keys,
-        "caption": pa.array(flat, pa.string()),
+        "caption": pa.array(captions, pa.string()),
     }
-    part = Part(image.half().repeat_interleave(counts, dim=0), text.half(), pa.table(columns))
+    repeated = image.half().repeat_interleave(counts, dim=0)
+    part = Part(repeated, text.half(), pa.table(columns))
     return part, catalog.sizes[number] - len(found)

@@ -79,9 +79,15 @@ class Exact:
         # twice the rounding error, as both cosines of a comparison have one
         rounding = len(query) * 2.0**-22
         kth = rough.topk(k).values[-1]
+
         near = self.rows[rough >= kth - rounding]
-        products = [scores(query[None], part)[0] for part in row_chunks(self.parts, near)]
-        cosines = torch.cat(products)
+
+        exact = []
+        for part in row_chunks(self.parts, near):
+            exact.append(scores(query[None], part)[0])
+
+        cosines = torch.cat(exact)
+        # stable: equal cosines stay in the order of their rows
         best = cosines.sort(descending=True, stable=True).indices[:k]
         return cosines[best], near[best]
 
@@ -111,8 +117,11 @@ class Faiss:
     def __call__(self, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """As that of `Exact`."""
         _check_k(k, len(self.rows))
+
+        # of one query
         cosines, positions = self.index.search(query[None].numpy(), k)
-        return torch.from_numpy(cosines[0]), self.rows[torch.from_numpy(positions[0])]
+        best = torch.from_numpy(positions[0])
+        return torch.from_numpy(cosines[0]), self.rows[best]
 
 
 INDEXES: dict[str, Callable[[list[Tensor], Tensor], Index]] = {"exact": Exact, "faiss": Faiss}

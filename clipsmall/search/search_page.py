@@ -121,7 +121,9 @@ class _Answers:
     def to_image(self, image: str | None, k: int) -> tuple[str, str]:
         if image is None:
             return answer_html.note_html(HINT), ""
-        return self._html(lambda: self.searcher.by_image(Path(image).read_bytes(), int(k))), ""
+
+        data = Path(image).read_bytes()
+        return self._html(lambda: self.searcher.by_image(data, int(k))), ""
 
     def to_either(self, text: str, image: str | None, k: int) -> str:
         """The query that stands there once more, with another k."""

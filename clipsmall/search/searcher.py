@@ -63,8 +63,11 @@ class Searcher:
     def examples(self, count: int = 4) -> list[str]:
         """Some captions of the data, evenly spread."""
         every = -(-self.captions // count)
-        rows = self._distinct[::every]
-        return [self.found.captions[row].as_py() for row in rows.tolist()]
+        examples = []
+        for row in self._distinct[::every].tolist():
+            examples.append(self.found.captions[row].as_py())
+
+        return examples
 
     def by_text(self, text: str, k: int) -> Answer:
         """The k images nearest to a text.

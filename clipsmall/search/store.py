@@ -114,8 +114,9 @@ class EmbeddingStore:
         numbers = range(len(self.fingerprints))
         for kind, ending in ENDINGS.items():
             own = {self.file(kind, number) for number in numbers}
-            files = set((self.folder / kind).glob(f"{kind}_*.{ending}"))
-            for file in files - own:
+            there = set((self.folder / kind).glob(f"{kind}_*.{ending}"))
+
+            for file in there - own:
                 file.unlink()
 
     def file(self, kind: str, number: int) -> Path:

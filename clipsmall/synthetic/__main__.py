@@ -35,12 +35,16 @@ def main(words: list[str] | None = None) -> int:
 
     curves, cosines = run_study(options)
     summary = summarise_study(options, curves)
+
     curves.to_csv(options.out / "curves.csv", index=False, float_format="%.8g")
+    # safetensors takes arrays of one piece only
     arrays = {name: np.ascontiguousarray(array) for name, array in cosines.items()}
     save_file(arrays, options.out / "heatmaps.safetensors")
     (options.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     draw_study(options, curves, cosines, summary["loss_at_target"])
+
     print(study_table(options, curves))
+    # not to stdout, where the table may be piped on
     files = "curves.csv, heatmaps.safetensors, summary.json, curves.png"
     print(f"written to {options.out}: {files}", file=sys.stderr)
     return 0
@@ -109,7 +113,8 @@ def _check_options(options: argparse.Namespace) -> None:
         raise ValueError(f"--bias {options.bias}: must be finite")
 
     seeds = options.seeds
-    if min(seeds) < 0 or len(set(seeds)) < len(seeds):
+    some_twice = len(set(seeds)) < len(seeds)
+    if min(seeds) < 0 or some_twice:
         raise ValueError(f"--seeds {' '.join(map(str, seeds))}: must be 0 or more, none twice")
     if options.out.exists() and not options.out.is_dir():
         raise ValueError(f"--out {options.out}: is a file; give a folder")

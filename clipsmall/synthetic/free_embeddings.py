@@ -52,11 +52,14 @@ def sinkhorn_of_batches(logits: Tensor) -> Tensor:
     with torch.no_grad():
         rows = -logits.logsumexp(-1, keepdim=True)
         for _ in range(ROUNDS):
+            # each column of the plan sums to 1, then each row
             columns = -(logits + rows).logsumexp(-2, keepdim=True)
             rows = -(logits + columns).logsumexp(-1, keepdim=True)
 
+    # the last step of the columns has a gradient
     moved = logits + rows
-    return (moved.logsumexp(-2) - moved.diagonal(dim1=-2, dim2=-1)).mean(-1)
+    own = moved.diagonal(dim1=-2, dim2=-1)
+    return (moved.logsumexp(-2) - own).mean(-1)
 
 
 # (..., B, B) logits of batches -> (...) losses
@@ -90,12 +93,17 @@ class FreeEmbeddings:
         bias: float | None = None,
         lr: float = 0.5,
     ) -> None:
-        self.free = torch.tensor(np.stack([image, text]), dtype=torch.float64, requires_grad=True)
+        # (2, N, d)
+        start = np.stack([image, text])
+        self.free = torch.tensor(start, dtype=torch.float64, requires_grad=True)
         self.pairs = len(image)
+
         self.loss = loss
         self.lr = lr
-        self.scale = LOGITS[loss][0] if scale is None else scale
-        self.bias = LOGITS[loss][1] if bias is None else bias
+
+        usual_scale, usual_bias = LOGITS[loss]
+        self.scale = usual_scale if scale is None else scale
+        self.bias = usual_bias if bias is None else bias
 
     def cosines(self) -> Tensor:
         """(N, N): image i against text j."""
@@ -105,10 +113,13 @@ class FreeEmbeddings:
 
     def losses(self, batches: Ints) -> Tensor:
         """Losses of M batches: (M, B) numbers of pairs -> (M,)."""
-        pairs = torch.from_numpy(batches)
         logits = self.scale * self.cosines() + self.bias
-        # (M, B, B)
-        of_batches = logits[pairs[:, :, None], pairs[:, None, :]]
+
+        # (M, B, 1) and (M, 1, B) choose the (M, B, B) logits of the batches
+        pairs = torch.from_numpy(batches)
+        images = pairs[:, :, None]
+        texts = pairs[:, None, :]
+        of_batches = logits[images, texts]
         return LOSSES[self.loss](of_batches)
 
     def full_loss(self) -> float:
@@ -117,7 +128,10 @@ class FreeEmbeddings:
 
     def update(self, batches: Ints) -> None:
         """One step of SGD on the mean of the batches' losses."""
-        (slope,) = torch.autograd.grad(self.losses(batches).mean(), self.free)
+        mean = self.losses(batches).mean()
+        (slope,) = torch.autograd.grad(mean, self.free)
+
+        # in place: the vectors stay leaves of the graph
         with torch.no_grad():
             self.free -= self.lr * slope
 
@@ -126,7 +140,9 @@ class FreeEmbeddings:
 
         Sinkhorn's loss is no sum over pairs: softmax's weights stand in.
         """
-        image, text = F.normalize(self.free.detach(), dim=-1).float().numpy()
+        unit = F.normalize(self.free.detach(), dim=-1)
+        # mining works in float32
+        image, text = unit.float().numpy()
         scored = Scored(image, text, self.scale, self.bias)
 
         if self.loss == "sigmoid":
@@ -136,7 +152,8 @@ class FreeEmbeddings:
 
         # free vectors have no duplicates to keep apart
         cannot_link = np.zeros_like(weights, dtype=bool)
-        return spectral(scored, one_owner(self.pairs, size), cannot_link, generator, weights)
+        quotas = one_owner(self.pairs, size)
+        return spectral(scored, quotas, cannot_link, generator, weights)
 
 
 def choose_batches(
@@ -221,9 +238,12 @@ def simplex(pairs: int, width: int) -> Tensor:
     Source: Cho et al. 2023, theorem 4.
     """
     centred = torch.eye(pairs, dtype=torch.float64) - 1 / pairs
+    directions = torch.linalg.svd(centred)[0]
     # the last direction is that of the mean, along which nothing varies
-    corners = torch.linalg.svd(centred)[0][:, :-1]
-    return F.pad(F.normalize(corners, dim=1), (0, width - pairs + 1))
+    corners = F.normalize(directions[:, :-1], dim=1)
+    # of the N − 1 dimensions that it takes to all d
+    spare = width - pairs + 1
+    return F.pad(corners, (0, spare))
 
 
 def cross_polytope(width: int) -> Tensor:

@@ -58,9 +58,17 @@ def run_study(options: argparse.Namespace) -> tuple[pd.DataFrame, dict[str, Floa
 
 
 def _start(options: argparse.Namespace, seed: int) -> FreeEmbeddings:
-    shape = (2, options.pairs, options.width)
-    image, text = np.random.default_rng(seed).standard_normal(shape)
-    return FreeEmbeddings(image, text, options.loss, options.scale, options.bias, options.lr)
+    """Random vectors of the seed."""
+    generator = np.random.default_rng(seed)
+    image, text = generator.standard_normal((2, options.pairs, options.width))
+    return FreeEmbeddings(
+        image,
+        text,
+        loss=options.loss,
+        scale=options.scale,
+        bias=options.bias,
+        lr=options.lr,
+    )
 
 
 def summarise_study(options: argparse.Namespace, curves: pd.DataFrame) -> dict[str, Any]:
@@ -76,9 +84,12 @@ def summarise_study(options: argparse.Namespace, curves: pd.DataFrame) -> dict[s
         there = FreeEmbeddings(points, points, options.loss, options.scale, options.bias)
         loss_at_optimum = there.full_loss()
 
-    last = curves[curves.step == options.steps].groupby("selection", sort=False)
+    last = curves[curves.step == options.steps]
     columns = ["row_distance", "distance", "diagonal", "full_loss"]
-    final = {str(name): rows[columns].agg(["mean", "std"]).to_dict() for name, rows in last}
+    final = {}
+    for name, rows in last.groupby("selection", sort=False):
+        final[str(name)] = rows[columns].agg(["mean", "std"]).to_dict()
+
     # NaN, of one seed or without an optimum, becomes null
     without_nan = json.loads(pd.Series(final).to_json())
     return {
@@ -96,15 +107,24 @@ def study_table(options: argparse.Namespace, curves: pd.DataFrame) -> str:
     Args:
         curves: of `run_study`.
     """
-    column = "full_loss" if curves.row_distance.isna().all() else "row_distance"
-    # after a tenth of the steps, two tenths ...
-    steps = sorted({max(options.steps * tenths // 10, 1) for tenths in (1, 2, 4, 10)})
-    shown = curves[curves.step.isin(steps)]
+    optimum_is_unknown = curves.row_distance.isna().all()
+    column = "full_loss" if optimum_is_unknown else "row_distance"
+
+    # differences come early: after a tenth of the steps, two tenths, four and at the end
+    steps = set[int]()
+    for tenths in (1, 2, 4, 10):
+        steps.add(max(options.steps * tenths // 10, 1))
+
+    shown = curves[curves.step.isin(sorted(steps))]
     on_the_way = shown.pivot_table(column, "selection", "step", sort=False)
     on_the_way.columns = pd.Index([f"step {step}" for step in on_the_way])
-    last = curves[curves.step == options.steps].groupby("selection", sort=False)
-    end = last[["updates", "pairs", "full_loss", "diagonal"]].mean()
+
+    last = curves[curves.step == options.steps]
+    columns = ["updates", "pairs", "full_loss", "diagonal"]
+    end = last.groupby("selection", sort=False)[columns].mean()
+    # of seeds that all made as many
     end = end.astype({"updates": int, "pairs": int})
+
     table = on_the_way.join(end).rename_axis(None)
     seeds = " ".join(map(str, options.seeds))
     heading = f"{column.replace('_', ' ')}, mean over --seeds {seeds}, and the end"
@@ -128,11 +148,12 @@ def draw_study(
     upper, lower = figure.subfigures(2, 1, squeeze=False, height_ratios=[1.7, 1])[:, 0]
     _draw_curves(upper, options, curves, loss_at_optimum)
     _draw_cosines(lower, options, cosines)
-    first_seed = options.seeds[0]
+
+    seeds = ", ".join(map(str, options.seeds))
     figure.suptitle(
         f"{options.pairs} pairs, width {options.width}, batches of {options.batch_size}, "
-        f"lr {options.lr:g}; mean and range over seeds {', '.join(map(str, options.seeds))}, "
-        f"cosines of seed {first_seed} at the end"
+        f"lr {options.lr:g}; mean and range over seeds {seeds}, "
+        f"cosines of seed {options.seeds[0]} at the end"
     )
     figure.savefig(options.out / "curves.png", dpi=110)
 
@@ -144,10 +165,12 @@ def _draw_curves(
     loss_at_optimum: float | None,
 ) -> None:
     """The distance from the optimum, where it is known, and the loss."""
+    # the loss stands on the right of the distance, or alone
     columns = 1 if loss_at_optimum is None else 2
     panels = figure.subplots(1, columns, squeeze=False)[0]
     loss_panel = panels[-1]
     _draw_mean_and_range(loss_panel, curves, "full_loss", f"{options.loss} loss of the full batch")
+
     # the first steps would leave no room for the differences
     settled = curves.full_loss[curves.step >= options.steps // 5].max()
     bottom, top = loss_panel.get_ylim()
@@ -160,6 +183,7 @@ def _draw_curves(
         panels[0].set_yscale("log")
         loss_panel.axhline(loss_at_optimum, color="0.4", linestyle="--", label=f"at the {shape}")
 
+    # both panels have the same lines; that of the optimum is in the loss alone
     handles, names = loss_panel.get_legend_handles_labels()
     figure.legend(handles, names, loc="outside upper center", ncols=4, frameon=False)
 
@@ -169,11 +193,15 @@ def _draw_cosines(
 ) -> None:
     """A heat map for each selection."""
     panels = figure.subplots(1, len(options.selections), squeeze=False)[0]
+    first_seed = options.seeds[0]
+
     for axes, name in zip(panels, options.selections, strict=True):
-        matrix = cosines[f"{name}_{options.seeds[0]}"]
+        matrix = cosines[f"{name}_{first_seed}"]
         image = axes.imshow(matrix, cmap="RdBu_r", vmin=-1, vmax=1)
         axes.set_title(name, color=COLOURS[name])
         axes.set(xticks=[], yticks=[])
+
+    # all maps have the same range, so that one bar stands for all
 
     figure.colorbar(image, ax=panels, shrink=0.8, label="cosine, image i and text j")
 
@@ -186,8 +214,14 @@ def _draw_mean_and_range(axes: "Axes", curves: pd.DataFrame, column: str, name: 
         colour = COLOURS[str(selection)]
         label = f"{selection}: {SELECTIONS[str(selection)]}"
         axes.plot(steps, over_seeds["mean"], color=colour, label=label)
-        band: dict[str, Any] = {"color": colour, "alpha": 0.15, "linewidth": 0}
-        axes.fill_between(steps, over_seeds["min"], over_seeds["max"], **band)
+        axes.fill_between(
+            steps,
+            over_seeds["min"],
+            over_seeds["max"],
+            color=colour,
+            alpha=0.15,
+            linewidth=0,
+        )
 
     axes.set(xlabel="step", ylabel=name)
     axes.spines[["top", "right"]].set_visible(False)

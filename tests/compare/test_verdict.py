@@ -103,7 +103,7 @@ def test_a_full_grid_is_told_in_a_dozen_sentences() -> None:
         r"sinkhorn at every batch size \(-6.\d to -5.\d points, p < 0.001\)",
         one(sentences, "Worse than softmax"),
     )
-    equals = one(sentences, "Not told apart from softmax")
+    equals = one(sentences, "Not significantly different from softmax")
     assert all(f"{name} at" in equals for name in ("sigmoid", "gcl", "moco"))
     assert "dcl at batch size 256" in equals
     assert ", p" not in equals
@@ -131,7 +131,7 @@ def test_better_needs_a_small_p() -> None:
         tests = contrasts_with_baseline(runs, GRID, "recall@1", {"objective": "softmax"})
         for test in tests.to_dict("records"):
             outcome = "Better than" if test["difference"] > 0 else "Worse than"
-            start = outcome if test["p Holm"] < 0.05 else "Not told apart from"
+            start = outcome if test["p Holm"] < 0.05 else "Not significantly different from"
             clause = next(
                 c for c in one(sentences, f"{start} softmax").split("; ") if test["objective"] in c
             )
@@ -170,12 +170,18 @@ def test_equals_are_not_told_apart() -> None:
     assert not [
         sentence for sentence in sentences if sentence.startswith(("Better than", "Worse than"))
     ]
-    assert all(name in one(sentences, "Not told apart from softmax") for name in OBJECTIVES[1:])
+    assert all(
+        name in one(sentences, "Not significantly different from softmax")
+        for name in OBJECTIVES[1:]
+    )
 
 
 def test_identical_numbers_are_not_told_apart() -> None:
     sentences = said(grid(PAIR), done(grid(PAIR), lambda objective: 0.3, noise=0))
-    assert one(sentences, "Not told apart") == "Not told apart from softmax: dcl (+0.0 points)."
+    assert (
+        one(sentences, "Not significantly different")
+        == "Not significantly different from softmax: dcl (+0.0 points)."
+    )
     assert "not tested" in one(sentences, "Best")
 
 
