@@ -157,7 +157,7 @@ def main(words: list[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         state = PartialState(cpu=not torch.accelerator.is_available(), timeout=world.PATIENCE)
-        world.check(state.num_processes)
+        world.check_ranks(state.num_processes)
         sets = [
             open_set(path, options.classes, options.templates, options.label, options.train)
             for path in options.data

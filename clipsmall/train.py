@@ -85,7 +85,9 @@ def train(
         accelerator.backward(losses["loss"])
         losses["grad_norm"] = clipped_norm(accelerator, model.parameters(), clip)
         # all ranks alike
-        guard.step(optimizer, losses, world.mean(losses["loss"] + losses["grad_norm"]), rows)
+        guard.step(
+            optimizer, losses, world.mean_over_ranks(losses["loss"] + losses["grad_norm"]), rows
+        )
         scheduler.step()
         optimizer.zero_grad()
         progress.advance(len(pairs.index) * world.size())

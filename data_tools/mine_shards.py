@@ -153,7 +153,7 @@ def score(args: argparse.Namespace) -> None:
     """Score the shards that have no scores yet, each on one rank."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=world.PATIENCE)
-    world.check(state.num_processes)
+    world.check_ranks(state.num_processes)
     catalog = open_catalog(args.data)
     if args.scores and (
         twice := [n for n, c in Counter(shard.name for shard in catalog.shards).items() if c > 1]
@@ -183,7 +183,7 @@ def score(args: argparse.Namespace) -> None:
     ) as bar:
         for place in mine:
             shard = catalog.shards[place]
-            with world.alone():
+            with world.single_process():
                 table, bad = score_shard(encoder, catalog, place)
             write_scores(shard, args.scores, table, scorer)
             if bad:
@@ -192,7 +192,7 @@ def score(args: argparse.Namespace) -> None:
                 )
             broken += bad
             bar.update(sizes[place])
-    broken = int(world.total(torch.tensor([broken], device=state.device)).item())
+    broken = int(world.sum_over_ranks(torch.tensor([broken], device=state.device)).item())
     if main_rank:
         pairs = sum(sizes[place] for place in left) - broken
         seconds = time.time() - start

@@ -123,7 +123,7 @@ class Maker:
         """As `write_features` takes them."""
         alone, rows, total = self._alone(shard)
         try:
-            with world.alone(), self.accelerator.autocast():
+            with world.single_process(), self.accelerator.autocast():
                 made, there = self._encoder().images(alone)
         except ValueError as error:
             if "can be read" not in str(error):
@@ -146,7 +146,7 @@ class Maker:
             captions += mine
             counts[place_] = len(mine)
         os.close(alone.descriptor(0))
-        with world.alone(), self.accelerator.autocast():
+        with world.single_process(), self.accelerator.autocast():
             features = self._encoder().texts(captions)
         return features, torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
 

@@ -45,7 +45,7 @@ def chunk_size(config: Config, accelerator: Accelerator, loaded: Loaded, model: 
     found = (
         largest_chunk(rows, lambda size: fits(size, accelerator, loaded, model, waiting)) or rows
     )
-    least = -int(world.maximum(torch.tensor(-found, device=accelerator.device)))
+    least = -int(world.max_over_ranks(torch.tensor(-found, device=accelerator.device)))
     return 0 if least == rows else least
 
 
@@ -70,7 +70,7 @@ def checkpoint_blocks(
         # towers that will be shared out are whole here: nothing can be tried, and who shares them
         # is short of memory
         full = sharded.asked() or not fits(rows, accelerator, loaded, model)
-        asked = bool(world.maximum(torch.tensor(float(full), device=accelerator.device)))
+        asked = bool(world.max_over_ranks(torch.tensor(float(full), device=accelerator.device)))
     if asked is True:
         build_tuning.checkpoint_activations(loaded)
     loaded.checkpointed = asked is True

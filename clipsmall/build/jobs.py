@@ -70,7 +70,7 @@ def evaluate_job(
         state.model, state.loaded.tokenize, device, config.evaluate.batch_size, config.data.workers
     )
     # agreed on by all ranks: a job that some of them skip would leave the others waiting
-    done = {int(world.maximum(torch.tensor(folder.last_evaluation(), device=device)))}
+    done = {int(world.max_over_ranks(torch.tensor(folder.last_evaluation(), device=device)))}
 
     def run(progress: Progress, losses: Any) -> None:
         if progress.step in done:

@@ -15,10 +15,10 @@ from clipsmall.config import Config
 from clipsmall.data import Catalog, LoadedBatch
 from clipsmall.data.scores import all_scores
 from clipsmall.distributed import world
-from clipsmall.mining import SELECTIONS, Identity, MiningRecipe, Scored
+from clipsmall.mining import SELECTIONS, Identity, MiningRecipe, ScoredPairs
 from clipsmall.mining.online import MinedBatches, PoolView
 from clipsmall.mining.schedule import Schedule
-from clipsmall.mining.scored import scored
+from clipsmall.mining.scored_pairs import select_scored
 from clipsmall.model.dual_encoder import DualEncoder
 from clipsmall.model.towers import Loaded
 
@@ -77,7 +77,7 @@ def fixed(config: Config) -> tuple[str, ...]:
     return ("mining", "optim.pairs") if config.mining.method != "none" else ("mining.method",)
 
 
-def reference(config: Config, catalog: Catalog | None) -> Callable[[Identity], Scored]:
+def reference(config: Config, catalog: Catalog | None) -> Callable[[Identity], ScoredPairs]:
     """What finds the scores of pairs by their numbers.
 
     Raises:
@@ -96,10 +96,10 @@ def reference(config: Config, catalog: Catalog | None) -> Callable[[Identity], S
     numbers = catalog.index[scores.row]
     order = np.argsort(numbers)
 
-    def found(identity: Identity) -> Scored:
+    def found(identity: Identity) -> ScoredPairs:
         places = order[np.searchsorted(numbers, identity.index, sorter=order)]
         assert (numbers[places] == identity.index).all()
-        return scored(scores, places)
+        return select_scored(scores, places)
 
     return found
 
@@ -137,7 +137,13 @@ def schedule(config: Config, made: MiningRecipe, per_epoch: int) -> Schedule:
     least = math.ceil(1 / mining.keep) if made.method in SELECTIONS else 2
     pool = max(mining.pool // config.data.batch_size, least)
     return Schedule(
-        config.steps, pool, made.kept(pool), mining.fraction, mining.start, mining.end, per_epoch
+        config.steps,
+        pool,
+        made.batches_kept(pool),
+        mining.fraction,
+        mining.start,
+        mining.end,
+        per_epoch,
     )
 
 

@@ -194,7 +194,11 @@ def without_effect(config: Config) -> list[str]:
 
 def columns(config: Config) -> Callable[[Embeddings], Embeddings]:
     """How everybody's embeddings come to my rows."""
-    known = {"gather": world.columns, "ring": world.ring_columns, "host": world.host_columns}
+    known = {
+        "gather": world.gathered_columns,
+        "ring": world.ring_columns,
+        "host": world.host_columns,
+    }
     if config.objective.exchange == "host":
         # a backward pass over two devices runs in two threads, and ranks would start their
         # collectives in different

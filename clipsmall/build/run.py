@@ -52,7 +52,7 @@ def accelerator(config: Config) -> Accelerator:
         project_dir=config.out,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=world.PATIENCE)],
     )
-    world.check(made.num_processes)
+    world.check_ranks(made.num_processes)
     started = {str(tracker) for tracker in made.log_with}
     if missing := [name for name in config.run.trackers if name not in started]:
         raise ValueError(

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from clipsmall.compare.grid import Comparison, GridSetting, Tree
 from clipsmall.compare.runs import digest
 from clipsmall.config.reader import lay_over, validated
-from clipsmall.plan.largest import Planner
+from clipsmall.plan.largest_batch import Planner
 from clipsmall.plan.step import Machine
 
 GIB = 2**30

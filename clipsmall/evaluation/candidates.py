@@ -12,9 +12,9 @@ from clipsmall.evaluation.matching import one_to_one
 from clipsmall.evaluation.results import Result
 from clipsmall.evaluation.retrieval import Relevance
 from clipsmall.evaluation.view import DataView
-from clipsmall.mining.initial_groups import grown
-from clipsmall.mining.scored import Bools, Floats, Ints, Scored, one_owner
-from clipsmall.mining.swaps import conflicts, separated, swapped
+from clipsmall.mining.initial_groups import grow_groups
+from clipsmall.mining.scored_pairs import Bools, Floats, Ints, ScoredPairs, one_owner
+from clipsmall.mining.swaps import count_conflicts, improve_by_swaps, separate_conflicts
 
 # at most: all pairs of them are 100 MB (and COCO's test images are as many)
 PAIRS = 5000
@@ -107,16 +107,21 @@ def sets(words: Floats, cannot: Bools, size: int) -> tuple[Ints, Ints]:
     """
     quotas = one_owner(len(words), size)
     random = np.random.default_rng(0)
-    # of which `grown` asks no more than how many they are
-    pairs = Scored(words, words)
-    hard = swapped(
-        words, grown(pairs, quotas, cannot, random, words), quotas.owner, cannot, SWEEPS, random
+    # of which `grow_groups` asks no more than how many they are
+    pairs = ScoredPairs(words, words)
+    hard = improve_by_swaps(
+        words,
+        grow_groups(pairs, quotas, cannot, random, words),
+        quotas.owner,
+        cannot,
+        SWEEPS,
+        random,
     )
-    hard = hard[conflicts(hard, cannot) == 0]
-    others = separated(
+    hard = hard[count_conflicts(hard, cannot) == 0]
+    others = separate_conflicts(
         random.permutation(hard.ravel()).reshape(hard.shape), quotas.owner, cannot, random
     )
-    return hard, others[conflicts(others, cannot) == 0]
+    return hard, others[count_conflicts(others, cannot) == 0]
 
 
 def recalls_within(images: Tensor, texts: Tensor, groups: Tensor) -> tuple[float, float]:

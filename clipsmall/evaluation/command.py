@@ -47,7 +47,7 @@ def evaluate(options: argparse.Namespace, measure: Callable[[Encoder, str], Resu
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         state = PartialState(cpu=not torch.accelerator.is_available(), timeout=world.PATIENCE)
-        world.check(state.num_processes)
+        world.check_ranks(state.num_processes)
         check_folder(options.out)
         model, loaded = load_model(options.model, options.pretrained)
         encoder = Encoder(

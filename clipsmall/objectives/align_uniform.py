@@ -59,7 +59,7 @@ def align_uniform(
     ways = [(rows.image, columns.image), (rows.text, columns.text)]
     if cross:
         ways = [(rows.image, columns.text)]
-    pairs = world.total(counts.sum())
+    pairs = world.sum_over_ranks(counts.sum())
     spread = alignment.new_zeros(())
     for x, y in ways:
         spread = spread + log_mean_kernel(x, y, place, t, pairs) / len(ways)

@@ -34,7 +34,7 @@ def barlow(rows: Embeddings, columns: Embeddings, redundancy: float = 5e-3) -> d
     """
     image, text = (_standard(rows.extra[name]) for name in ("image_projected", "text_projected"))
     with torch.autocast(image.device.type, enabled=False):
-        correlation = world.add(image.T @ text) / (len(image) * world.size())
+        correlation = world.differentiable_sum(image.T @ text) / (len(image) * world.size())
     own = correlation.diagonal()
     invariance = (1 - own).square().sum()
     others = redundancy * (correlation.square().sum() - own.square().sum())

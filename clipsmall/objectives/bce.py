@@ -84,7 +84,7 @@ class Bce(nn.Module):
         if self.mode == "balanced":
             all_of_them = negatives(place)
             each = all_of_them.clamp(min=1)
-            count = world.mean(all_of_them.float().mean())
+            count = world.mean_over_ranks(all_of_them.float().mean())
         else:
             place = replace(place, chosen=self._chosen(place.columns, rows.image.device))
             each = torch.ones_like(place.own)
@@ -123,7 +123,7 @@ class Bce(nn.Module):
         """
         hardest, _ = similarity.nearest(x, y, place, bias)
         counts = hardest > -torch.inf
-        hits, all_of_them = world.total(
+        hits, all_of_them = world.sum_over_ranks(
             torch.stack([((own > hardest) & counts).sum(), counts.sum()])
         )
         return torch.where(all_of_them > 0, hits / all_of_them.clamp(min=1), self.accuracy)

@@ -46,20 +46,22 @@ def hsic(
     everywhere = Layout(torch.arange(len(x), device=x.device), n, keep_own=True, ring=len(y) < n)
     kernel = partial(_kernel, width=width)
     row_means = similarity.row_sums(x, y, everywhere, kernel) / n
-    mean = world.mean(row_means.mean())
+    mean = world.mean_over_ranks(row_means.mean())
     # the mean over my rows and all columns
     each = torch.full_like(row_means, 1 / (n * len(x)))
     squares = similarity.total(x, y, everywhere, partial(_squared, width=width, mean=mean), each)
 
     r = row_means - mean
-    m = world.mean(r.mean())
-    variance = world.mean(squares) - 2 * world.mean(r.square().mean()) + m.square()
+    m = world.mean_over_ranks(r.mean())
+    variance = (
+        world.mean_over_ranks(squares) - 2 * world.mean_over_ranks(r.square().mean()) + m.square()
+    )
     # the root's slope stays finite when all points are one
     deviation = (variance.clamp(min=0) + 1e-10).sqrt()
     slope = gamma / (2 * deviation)
     pairs = _kernel(dots(rows.image, rows.text), width)[0].mean()
     linear = similarity.total(x, y, everywhere, kernel, each * (1 + slope * (2 * m - 4 * r)))
-    dependence = world.mean(pairs) - mean
+    dependence = world.mean_over_ranks(pairs) - mean
     surrogate = linear + slope * squares - pairs
     return {
         "loss": surrogate + (gamma * deviation - dependence - surrogate).detach(),

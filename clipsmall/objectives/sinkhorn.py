@@ -86,7 +86,7 @@ def potentials(
         used += 1
         g = -similarity.logsumexp(x, y, place, u=f, rows=False).columns
         row = similarity.logsumexp(x, y, place, v=g, columns=False).rows
-        error = world.maximum((row.detach() + f.detach()).exp().sub(1).abs().max())
+        error = world.max_over_ranks((row.detach() + f.detach()).exp().sub(1).abs().max())
         if used == iterations or bool(error <= tolerance):
             break
         f = -row

@@ -63,5 +63,7 @@ class Superclass(nn.Module):
 
     @torch.no_grad()
     def _count(self, tokens: Tensor, captions: int) -> None:
-        self.documents += world.total(torch.bincount(tokens, minlength=len(self.documents)))
+        self.documents += world.sum_over_ranks(
+            torch.bincount(tokens, minlength=len(self.documents))
+        )
         self.captions += captions * world.size()

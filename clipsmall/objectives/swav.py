@@ -87,7 +87,7 @@ class Swav(nn.Module):
         by_text = (_scores(rows.text, prototypes) / self.temperature).log_softmax(dim=1)
         self._remember(images, texts)
         assigned = ((by_image.exp() + by_text.exp()) / 2).detach()
-        share = world.mean(assigned.mean(dim=0))
+        share = world.mean_over_ranks(assigned.mean(dim=0))
         return {
             "loss": -(
                 (of_text * by_image).sum(dim=1).mean() + (of_image * by_text).sum(dim=1).mean()

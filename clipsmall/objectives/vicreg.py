@@ -62,6 +62,6 @@ def _spread_and_overlap(x: Tensor) -> tuple[Tensor, Tensor]:
     _, centred, variance = moments(x)
     deviation = (variance * (count / (count - 1)) + 1e-4).sqrt()
     with torch.autocast(x.device.type, enabled=False):
-        covariance = world.add(centred.T @ centred) / (count - 1)
+        covariance = world.differentiable_sum(centred.T @ centred) / (count - 1)
     others = covariance.square().sum() - covariance.diagonal().square().sum()
     return F.relu(1 - deviation).mean(), others / x.shape[1]

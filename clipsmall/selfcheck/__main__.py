@@ -46,7 +46,14 @@ from clipsmall.distributed import world
 from clipsmall.model.dual_encoder import DualEncoder
 from clipsmall.model.towers import Loaded
 from clipsmall.selfcheck import gradients as gradient_check
-from clipsmall.selfcheck.gradients import Found, GradientRow, Judge, differences, step, table
+from clipsmall.selfcheck.gradients import (
+    GradientRow,
+    Judge,
+    StepResult,
+    differences,
+    gradient_table,
+    run_steps,
+)
 
 
 @dataclass
@@ -70,17 +77,24 @@ class Subject:
         objective = copy.deepcopy(self.objective)
         return encoder, objective.to(dtype) if isinstance(objective, torch.nn.Module) else objective
 
-    def alone(self, dtype: torch.dtype, shaken: bool = False) -> Found:
+    def alone(self, dtype: torch.dtype, shaken: bool = False) -> StepResult:
         """One process, the whole batch at once, gathered: the reference."""
         encoder, objective = self.copies(dtype)
         if shaken:
-            gradient_check.shake(encoder)
-        with world.alone():
-            return step(
-                encoder, encoder, objective, world.columns, self.batches, torch.autograd.backward
+            gradient_check.perturb(encoder)
+        with world.single_process():
+            return run_steps(
+                encoder,
+                encoder,
+                objective,
+                world.gathered_columns,
+                self.batches,
+                torch.autograd.backward,
             )
 
-    def together(self, dtype: torch.dtype, chunk_size: int = 0, autocast: bool = False) -> Found:
+    def together(
+        self, dtype: torch.dtype, chunk_size: int = 0, autocast: bool = False
+    ) -> StepResult:
         """All ranks, as training has them."""
         encoder, objective = self.copies(dtype)
         encoder.chunk_size = chunk_size
@@ -94,7 +108,7 @@ class Subject:
         if chunk_size:
             batches = [pairs._replace(image=pairs.image.cpu()) for pairs in batches]
         columns = build_objective.columns(self.config)
-        found = step(model, encoder, objective, columns, batches, self.accelerator.backward)
+        found = run_steps(model, encoder, objective, columns, batches, self.accelerator.backward)
         self.accelerator.free_memory()
         # of fp16
         scaler = self.accelerator.scaler
@@ -150,7 +164,7 @@ def subject(config: Config, pairs: int) -> Subject:
     loaded = build.loaded_towers(config, data, None)
     setting = build_objective.setting(config, loaded, data.ids)
     encoder = build.dual_encoder(config, loaded, setting).to(accelerator.device)
-    gradient_check.without_chance(encoder)
+    gradient_check.disable_randomness(encoder)
     objective = build_objective.objective(config, setting)
     if isinstance(objective, torch.nn.Module):
         objective = objective.to(accelerator.device)
@@ -184,7 +198,7 @@ def chunk_size(it: Subject) -> tuple[int, str]:
 
 def compare(it: Subject, dtype: torch.dtype, chunk: int) -> list[GradientRow]:
     """All rows of the table. chunk: pairs; 0 = no chunks."""
-    named = gradient_check.groups(
+    named = gradient_check.parameter_groups(
         copy.deepcopy(it.encoder), Pairs(*(field[:2] for field in it.batches[0]))
     )
     device = it.accelerator.device
@@ -213,7 +227,7 @@ def compare(it: Subject, dtype: torch.dtype, chunk: int) -> list[GradientRow]:
     if low is not None:
         compared = differences(low, reference, named, device)
         rows += [
-            GradientRow(f"{label}, {precision}", group, d, gradient_check.loose(d))
+            GradientRow(f"{label}, {precision}", group, d, gradient_check.low_precision_verdict(d))
             for group, d in compared.items()
         ]
     return rows
@@ -262,7 +276,9 @@ def run(config: Config, pairs: int, dtype: str | None) -> int:
             f"{config.objective.title}, {dtype} on {device}, second of two steps, random layers off"
         )
         last = f"{summary(rows, faults)} ({time.perf_counter() - started:.1f} s, {memory / 2**20:,.0f} MiB)"
-        print("\n".join(line for line in (head, table(rows), why_not, *faults, last) if line))
+        print(
+            "\n".join(line for line in (head, gradient_table(rows), why_not, *faults, last) if line)
+        )
     world.leave()
     return int(bool(faults) or any(row.verdict.state in ("wrong", "unclear") for row in rows))
 

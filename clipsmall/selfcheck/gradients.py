@@ -1,5 +1,7 @@
-"""One step's loss and gradients beside a reference: which group of parameters is wrong, and by
-which factor.
+"""Compares one step's loss and gradients with a reference, by groups of parameters.
+
+What is wrong is said with the factor by which it is wrong, as most mistakes multiply a gradient by
+the number of ranks or of chunks.
 """
 
 import json
@@ -16,187 +18,234 @@ from clipsmall.distributed import world
 from clipsmall.distributed.batch_norm import GlobalBatchNorm
 from clipsmall.model.dual_encoder import DualEncoder
 
-# in host memory: gradients by parameter, None where there is none; and the "loss"
-Found = dict[str, Tensor | None]
-# Smaller relative differences are fine in any case. Rounding makes 1e-15 and 1e-6 on glyphs; one
-# pair of 1,024 left out makes 1e-3, and every mistake in the number of ranks or chunks more.
+# In host memory: the gradient of each parameter by its name, None where there is none; and "loss".
+StepResult = dict[str, Tensor | None]
+# Smaller relative differences are fine in any case. On glyphs rounding causes 1e-15 and 1e-6; one
+# pair of 1,024 that is left out causes 1e-3, and every mistake in the number of ranks or chunks
+# more.
 FLOOR = {torch.float64: 1e-8, torch.float32: 3e-4}
-# units in the last place by which weights are shaken to see what rounding does
-SHAKE = 8
-# a difference of so many times what the shaking does is still rounding
+# units in the last place by which weights are perturbed to see what rounding does
+PERTURBATION = 8
+# a difference of up to so many times what the perturbation causes is still rounding
 MARGIN = 10
 
 
-def without_chance(model: nn.Module) -> None:
-    """Training mode but for random layers (dropout, stochastic depth, ...), which all ask
-    `training`.
+def disable_randomness(model: nn.Module) -> None:
+    """Training mode without random layers (dropout, stochastic depth, ...).
 
-    Batch normalisation keeps it, to see the batch; what has evaluation mode in training (averaged
-    towers) keeps that.
+    They all look at `training`, so it is set to False. Batch normalisation stays in training mode,
+    to see the batch; what is in evaluation mode during training (averaged towers) stays in that.
     """
     for part in model.train().modules():
-        if part.training and not isinstance(
-            part, GlobalBatchNorm | nn.modules.batchnorm._BatchNorm
-        ):
+        is_norm = isinstance(part, GlobalBatchNorm | nn.modules.batchnorm._BatchNorm)
+        if part.training and not is_norm:
             part.training = False
 
 
 @torch.no_grad()
-def shake(model: nn.Module) -> None:
-    """Every weight by a few units in its last place: what that changes is no more than rounding."""
+def perturb(model: nn.Module) -> None:
+    """Change every weight by a few units in its last place: that causes no more than rounding."""
     for p in model.parameters():
-        p.mul_(1 + SHAKE * torch.finfo(p.dtype).eps * torch.randn_like(p))
+        eps = torch.finfo(p.dtype).eps
+        p.mul_(1 + PERTURBATION * eps * torch.randn_like(p))
 
 
-def step(
+def run_steps(
     model: Callable[[Pairs], Embeddings],
     encoder: nn.Module,
     objective: Callable[..., dict[str, Tensor]],
     columns: Callable[[Embeddings], Embeddings],
     batches: Sequence[Pairs],
     backward: Callable[[Tensor], Any],
-) -> Found:
-    """The last batch's loss (mean over ranks) and gradients; those before it only pass, to fill
-    memories.
+) -> StepResult:
+    """Loss (mean over ranks) and gradients of the last batch.
 
-    encoder: `model` without its wrapping, and without gradients so far.
+    The batches before it go forward only, to fill what an objective remembers.
+
+    Args:
+        encoder: `model` without DDP or other wrapping; it must have no gradients yet.
     """
     for k, pairs in enumerate(batches):
-        with torch.set_grad_enabled(k == len(batches) - 1):
+        is_last = k == len(batches) - 1
+        with torch.set_grad_enabled(is_last):
             rows = model(pairs)
             loss = objective(rows, columns(rows))["loss"]
     backward(loss)
-    named = {name: p.grad for name, p in encoder.named_parameters() if p.requires_grad}
-    return {
-        "loss": world.mean(loss).cpu(),
-        **{name: None if g is None else g.cpu() for name, g in named.items()},
-    }
+    result: StepResult = {"loss": world.mean_over_ranks(loss).cpu()}
+    for name, parameter in encoder.named_parameters():
+        if parameter.requires_grad:
+            gradient = parameter.grad
+            result[name] = None if gradient is None else gradient.cpu()
+    return result
 
 
 def faults_of_exchange(device: torch.device) -> list[str]:
-    """What is wrong with the differentiable exchanges between ranks, each tried by itself on a
-    number of each rank.
-    """
-    mine = world.rank() + 1.0
+    """What is wrong with the differentiable exchanges between ranks, each tried by itself."""
     ranks = world.size()
-    found = []
-    for name, exchange in (("gather", world.gather), ("add", world.add)):
+    # each rank's loss has another factor, 1 to W: the gradient must be their sum
+    factor = world.rank() + 1.0
+    expected = ranks * (ranks + 1) / 2
+    exchanges = {"gather": world.gather, "differentiable_sum": world.differentiable_sum}
+    faults = []
+    for name, exchange in exchanges.items():
         x = torch.ones(2, device=device, requires_grad=True)
-        (exchange(x) * mine).sum().backward()  # type: ignore[no-untyped-call]
+        (exchange(x) * factor).sum().backward()  # type: ignore[no-untyped-call]
         assert x.grad is not None
-        if world.maximum((x.grad - ranks * (ranks + 1) / 2).abs()).any():
-            found.append(f"world.{name}: its backward does not give the sum over ranks")
-    return found
+        difference = (x.grad - expected).abs()
+        if world.max_over_ranks(difference).any():
+            faults.append(f"world.{name}: its backward does not give the sum over ranks")
+    return faults
 
 
-def groups(model: DualEncoder, pairs: Pairs) -> dict[str, list[str]]:
-    """Trainable parameters by tower, head and name. What the images' outputs depend on is the image
-    tower, whatever its library calls it; what both modalities depend on is a group of its own."""
+def parameter_groups(model: DualEncoder, pairs: Pairs) -> dict[str, list[str]]:
+    """Names of trainable parameters by tower, head, or their own name; and the "loss".
+
+    What the images' outputs depend on is the image tower, whatever its library calls it; what the
+    outputs of both modalities depend on is a group of its own.
+    """
     towers = {f"towers.{name}": p for name, p in model.towers.named_parameters() if p.requires_grad}
-    of_image = _reached(model.towers.image(model.normalised(pairs.image)), towers)
-    of_text = _reached(model.towers.text(pairs.text), towers)
-    found: dict[str, list[str]] = {
+    of_image = _used_by(model.towers.image(model.normalised(pairs.image)), towers)
+    of_text = _used_by(model.towers.text(pairs.text), towers)
+    groups: dict[str, list[str]] = {
         "loss": ["loss"],
         "image tower": [],
         "text tower": [],
         "both towers": [],
     }
-    for name in [name for name, p in model.named_parameters() if p.requires_grad]:
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         first, *rest = name.split(".")
         group = f"head {rest[0]}" if first == "heads" else first
-        if name in of_image | of_text:
-            group = (
-                "text tower"
-                if name not in of_image
-                else "both towers"
-                if name in of_text
-                else "image tower"
-            )
-        found.setdefault(group, []).append(name)
-    return {group: names for group, names in found.items() if names}
+        if name in of_image and name in of_text:
+            group = "both towers"
+        elif name in of_image:
+            group = "image tower"
+        elif name in of_text:
+            group = "text tower"
+        groups.setdefault(group, []).append(name)
+    return {group: names for group, names in groups.items() if names}
 
 
-def _reached(output: Tensor, named: Mapping[str, Tensor]) -> set[str]:
+def _used_by(output: Tensor, named: Mapping[str, Tensor]) -> set[str]:
+    """Names of the parameters that the output depends on."""
     if not output.requires_grad:
         return set()
-    slopes = torch.autograd.grad(output.sum(), list(named.values()), allow_unused=True)
-    return {name for name, slope in zip(named, slopes, strict=True) if slope is not None}
+    gradients = torch.autograd.grad(output.sum(), list(named.values()), allow_unused=True)
+    return {name for name, each in zip(named, gradients, strict=True) if each is not None}
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Of one group, on the rank where it is largest."""
+    """How the gradients of one group differ, on the rank where they differ most."""
 
+    # norms of the two gradients
     norm: float
-    # its norm
     reference: float
+    # between them
     cosine: float
-    # norm of the difference
+    # norm of their difference
     apart: float
-    # of one number
+    # the largest difference of one number
     largest: float
+    # how many numbers the group has
     numbers: int
     # parameters that have a gradient in the reference only
     missing: int
-    # and those that have none in the reference only
+    # parameters that have a gradient, but none in the reference
     extra: int
     # numbers that are not finite, in either
     broken: int
 
     @property
     def ratio(self) -> float:
+        """Of the norms; NaN where the reference has no gradient."""
         return self.norm / self.reference if self.reference else math.nan
 
 
 def differences(
-    found: Found, reference: Found, named: Mapping[str, Sequence[str]], device: torch.device
+    found: StepResult,
+    reference: StepResult,
+    named: Mapping[str, Sequence[str]],
+    device: torch.device,
 ) -> dict[str, Difference]:
-    """By group, the same on all ranks. Every rank must call."""
-    mine = {group: asdict(_difference(found, reference, names)) for group, names in named.items()}
-    ranks = [json.loads(data) for data in world.gather_bytes(json.dumps(mine).encode(), device)]
-    made = {group: [Difference(**each[group]) for each in ranks] for group in named}
-    return {
-        group: max(each, key=lambda d: (d.broken, d.missing + d.extra, d.apart))
-        for group, each in made.items()
-    }
+    """By group, the same on all ranks: those of the rank that differs most. Every rank must call.
+
+    Args:
+        named: names of parameters by group, as of `parameter_groups`.
+        device: what ranks exchange lies there.
+    """
+    local = {}
+    for group, names in named.items():
+        local[group] = asdict(_group_difference(found, reference, names))
+    of_ranks = world.gather_bytes(json.dumps(local).encode(), device)
+    ranks = [json.loads(data) for data in of_ranks]
+    worst = {}
+    for group in named:
+        each = [Difference(**rank[group]) for rank in ranks]
+        worst[group] = max(each, key=lambda d: (d.broken, d.missing + d.extra, d.apart))
+    return worst
 
 
-def _difference(found: Found, reference: Found, names: Sequence[str]) -> Difference:
-    missing = extra = broken = numbers = 0
+def _group_difference(found: StepResult, reference: StepResult, names: Sequence[str]) -> Difference:
+    missing = 0
+    extra = 0
+    broken = 0
+    numbers = 0
     largest = 0.0
+    # x·x, y·y, x·y and |x − y|² over the group
     sums = torch.zeros(4, dtype=torch.float64)
-    for x, y in ((found[name], reference[name]) for name in names):
-        there = x if x is not None else y
-        if there is None:
+    for name in names:
+        x = found[name]
+        y = reference[name]
+        if x is None and y is None:
             continue
-        missing = missing + (x is None)
-        extra = extra + (y is None)
-        x, y = (torch.zeros_like(there) if z is None else z for z in (x, y))
+        # a gradient that is missing counts as zeros
+        if x is None:
+            assert y is not None
+            missing += 1
+            x = torch.zeros_like(y)
+        if y is None:
+            extra += 1
+            y = torch.zeros_like(x)
         x = x.double().flatten()
         y = y.double().flatten()
-        numbers = numbers + len(x)
-        broken = broken + int((~(x.isfinite() & y.isfinite())).sum())
+        numbers += len(x)
+        finite = x.isfinite() & y.isfinite()
+        broken += int((~finite).sum())
         x = x.nan_to_num(0.0, 0.0, 0.0)
         y = y.nan_to_num(0.0, 0.0, 0.0)
-        sums += torch.stack([x @ x, y @ y, x @ y, (x - y) @ (x - y)])
-        largest = max(largest, float((x - y).abs().max()))
-    norm, other, apart = sums[[0, 1, 3]].sqrt().tolist()
-    cosine = float(sums[2]) / (norm * other) if norm * other else math.nan
-    return Difference(norm, other, cosine, apart, largest, numbers, missing, extra, broken)
+        apart = x - y
+        sums += torch.stack([x @ x, y @ y, x @ y, apart @ apart])
+        largest = max(largest, float(apart.abs().max()))
+    norm, reference_norm, difference_norm = sums[[0, 1, 3]].sqrt().tolist()
+    product = norm * reference_norm
+    cosine = float(sums[2]) / product if product else math.nan
+    return Difference(
+        norm=norm,
+        reference=reference_norm,
+        cosine=cosine,
+        apart=difference_norm,
+        largest=largest,
+        numbers=numbers,
+        missing=missing,
+        extra=extra,
+        broken=broken,
+    )
 
 
 class Verdict(NamedTuple):
     words: str
-    # idle: there is no gradient; near: lower precision
+    # unclear: lost in rounding; idle: there is no gradient; near: lower precision
     state: Literal["exact", "wrong", "unclear", "idle", "near"]
 
 
 @dataclass(frozen=True)
 class Judge:
-    """Says what a difference means.
+    """Decides what a difference means.
 
     Args:
-        noise: what shaking the weights of the reference does to each group.
+        noise: what perturbing the weights of the reference does to each group.
         dtype: of the computation.
     """
 
@@ -204,87 +253,119 @@ class Judge:
     dtype: torch.dtype
 
     def verdict(self, group: str, d: Difference, mistakes: Mapping[str, float]) -> Verdict:
-        """mistakes: known ones in words, and what they multiply a gradient by."""
+        """Of a group's difference d.
+
+        Args:
+            mistakes: known ones in words, and the factor by which they multiply a gradient.
+        """
         if broken := max(d.broken, self.noise[group].broken):
             return Verdict(f"not finite: {broken} of {d.numbers} numbers", "wrong")
         if d.missing or d.extra:
-            words = f"{d.missing} parameters without the gradient of one process, {d.extra} with one it has not"
+            words = (
+                f"{d.missing} parameters without the gradient of one process, "
+                f"{d.extra} with one it has not"
+            )
             return Verdict(words, "wrong")
         eps = torch.finfo(self.dtype).eps
         noise = self.noise[group].apart
         size = self._size(group)
         allowed = max(FLOOR[self.dtype] * d.reference, MARGIN * noise, MARGIN * eps * size)
         if d.apart > allowed:
-            return Verdict(_blame("loss" if group == "loss" else "gradient", d, mistakes), "wrong")
+            what = "loss" if group == "loss" else "gradient"
+            return Verdict(_explain(what, d, mistakes), "wrong")
+        # what rounding may change is far less than the gradient
         if group == "loss" or allowed < 0.1 * d.reference:
             return Verdict("exact", "exact")
         if d.reference <= 1000 * eps * size:
-            return Verdict("no gradient but rounding" if d.reference else "no gradient", "idle")
+            words = "no gradient but rounding" if d.reference else "no gradient"
+            return Verdict(words, "idle")
         return Verdict(f"cannot tell: rounding alone makes {noise / d.reference:.1%}", "unclear")
 
     def _size(self, group: str) -> float:
-        """What rounding is measured by: all gradients of the reference together; of the loss, 1 at
-        least.
+        """What rounding errors are relative to: the norm of all gradients of the reference.
+
+        For the loss, the loss itself, but at least 1.
         """
         if group == "loss":
             return max(1.0, self.noise["loss"].reference)
         return math.hypot(*(d.reference for name, d in self.noise.items() if name != "loss"))
 
 
-def _blame(what: str, d: Difference, mistakes: Mapping[str, float]) -> str:
+def _explain(what: str, d: Difference, mistakes: Mapping[str, float]) -> str:
+    """How a gradient is wrong: another direction, or another length, and why perhaps."""
     if not d.reference:
         return f"a {what} of {d.norm:.3g}, where one process has none"
     factor = math.copysign(d.ratio, d.cosine)
-    if d.norm and math.sqrt(max(0.0, 1 - d.cosine**2)) > 0.1 * abs(factor - 1):
+    sine = math.sqrt(max(0.0, 1 - d.cosine**2))
+    # the direction differs more than the length
+    if d.norm and sine > 0.1 * abs(factor - 1):
         near = f"{d.cosine:.4f}" if d.cosine < 0.9999 else f"1 - {1 - d.cosine:.0e}"
         return f"direction differs (cosine {near}), {d.ratio:.4g} x as long"
-    known = [
-        words for words, value in mistakes.items() if value != 1 and abs(factor / value - 1) < 0.01
-    ]
-    return f"{factor:.4g} x the {what} of one process" + (
-        f" ({'; or '.join(known)})" if known else ""
-    )
+    known = []
+    for words, value in mistakes.items():
+        # a factor of 1 would explain nothing
+        if value != 1 and abs(factor / value - 1) < 0.01:
+            known.append(words)
+    text = f"{factor:.4g} x the {what} of one process"
+    if known:
+        text += f" ({'; or '.join(known)})"
+    return text
 
 
-def loose(d: Difference) -> Verdict:
-    """Of a precision that rounds more, and claims no more: wrong is only a direction that is
-    lost.
-    """
+def low_precision_verdict(d: Difference) -> Verdict:
+    """The verdict on a precision that rounds more: wrong is only a direction that is lost."""
     if d.broken:
         return Verdict(f"not finite: {d.broken} of {d.numbers} numbers", "wrong")
     if not d.reference:
         return Verdict("no gradient", "idle")
-    # may be near 0, where its sign means nothing
+    # a single number may be near 0, where its sign means nothing
     if d.numbers == 1:
         return Verdict(f"{math.copysign(d.ratio, d.cosine):.4f} x", "near")
-    lost = not d.cosine >= 0.9
-    return Verdict(
-        f"cosine {d.cosine:.4f}" + ": direction lost" * lost, "wrong" if lost else "near"
-    )
+    # a cosine of NaN is lost, too
+    if d.cosine >= 0.9:
+        return Verdict(f"cosine {d.cosine:.4f}", "near")
+    return Verdict(f"cosine {d.cosine:.4f}: direction lost", "wrong")
 
 
 class GradientRow(NamedTuple):
+    """One line of the table: a group of parameters in one of the ways to train."""
+
+    # what was compared with one process: ranks, chunks, precision
     compared: str
     group: str
     difference: Difference
     verdict: Verdict
 
 
-def table(rows: Sequence[GradientRow]) -> str:
-    lines = [
-        ("compared with one process", "", "|g| / |g one|", "cosine", "largest diff", "verdict")
-    ]
-    for before, (compared, group, d, verdict) in zip(
-        ["", *(row.compared for row in rows)], rows, strict=False
-    ):
-        ratio, cosine = (
-            f"{x:.6f}" if 1e-3 < abs(x) < 1e3 else f"{x:.3g}" for x in (d.ratio, d.cosine)
-        )
-        numbers = ratio, cosine if d.numbers > 1 else "", f"{d.largest / (d.reference or 1):.0e}"
-        lines.append((compared if compared != before else "", group, *numbers, verdict.words))
-    wide = [max(len(line[k]) for line in lines) for k in range(5)]
-    cells = [
-        [f"{cell:{side}{n}}" for cell, side, n in zip(line, "<<>>>", wide, strict=False)]
-        for line in lines
-    ]
-    return "\n".join("  ".join([*row, line[5]]) for row, line in zip(cells, lines, strict=True))
+HEAD = ("compared with one process", "", "|g| / |g one|", "cosine", "largest diff", "verdict")
+# of the columns but the last: words to the left, numbers to the right
+ALIGNMENT = "<<>>>"
+
+
+def gradient_table(rows: Sequence[GradientRow]) -> str:
+    """One line per row; what is compared is named on the first of its lines."""
+    lines = [HEAD]
+    before = ""
+    for row in rows:
+        d = row.difference
+        compared = row.compared if row.compared != before else ""
+        # between two single numbers it could only be 1 or -1
+        cosine = _number(d.cosine) if d.numbers > 1 else ""
+        largest = f"{d.largest / (d.reference or 1):.0e}"
+        words = row.verdict.words
+        lines.append((compared, row.group, _number(d.ratio), cosine, largest, words))
+        before = row.compared
+    widths = [max(len(line[k]) for line in lines) for k in range(len(ALIGNMENT))]
+    texts = []
+    for line in lines:
+        *cells, words = line
+        aligned = []
+        for cell, side, width in zip(cells, ALIGNMENT, widths, strict=True):
+            aligned.append(f"{cell:{side}{width}}")
+        texts.append("  ".join([*aligned, words]))
+    return "\n".join(texts)
+
+
+def _number(x: float) -> str:
+    """Six decimals where they say something."""
+    return f"{x:.6f}" if 1e-3 < abs(x) < 1e3 else f"{x:.3g}"

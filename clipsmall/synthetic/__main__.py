@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from clipsmall.cli import refuse
-from clipsmall.mining.scored import Floats
+from clipsmall.mining.scored_pairs import Floats
 from clipsmall.synthetic.free_embeddings import (
     LOGITS,
     LOSSES,

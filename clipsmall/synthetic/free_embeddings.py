@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipsmall.mining.scored import Floats, Ints, Scored, one_owner
-from clipsmall.mining.spectral import spectral
+from clipsmall.mining.scored_pairs import Floats, Ints, ScoredPairs, one_owner
+from clipsmall.mining.spectral import spectral_groups
 from clipsmall.mining.weights import sigmoid_weights, softmax_weights
 
 SELECTIONS = {
@@ -116,9 +116,9 @@ class FreeEmbeddings:
         weights stand in.
         """
         image, text = F.normalize(self.free.detach(), dim=-1).float().numpy()
-        scored = Scored(image, text, self.scale, self.bias)
+        scored = ScoredPairs(image, text, self.scale, self.bias)
         weights = (sigmoid_weights if self.loss == "sigmoid" else softmax_weights)(scored, size)
-        return spectral(
+        return spectral_groups(
             scored,
             one_owner(self.pairs, size),
             np.zeros_like(weights, dtype=bool),

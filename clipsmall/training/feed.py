@@ -103,7 +103,7 @@ class Feed:
         mine = torch.tensor(
             [self.stop.signal, self.skips.total, self.skips.seen], device=self.device
         )
-        told, bad, seen = world.total(mine).tolist()
+        told, bad, seen = world.sum_over_ranks(mine).tolist()
         self.stopped = told > 0
         if bad > self.max_error_rate * max(seen, self.enough):
             raise ShardError(

@@ -72,7 +72,7 @@ def shard(model: DualEncoder, device: torch.device) -> None:
     averages = [part.towers for part in model.heads.modules() if isinstance(part, MovingAverage)]
     for towers in [model.towers, *averages]:
         blocks = [part for name, part in towers.named_modules() if is_block(name)]
-        world.shard([*blocks, towers], ("image", "text"), device)
+        world.shard_parameters([*blocks, towers], ("image", "text"), device)
     for parameter in model.parameters():
         if parameter.requires_grad and share(parameter) is parameter:
             parameter.register_post_accumulate_grad_hook(_average)  # type: ignore[no-untyped-call]
@@ -87,7 +87,7 @@ def is_block(name: str) -> bool:
 def _average(parameter: Tensor) -> None:
     """As DDP and FSDP do it."""
     assert parameter.grad is not None
-    parameter.grad = world.mean(parameter.grad)
+    parameter.grad = world.mean_over_ranks(parameter.grad)
 
 
 def share(x: Any) -> Tensor:
@@ -116,7 +116,7 @@ def gathered(tensors: Tensors, keep: bool) -> Tensors:
 
 def scattered(tensors: Tensors, like: Tensors) -> Tensors:
     """Whole tensors, the same on every rank, sharded as those of the same name in `like` are."""
-    return {name: world.shared_as(like.get(name), tensor) for name, tensor in tensors.items()}
+    return {name: world.shard_like(like.get(name), tensor) for name, tensor in tensors.items()}
 
 
 def scattered_moments(moments: Tensors, groups: list[dict[str, Any]]) -> Tensors:
@@ -129,7 +129,7 @@ def scattered_moments(moments: Tensors, groups: list[dict[str, Any]]) -> Tensors
     found = {}
     for name, tensor in moments.items():
         parameter = parameters[int(name.partition(".")[0])]
-        found[name] = world.shared_as(parameter, tensor) if tensor.ndim else tensor
+        found[name] = world.shard_like(parameter, tensor) if tensor.ndim else tensor
     return found
 
 

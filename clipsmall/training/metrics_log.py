@@ -68,7 +68,7 @@ class MetricsLog:
         stacked = torch.stack(
             [losses[name].detach().float().to(losses["loss"].device) for name in names]
         )
-        means = dict(zip(names, world.mean(stacked).tolist(), strict=True))
+        means = dict(zip(names, world.mean_over_ranks(stacked).tolist(), strict=True))
         row = {
             "step": progress.step,
             "pairs": progress.pairs,

@@ -96,7 +96,9 @@ def clipped_norm(accelerator: Any, parameters: Iterable[nn.Parameter], limit: fl
     shares = [part for part, grad in zip(mine, found, strict=True) if part is not grad]
     norm = torch.nn.utils.get_total_norm(kept)
     if shares:
-        norm = (norm.square() + world.total(torch.nn.utils.get_total_norm(shares).square())).sqrt()
+        norm = (
+            norm.square() + world.sum_over_ranks(torch.nn.utils.get_total_norm(shares).square())
+        ).sqrt()
     torch._foreach_mul_(mine, (limit / (norm + 1e-6)).clamp(max=1.0))
     return norm
 

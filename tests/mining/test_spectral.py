@@ -15,9 +15,9 @@ from scipy.spatial.distance import cdist
 from sklearn.cluster import KMeans
 from sklearn.manifold import spectral_embedding
 
-from clipsmall.mining.scored import Bools, Floats, Ints, Quotas, Scored, one_owner
-from clipsmall.mining.spectral import affinity, embedding, even_clusters, spectral
-from clipsmall.mining.swaps import conflicts
+from clipsmall.mining.scored_pairs import Bools, Floats, Ints, Quotas, ScoredPairs, one_owner
+from clipsmall.mining.spectral import affinity, embedding, even_clusters, spectral_groups
+from clipsmall.mining.swaps import count_conflicts
 from clipsmall.mining.weights import WEIGHTS, batch_losses, softmax_weights
 
 
@@ -27,7 +27,7 @@ def unit(rows: Floats) -> Floats:
 
 def planted(
     groups: int, size: int, noise: float = 0.3, scale: float = 5.0, seed: int = 0
-) -> tuple[Scored, Ints]:
+) -> tuple[ScoredPairs, Ints]:
     """Pairs around `groups` directions, and the (n,) direction of each."""
     rng = np.random.default_rng(seed)
     topic = rng.permutation(np.repeat(np.arange(groups), size))
@@ -35,7 +35,7 @@ def planted(
     image, text = (
         unit(centres + noise * rng.standard_normal(centres.shape) / np.sqrt(32)) for _ in range(2)
     )
-    return Scored(image, text, scale), topic
+    return ScoredPairs(image, text, scale), topic
 
 
 def freely(pairs: int) -> Bools:
@@ -43,7 +43,7 @@ def freely(pairs: int) -> Bools:
 
 
 def dealt(
-    scored: Scored,
+    scored: ScoredPairs,
     quotas: Quotas,
     cannot: Bools | None = None,
     seed: int = 0,
@@ -51,7 +51,7 @@ def dealt(
 ) -> Ints:
     weights = WEIGHTS[kind](scored, int(quotas.sizes[0]))
     cannot = freely(len(weights)) if cannot is None else cannot
-    return spectral(scored, quotas, cannot, np.random.default_rng(seed), weights)
+    return spectral_groups(scored, quotas, cannot, np.random.default_rng(seed), weights)
 
 
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
@@ -67,7 +67,7 @@ def test_planted_clusters_are_found(shape: tuple[int, int], kind: str) -> None:
 def test_the_cut_is_much_harder_than_chance_where_clusters_are_uneven() -> None:
     rng = np.random.default_rng(0)
     centres = rng.standard_normal((20, 32))[rng.integers(20, size=320)]
-    scored = Scored(
+    scored = ScoredPairs(
         *(unit(centres + 0.7 * rng.standard_normal(centres.shape)) for _ in range(2)), 10.0
     )
     groups = dealt(scored, one_owner(320, 16))
@@ -147,7 +147,7 @@ def test_what_cannot_link_is_apart() -> None:
     cannot[twins[:, 0], twins[:, 1]] = cannot[twins[:, 1], twins[:, 0]] = True
     groups = dealt(scored, one_owner(24, 6), cannot)
     assert sorted(groups.ravel()) == list(range(24))
-    assert not conflicts(groups, cannot).any()
+    assert not count_conflicts(groups, cannot).any()
     assert (np.diff(groups, axis=1) > 0).all()
     assert (np.diff(groups[:, 0]) > 0).all()
     most = [np.bincount(topic[members]).max() for members in groups]
@@ -161,7 +161,7 @@ def test_a_large_logit_scale_is_finite(scale: float, kind: str) -> None:
     float64 too.
     """
     images = unit(np.random.default_rng(0).standard_normal((48, 8)))
-    scored = Scored(images, -images, scale)
+    scored = ScoredPairs(images, -images, scale)
     weights = WEIGHTS[kind](scored, 4)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

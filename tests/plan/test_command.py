@@ -47,7 +47,6 @@ def file(catalog: Catalog, tmp_path: Path) -> Path:
 
 
 # ---- the order
-# -------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=40, deadline=None)
@@ -83,7 +82,6 @@ def test_epochs_and_seeds_differ_in_the_order_of_batches() -> None:
 
 
 # ---- in training
-# -----------------------------------------------------------------------------------------------
 
 
 def reader(catalog: Catalog, file: Path, rank: int = 0, world: int = 1) -> GlobalBatches:
@@ -171,7 +169,6 @@ def test_another_plan_does_not_continue_a_run(
 
 
 # ---- what is refused
-# -------------------------------------------------------------------------------------------
 
 
 def test_a_plan_names_pairs_not_rows(glyphs: Path, tmp_path: Path) -> None:
