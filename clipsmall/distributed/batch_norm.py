@@ -53,17 +53,20 @@ class GlobalBatchNorm(nn.Module):
                 raise ValueError(
                     "batch normalisation compares pairs: it needs a batch of at least 2"
                 )
+
             mean, centred, variance = moments(x)
             self._update_running(mean, variance, rows)
         else:
             centred = x.to(similarity.wide(x)) - self.running_mean
             variance = self.running_var
+
         normalised = centred * (variance + self.eps).rsqrt()
         return (normalised * self.weight + self.bias).to(x.dtype)
 
     @torch.no_grad()
     def _update_running(self, mean: Tensor, variance: Tensor, rows: int) -> None:
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+        dtype = self.running_mean.dtype
+        self.running_mean.lerp_(mean.to(dtype), self.momentum)
         # as in torch: the variance is divided by rows in the batch, by rows - 1 in evaluation
-        unbiased = variance.to(self.running_var.dtype) * (rows / (rows - 1))
+        unbiased = variance.to(dtype) * (rows / (rows - 1))
         self.running_var.lerp_(unbiased, self.momentum)

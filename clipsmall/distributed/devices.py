@@ -20,12 +20,14 @@ def has_kernels(capability: tuple[int, int], built_for: Iterable[str]) -> bool:
     """
     for name in built_for:
         kind, _, number = name.partition("_")
+
         # without a suffix: sm_90a
         digits = "".join(filter(str.isdigit, number))
         built = (int(digits[:-1]), int(digits[-1]))
         same_major = built[0] == capability[0]
         if built <= capability and (kind == "compute" or same_major):
             return True
+
     return False
 
 

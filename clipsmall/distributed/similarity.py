@@ -73,9 +73,11 @@ class Layout:
         for of_rows, of_columns in self.groups:
             same_group = of_rows[i, None] == of_columns[j]
             out = out | same_group
+
         if self.chosen is not None:
             distance = (places - own) % self.columns
             out = out | ~self.chosen[distance]
+
         if self.keep_own:
             return out & ~is_own
         return out | is_own
@@ -127,6 +129,7 @@ def tiles(
         dy: like y, what the caller adds y's gradient to.
     """
     height, width = TILE.get(x.device.type, TILE["cuda"])
+
     # Few rows against a queue: as many entries in fewer tiles. Those that are copied from host
     # memory stay narrow.
     if 0 < len(x) < height and y.device == x.device:
@@ -219,7 +222,8 @@ def row_sums(
     sums = x.new_zeros(len(x), dtype=wide(x))
     for tile in tiles(x.to(wide(x)), y, layout, u):
         values, _ = f(tile.entries)
-        values.masked_fill_(layout.left_out(tile.i, tile.j), 0.0)
+        out = layout.left_out(tile.i, tile.j)
+        values.masked_fill_(out, 0.0)
         sums[tile.i] += values.sum(dim=1)
     return sums
 
@@ -234,15 +238,19 @@ def nearest(x: Tensor, y: Tensor, layout: Layout, u: Tensor | None = None) -> tu
     place = torch.zeros_like(layout.own)
     for tile in tiles(x.to(wide(x)), y, layout, u):
         i = tile.i
-        tile.entries.masked_fill_(layout.left_out(i, tile.j), -torch.inf)
+        out = layout.left_out(i, tile.j)
+        tile.entries.masked_fill_(out, -torch.inf)
         here, k = tile.entries.max(dim=1)
+        # columns of the whole matrix
         k += tile.j.start
+
         # A ring delivers columns in another order on every rank: of equal entries the column with
         # the lowest number wins, wherever it lies.
         first_of_equals = (here == best[i]) & (k < place[i])
         better = here.isnan() | (here > best[i]) | first_of_equals
         best[i] = torch.where(better, here, best[i])
         place[i] = torch.where(better, k, place[i])
+
     return best, place
 
 
@@ -286,9 +294,11 @@ class _LogSumExp(torch.autograd.Function):
                 _add_log_sum(r[tile.i], r_max[tile.i], entries, spare, dim=1)
             if columns:
                 _add_log_sum(c[tile.j], c_max[tile.j], entries, spare, dim=0)
+
         if columns:
             c = world.logsumexp_over_ranks(c)
             c_max = world.max_over_ranks(c_max)
+
         ctx.save_for_backward(x, y, u, v, r, c)
         ctx.layout = layout
         ctx.rows = rows
@@ -306,6 +316,7 @@ class _LogSumExp(torch.autograd.Function):
         x, y, u, v, r, c = ctx.saved_tensors
         if ctx.columns:
             grad_c = world.sum_over_ranks(grad_c)
+
         # where nothing counts, every entry is −inf: exp then gives 0, not NaN
         r = r.masked_fill(r == -torch.inf, 0.0)
         c = c.masked_fill(c == -torch.inf, 0.0)
@@ -326,7 +337,9 @@ class _LogSumExp(torch.autograd.Function):
                 slope = entries.add_(spare)
             else:
                 slope = spare if ctx.rows else entries
+
             made.add(tile, slope)
+
         return made.x, made.y, made.u, made.v, None, None, None
 
 
@@ -353,6 +366,7 @@ class _Total(torch.autograd.Function):
             if wanted:
                 slopes.masked_fill_(out, 0.0).mul_(weights[tile.i, None])
                 made.add(tile, slopes)
+
         # in the wide dtype: autograd rounds them after the loss's factor
         ctx.save_for_backward(made.x, made.y, made.u)
         return sums @ weights.to(sums.dtype)
@@ -374,20 +388,25 @@ class _Gradients:
     """
 
     def __init__(self, x: Tensor, y: Tensor | None, u: Tensor | None, v: Tensor | None) -> None:
+        def zeros(like: Tensor | None) -> Tensor | None:
+            return None if like is None else torch.zeros_like(like, dtype=x.dtype)
+
         self.x = torch.zeros_like(x)
-        self.y = torch.zeros_like(y, dtype=x.dtype) if y is not None else None
-        self.u = torch.zeros_like(u, dtype=x.dtype) if u is not None else None
-        self.v = torch.zeros_like(v, dtype=x.dtype) if v is not None else None
+        self.y = zeros(y)
+        self.u = zeros(u)
+        self.v = zeros(v)
 
     def add(self, tile: Tile, slope: Tensor) -> None:
         """slope: (tile rows, tile columns) dL/dM."""
         self.x[tile.i].addmm_(slope, tile.y)
+
         # a view into self.y, or into what a ring carries along
         dy = tile.dy
         if dy is not None and dy.device == slope.device:
             dy.addmm_(slope.T, tile.x)
         elif dy is not None:
             dy += (slope.T @ tile.x).to(dy.device)
+
         if self.u is not None:
             self.u[tile.i] += slope.sum(dim=1)
         if self.v is not None:

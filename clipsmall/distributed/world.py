@@ -76,6 +76,7 @@ def check_ranks(accelerate_processes: int) -> None:
             f"{accelerate_processes}: they would train apart; on CPU start them with: "
             "ACCELERATE_USE_CPU=1 torchrun --nproc_per_node N ..."
         )
+
     # Without it a rank that ends at once, because all is done, breaks one that is still connecting
     # (seen with gloo).
     barrier()
@@ -136,7 +137,9 @@ def gather_uneven(x: Tensor) -> Tensor:
     """(b_r, ...) with any b_r on rank r -> (sum of b_r, ...) in rank order; no gradient."""
     if size() == 1:
         return x
-    counts = gather(torch.tensor([len(x)], device=x.device)).tolist()
+    count = torch.tensor([len(x)], device=x.device)
+    counts = gather(count).tolist()
+
     # collectives exchange equal shapes: pad to the longest, cut the padding off afterwards
     padded = x.new_zeros(max(counts), *x.shape[1:])
     padded[: len(x)] = x.detach()
@@ -146,9 +149,12 @@ def gather_uneven(x: Tensor) -> Tensor:
 
 def gather_bytes(data: bytes, device: torch.device) -> list[bytes]:
     """Every rank's bytes, of any length, in rank order, on every rank."""
-    mine = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
-    lengths = gather(torch.tensor([len(data)], device=device)).tolist()
-    parts = gather_uneven(mine).split(lengths)  # type: ignore[no-untyped-call]
+    # a bytearray, as torch warns of buffers that cannot be written to
+    local = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    length = torch.tensor([len(data)], device=device)
+    lengths = gather(length).tolist()
+    gathered = gather_uneven(local.to(device))
+    parts = gathered.split(lengths)  # type: ignore[no-untyped-call]
     return [part.cpu().numpy().tobytes() for part in parts]
 
 
@@ -252,6 +258,7 @@ def ring(x: Tensor, carried: Tensor | None = None) -> Iterator[tuple[int, Tensor
             rows = _pass_on(rows)
         if baggage is not None and size() > 1:
             baggage = _pass_on(baggage)
+
     if carried is not None and baggage is not None:
         carried.copy_(baggage)
 
@@ -287,6 +294,7 @@ def shard_parameters(parts: list[Any], passes: tuple[str, ...], device: torch.de
     for part in parts:
         # the last part, too: else it stays whole
         fully_shard(part, mesh=mesh, reshard_after_forward=True)
+
     for name in passes:
         register_fsdp_forward_method(parts[-1], name)
 

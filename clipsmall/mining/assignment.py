@@ -111,6 +111,7 @@ def assign_batches(
     # 1. Which pairs must not share a group: (n, n) bool, symmetric.
     copies = false_negatives.copies(identity)
     duplicates = copies | false_negatives.near_duplicates(scored, recipe.near)
+
     # a method that only chooses among random batches brings no false negatives together
     composing = recipe.method in COMPOSING
     guard = recipe.guard if composing else 0.0
@@ -120,6 +121,7 @@ def assign_batches(
 
     # 2. Groups of pairs that are hard for one another.
     quotas = even_quotas(owner, ranks, recipe.batch_size, recipe.size)
+
     # Computed once, if at all: they would take most of the time of a chain, which needs none.
     weights = cache(lambda: WEIGHTS[recipe.weights](scored, recipe.size))
     arrange = arrangement(recipe, n // recipe.batch_size, weights, reference)
@@ -179,6 +181,7 @@ def arrangement(
             return partial(learnability, keep=keep, kind=kind, reference=reference)
         case "shuffled":
             return random_groups
+
     raise ValueError(f"mining.method={recipe.method}: no such method")
 
 
@@ -191,9 +194,11 @@ def hashes_for_masks(identity: Identity, batches: Ints, copies: Bools) -> Ints:
     """
     hashes = identity.caption_hash[batches]
     for row, members in zip(hashes, batches, strict=True):
-        copies_inside = np.triu(copies[np.ix_(members, members)])
-        for one, other in np.argwhere(copies_inside):
+        # each combination of two members once
+        inside = copies[np.ix_(members, members)]
+        for one, other in np.argwhere(np.triu(inside)):
             row[row == row[other]] = row[one]
+
     return hashes
 
 

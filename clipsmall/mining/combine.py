@@ -41,9 +41,11 @@ def combine_groups(
         return groups
     pairs_of_groups = copies[np.ix_(groups.ravel(), groups.ravel())]
     pairs_of_groups = pairs_of_groups.reshape(len(groups), size, len(groups), size)
+
     # (G, G) 1 where two groups hold copies of one another
     clash: Ints = np.array(pairs_of_groups.any(axis=(1, 3)), dtype=np.int64)
     np.fill_diagonal(clash, 0)
+
     # (m, per_batch) numbers of groups
     seats = np.arange(len(groups)).reshape(batches, per_batch)
     for place in range(per_batch):
@@ -63,6 +65,7 @@ def _separate_copies(seats: Ints, clash: Ints, generator: np.random.Generator) -
     met = np.stack([clash[:, members].sum(axis=1) for members in seats], axis=1)
     for _ in range(ROUNDS):
         moved = False
+
         # (m, per_batch) the same for each group and its own batch
         clashes_at_seat = np.take_along_axis(met.T, seats, axis=1)
         unhappy = np.argwhere(clashes_at_seat > 0)
@@ -77,6 +80,7 @@ def _separate_copies(seats: Ints, clash: Ints, generator: np.random.Generator) -
                 seats[batch, place] = yours
                 seats[other, place] = mine
                 moved = True
+
         if not moved:
             break
 
@@ -87,6 +91,7 @@ def _exchange_gains(seats: Ints, clash: Ints, met: Ints, batch: int, place: int)
     theirs = seats[:, place]
     batches = np.arange(len(seats))
     before = met[mine, batch] + met[theirs, batches]
+
     # each of the two no longer meets the other in the batch it goes to: that one has left
     after = met[mine] + met[theirs, batch] - 2 * clash[mine, theirs]
     gains: Ints = before - after

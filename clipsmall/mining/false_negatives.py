@@ -37,6 +37,7 @@ def copies(identity: Identity) -> Bools:
         for value in values[counts > 1]:
             members = np.flatnonzero(field == value)
             same[np.ix_(members, members)] = True
+
     np.fill_diagonal(same, False)
     return same
 
@@ -56,6 +57,7 @@ def near_duplicates(scored: ScoredPairs, cosine: float) -> Bools:
         np.fill_diagonal(closeness, -np.inf)
         least = hardness_threshold(closeness, max(MOST_NEAR, 1 / n))
         near |= closeness > max(cosine, least)
+
     return near
 
 

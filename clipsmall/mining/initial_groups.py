@@ -25,6 +25,7 @@ def random_groups(
         own_pairs = np.flatnonzero(quotas.owner == rank)
         own_seats = rank_of_seat == rank
         groups[own_seats] = generator.permutation(own_pairs)[: own_seats.sum()]
+
     return separate_conflicts(groups, quotas.owner, cannot_link, generator)
 
 
@@ -58,19 +59,21 @@ def chain_groups(
     from_image = scored.logits
     from_text = np.ascontiguousarray(from_image.T)
     sides = (from_image, from_text)
-    picker = GroupFiller(quotas, cannot_link)
+    filler = GroupFiller(quotas, cannot_link)
     picked = 0
     last = -1
     for group in range(len(quotas.counts)):
-        picker.open(group)
+        filler.open(group)
         for _ in range(quotas.sizes[group]):
             # images and captions in turn
             side = sides[picked % 2]
+
             # the first pair of the chain is random
             hardness = side[last] if last >= 0 else generator.random(len(side))
-            last = picker.take(hardness)
+            last = filler.take(hardness)
             picked += 1
-    return picker.groups
+
+    return filler.groups
 
 
 def grow_groups(
@@ -87,14 +90,21 @@ def grow_groups(
     Args:
         weights: (n, n) symmetric, see `weights`.
     """
-    picker = GroupFiller(quotas, cannot_link)
+    filler = GroupFiller(quotas, cannot_link)
+
+    # the first pair of a group is the first free one in this order
     order = generator.random(len(scored.image))
     for group in range(len(quotas.counts)):
-        picker.open(group)
-        hardness = weights[picker.take(order)].astype(np.float64)
+        filler.open(group)
+        first = filler.take(order)
+
+        # (n,) each pair's total weight with the group's members
+        hardness = weights[first].astype(np.float64)
         for _ in range(quotas.sizes[group] - 1):
-            hardness += weights[picker.take(hardness)]
-    return picker.groups
+            hardest = filler.take(hardness)
+            hardness += weights[hardest]
+
+    return filler.groups
 
 
 class GroupFiller:
@@ -108,7 +118,11 @@ class GroupFiller:
     def __init__(self, quotas: Quotas, cannot_link: Bools) -> None:
         self.quotas = quotas
         self.cannot_link = cannot_link
-        self.groups = np.empty((len(quotas.counts), int(quotas.sizes[0])), dtype=np.int64)
+        # (groups, size) places of pairs
+        count = len(quotas.counts)
+        size = int(quotas.sizes[0])
+        self.groups = np.empty((count, size), dtype=np.int64)
+        # (n,) pairs that are in no group yet
         self.free = np.ones(len(quotas.owner), dtype=bool)
 
     def open(self, group: int) -> None:

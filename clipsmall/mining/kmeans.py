@@ -31,11 +31,18 @@ def balanced_kmeans(
         weights: (n, n), see `weights`; where pairs in conflict are moved to.
     """
     both_sides = np.concatenate([scored.image, scored.text], axis=1)
+
     # unit length again
     features = both_sides.astype(np.float64) / np.sqrt(2)
+    pairs = len(features)
     count = len(quotas.counts)
-    centres = features[generator.choice(len(features), count, replace=False)]
-    plan = np.zeros((len(features), count))
+
+    # random pairs are the first centres
+    first = generator.choice(pairs, count, replace=False)
+    centres = features[first]
+
+    # (n, groups) how much of a pair is in a group
+    plan = np.zeros((pairs, count))
     for _ in range(ROUNDS):
         similar = SHARPNESS * features @ centres.T
         for rank, counts in enumerate(quotas.counts.T):
@@ -43,8 +50,11 @@ def balanced_kmeans(
             own_groups = np.flatnonzero(counts)
             block = np.ix_(own_pairs, own_groups)
             plan[block] = transport_plan(similar[block], counts[own_groups])
+
         centres = plan.T @ features
-        centres /= np.linalg.norm(centres, axis=1, keepdims=True).clip(min=1e-12)
+        lengths = np.linalg.norm(centres, axis=1, keepdims=True)
+        centres /= lengths.clip(min=1e-12)
+
     groups = round_plan(plan, quotas)
     return separate_conflicts(groups, quotas.owner, cannot_link, generator, weights)
 
@@ -55,19 +65,27 @@ def transport_plan(similar: Floats, capacity: Ints) -> Floats:
     Sinkhorn's algorithm: columns and rows are scaled alternately, in logarithms.
     """
     logs = similar - similar.max(axis=1, keepdims=True)
-    room = np.log(capacity * (len(similar) / capacity.sum()))
+
+    # if there are more pairs than seats, all groups get more
+    pairs_a_seat = len(similar) / capacity.sum()
+    room = np.log(capacity * pairs_a_seat)
     for _ in range(SWEEPS):
         logs += room - logsumexp(logs, axis=0)
         logs -= logsumexp(logs, axis=1, keepdims=True)
+
     made: Floats = np.exp(logs)
     return made
 
 
 def round_plan(plan: Floats, quotas: Quotas) -> Ints:
     """(n, G) plan -> (groups, size) places of pairs; seats go to the most confident pairs first."""
-    groups = np.full((len(quotas.counts), int(quotas.sizes[0])), -1, dtype=np.int64)
+    count = len(quotas.counts)
+    size = int(quotas.sizes[0])
+    groups = np.full((count, size), -1, dtype=np.int64)
+
+    # (groups, W) seats of each rank, and (groups,) pairs seated
     left = quotas.counts.copy()
-    filled = np.zeros(len(groups), dtype=np.int64)
+    filled = np.zeros(count, dtype=np.int64)
     waiting = np.arange(len(plan))
     while len(waiting) and left.any():
         # each pair asks for its best group that has a seat for its rank
@@ -76,6 +94,7 @@ def round_plan(plan: Floats, quotas: Quotas) -> Ints:
         wish = wishes.argmax(axis=1)
         confidence = wishes[np.arange(len(waiting)), wish]
         by_confidence = np.argsort(-confidence, kind="stable")
+
         # −inf: no seat for this rank in any group
         has_wish = np.isfinite(confidence[by_confidence])
         seated = np.zeros(len(waiting), dtype=bool)
@@ -88,7 +107,9 @@ def round_plan(plan: Floats, quotas: Quotas) -> Ints:
                 groups[group, filled[group]] = pair
                 filled[group] += 1
                 seated[place] = True
+
         if not seated.any():
             break
         waiting = waiting[~seated]
+
     return groups

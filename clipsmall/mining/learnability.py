@@ -36,6 +36,7 @@ def learnability_gains(
         learner_loss = np.logaddexp(0, -learner.logits.diagonal())
         reference_loss = np.logaddexp(0, -reference.logits.diagonal())
         own = learner_loss - reference_loss
+
     if kind == "softmax":
         together = together / max(size - 1, 1)
     return LearnabilityGains(own, together)
@@ -61,7 +62,8 @@ def learnability(
         reference: the same pairs as the reference model sees them.
         kind: softmax or sigmoid.
     """
-    gains = learnability_gains(scored, reference, int(quotas.sizes[0]), kind)
+    size = int(quotas.sizes[0])
+    gains = learnability_gains(scored, reference, size, kind)
     free = np.ones(len(scored.image), dtype=bool)
     groups = []
     for rank_of_seat in seat_ranks(quotas)[:keep]:
@@ -69,6 +71,7 @@ def learnability(
         members = _draw_group(gains, ranks, quotas.owner, free, cannot_link, generator)
         free[members] = False
         groups.append(members)
+
     return separate_conflicts(np.stack(groups), quotas.owner, cannot_link, generator)
 
 
@@ -90,14 +93,18 @@ def _draw_group(
         new = list[int]()
         for rank in chunk:
             allowed = (owner == rank) & ~banned
+
             # all that are left conflict with a member: take one of them
             if not allowed.any():
                 allowed = (owner == rank) & free
                 allowed[members + new] = False
+
             picked = int(np.where(allowed, noisy, -np.inf).argmax())
             banned = banned | cannot_link[picked]
             banned[picked] = True
             new.append(picked)
+
         gain = gain + gains.together[new].sum(axis=0)
         members += new
+
     return np.array(members)

@@ -118,6 +118,7 @@ class MinedBatches:
         if not left:
             return
         done = step - left[0].step
+
         # No pool, or one whose plan could not be saved: what is left of the stretch is plain.
         if done and self._plan is None:
             left[0] = Stretch(step, left[0].source + done, 0, 0, left[0].steps - done)
@@ -138,10 +139,12 @@ class MinedBatches:
                 batches = self._mined_stretch(stretch, next_read, done)
             else:
                 batches = self._plain_stretch(stretch, next_read)
+
             for number, batch in enumerate(batches, start=done + 1):
                 yield batch
                 while len(ahead) < next_pool * number // stretch.steps:
                     ahead.append(next(reader))
+
             done = 0
 
     def _plain_stretch(
@@ -169,6 +172,7 @@ class MinedBatches:
             plain = None if is_mined else next_read()
             if turn >= done:
                 batch = plain or self._mined_batch(pool, mined_so_far)
+
                 # The bad pairs skipped while reading the pool are counted with its first batch. A
                 # pool that is read again was counted before.
                 if turn == 0:
@@ -176,7 +180,9 @@ class MinedBatches:
                 yield batch
             elif is_mined:
                 self._set_numbers()
+
             mined_so_far += is_mined
+
         self._plan = None
 
     def _begin_plan(self, pool: Pool, generator: np.random.Generator) -> None:
@@ -189,13 +195,16 @@ class MinedBatches:
         for field in local:
             of_all_ranks = world.gather(field.to(self._device))
             gathered.append(pool.in_order(of_all_ranks).cpu().numpy())
+
         image, text, *identity_fields = gathered
+
         # every rank sees the same features, so all of them stop
         if not (np.isfinite(image).all() and np.isfinite(text).all()):
             raise ValueError(
                 f"the model's features are not finite at step {self.progress.step}, found by "
                 "mining: training has diverged; lower optim.lr or optim.clip"
             )
+
         if world.rank() == 0:
             scored = ScoredPairs(image, text, float(view.scale), float(view.bias))
             identity = Identity(*identity_fields)
@@ -210,6 +219,7 @@ class MinedBatches:
                 world.size(),
                 reference,
             )
+
         self.seconds += time.perf_counter() - start
 
     def _mined_batch(self, pool: Pool, number: int) -> LoadedBatch:
@@ -219,6 +229,7 @@ class MinedBatches:
             self._plan = self._share_plan(pool)
             self._making = None
             self.seconds += time.perf_counter() - start
+
         self._set_numbers()
         return pool.take(self._plan.batches[number], self._plan.caption_hash[number])
 
@@ -231,6 +242,7 @@ class MinedBatches:
             zeros = torch.zeros(kept, self.recipe.batch_size, dtype=torch.int64)
             no_numbers = torch.zeros(len(NUMBERS), dtype=torch.float64)
             plan = MiningPlan(zeros, zeros, no_numbers, torch.tensor(0))
+
         if world.size() == 1:
             return plan
         shared = [world.sum_over_ranks(field.to(self._device)).cpu() for field in plan]
@@ -279,4 +291,5 @@ class MinedBatches:
                 f"in the middle of a mined pool that was planned for {int(plan.ranks)} ranks: "
                 f"continue with a number of ranks that divides it, not {world.size()}"
             )
+
         self._plan = plan

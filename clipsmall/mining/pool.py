@@ -34,7 +34,8 @@ class Pool:
     def owner(self) -> Ints:
         """(m·B,) the rank that holds each place."""
         batch_size = self.local * world.size()
-        slots = torch.arange(self.batches * batch_size) % batch_size
+        places = torch.arange(self.batches * batch_size)
+        slots = places % batch_size
         return (slots // self.local).numpy()
 
     def in_order(self, gathered: Tensor) -> Tensor:
@@ -54,11 +55,11 @@ class Pool:
         slot = places % batch_size
         mine = slot // self.local == world.rank()
         assert mine.sum() == self.local, "a mined batch takes equally many pairs of every rank"
+
         # the rows of self.pairs where they lie
         rows = (batch * self.local + slot % self.local)[mine]
-        pairs = Pairs(*(field[rows] for field in self.pairs))._replace(
-            caption_hash=caption_hash[mine]
-        )
+        pairs = Pairs(*(field[rows] for field in self.pairs))
+        pairs = pairs._replace(caption_hash=caption_hash[mine])
         if self.pin:
             pairs = Pairs(*(field.pin_memory() for field in pairs))
         return LoadedBatch(pairs, Skips(), self.image_hash[rows])

@@ -73,12 +73,14 @@ class Schedule(NamedTuple):
                 step += stretch.steps
                 source += stretch.reads
                 continue
+
             # one more plain batch
             if not stretches or stretches[-1].pool:
                 stretches.append(Stretch(step, source, 0, 0, 0))
             stretches[-1] = stretches[-1]._replace(plain=stretches[-1].plain + 1)
             step += 1
             source += 1
+
         return stretches
 
 
@@ -89,5 +91,8 @@ def turns(stretch: Stretch, generator: np.random.Generator) -> list[bool]:
     is mixed with the mined batches.
     """
     lead = stretch.plain // 2
-    mixed = np.arange(stretch.steps - lead) < stretch.kept
-    return [False] * lead + [bool(each) for each in generator.permutation(mixed)]
+
+    # True for the mined batches, which are shuffled among the plain ones that are left
+    is_mined = np.arange(stretch.steps - lead) < stretch.kept
+    is_mined = generator.permutation(is_mined)
+    return [False] * lead + [bool(each) for each in is_mined]

@@ -29,15 +29,17 @@ class ScoredPairs(NamedTuple):
     def logits(self) -> NDArray[np.float32]:
         """(n, n) image i against text j."""
         cosines = self.image @ self.text.T
-        made: NDArray[np.float32] = self.scale * cosines + np.float32(self.bias)
-        return made
+        bias = np.float32(self.bias)
+        logits: NDArray[np.float32] = self.scale * cosines + bias
+        return logits
 
 
 def select_scored(scores: Scores, places: Ints) -> ScoredPairs:
     """The pairs at these places (n,) of a table of scores."""
+    scorer = scores.scorer
     image = scores.image[places].astype(np.float32)
     text = scores.text[places].astype(np.float32)
-    return ScoredPairs(image, text, scores.scorer.logit_scale, scores.scorer.logit_bias)
+    return ScoredPairs(image, text, scorer.logit_scale, scorer.logit_bias)
 
 
 class Quotas(NamedTuple):

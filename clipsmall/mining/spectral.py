@@ -52,12 +52,14 @@ def spectral_groups(
     del scored
     groups_wanted = len(quotas.counts)
     means = KMeans(groups_wanted, n_init=1, random_state=int(generator.integers(2**31)))
+
     # one thread: several would add in another order
     with threadpool_limits(1), warnings.catch_warnings():
         # k-means warns of equal centres; the assignment fills all of them
         warnings.simplefilter("ignore", ConvergenceWarning)
         embedded = embedding(affinity(weights, cannot_link), groups_wanted)
         centres = means.fit(embedded).cluster_centers_
+
     groups = even_clusters(embedded, quotas, centres)
     groups = separate_conflicts(groups, quotas.owner, cannot_link, generator, weights)
     groups.sort(axis=1)
@@ -72,8 +74,10 @@ def affinity(weights: Floats, cannot_link: Bools) -> Floats:
     A common factor does not change the Laplacian, and without the division exp(100 times a cosine)
     would overflow.
     """
-    apart = cannot_link | np.eye(len(weights), dtype=bool)
-    top = weights.max(where=~apart, initial=np.finfo(weights.dtype).min)
+    diagonal = np.eye(len(weights), dtype=bool)
+    apart = cannot_link | diagonal
+    lowest = np.finfo(weights.dtype).min
+    top = weights.max(where=~apart, initial=lowest)
     log_affinity = weights.astype(np.float64) - top
     made: Floats = np.exp(log_affinity.clip(LEAST_LOG_AFFINITY, 0))
     made[apart] = 0
@@ -86,10 +90,15 @@ def embedding(affinity: Floats, width: int) -> Floats:
     Those of I − D^−½ W D^−½ with the smallest eigenvalues, where W is the affinity.
     """
     degrees = affinity.sum(axis=1)
+
     # a pair without any affinity is a part of the graph by itself
     roots = np.sqrt(np.where(degrees > 0, degrees, 1))
-    laplacian = np.eye(len(roots)) - affinity / roots[:, None] / roots
-    vectors: Floats = eigh(laplacian, subset_by_index=[0, width - 1])[1]
+    normalised = affinity / roots[:, None] / roots
+    laplacian = np.eye(len(roots)) - normalised
+
+    # in rising order of their eigenvalues
+    first = [0, width - 1]
+    vectors: Floats = eigh(laplacian, subset_by_index=first)[1]
     return vectors / roots[:, None]
 
 
@@ -100,10 +109,12 @@ def even_clusters(features: Floats, quotas: Quotas, centres: Floats) -> Ints:
     linear assignment, O(n³) at worst, for n up to some 10⁴.
     """
     distance = cdist(features, centres)
+
     # −1: no seat
     group_of = np.full(len(features), -1)
     for rank, counts in enumerate(quotas.counts.T):
         own_pairs = np.flatnonzero(quotas.owner == rank)
+
         # the group of each of the rank's seats
         seats = np.repeat(np.arange(len(centres)), counts)
         assert len(own_pairs) >= len(seats), (
@@ -111,6 +122,7 @@ def even_clusters(features: Floats, quotas: Quotas, centres: Floats) -> Ints:
         )
         seated, seat = linear_sum_assignment(distance[np.ix_(own_pairs, seats)])
         group_of[own_pairs[seated]] = seats[seat]
+
     # pairs without a seat come first in the order of groups
     left_out = int((group_of < 0).sum())
     by_group = group_of.argsort(kind="stable")[left_out:]

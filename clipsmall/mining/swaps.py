@@ -24,14 +24,19 @@ class _Groups:
         self.groups = groups.copy()
         self.owner = owner
         n = len(weights)
+        everyone = np.arange(n)
+
         # (n,) each pair's group; −1 for pairs that a selection left out
         self.group_of = np.full(n, -1)
         self.group_of[groups] = np.arange(len(groups))[:, None]
         self.seated = self.group_of >= 0
         # (groups, n)
-        self.ties = np.stack([weights[members].sum(axis=0, dtype=np.float64) for members in groups])
+        ties = [weights[members].sum(axis=0, dtype=np.float64) for members in groups]
+        self.ties = np.stack(ties)
         # (n,) each pair's ties to its own group
-        self.own = np.where(self.seated, self.ties[self.group_of, np.arange(n)], 0.0)
+        own = self.ties[self.group_of, everyone]
+        self.own = np.where(self.seated, own, 0.0)
+        # pairs do not move between ranks
         self.several_ranks = bool((owner != owner[0]).any())
 
     def gains(self, i: int) -> Floats:
@@ -45,7 +50,6 @@ class _Groups:
         gains[self.groups[a]] = -np.inf
         if not self.seated.all():
             gains[~self.seated] = -np.inf
-        # pairs do not move between ranks
         if self.several_ranks:
             gains[self.owner != self.owner[i]] = -np.inf
         return gains
@@ -54,13 +58,17 @@ class _Groups:
         """Pairs i and j change groups."""
         a = self.group_of[i]
         b = self.group_of[j]
-        self.groups[a][self.groups[a] == i] = j
-        self.groups[b][self.groups[b] == j] = i
+        group_a = self.groups[a]
+        group_b = self.groups[b]
+        group_a[group_a == i] = j
+        group_b[group_b == j] = i
+        self.group_of[i] = b
+        self.group_of[j] = a
+
+        # all pairs' ties to a lose those to i and gain those to j; to b the other way round
         change = self.weights[j].astype(np.float64) - self.weights[i]
         self.ties[a] += change
         self.ties[b] -= change
-        self.group_of[i] = b
-        self.group_of[j] = a
         for group in (a, b):
             members = self.groups[group]
             self.own[members] = self.ties[group, members]
@@ -89,6 +97,7 @@ def improve_by_swaps(
     if sweeps < 1 or len(groups) < 2:
         return groups
     state = _penalised(weights, groups, owner, cannot_link)
+
     # more than rounding makes
     least_gain = 1e-6 * max(float(np.abs(weights).max()), 1e-30)
     for _ in range(sweeps):
@@ -99,8 +108,10 @@ def improve_by_swaps(
             if gains[j] > least_gain:
                 state.exchange(i, j)
                 moved = True
+
         if not moved:
             break
+
     return state.groups
 
 
@@ -131,18 +142,27 @@ def separate_conflicts(
     if len(groups) < 2 or not count_conflicts(groups, cannot_link).any():
         return groups
     if weights is not None:
-        groups = _move_to_hardest(_penalised(weights, groups, owner, cannot_link), generator)
-    fewest_conflicts = _Groups(-cannot_link.astype(np.float32), groups, owner)
-    return _move_to_fewest_conflicts(fewest_conflicts, generator)
+        by_weight = _penalised(weights, groups, owner, cannot_link)
+        groups = _move_to_hardest(by_weight, generator)
+
+    # a weight of −1 for each conflict, and no other
+    conflicts = -cannot_link.astype(np.float32)
+    by_conflicts = _Groups(conflicts, groups, owner)
+    return _move_to_fewest_conflicts(by_conflicts, generator)
 
 
 def _move_to_hardest(state: _Groups, generator: np.random.Generator) -> Ints:
-    in_conflict = (state.own < -PENALTY / 2) & state.seated
-    for i in generator.permutation(np.flatnonzero(in_conflict)):
+    # no sum of weights is as low as that
+    limit = -PENALTY / 2
+    in_conflict = np.flatnonzero((state.own < limit) & state.seated)
+    for i in generator.permutation(in_conflict):
         gains = state.gains(i)
+        best = int(gains.argmax())
+
         # an exchange before may have ended its conflict
-        if state.own[i] < -PENALTY / 2 and gains.max() > 0:
-            state.exchange(i, int(gains.argmax()))
+        if state.own[i] < limit and gains[best] > 0:
+            state.exchange(i, best)
+
     return state.groups
 
 
@@ -160,6 +180,7 @@ def _move_to_fewest_conflicts(state: _Groups, generator: np.random.Generator) ->
             if best >= 0:
                 equals = np.flatnonzero(gains == best)
                 state.exchange(i, int(generator.choice(equals)))
+
     return state.groups
 
 

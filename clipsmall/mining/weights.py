@@ -17,9 +17,15 @@ def softmax_weights(scored: ScoredPairs, size: int) -> Floats:
     rows of both directions' sum) is at least the sum of w over its unordered pairs, divided by
     B (B-1); equality at B = 2 (Cho et al. 2023, arXiv 2307.05906).
     """
-    z = scored.logits + np.float32(math.log(max(size - 1, 1)))
+    # log of (B-1) exp(Z)
+    negatives = max(size - 1, 1)
+    z = scored.logits + np.float32(math.log(negatives))
+
+    # (n,) each pair's own logit
     own_cosines = np.einsum("nd,nd->n", scored.image, scored.text)
     own = scored.scale * own_cosines + np.float32(scored.bias)
+
+    # image i is compared with text j on row i, text j with image i on column j
     from_image = softplus(z - own[:, None])
     from_text = softplus(z - own[None, :])
     return _both_anchors(from_image + from_text)
@@ -62,7 +68,9 @@ def batch_losses(scored: ScoredPairs, groups: Ints, kind: str = "softmax") -> Fl
     """
     losses = []
     for members in groups:
-        cosines = scored.image[members].astype(np.float64) @ scored.text[members].T
+        image = scored.image[members].astype(np.float64)
+        text = scored.text[members]
+        cosines = image @ text.T
         z = scored.scale * cosines + scored.bias
         own = z.diagonal()
         if kind == "sigmoid":
@@ -75,4 +83,5 @@ def batch_losses(scored: ScoredPairs, groups: Ints, kind: str = "softmax") -> Fl
             from_image = np.logaddexp.reduce(z, axis=1)
             from_text = np.logaddexp.reduce(z, axis=0)
             losses.append(((from_image + from_text) / 2 - own).mean())
+
     return np.array(losses)

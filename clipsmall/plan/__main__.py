@@ -135,6 +135,7 @@ def main(words: list[str] | None = None) -> int:
     )
     parser.add_argument("--json", type=Path, help="file to write the plan to")
     options, rest = parser.parse_known_args(words)
+
     # open_clip warns that there are no weights
     logging.getLogger().setLevel(logging.ERROR)
     try:
@@ -149,6 +150,7 @@ def main(words: list[str] | None = None) -> int:
             raise ValueError(
                 f"--memory {options.memory}: the reserve of {gib(reserved)} takes all of it"
             )
+
         return run(read(rest), machine, memory, reserved, options.json)
     except ValueError as error:
         refuse(error)

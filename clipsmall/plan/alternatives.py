@@ -42,6 +42,7 @@ def plan_rows(planner: Planner, config: Config, rows: int) -> Iterator[PlanRow]:
         for name, value in changes.items():
             if value != value_of(base, name):
                 options[name] = value
+
         other = changed(base, options)
         key = other.model_dump_json()
         if key in seen or not is_possible(planner, other, rows):
@@ -71,6 +72,7 @@ def as_configured(planner: Planner, config: Config, rows: int) -> Config:
         "model.checkpoint_activations": checkpoint is True,
     }
     config = changed(config, plain)
+
     # a run decides by the memory of its GPU, and only if it must
     decides = planner.machine.device == "cuda" and "auto" in (chunk, checkpoint)
     if not decides or planner.fits(config, rows):
@@ -80,10 +82,12 @@ def as_configured(planner: Planner, config: Config, rows: int) -> Config:
         while size > 1 and not planner.fits(changed(config, {"model.chunk_size": size}), rows):
             size = (size + 1) // 2
         return changed(config, {"model.chunk_size": size})
+
     if checkpoint == "auto" and not config.model.chunk_size:
         checkpointed = changed(config, {"model.checkpoint_activations": True})
         if is_possible(planner, checkpointed, rows):
             return checkpointed
+
     return config
 
 
@@ -103,11 +107,13 @@ def alternatives(planner: Planner, base: Config, rows: int) -> Iterator[dict[str
     yield WHOLE_BATCH | {"model.checkpoint_activations": True}
     whole = changed(base, WHOLE_BATCH)
     most = planner.largest(whole, rows).rows
+
     # if all sizes fit, no chunks are needed
     if most < MOST:
         sizes = (longest_chunk(planner, whole, most), 8)
         for size in dict.fromkeys(sizes):
             yield WHOLE_BATCH | {"model.chunk_size": size}
+
     adapted = "lora" in (base.tune.image, base.tune.text)
     tune = "full" if adapted else "lora"
     yield WHOLE_BATCH | {"tune.image": tune, "tune.text": tune}
@@ -127,7 +133,9 @@ def longest_chunk(planner: Planner, whole: Config, most: int) -> int:
         except ValueError:
             # BatchNorm: refused again when it becomes a row
             break
+
         size //= 2
+
     return size
 
 

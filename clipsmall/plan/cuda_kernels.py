@@ -89,11 +89,13 @@ def memory_efficient_attention(
         value = value.to(narrow)
         if attn_mask is not None and attn_mask.dtype != torch.bool:
             attn_mask = attn_mask.to(narrow)
+
     if attn_mask is not None:
         # the kernel adds a bias; a boolean mask becomes one
         if attn_mask.dtype == torch.bool:
             attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)
         attn_mask = attn_mask.expand(*query.shape[:-1], key.shape[-2])
+
     attend: Callable[..., Any] = torch.ops.aten._scaled_dot_product_efficient_attention
     keep_log_sums = torch.is_grad_enabled()
     made: Tensor = attend(

@@ -43,6 +43,7 @@ def fake_result(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
             return x.new_empty(x.numel())
         case aten.index:
             return x[tuple(_index_of_known_length(index) for index in args[1])]
+
     raise NotImplementedError(
         f"planning: {func} depends on numbers; give it a fake result in "
         "clipsmall/plan/data_dependent.py"

@@ -27,6 +27,7 @@ def plan_table(rows: Sequence[PlanRow], machine: Machine, budget: int) -> str:
                 f"x {row.flops / rows[0].flops:.2f}",
             )
         )
+
     widths = [max(len(line[k]) for line in lines) for k in range(len(HEAD))]
     texts = []
     for title, *numbers in lines:
@@ -34,6 +35,7 @@ def plan_table(rows: Sequence[PlanRow], machine: Machine, budget: int) -> str:
         for number, width in zip(numbers, widths[1:], strict=True):
             cells.append(number.rjust(width))
         texts.append("  ".join(cells))
+
     return "\n".join(texts)
 
 
@@ -63,6 +65,7 @@ def verdict(rows: Sequence[PlanRow], machine: Machine, budget: int, memory: int)
         )
     elif not fits:
         text += " Nothing here makes it fit: take a smaller model or smaller images."
+
     any_batch = [row.largest for row in rows if row.largest.rows * machine.ranks >= ANY]
     if any_batch:
         least = min(any_batch, key=lambda answer: answer.bytes)
@@ -70,6 +73,7 @@ def verdict(rows: Sequence[PlanRow], machine: Machine, budget: int, memory: int)
             f" (any: {ANY:,} pairs or more in all; the loss is linear in memory: {least.rows:,} "
             f"pairs a device need {gib(least.bytes)}.)"
         )
+
     return wrap(text)
 
 

@@ -78,9 +78,11 @@ class Planner:
         """
         unit = config.optim.accumulate
         found = FitAnswer(rows, self.peak(config, rows))
+
         # bounds: the largest that fits, the smallest that does not
         low = FitAnswer(0, 0)
         high = FitAnswer(MOST + unit, 0)
+
         # the first line begins at no pairs, with what is there in any case
         first = self.step(config, 2 * chunk_if_cut(config, rows) or rows)
         before = FitAnswer(0, first.total - transient_bytes(first))
@@ -89,6 +91,7 @@ class Planner:
                 high = found
             else:
                 low = found
+
             guess = _line_meets_budget(before, found, self.budget) // unit * unit
             guess = min(max(guess, low.rows + unit), high.rows - unit)
             if guess <= low.rows or low.bytes > CLOSE * self.budget:
@@ -157,4 +160,5 @@ def changed(config: Config, changes: Mapping[str, object]) -> Config:
         for section in sections:
             part = part[section]
         part[field] = value
+
     return validated(tree)

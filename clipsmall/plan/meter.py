@@ -37,6 +37,7 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+
         # label of what is made from now on
         self.making = "weights"
         # bytes by label
@@ -89,12 +90,14 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             result = func(*args, **kwargs)
         except (DataDependentOutputException, DynamicOutputShapeException):
             result = fake_result(func, args, kwargs)
+
         # a gradient of what lies in the host's memory lies there, too
         on_host = func._opname == "zeros_like" and self._label_of(args[0]) == HOST
         with self.labelled(HOST if on_host else self.making):
             for each in result if isinstance(result, tuple | list) else (result,):
                 if isinstance(each, Tensor):
                     self._register(each)
+
         # these look for what is unusual, and in an ordinary step there is nothing
         if func._opname in ("any", "ne"):
             result.fake_truth = False

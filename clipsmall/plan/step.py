@@ -79,7 +79,9 @@ def measure(config: Config, machine: Machine, rows: int, hollow: bool = False) -
         stage = Stage(config, machine, meter, hollow)
         stage.first_step()
         stage.second_step(rows)
+
     parts = dict(meter.peak)
+
     # DDP's copy of the gradients, for their exchange: gradient_as_bucket_view is off by default
     if machine.ranks > 1:
         parts["DDP's buckets"] = stage.trainable
@@ -92,6 +94,7 @@ def of_batch(config: Config, batch: int) -> Config:
     tree["data"]["batch_size"] = batch
     tree["model"]["pretrained"] = "none"
     tree["evaluate"] = {}
+
     # a run must be a step long at least
     tree["optim"]["pairs"] = max(config.optim.pairs, batch)
     return validated(tree)
@@ -138,6 +141,7 @@ class Stage:
         no_data: Any = SimpleNamespace(captions=lambda: ["a"])
         loaded = build.loaded_towers(config, no_data, None)
         loaded = hollowed(loaded) if hollow else loaded
+
         # as if no pair came twice: the data set may lie on another machine
         ids = torch.arange(config.optim.pairs)
         self.loaded = loaded
@@ -149,6 +153,7 @@ class Stage:
         for head in self.encoder.heads.values():
             if hasattr(head, "average"):
                 meter.label(tensors(head.average), "averaged towers")
+
         meter.label([ids], HOST)
         self.objective = build_objective.objective(config, self.setting)
         if isinstance(self.objective, nn.Module):
@@ -168,9 +173,11 @@ class Stage:
         for parameter in self.encoder.parameters():
             if parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter)
+
         for group in self.optimizer.param_groups:
             # as optim.adamw has it there
             group["fused"] = self.machine.device == "cuda"
+
         with self.meter.labelled("optimizer"):
             self.optimizer.step()
         self.optimizer.zero_grad()
@@ -181,6 +188,7 @@ class Stage:
         encoder = self.encoder
         self.optimizer.register_step_pre_hook(lambda *_: setattr(meter, "making", "optimizer"))
         encoder.forward = self.as_activations(encoder.forward)  # type: ignore[method-assign]
+
         # without fp16's GradScaler, which holds two numbers
         accelerator: Any = SimpleNamespace(
             backward=self.backward, unscale_gradients=lambda: None, scaler=None
@@ -215,6 +223,7 @@ class Stage:
             torch.arange(rows),
         )
         self.meter.label(made, "pixels")
+
         # of chunks, pixels are copied to the device one chunk at a time; DDP copies all of them
         if self.machine == ("cuda", 1) and self.encoder.chunk_size:
             self.meter.label([made.image], HOST)
@@ -229,6 +238,7 @@ class Stage:
         if precision == "auto":
             # bf16 has as many bytes
             precision = "fp16" if self.machine.device == "cuda" else "fp32"
+
         if precision in DTYPES:
             forward = torch.autocast("cpu", dtype=DTYPES[precision])(forward)
             forward = convert_outputs_to_fp32(forward)

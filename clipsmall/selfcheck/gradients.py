@@ -47,7 +47,8 @@ def perturb(model: nn.Module) -> None:
     """Change every weight by a few units in its last place: that causes no more than rounding."""
     for p in model.parameters():
         eps = torch.finfo(p.dtype).eps
-        p.mul_(1 + PERTURBATION * eps * torch.randn_like(p))
+        noise = torch.randn_like(p)
+        p.mul_(1 + PERTURBATION * eps * noise)
 
 
 def run_steps(
@@ -70,18 +71,21 @@ def run_steps(
         with torch.set_grad_enabled(is_last):
             rows = model(pairs)
             loss = objective(rows, columns(rows))["loss"]
+
     backward(loss)
     result: StepResult = {"loss": world.mean_over_ranks(loss).cpu()}
     for name, parameter in encoder.named_parameters():
         if parameter.requires_grad:
             gradient = parameter.grad
             result[name] = None if gradient is None else gradient.cpu()
+
     return result
 
 
 def faults_of_exchange(device: torch.device) -> list[str]:
     """What is wrong with the differentiable exchanges between ranks, each tried by itself."""
     ranks = world.size()
+
     # each rank's loss has another factor, 1 to W: the gradient must be their sum
     factor = world.rank() + 1.0
     expected = ranks * (ranks + 1) / 2
@@ -94,6 +98,7 @@ def faults_of_exchange(device: torch.device) -> list[str]:
         difference = (x.grad - expected).abs()
         if world.max_over_ranks(difference).any():
             faults.append(f"world.{name}: its backward does not give the sum over ranks")
+
     return faults
 
 
@@ -123,7 +128,9 @@ def parameter_groups(model: DualEncoder, pairs: Pairs) -> dict[str, list[str]]:
             group = "image tower"
         elif name in of_text:
             group = "text tower"
+
         groups.setdefault(group, []).append(name)
+
     return {group: names for group, names in groups.items() if names}
 
 
@@ -184,6 +191,7 @@ def differences(
     for group in named:
         each = [Difference(**rank[group]) for rank in ranks]
         worst[group] = max(each, key=lambda d: (d.broken, d.missing + d.extra, d.apart))
+
     return worst
 
 
@@ -193,6 +201,7 @@ def _group_difference(found: StepResult, reference: StepResult, names: Sequence[
     broken = 0
     numbers = 0
     largest = 0.0
+
     # x·x, y·y, x·y and |x − y|² over the group
     sums = torch.zeros(4, dtype=torch.float64)
     for name in names:
@@ -200,14 +209,17 @@ def _group_difference(found: StepResult, reference: StepResult, names: Sequence[
         y = reference[name]
         if x is None and y is None:
             continue
+
         # a gradient that is missing counts as zeros
         if x is None:
             assert y is not None
             missing += 1
             x = torch.zeros_like(y)
+
         if y is None:
             extra += 1
             y = torch.zeros_like(x)
+
         x = x.double().flatten()
         y = y.double().flatten()
         numbers += len(x)
@@ -218,6 +230,7 @@ def _group_difference(found: StepResult, reference: StepResult, names: Sequence[
         apart = x - y
         sums += torch.stack([x @ x, y @ y, x @ y, apart @ apart])
         largest = max(largest, float(apart.abs().max()))
+
     norm, reference_norm, difference_norm = sums[[0, 1, 3]].sqrt().tolist()
     product = norm * reference_norm
     cosine = float(sums[2]) / product if product else math.nan
@@ -266,6 +279,7 @@ class Judge:
                 f"{d.extra} with one it has not"
             )
             return Verdict(words, "wrong")
+
         eps = torch.finfo(self.dtype).eps
         noise = self.noise[group].apart
         size = self._size(group)
@@ -273,12 +287,14 @@ class Judge:
         if d.apart > allowed:
             what = "loss" if group == "loss" else "gradient"
             return Verdict(_explain(what, d, mistakes), "wrong")
+
         # what rounding may change is far less than the gradient
         if group == "loss" or allowed < 0.1 * d.reference:
             return Verdict("exact", "exact")
         if d.reference <= 1000 * eps * size:
             words = "no gradient but rounding" if d.reference else "no gradient"
             return Verdict(words, "idle")
+
         return Verdict(f"cannot tell: rounding alone makes {noise / d.reference:.1%}", "unclear")
 
     def _size(self, group: str) -> float:
@@ -288,7 +304,8 @@ class Judge:
         """
         if group == "loss":
             return max(1.0, self.noise["loss"].reference)
-        return math.hypot(*(d.reference for name, d in self.noise.items() if name != "loss"))
+        norms = [d.reference for name, d in self.noise.items() if name != "loss"]
+        return math.hypot(*norms)
 
 
 def _explain(what: str, d: Difference, mistakes: Mapping[str, float]) -> str:
@@ -297,15 +314,18 @@ def _explain(what: str, d: Difference, mistakes: Mapping[str, float]) -> str:
         return f"a {what} of {d.norm:.3g}, where one process has none"
     factor = math.copysign(d.ratio, d.cosine)
     sine = math.sqrt(max(0.0, 1 - d.cosine**2))
+
     # the direction differs more than the length
     if d.norm and sine > 0.1 * abs(factor - 1):
         near = f"{d.cosine:.4f}" if d.cosine < 0.9999 else f"1 - {1 - d.cosine:.0e}"
         return f"direction differs (cosine {near}), {d.ratio:.4g} x as long"
+
     known = []
     for words, value in mistakes.items():
         # a factor of 1 would explain nothing
         if value != 1 and abs(factor / value - 1) < 0.01:
             known.append(words)
+
     text = f"{factor:.4g} x the {what} of one process"
     if known:
         text += f" ({'; or '.join(known)})"
@@ -318,9 +338,11 @@ def low_precision_verdict(d: Difference) -> Verdict:
         return Verdict(f"not finite: {d.broken} of {d.numbers} numbers", "wrong")
     if not d.reference:
         return Verdict("no gradient", "idle")
+
     # a single number may be near 0, where its sign means nothing
     if d.numbers == 1:
         return Verdict(f"{math.copysign(d.ratio, d.cosine):.4f} x", "near")
+
     # a cosine of NaN is lost, too
     if d.cosine >= 0.9:
         return Verdict(f"cosine {d.cosine:.4f}", "near")
@@ -349,12 +371,14 @@ def gradient_table(rows: Sequence[GradientRow]) -> str:
     for row in rows:
         d = row.difference
         compared = row.compared if row.compared != before else ""
+
         # between two single numbers it could only be 1 or -1
         cosine = _number(d.cosine) if d.numbers > 1 else ""
         largest = f"{d.largest / (d.reference or 1):.0e}"
         words = row.verdict.words
         lines.append((compared, row.group, _number(d.ratio), cosine, largest, words))
         before = row.compared
+
     widths = [max(len(line[k]) for line in lines) for k in range(len(ALIGNMENT))]
     texts = []
     for line in lines:
@@ -363,6 +387,7 @@ def gradient_table(rows: Sequence[GradientRow]) -> str:
         for cell, side, width in zip(cells, ALIGNMENT, widths, strict=True):
             aligned.append(f"{cell:{side}{width}}")
         texts.append("  ".join([*aligned, words]))
+
     return "\n".join(texts)
 
 
