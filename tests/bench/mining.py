@@ -59,7 +59,7 @@ def distinct(pairs: int) -> Identity:
     return Identity(np.arange(pairs), np.arange(pairs), np.arange(pairs))
 
 
-def dealt(recipe: MiningRecipe, scored: ScoredPairs, ranks: int = 1) -> Ints:
+def mined_batches(recipe: MiningRecipe, scored: ScoredPairs, ranks: int = 1) -> Ints:
     """Batches of a pool whose pairs lie on `ranks` ranks by turns."""
     pairs = len(scored.image)
     return assign_batches(
@@ -101,7 +101,9 @@ def main(words: list[str] | None = None) -> None:
             start = time.process_time()
             if name in RECIPES:
                 recipe = RECIPES[name]
-                batches = dealt(MiningRecipe(**{**vars(recipe), "batch_size": batch}), scored)
+                batches = mined_batches(
+                    MiningRecipe(**{**vars(recipe), "batch_size": batch}), scored
+                )
             else:
                 batches = by_arpack(scored, batch)
             took = time.process_time() - start

@@ -1,5 +1,4 @@
-"""The streamed pair matrix against the dense one and its autograd, on one rank and on several,
-gathered and in a ring.
+"""The tiled pair matrix against the dense one and its autograd: one rank, several, and a ring.
 
 Seen to fail when: a tile forgets the sums of those before it, or a gradient those of other tiles;
 the last, smaller tile is skipped; u or v is that of the first tile; a row with no entry divides by

@@ -21,7 +21,7 @@ from clipsmall.mining.learnability import learnability, learnability_gains
 from clipsmall.mining.scored_pairs import Ints, one_owner
 from clipsmall.mining.swaps import count_conflicts, improve_by_swaps, separate_conflicts
 from clipsmall.mining.weights import batch_losses, sigmoid_weights, softmax_weights
-from tests.bench.mining import clustered, dealt, distinct, unit
+from tests.bench.mining import clustered, distinct, mined_batches, unit
 
 DEALERS = ["groups", "chain", "kmeans", "spectral", "shuffled"]
 
@@ -203,7 +203,7 @@ def test_one_plan_for_all_ranks_keeps_most_of_the_hardness() -> None:
     scored, _ = clustered(1280)
     made = {
         ranks: batch_losses(
-            scored, dealt(MiningRecipe("kmeans", 32, 0, swaps=5, guard=0), scored, ranks)
+            scored, mined_batches(MiningRecipe("kmeans", 32, 0, swaps=5, guard=0), scored, ranks)
         ).mean()
         for ranks in (1, 8)
     }
@@ -213,7 +213,7 @@ def test_one_plan_for_all_ranks_keeps_most_of_the_hardness() -> None:
     for rank in range(8):
         mine = np.flatnonzero(np.arange(1280) % 8 == rank)
         part = ScoredPairs(scored.image[mine], scored.text[mine], scored.scale)
-        alone.append(mine[dealt(MiningRecipe("kmeans", 4, 0, swaps=5, guard=0), part)])
+        alone.append(mine[mined_batches(MiningRecipe("kmeans", 4, 0, swaps=5, guard=0), part)])
     assert batch_losses(scored, np.concatenate(alone, axis=1)).mean() < 0.3
 
 
@@ -412,7 +412,7 @@ def test_a_larger_share_of_hard_pairs_is_harder() -> None:
     scored, _ = clustered(640)
     whole = [
         batch_losses(
-            scored, dealt(replace(MiningRecipe("groups", 32, guard=0), group=group), scored)
+            scored, mined_batches(replace(MiningRecipe("groups", 32, guard=0), group=group), scored)
         ).mean()
         for group in (2, 4, 8, 0)
     ]

@@ -1,9 +1,8 @@
-"""Mining while training: one plan for all ranks, each pair once, and a resumed run that deals
-nothing out anew.
+"""Mining while training: one plan for all ranks, each pair once, and no plan made again on resume.
 
 Seen to fail when: ranks make plans of their own; embeddings are gathered in rank order, not by
-place; a half-played pool is scored again on resume; the read-ahead queue is emptied in another
-order; scoring leaves the model in eval mode.
+place; a pool is scored again by a run that resumes in the middle of it; the read-ahead queue is
+emptied in another order; scoring leaves the model in eval mode.
 """
 
 import contextlib
@@ -200,7 +199,7 @@ def test_resumed_anywhere_the_stream_goes_on(ranks: Any, size: int, recipe: Mini
 
 
 def unscored(pairs: Pairs) -> PoolView:
-    raise AssertionError("a plan that stands in the checkpoint was made anew")
+    raise AssertionError("a plan that stands in the checkpoint was made again")
 
 
 def test_a_pool_that_is_half_played_is_not_scored_again() -> None:
@@ -441,9 +440,7 @@ def test_pairs_are_scored_in_eval_mode_and_nothing_is_left_behind(rows: int) -> 
 
 
 def test_scoring_leaves_no_trace(glyphs: Path, tmp_path: Path) -> None:
-    """A run whose pools are dealt out as they were read (and cost no random number) is the plain
-    run.
-    """
+    """A run whose mined batches are those that were read is the plain run."""
     plain = tmp_path / "plain"
     mining = tmp_path / "mining"
     assert train.main(config(glyphs, plain, **{"optim.pairs": 16 * 12, "data.batch_size": 16})) == 0

@@ -42,7 +42,7 @@ def freely(pairs: int) -> Bools:
     return np.zeros((pairs, pairs), dtype=bool)
 
 
-def dealt(
+def mined_groups(
     scored: ScoredPairs,
     quotas: Quotas,
     cannot: Bools | None = None,
@@ -58,7 +58,7 @@ def dealt(
 @pytest.mark.parametrize("shape", [(4, 2), (10, 8), (3, 30)])
 def test_planted_clusters_are_found(shape: tuple[int, int], kind: str) -> None:
     scored, topic = planted(*shape)
-    groups = dealt(scored, one_owner(len(topic), shape[1]), kind=kind)
+    groups = mined_groups(scored, one_owner(len(topic), shape[1]), kind=kind)
     assert (topic[groups] == topic[groups[:, :1]]).all()
     assert (np.diff(groups[:, 0]) > 0).all(), "in order of first appearance"
     assert (np.diff(groups, axis=1) > 0).all()
@@ -70,7 +70,7 @@ def test_the_cut_is_much_harder_than_chance_where_clusters_are_uneven() -> None:
     scored = ScoredPairs(
         *(unit(centres + 0.7 * rng.standard_normal(centres.shape)) for _ in range(2)), 10.0
     )
-    groups = dealt(scored, one_owner(320, 16))
+    groups = mined_groups(scored, one_owner(320, 16))
     assert sorted(groups.ravel()) == list(range(320))
     chance = batch_losses(scored, rng.permutation(320).reshape(-1, 16)).mean()
     assert batch_losses(scored, groups).mean() > 2.5 * chance
@@ -111,7 +111,7 @@ def test_every_rank_fills_its_own_seats(shape: tuple[int, int], ranks: int) -> N
     scored, _ = planted(groups, size, noise=1.5)
     owner = np.random.default_rng(1).permutation(np.arange(groups * size) % ranks)
     quotas = Quotas(owner, np.full((groups, ranks), size // ranks))
-    found = dealt(scored, quotas)
+    found = mined_groups(scored, quotas)
     assert found.shape == shape
     assert sorted(found.ravel()) == list(range(groups * size))
     for rank in range(ranks):
@@ -123,7 +123,7 @@ def test_uneven_quotas_are_kept_row_by_row_and_pairs_without_a_seat_left_out() -
     counts = np.array([[3, 0], [1, 2], [2, 1], [0, 3], [2, 1]])
     # 12 each, for 8 and 7 seats
     owner = (np.arange(24) >= 12).astype(np.int64)
-    groups = dealt(scored, Quotas(owner, counts))
+    groups = mined_groups(scored, Quotas(owner, counts))
     assert len(set(groups.ravel())) == groups.size == 15
     assert ((owner[groups] == 1).sum(axis=1) == counts[:, 1]).all()
 
@@ -145,7 +145,7 @@ def test_what_cannot_link_is_apart() -> None:
     twins = np.array([np.flatnonzero(topic == each)[:2] for each in range(4)])
     cannot = freely(24)
     cannot[twins[:, 0], twins[:, 1]] = cannot[twins[:, 1], twins[:, 0]] = True
-    groups = dealt(scored, one_owner(24, 6), cannot)
+    groups = mined_groups(scored, one_owner(24, 6), cannot)
     assert sorted(groups.ravel()) == list(range(24))
     assert not count_conflicts(groups, cannot).any()
     assert (np.diff(groups, axis=1) > 0).all()
@@ -166,7 +166,7 @@ def test_a_large_logit_scale_is_finite(scale: float, kind: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert np.isfinite(embedding(affinity(weights, freely(48)), 12)).all()
-        assert sorted(dealt(scored, one_owner(48, 4), kind=kind).ravel()) == list(range(48))
+        assert sorted(mined_groups(scored, one_owner(48, 4), kind=kind).ravel()) == list(range(48))
 
 
 @pytest.mark.parametrize("apart", ["all", "thirds", "one"])
@@ -179,7 +179,7 @@ def test_a_graph_in_parts_is_no_trouble(apart: str) -> None:
     }[apart]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        groups = dealt(planted(6, 4, noise=2.0)[0], one_owner(24, 4), cannot)
+        groups = mined_groups(planted(6, 4, noise=2.0)[0], one_owner(24, 4), cannot)
     assert sorted(groups.ravel()) == list(range(24))
     assert apart != "thirds" or (groups % 3 == groups[:, :1] % 3).all()
 
@@ -190,7 +190,7 @@ def test_edges_of_size(shape: tuple[int, int]) -> None:
     scored, _ = planted(*shape, noise=1.0)
     with warnings.catch_warnings(), np.errstate(divide="ignore"):
         warnings.simplefilter("error")
-        groups = dealt(scored, one_owner(shape[0] * shape[1], shape[1]))
+        groups = mined_groups(scored, one_owner(shape[0] * shape[1], shape[1]))
     assert groups.shape == shape
     assert sorted(groups.ravel()) == list(range(groups.size))
 
@@ -198,10 +198,10 @@ def test_edges_of_size(shape: tuple[int, int]) -> None:
 def test_only_the_generator_decides() -> None:
     scored, _ = planted(20, 8, noise=3.0, scale=10.0)
     quotas = one_owner(160, 8)
-    first = dealt(scored, quotas)
+    first = mined_groups(scored, quotas)
     # draws from numpy's global state
     KMeans(3).fit(scored.image)
-    assert (dealt(scored, quotas) == first).all()
-    assert any((dealt(scored, quotas, seed=seed) != first).any() for seed in range(1, 4)), (
+    assert (mined_groups(scored, quotas) == first).all()
+    assert any((mined_groups(scored, quotas, seed=seed) != first).any() for seed in range(1, 4)), (
         "k-means starts elsewhere"
     )

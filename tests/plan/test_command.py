@@ -1,5 +1,4 @@
-"""Plans: the batches of the file and no others, in an order of their own each epoch, refused for
-any other data.
+"""Plan files: their batches and no others, in a new order each epoch, refused for other data.
 
 Seen to fail when: the order leaves out the epoch, or shuffles pairs instead of batches; numbers are
 taken for rows; the fingerprint, the batch size or a pair twice is not looked at; an epoch is as

@@ -1,6 +1,4 @@
-"""The planner: what it counts is what is there, its search finds the largest batch, and it says so
-plainly.
-"""
+"""The planner: what it counts is there, its search finds the largest batch, and it prints that."""
 
 import json
 from pathlib import Path
@@ -250,7 +248,7 @@ def test_tiles_are_those_of_the_device() -> None:
     assert world.size() == 1
 
 
-def test_imagined_ranks_gather_and_reduce() -> None:
+def test_fake_ranks_gather_and_reduce() -> None:
     with fake_ranks(4), FakeTensorMode():
         x = torch.empty(3, 2, requires_grad=True)
         gathered = world.gather(x)

@@ -1,11 +1,10 @@
-"""The self-check finds nothing wrong where nothing is, and says what is wrong, where, and by which
-factor.
+"""The self-check finds no fault where there is none, and else says what is wrong, and where.
 
-Seen to fail when: reference and ranks are one code path (`alone` that changes nothing); the first
-step is left out, or the second repeats the first's pairs in place (memories of one rank go unseen);
-passes share one objective; each rank judges for itself; random layers, or autocast beside bf16,
-stay on; averaged towers are put into training mode; chunks are not; the noise of rounding is not
-asked for; something unclear counts as fine.
+Seen to fail when: reference and ranks are one code path (`single_process` that changes nothing);
+the first step is left out, or the second repeats the first's pairs in place (memories of one rank
+go unseen); passes share one objective; each rank judges for itself; random layers, or autocast
+besides bf16, stay on; averaged towers are put into training mode; chunks are not; the noise of
+rounding is not measured; something unclear counts as fine.
 """
 
 import contextlib
