@@ -85,7 +85,7 @@ def train(
         accelerator.backward(losses["loss"])
         losses["grad_norm"] = clipped_norm(accelerator, model.parameters(), clip)
         # finite only if it is on all ranks, so that all take the step or none does
-        together = world.mean(losses["loss"] + losses["grad_norm"])
+        together = world.mean_over_ranks(losses["loss"] + losses["grad_norm"])
         guard.step(optimizer, losses, together, rows)
         scheduler.step()
         optimizer.zero_grad()

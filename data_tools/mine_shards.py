@@ -186,7 +186,7 @@ def score(args: argparse.Namespace) -> None:
                 )
             broken += bad
             bar.update(sizes[place])
-    broken = int(world.total(torch.tensor([broken], device=state.device)).item())
+    broken = int(world.sum_over_ranks(torch.tensor([broken], device=state.device)).item())
     if main_rank:
         pairs = sum(sizes[place] for place in left) - broken
         seconds = time.time() - start

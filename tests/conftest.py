@@ -19,10 +19,9 @@ import pytest
 POOL = 8
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ["OMP_NUM_THREADS"] = (
-    # before torch: sums are cut alike in every process, and two cores are few
-    "1"
-)
+# Set before torch is imported: sums are split in the same way in every process, and two cores are
+# few.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def _serve(rank: int, tasks: Any, results: Any) -> None:
@@ -35,16 +34,14 @@ def _serve(rank: int, tasks: Any, results: Any) -> None:
     os.environ.update(
         ACCELERATE_USE_CPU="1", GLOO_SOCKET_IFNAME="lo", MASTER_ADDR="127.0.0.1", MASTER_PORT="1"
     )
-    os.environ["TORCH_DIST_INIT_BARRIER"] = (
-        # else a rank with little to do is gone before another has met it
-        "1"
-    )
+    # else a rank with little to do is gone before another has connected to it
+    os.environ["TORCH_DIST_INIT_BARRIER"] = "1"
     while (task := tasks.get()) is not None:
         world, store, fn, args = task
         try:
             for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
                 os.environ.pop(name, None)
-            # as torchrun says it, for Accelerate
+            # what torchrun sets, for Accelerate
             if world > 1:
                 os.environ.update(
                     RANK=str(rank),

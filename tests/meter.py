@@ -1,10 +1,9 @@
-"""Counts the memory of tensors made inside a `with`: what is alive at the peak, kept for backward,
-and the largest.
+"""Counts the memory of tensors made inside a `with`: at the peak, kept for backward, the largest.
 
-Every operation that PyTorch dispatches is seen, those of a backward too, and each storage is
-counted once, from its first appearance to its end, however many tensors look into it. What existed
-before is left out. A kernel's own
-scratch space is not seen: for that there is the process's peak (tests/bench/losses.py).
+Every operation that PyTorch dispatches is seen, those of a backward pass, too, and each storage is
+counted once, from its first appearance to its end, however many tensors are views of it. What
+existed before is left out. A kernel's own scratch space is not seen: for that there is the
+process's peak (tests/bench/losses.py).
 """
 
 import weakref
@@ -25,17 +24,15 @@ class Meter(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        # of tensors alive together, the gradients of leaves among them
+        # of tensors alive at the same time, the gradients of leaves among them
         self.peak_bytes = 0
-        self.saved_bytes = (
-            # kept by graphs for their backward: all that was ever packed, each storage once
-            0
-        )
+        # kept by graphs for their backward: all that was ever packed, each storage once
+        self.saved_bytes = 0
         # elements of the largest storage made, in the dtype it was made with
         self.largest = 0
-        # now: after the `with` what has outlived it
+        # alive now; after the `with`: what has outlived it
         self.alive_bytes = 0
-        # storages by id, those of before included
+        # storages by id, those from before included
         self._known: dict[int, weakref.ref[Any]] = {}
         self._saved = set[int]()
         # ids of storages made inside and alive

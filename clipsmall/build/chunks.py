@@ -55,7 +55,7 @@ def chunk_size(
     largest = largest_chunk(rows, lambda size: fits(size, accelerator, loaded, model, waiting))
     # 0 = all fit at once
     found = largest or rows
-    least = -int(world.maximum(torch.tensor(-found, device=accelerator.device)))
+    least = -int(world.max_over_ranks(torch.tensor(-found, device=accelerator.device)))
     return 0 if least == rows else least
 
 
@@ -92,7 +92,7 @@ def checkpoint_blocks(
         # Towers that FSDP will shard are still whole here, so nothing can be tried; who shards
         # them is short of memory.
         short = fsdp.asked() or not fits(rows, accelerator, loaded, model)
-        asked = bool(world.maximum(torch.tensor(float(short), device=accelerator.device)))
+        asked = bool(world.max_over_ranks(torch.tensor(float(short), device=accelerator.device)))
     if asked is True:
         loaded.towers.checkpoint_activations()
     loaded.checkpointed = asked is True

@@ -114,7 +114,7 @@ def evaluate_job(
     encoder = Encoder(state.model, state.loaded.tokenize, device, batch_size, workers)
     # agreed on by all ranks: a job that some of them skip would leave the others waiting
     last = torch.tensor(folder.last_evaluation(), device=device)
-    done = {int(world.maximum(last))}
+    done = {int(world.max_over_ranks(last))}
     is_main = state.accelerator.is_main_process
 
     def run(progress: Progress, losses: Any) -> None:

@@ -16,10 +16,10 @@ from clipsmall.config.schema import MiningSection
 from clipsmall.data import Catalog, LoadedBatch
 from clipsmall.data.scores import all_scores
 from clipsmall.distributed import world
-from clipsmall.mining import SELECTIONS, Identity, MiningRecipe, Scored
+from clipsmall.mining import SELECTIONS, Identity, MiningRecipe, ScoredPairs
 from clipsmall.mining.online import MinedBatches, PoolView
 from clipsmall.mining.schedule import Schedule, Stretch
-from clipsmall.mining.scored import scored
+from clipsmall.mining.scored_pairs import select_scored
 from clipsmall.model.dual_encoder import DualEncoder
 from clipsmall.model.towers import Loaded
 
@@ -157,7 +157,7 @@ def mined_stretches(
     plan = Schedule(
         steps,
         pool,
-        recipe.kept(pool),
+        recipe.batches_kept(pool),
         mining.fraction,
         mining.start,
         mining.end,
@@ -175,7 +175,7 @@ def mined_stretches(
     return stretches
 
 
-def reference_scores(folder: str, catalog: Catalog | None) -> Callable[[Identity], Scored]:
+def reference_scores(folder: str, catalog: Catalog | None) -> Callable[[Identity], ScoredPairs]:
     """A function that finds pairs, by their numbers, as the reference model sees them.
 
     Args:
@@ -198,10 +198,10 @@ def reference_scores(folder: str, catalog: Catalog | None) -> Callable[[Identity
     numbers = catalog.index[scores.row]
     order = np.argsort(numbers)
 
-    def find(identity: Identity) -> Scored:
+    def find(identity: Identity) -> ScoredPairs:
         rows = order[np.searchsorted(numbers, identity.index, sorter=order)]
         assert (numbers[rows] == identity.index).all()
-        return scored(scores, rows)
+        return select_scored(scores, rows)
 
     return find
 

@@ -287,7 +287,11 @@ def parts(config: Config) -> int:
 
 def columns(config: Config) -> Callable[[Embeddings], Embeddings]:
     """How the embeddings of all ranks come to my rows: `objective.exchange`."""
-    known = {"gather": world.columns, "ring": world.ring_columns, "host": world.host_columns}
+    known = {
+        "gather": world.gathered_columns,
+        "ring": world.ring_columns,
+        "host": world.host_columns,
+    }
     if config.objective.exchange == "host":
         # a backward pass over two devices runs in two threads, and ranks would start their
         # collectives in different orders; one thread keeps the order of the forward pass

@@ -114,7 +114,7 @@ def accelerator(run: RunSection, out: str, chunk_size: int | str) -> Accelerator
         project_dir=out,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=world.PATIENCE)],
     )
-    world.check(made.num_processes)
+    world.check_ranks(made.num_processes)
     # Accelerate leaves out trackers that are not installed
     available = {str(tracker) for tracker in made.log_with}
     for name in run.trackers:

@@ -357,7 +357,6 @@ def _check_run(comparison: Comparison, config: Config) -> None:
             raise ConfigError(f"metrics.{column}: {key!r} is not measured; there is {there_is}")
 
 
-
 def grid_settings(comparison: Comparison) -> list[GridSetting]:
     """The product of all axes, the last running fastest."""
     base: Tree = {}

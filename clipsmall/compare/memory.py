@@ -11,7 +11,7 @@ from tqdm import tqdm
 from clipsmall.compare.grid import Comparison, GridSetting, Tree
 from clipsmall.compare.runs import config_digest
 from clipsmall.config.reader import lay_over, validated
-from clipsmall.plan.largest import Planner
+from clipsmall.plan.largest_batch import Planner
 from clipsmall.plan.step import Machine
 from clipsmall.storage import atomic
 

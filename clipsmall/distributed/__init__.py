@@ -1,1 +1,1 @@
-"""Work over ranks and devices: the only room that speaks torch.distributed."""
+"""Work over ranks and devices; `world` alone speaks torch.distributed."""

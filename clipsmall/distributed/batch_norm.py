@@ -7,25 +7,27 @@ from clipsmall.distributed import similarity, world
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean (D,), x − mean (b, D) and variance (D,) over all ranks' rows; differentiable, at least
-    in float32.
+    """Mean (D,), x − mean (b, D) and variance (D,) over the rows of all ranks; differentiable.
 
-    The variance is divided by N, and summed from differences: E[x²] − E[x]² loses all digits at a
-    mean of 1,000 σ. Every rank must bring the same b, as for `world.gather`.
+    x is (b, D), the local rows; the sums are in float32 at least. The variance is divided by the
+    number of rows, and summed from differences: E[x²] − E[x]² loses all digits at a mean of
+    1,000 σ. Every rank must call with the same b, and its backward exchanges gradients, too.
     """
     x = x.to(similarity.wide(x))
     rows = len(x) * world.size()
-    mean = world.add(x.sum(dim=0)) / rows
+    mean = world.differentiable_sum(x.sum(dim=0)) / rows
     centred = x - mean
-    return mean, centred, world.add(centred.square().sum(dim=0)) / rows
+    squares = centred.square().sum(dim=0)
+    variance = world.differentiable_sum(squares) / rows
+    return mean, centred, variance
 
 
 class GlobalBatchNorm(nn.Module):
-    """Batch normalisation of (b, D) over all ranks' rows: nn.BatchNorm1d of one process, on GPUs
-    and CPU ranks.
+    """Batch normalisation of (b, D) over the rows of all ranks, on GPUs and on CPUs.
 
-    torch's SyncBatchNorm refuses CPU tensors. In evaluation the running statistics serve, as in
-    torch: the variance unbiased, `momentum` the new batch's share.
+    It computes what nn.BatchNorm1d computes in one process with all rows; torch's SyncBatchNorm
+    refuses CPU tensors. In evaluation the running statistics are used, as in torch: the variance
+    unbiased, `momentum` the weight of the newest batch.
     """
 
     def __init__(self, width: int, momentum: float = 0.1, eps: float = 1e-5) -> None:
@@ -40,8 +42,10 @@ class GlobalBatchNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(b, D) -> (b, D). Raises ValueError in training for a single row over all ranks: it has
-        no variance.
+        """(b, D) -> (b, D), local rows. In training every rank must call.
+
+        Raises:
+            ValueError: in training, a single row over all ranks: it has no variance.
         """
         if self.training:
             rows = len(x) * world.size()
@@ -49,13 +53,20 @@ class GlobalBatchNorm(nn.Module):
                 raise ValueError(
                     "batch normalisation compares pairs: it needs a batch of at least 2"
                 )
+
             mean, centred, variance = moments(x)
-            with torch.no_grad():
-                self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-                self.running_var.lerp_(
-                    variance.to(self.running_var.dtype) * (rows / (rows - 1)), self.momentum
-                )
+            self._update_running(mean, variance, rows)
         else:
             centred = x.to(similarity.wide(x)) - self.running_mean
             variance = self.running_var
-        return (centred * (variance + self.eps).rsqrt() * self.weight + self.bias).to(x.dtype)
+
+        normalised = centred * (variance + self.eps).rsqrt()
+        return (normalised * self.weight + self.bias).to(x.dtype)
+
+    @torch.no_grad()
+    def _update_running(self, mean: Tensor, variance: Tensor, rows: int) -> None:
+        dtype = self.running_mean.dtype
+        self.running_mean.lerp_(mean.to(dtype), self.momentum)
+        # as in torch: the variance is divided by rows in the batch, by rows - 1 in evaluation
+        unbiased = variance.to(dtype) * (rows / (rows - 1))
+        self.running_var.lerp_(unbiased, self.momentum)

@@ -1,48 +1,59 @@
-"""What a device can compute: whether this PyTorch has kernels for it, and in which precision it
-trains.
-"""
+"""Whether this PyTorch has kernels for the GPU, and in which precision it trains."""
 
 import os
 from collections.abc import Iterable
 
 import torch
 
-V100 = "pip install 'torch>=2.10,<=2.14' torchvision --index-url https://download.pytorch.org/whl/cu126"
+# how to install the last wheels that have kernels for a V100
+V100_WHEELS = (
+    "pip install 'torch>=2.10,<=2.14' torchvision "
+    "--index-url https://download.pytorch.org/whl/cu126"
+)
 
 
 def has_kernels(capability: tuple[int, int], built_for: Iterable[str]) -> bool:
-    """Whether code of these architectures (`sm_80`, `compute_90`) runs on a device: machine code
-    runs on later devices of the same major number, PTX (`compute_`) is compiled for any later
-    one."""
+    """Whether code for any of these architectures (`sm_80`, `compute_90`) runs on a device.
+
+    Machine code (`sm_`) runs on later devices of the same major number, PTX (`compute_`) is
+    compiled for any later one.
+    """
     for name in built_for:
         kind, _, number = name.partition("_")
-        # sm_90a
+
+        # without a suffix: sm_90a
         digits = "".join(filter(str.isdigit, number))
-        theirs = (int(digits[:-1]), int(digits[-1]))
-        if theirs <= capability and (kind == "compute" or theirs[0] == capability[0]):
+        built = (int(digits[:-1]), int(digits[-1]))
+        same_major = built[0] == capability[0]
+        if built <= capability and (kind == "compute" or same_major):
             return True
+
     return False
 
 
 def check_kernels() -> None:
-    """Raises ValueError where torch would say "no kernel image is available" in the middle of the
-    first step.
+    """Raises ValueError if this PyTorch has no kernels for the GPU.
+
+    torch itself says "no kernel image is available" only in the middle of the first step.
     """
     if not torch.cuda.is_available():
         return
     capability = torch.cuda.get_device_capability()
     built_for = torch.cuda.get_arch_list()
     if built_for and not has_kernels(capability, built_for):
-        old = f"; for a V100 the last wheels are: {V100}" if capability == (7, 0) else ""
+        device = torch.cuda.get_device_name()
+        architecture = f"sm_{capability[0]}{capability[1]}"
+        hint = f"; for a V100 the last wheels are: {V100_WHEELS}" if capability == (7, 0) else ""
         raise ValueError(
-            f"torch {torch.__version__} has no kernels for {torch.cuda.get_device_name()} (sm_{capability[0]}"
-            f"{capability[1]}), only for {', '.join(built_for)}: install a build that has them{old}"
+            f"torch {torch.__version__} has no kernels for {device} ({architecture}), "
+            f"only for {', '.join(built_for)}: install a build that has them{hint}"
         )
 
 
 def has_bf16() -> bool:
-    """In hardware. Without `including_emulation` a V100 says yes, and computes at half the speed of
-    float32.
+    """Whether the GPU computes bf16 in hardware.
+
+    With emulation included a V100 would say yes, and compute at half the speed of float32.
     """
     return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
@@ -50,11 +61,14 @@ def has_bf16() -> bool:
 def precision(asked: str) -> str | None:
     """Accelerate's `mixed_precision` for `run.precision`; None leaves it to the launcher.
 
-    `auto`: what the launcher says; where it says nothing, bf16 on a GPU that has it, else fp16, and
+    `auto` is what the launcher says; if it says nothing, bf16 on a GPU that has it, else fp16, and
     float32 on a CPU.
     """
+    if asked == "fp32":
+        return "no"
     if asked != "auto":
-        return {"fp32": "no"}.get(asked, asked)
-    if os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no" or not torch.cuda.is_available():
+        return asked
+    launcher_decides = os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no"
+    if launcher_decides or not torch.cuda.is_available():
         return None
     return "bf16" if has_bf16() else "fp16"

@@ -1,4 +1,13 @@
-"""The only room that speaks torch.distributed: every other file sees plain tensors."""
+"""The only module that speaks torch.distributed: all others see plain tensors.
+
+Words: a *rank* is one process, W of them train together. *Local* tensors hold the b rows of one
+rank, *gathered* ones the W·b rows of all ranks in rank order.
+
+Every function here that exchanges anything must be called by all ranks, in the same order, with
+tensors of equal shape and dtype (but for `gather_uneven` and `gather_bytes`): a rank that is
+missing makes the others wait until the time-out. On one rank they return their input, or do
+nothing.
+"""
 
 import os
 from collections.abc import Iterator
@@ -12,40 +21,53 @@ from torch import Tensor
 
 from clipsmall.batch import Embeddings
 
-# with a rank that caches, saves or plans alone; NCCL's own is ten minutes
+# How long ranks wait for one that caches, saves or plans on its own; NCCL's default is ten minutes.
 PATIENCE = timedelta(hours=6)
-# of the process, not of a thread: on a GPU backward passes run in threads of their own
-_alone = False
+# set inside `single_process`. Of the process, not of a thread: on a GPU backward passes run in
+# threads of their own
+_single = False
+
+
+# ---- which rank this is
 
 
 def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() and not _alone else 0
+    """The number of this rank, from 0; 0 without torch.distributed."""
+    if dist.is_initialized() and not _single:
+        return dist.get_rank()
+    return 0
 
 
 def size() -> int:
-    return dist.get_world_size() if dist.is_initialized() and not _alone else 1
+    """W, the number of ranks; 1 without torch.distributed."""
+    if dist.is_initialized() and not _single:
+        return dist.get_world_size()
+    return 1
 
 
 @contextmanager
-def alone() -> Iterator[None]:
-    """Inside, this process is the only rank there is; what is computed inside must also run
-    backward inside.
+def single_process() -> Iterator[None]:
+    """Inside, this process is the only rank there is: size 1, rank 0, nothing is exchanged.
+
+    What is computed inside must also run backward inside.
     """
-    global _alone
-    before = _alone
-    _alone = True
+    global _single
+    before = _single
+    _single = True
     try:
         yield
     finally:
-        _alone = before
+        _single = before
 
 
-def check(accelerate_processes: int) -> None:
-    """Let all ranks meet; refuse to train when the launcher, torch.distributed and Accelerate count
-    different ones.
+def check_ranks(accelerate_processes: int) -> None:
+    """Wait until all ranks are here, and refuse to go on if they were not joined.
 
     `torchrun` on CPU without ACCELERATE_USE_CPU=1 starts processes that Accelerate does not join:
-    each would train alone and call itself the main one. Raises ValueError then.
+    each would train by itself and take itself for the main one.
+
+    Raises:
+        ValueError: launcher, torch.distributed and Accelerate count different numbers of ranks.
     """
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if not launched == size() == accelerate_processes:
@@ -54,9 +76,25 @@ def check(accelerate_processes: int) -> None:
             f"{accelerate_processes}: they would train apart; on CPU start them with: "
             "ACCELERATE_USE_CPU=1 torchrun --nproc_per_node N ..."
         )
-    # or a rank that ends at once, as all is done, breaks one that is still connecting (seen with
-    # gloo)
+
+    # Without it a rank that ends at once, because all is done, breaks one that is still connecting
+    # (seen with gloo).
     barrier()
+
+
+def barrier() -> None:
+    """Wait until every rank has come here."""
+    if size() > 1:
+        dist.barrier()
+
+
+def leave() -> None:
+    """End the process group, if there is one; torch warns of a leak otherwise."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+# ---- gathering rows
 
 
 # its name since torch 2.14, where the older one warns at every call
@@ -64,8 +102,9 @@ _gather_single: Any = getattr(dist, "all_gather_single", None) or dist.all_gathe
 
 
 class _AllGather(torch.autograd.Function):
-    """Forward: every rank's rows, stacked in rank order. Backward: the *sum* of all ranks'
-    gradients for my rows.
+    """Forward: every rank's rows, stacked in rank order.
+
+    Backward: the *sum* over ranks of the gradients for this rank's rows.
     """
 
     @staticmethod
@@ -82,11 +121,11 @@ class _AllGather(torch.autograd.Function):
 
 
 def gather(x: Tensor) -> Tensor:
-    """(b, ...) on every rank -> (W·b, ...) in rank order, differentiable; every rank must bring the
-    same b.
+    """(b, ...) on every rank -> (W·b, ...) in rank order; differentiable.
 
-    The backward sums over ranks. With losses that are means over a rank's own rows, and DDP's mean
-    over ranks, the gradient is then that of one process with the whole batch; no factor W anywhere.
+    Every rank must call with the same b, and must run backward if any does. The backward sums over
+    ranks. With losses that are means over local rows, and DDP's mean over ranks, the gradient is
+    then that of one process with the whole batch; there is no factor W anywhere.
     """
     if size() == 1:
         return x
@@ -95,80 +134,137 @@ def gather(x: Tensor) -> Tensor:
 
 
 def gather_uneven(x: Tensor) -> Tensor:
-    """(b_r, ...) with any b_r on each rank -> (sum of b_r, ...) in rank order; no gradient."""
+    """(b_r, ...) with any b_r on rank r -> (sum of b_r, ...) in rank order; no gradient."""
     if size() == 1:
         return x
-    counts = gather(torch.tensor([len(x)], device=x.device)).tolist()
+    count = torch.tensor([len(x)], device=x.device)
+    counts = gather(count).tolist()
+
+    # collectives exchange equal shapes: pad to the longest, cut the padding off afterwards
     padded = x.new_zeros(max(counts), *x.shape[1:])
     padded[: len(x)] = x.detach()
-    out = gather(padded)
-    return torch.cat([part[:count] for part, count in zip(out.chunk(size()), counts, strict=True)])
+    parts = gather(padded).chunk(size())
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
 
-def columns(rows: Embeddings) -> Embeddings:
-    """What my rows are compared with: the embeddings of the whole global batch."""
-    return ring_columns(rows)._replace(image=gather(rows.image), text=gather(rows.text))
+def gather_bytes(data: bytes, device: torch.device) -> list[bytes]:
+    """Every rank's bytes, of any length, in rank order, on every rank."""
+    # a bytearray, as torch warns of buffers that cannot be written to
+    local = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    length = torch.tensor([len(data)], device=device)
+    lengths = gather(length).tolist()
+    gathered = gather_uneven(local.to(device))
+    parts = gathered.split(lengths)  # type: ignore[no-untyped-call]
+    return [part.cpu().numpy().tobytes() for part in parts]
+
+
+def gathered_columns(rows: Embeddings) -> Embeddings:
+    """What local rows are compared with: the embeddings of the whole global batch, (W·b, D)."""
+    numbers = ring_columns(rows)
+    return numbers._replace(image=gather(rows.image), text=gather(rows.text))
 
 
 def ring_columns(rows: Embeddings) -> Embeddings:
-    """The same for comparison in a ring: everybody's numbers, but only my own features; the others'
-    come by.
+    """The same for comparison in a ring.
+
+    Index and caption hash are those of all ranks, (W·b,), image and text the local features,
+    (b, D): those of other ranks are passed around by `ring`.
     """
     return rows._replace(index=gather(rows.index), caption_hash=gather(rows.caption_hash), extra={})
 
 
 def host_columns(rows: Embeddings) -> Embeddings:
-    """The same with the features kept in host memory from one pass to the next; tiles of them
-    travel.
+    """The same as `gathered_columns`, but the features stay in host memory between the passes.
 
-    They are gathered on the device, whole, and so are their gradients: between these moments it
-    holds my rows only.
+    They are gathered on the device, whole, and so are their gradients; between these moments the
+    device holds the local rows only, and tiles of the columns are copied to it.
     """
-    all_of_them = columns(rows)
-    return all_of_them._replace(image=all_of_them.image.cpu(), text=all_of_them.text.cpu())
+    gathered = gathered_columns(rows)
+    return gathered._replace(image=gathered.image.cpu(), text=gathered.text.cpu())
 
 
-class _Add(torch.autograd.Function):
+# ---- sums, means and maxima over ranks
+
+
+class _DifferentiableSum(torch.autograd.Function):
     """Forward and backward: the sum over ranks."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        return total(x)
+        return sum_over_ranks(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return total(grad)
+        return sum_over_ranks(grad)
 
 
-def add(x: Tensor) -> Tensor:
-    """The sum over ranks, the same on every rank, differentiable: backward sums what all ranks ask
-    for.
+def differentiable_sum(x: Tensor) -> Tensor:
+    """The elementwise sum over ranks, the same on every rank; differentiable.
+
+    The backward sums the gradients of all ranks: every rank must run it if any does.
     """
-    summed: Tensor = _Add.apply(x) if size() > 1 else x
+    if size() == 1:
+        return x
+    summed: Tensor = _DifferentiableSum.apply(x)
     return summed
 
 
-def ring(x: Tensor, carried: Tensor | None = None) -> Iterator[tuple[int, Tensor, Tensor | None]]:
-    """Every rank's rows by turns, mine first, without ever holding all of them.
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """The elementwise sum over ranks, the same on every rank; a new tensor without gradient."""
+    x = x.detach().clone()
+    if size() > 1:
+        dist.all_reduce(x)
+    return x
 
-    Yields the place of the first row in rank order, the rows, and what is `carried` along with
-    them: add to it, and when the ring has closed, my `carried` holds what all ranks added. Every
-    rank must bring equally many rows.
+
+def mean_over_ranks(x: Tensor) -> Tensor:
+    """The elementwise mean over ranks, the same on every rank; no gradient."""
+    return sum_over_ranks(x) / size()
+
+
+def max_over_ranks(x: Tensor) -> Tensor:
+    """The elementwise maximum over ranks, the same on every rank; no gradient."""
+    x = x.detach().clone()
+    if size() > 1:
+        dist.all_reduce(x, dist.ReduceOp.MAX)
+    return x
+
+
+def logsumexp_over_ranks(x: Tensor) -> Tensor:
+    """Log of the sum over ranks of exp(x), elementwise, the same on every rank; no gradient."""
+    if size() == 1:
+        return x.detach()
+    # −inf on every rank stays −inf
+    peak = max_over_ranks(x).clamp(min=torch.finfo(x.dtype).min)
+    return peak + sum_over_ranks((x - peak).exp()).log()
+
+
+# ---- the ring: every rank's rows in turn, never all at once
+
+
+def ring(x: Tensor, carried: Tensor | None = None) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+    """Every rank's rows in turn, local ones first, without ever holding all of them.
+
+    Yields the place of the block's first row among the gathered rows, the block (b, ...), and what
+    is `carried` along with it: add to it, and when the ring has closed, this rank's `carried` holds
+    what all ranks added for its rows. Every rank must bring the same b and go all the way round.
     """
     rows = x.detach()
     baggage = carried
     for hop in range(size()):
-        yield (rank() - hop) % size() * len(x), rows, baggage
+        sender = (rank() - hop) % size()
+        yield sender * len(x), rows, baggage
         if hop + 1 < size():
             rows = _pass_on(rows)
         if baggage is not None and size() > 1:
             baggage = _pass_on(baggage)
+
     if carried is not None and baggage is not None:
         carried.copy_(baggage)
 
 
 def _pass_on(x: Tensor) -> Tensor:
-    """To the next rank; returns what the one before me passed on."""
+    """Send x to the next rank; returns what the previous rank has sent."""
     sent = x.contiguous()
     received = torch.empty_like(sent)
     after = (rank() + 1) % size()
@@ -179,42 +275,17 @@ def _pass_on(x: Tensor) -> Tensor:
     return received
 
 
-def logsumexp(x: Tensor) -> Tensor:
-    """Log of the sum over ranks of exp(x), elementwise, the same on every rank; no gradient."""
-    if size() == 1:
-        return x.detach()
-    # −inf on every rank stays −inf
-    peak = maximum(x).clamp(min=torch.finfo(x.dtype).min)
-    return peak + total((x - peak).exp()).log()
+# ---- parameters split over ranks (FSDP2)
 
 
-def mean(x: Tensor) -> Tensor:
-    """The mean over ranks of a detached tensor, the same on every rank."""
-    return total(x) / size()
+def shard_parameters(parts: list[Any], passes: tuple[str, ...], device: torch.device) -> None:
+    """Each rank keeps 1/W of every parameter, and gathers a module's only while it computes.
 
+    Backward averages over ranks, as DDP does.
 
-def total(x: Tensor) -> Tensor:
-    """The sum over ranks, the same on every rank."""
-    x = x.detach().clone()
-    if size() > 1:
-        dist.all_reduce(x)
-    return x
-
-
-def maximum(x: Tensor) -> Tensor:
-    """The elementwise maximum over ranks."""
-    x = x.detach().clone()
-    if size() > 1:
-        dist.all_reduce(x, dist.ReduceOp.MAX)
-    return x
-
-
-def shard(parts: list[Any], passes: tuple[str, ...], device: torch.device) -> None:
-    """Each rank keeps its share of every parameter (FSDP2), and gathers a part's for the time of
-    its passes only.
-
-    Backward averages over ranks, as DDP. `parts`: modules, those inside first; `passes`: methods of
-    the last.
+    Args:
+        parts: modules, inner ones before those that contain them.
+        passes: names of methods of the last module that compute forward.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
@@ -223,32 +294,15 @@ def shard(parts: list[Any], passes: tuple[str, ...], device: torch.device) -> No
     for part in parts:
         # the last part, too: else it stays whole
         fully_shard(part, mesh=mesh, reshard_after_forward=True)
+
     for name in passes:
         register_fsdp_forward_method(parts[-1], name)
 
 
-def shared_as(like: Any, x: Tensor) -> Tensor:
-    """A whole tensor, the same on every rank, sharded as `like` is, if it is."""
+def shard_like(like: Any, x: Tensor) -> Tensor:
+    """x, a whole tensor that is the same on every rank, sharded as `like` is, if it is."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     if not isinstance(like, DTensor):
         return x
     return distribute_tensor(x, like.device_mesh, like.placements, src_data_rank=None)
-
-
-def gather_bytes(data: bytes, device: torch.device) -> list[bytes]:
-    """Every rank's bytes, in rank order, on every rank."""
-    mine = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
-    lengths = gather(torch.tensor([len(data)], device=device)).tolist()
-    return [part.cpu().numpy().tobytes() for part in gather_uneven(mine).split(lengths)]  # type: ignore[no-untyped-call]
-
-
-def barrier() -> None:
-    if size() > 1:
-        dist.barrier()
-
-
-def leave() -> None:
-    """Leave the process group in good order; torch warns of a leak otherwise."""
-    if dist.is_initialized():
-        dist.destroy_process_group()

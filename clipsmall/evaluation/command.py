@@ -29,7 +29,7 @@ def join_ranks() -> PartialState:
     """
     single_threaded_tokenizers()
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=world.PATIENCE)
-    world.check(state.num_processes)
+    world.check_ranks(state.num_processes)
     return state
 
 

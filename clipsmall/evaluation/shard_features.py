@@ -41,7 +41,7 @@ def encode_shard_images(encoder: Encoder, catalog: Catalog, shard: int) -> tuple
     Raises:
         ShardError: the shard was cut while in use.
     """
-    with _one_shard(catalog, shard) as alone, world.alone():
+    with _one_shard(catalog, shard) as alone, world.single_process():
         try:
             return encoder.images(alone)
         except NoReadableImage:
@@ -68,5 +68,5 @@ def read_shard_captions(
 
 def encode_shard_texts(encoder: Encoder, captions: list[str]) -> Tensor:
     """(n, D) features of n captions, n = 0 among them; no other rank need take part."""
-    with world.alone():
+    with world.single_process():
         return encoder.texts(captions)

@@ -1,19 +1,18 @@
-"""Pairs that must not meet in a mined batch: copies, near duplicates, and negatives too close to be
-true.
-"""
+"""Pairs that must not share a group: copies, near-duplicates, and negatives too hard to be true."""
 
 from typing import NamedTuple
 
 import numpy as np
 
-from clipsmall.mining.scored import Bools, Floats, Ints, Scored
+from clipsmall.mining.scored_pairs import Bools, Floats, Ints, ScoredPairs
 
-# rows that the threshold of a share of all pairs is read off
+# rows of the matrix of all combinations that a quantile is estimated from
 SAMPLED = 1024
-# of all pairs of pairs may be near duplicates: two of each pair, in a pool of 2,048
-MOST = 0.001
-# a positive cosine below it tells nothing about its negatives
-UNSURE = 0.05
+# Largest fraction of all combinations of two pairs that may be called near-duplicates: two for each
+# pair, in a pool of 2,048.
+MOST_NEAR = 0.001
+# a positive cosine below it says nothing about how hard the negatives are
+LEAST_COSINE = 0.05
 
 
 class Identity(NamedTuple):
@@ -30,66 +29,82 @@ class Identity(NamedTuple):
 
 
 def copies(identity: Identity) -> Bools:
-    """(n, n) the same pair, caption or image."""
-    same = np.zeros((len(identity.index),) * 2, dtype=bool)
+    """(n, n) True where two pairs have the same number, caption or image; False on the diagonal."""
+    n = len(identity.index)
+    same = np.zeros((n, n), dtype=bool)
     for field in identity:
         values, counts = np.unique(field, return_counts=True)
         for value in values[counts > 1]:
             members = np.flatnonzero(field == value)
             same[np.ix_(members, members)] = True
+
     np.fill_diagonal(same, False)
     return same
 
 
-def near_duplicates(scored: Scored, cosine: float) -> Bools:
-    """(n, n) two images, or two captions, closer than `cosine` to the scorer; 1 = none are.
+def near_duplicates(scored: ScoredPairs, cosine: float) -> Bools:
+    """(n, n) True where two images, or two captions, are closer than `cosine`; 1 = nowhere.
 
-    To towers that have hardly learned all features are close: MOST of all pairs of pairs, at most,
-    are called so (in a small pool one of each pair).
+    To towers that have hardly learned, all features are close: at most a fraction MOST_NEAR of all
+    combinations is called so (in a small pool one for each pair).
     """
-    near = np.zeros((len(scored.image),) * 2, dtype=bool)
-    if cosine < 1:
-        for features in (scored.image, scored.text):
-            closeness = features @ features.T
-            np.fill_diagonal(closeness, -np.inf)
-            near |= closeness > max(cosine, threshold(closeness, max(MOST, 1 / len(near))))
+    n = len(scored.image)
+    near = np.zeros((n, n), dtype=bool)
+    if cosine >= 1:
+        return near
+    for features in (scored.image, scored.text):
+        closeness = features @ features.T
+        np.fill_diagonal(closeness, -np.inf)
+        least = hardness_threshold(closeness, max(MOST_NEAR, 1 / n))
+        near |= closeness > max(cosine, least)
+
     return near
 
 
-def relative_hardness(scored: Scored) -> Floats:
-    """(n, n) symmetric: the larger of two pairs' cross cosines over the smaller of their own
-    cosines.
+def relative_hardness(scored: ScoredPairs) -> Floats:
+    """(n, n), symmetric: how well two pairs' images and captions fit each other crosswise.
 
-    At 1 a caption fits another pair's image as well as that pair's own: it may be true of it, too
-    (positive-aware thresholds of NV-Retriever, Moreira et al. 2024, arXiv 2407.15831, TopK-PercPos,
-    on the worse of the two sides).
+    The larger of the two cross cosines over the smaller of the two pairs' own cosines; −inf on the
+    diagonal. At 1 a caption fits another pair's image as well as that pair's own: it may be true of
+    it, too (positive-aware thresholds of NV-Retriever, Moreira et al. 2024, arXiv 2407.15831,
+    TopK-PercPos, on the worse of the two sides).
     """
     cosines = scored.image @ scored.text.T
-    own = cosines.diagonal().clip(min=UNSURE)
-    made: Floats = np.maximum(cosines, cosines.T) / np.minimum(own[:, None], own[None, :])
+    own = cosines.diagonal().clip(min=LEAST_COSINE)
+    cross = np.maximum(cosines, cosines.T)
+    smaller_own = np.minimum(own[:, None], own[None, :])
+    made: Floats = cross / smaller_own
     np.fill_diagonal(made, -np.inf)
     return made
 
 
-def threshold(hardness: Floats, share: float) -> float:
-    """The hardness that `share` of all pairs of pairs exceed; read off SAMPLED evenly picked
-    rows.
+def hardness_threshold(hardness: Floats, fraction: float) -> float:
+    """The value that this fraction of the finite entries of (n, n) exceeds.
+
+    Estimated from SAMPLED evenly spaced rows; inf if none of their entries is finite.
     """
     n = len(hardness)
-    rows = hardness[np.unique(np.linspace(0, n - 1, min(n, SAMPLED)).astype(int))]
-    known = rows[np.isfinite(rows)]
-    return float(np.quantile(known, 1 - share)) if len(known) else np.inf
+    places = np.linspace(0, n - 1, min(n, SAMPLED)).astype(int)
+    rows = hardness[np.unique(places)]
+    finite = rows[np.isfinite(rows)]
+    if not len(finite):
+        return np.inf
+    return float(np.quantile(finite, 1 - fraction))
 
 
-def too_hard(scored: Scored, share: float, ratio: float | None) -> tuple[Bools, float]:
-    """(n, n) pairs of pairs beyond the relative threshold, and that threshold.
+def too_hard_negatives(
+    scored: ScoredPairs, fraction: float, ratio: float | None
+) -> tuple[Bools, float]:
+    """(n, n) True where two pairs' relative hardness is over a threshold, and that threshold.
 
     Args:
-        share: of all pairs of pairs, blocked from the hardest on: the threshold follows the model.
-        ratio: a fixed threshold instead of a share.
+        fraction: of all combinations of two pairs, the hardest ones: the threshold follows the
+            model.
+        ratio: a fixed threshold instead.
     """
-    if not share and ratio is None:
-        return np.zeros((len(scored.image),) * 2, dtype=bool), np.inf
+    n = len(scored.image)
+    if not fraction and ratio is None:
+        return np.zeros((n, n), dtype=bool), np.inf
     hardness = relative_hardness(scored)
-    limit = threshold(hardness, share) if ratio is None else ratio
+    limit = hardness_threshold(hardness, fraction) if ratio is None else ratio
     return hardness > limit, limit

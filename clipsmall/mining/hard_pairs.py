@@ -10,7 +10,7 @@ from clipsmall.data import Catalog, captions_of, fields_of
 from clipsmall.data.checking.contact_sheet import COLUMNS, SheetCell, draw_sheet
 from clipsmall.data.preprocess import BadImage, decode
 from clipsmall.data.scores import Scores
-from clipsmall.mining.scored import Floats, Ints, scored
+from clipsmall.mining.scored_pairs import Floats, Ints, select_scored
 
 # pairs
 SHOWN = 48
@@ -49,7 +49,7 @@ def closeness(table: Scores, places: Ints) -> tuple[Floats, Floats]:
     own = np.empty(places.shape)
     negative = np.empty(places.shape)
     for number, members in enumerate(places):
-        each = scored(table, members)
+        each = select_scored(table, members)
         cosines = each.image @ each.text.T
         own[number] = cosines.diagonal()
         np.fill_diagonal(cosines, -np.inf)

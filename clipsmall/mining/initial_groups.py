@@ -1,114 +1,148 @@
-"""Simple arrangements: at random, the hardest of random batches, a chain of neighbours, grown
-groups.
-"""
+"""Simple arrangements: random groups, the hardest of them, a chain of neighbours, grown groups."""
 
 import numpy as np
 
-from clipsmall.mining.scored import Bools, Floats, Ints, Quotas, Scored
-from clipsmall.mining.swaps import separated
+from clipsmall.mining.scored_pairs import Bools, Floats, Ints, Quotas, ScoredPairs
+from clipsmall.mining.swaps import separate_conflicts
 from clipsmall.mining.weights import batch_losses
 
 
-def seats(quotas: Quotas) -> Ints:
-    """(groups, size) the rank of each seat."""
+def seat_ranks(quotas: Quotas) -> Ints:
+    """(groups, size) the rank whose pair takes each seat."""
     ranks = np.arange(quotas.counts.shape[1])
     return np.stack([np.repeat(ranks, counts) for counts in quotas.counts])
 
 
-def shuffled(
-    scored: Scored, quotas: Quotas, cannot_link: Bools, generator: np.random.Generator
+def random_groups(
+    scored: ScoredPairs, quotas: Quotas, cannot_link: Bools, generator: np.random.Generator
 ) -> Ints:
-    """Groups at random: what mining is measured against."""
+    """Random groups: the baseline that mining is compared with."""
+    # the interface of all arrangements; this one does not look at the embeddings
     del scored
-    of_seat = seats(quotas)
-    groups = np.empty_like(of_seat)
+    rank_of_seat = seat_ranks(quotas)
+    groups = np.empty_like(rank_of_seat)
     for rank in range(quotas.counts.shape[1]):
-        mine = generator.permutation(np.flatnonzero(quotas.owner == rank))
-        taken = of_seat == rank
-        groups[taken] = mine[: taken.sum()]
-    return separated(groups, quotas.owner, cannot_link, generator)
+        own_pairs = np.flatnonzero(quotas.owner == rank)
+        own_seats = rank_of_seat == rank
+        groups[own_seats] = generator.permutation(own_pairs)[: own_seats.sum()]
+
+    return separate_conflicts(groups, quotas.owner, cannot_link, generator)
 
 
 def osgd(
-    scored: Scored,
+    scored: ScoredPairs,
     quotas: Quotas,
     cannot_link: Bools,
     generator: np.random.Generator,
     keep: int,
     kind: str = "softmax",
 ) -> Ints:
-    """The `keep` groups of highest loss among random ones: ordered SGD (Kawaguchi and Lu 2020,
-    arXiv 1907.04371) as Cho et al. 2023 (arXiv 2307.05906) use it: top q of k batches. The other
-    groups' pairs are dropped."""
-    groups = shuffled(scored, quotas, cannot_link, generator)
-    return groups[np.argsort(-batch_losses(scored, groups, kind), kind="stable")[:keep]]
+    """The `keep` groups of highest loss among random ones; the pairs of the others are dropped.
+
+    Ordered SGD (Kawaguchi and Lu 2020, arXiv 1907.04371) as Cho et al. 2023 (arXiv 2307.05906) use
+    it: the top q of k batches.
+    """
+    groups = random_groups(scored, quotas, cannot_link, generator)
+    losses = batch_losses(scored, groups, kind)
+    hardest_first = np.argsort(-losses, kind="stable")
+    return groups[hardest_first[:keep]]
 
 
-def chain(
-    scored: Scored, quotas: Quotas, cannot_link: Bools, generator: np.random.Generator
+def chain_groups(
+    scored: ScoredPairs, quotas: Quotas, cannot_link: Bools, generator: np.random.Generator
 ) -> Ints:
-    """A chain cut into groups: from an image to its hardest caption that is still free, from there
-    to that caption's hardest image, and so on (GRIT-VLP, Byun et al. 2022, arXiv 2208.04060)."""
-    sides = scored.logits
-    other = np.ascontiguousarray(sides.T)
-    picker = Picker(quotas, cannot_link)
+    """A chain of neighbours, cut into groups.
+
+    From an image to its hardest caption that is still free, from there to that caption's hardest
+    image, and so on (GRIT-VLP, Byun et al. 2022, arXiv 2208.04060).
+    """
+    from_image = scored.logits
+    from_text = np.ascontiguousarray(from_image.T)
+    sides = (from_image, from_text)
+    filler = GroupFiller(quotas, cannot_link)
+    picked = 0
     last = -1
     for group in range(len(quotas.counts)):
-        picker.open(group)
+        filler.open(group)
         for _ in range(quotas.sizes[group]):
-            hardness = sides[last] if last >= 0 else generator.random(len(sides))
-            last = picker.take(hardness)
-            sides, other = other, sides
-    return picker.groups
+            # images and captions in turn
+            side = sides[picked % 2]
+
+            # the first pair of the chain is random
+            hardness = side[last] if last >= 0 else generator.random(len(side))
+            last = filler.take(hardness)
+            picked += 1
+
+    return filler.groups
 
 
-def grown(
-    scored: Scored,
+def grow_groups(
+    scored: ScoredPairs,
     quotas: Quotas,
     cannot_link: Bools,
     generator: np.random.Generator,
     weights: Floats,
 ) -> Ints:
-    """Each group starts with a random pair and takes, one by one, the free pair that is hardest
-    beside its members.
+    """Each group starts with a random pair and takes, one by one, the hardest pair that is free.
+
+    Hardest is the one of largest total weight with the group's members.
+
+    Args:
+        weights: (n, n) symmetric, see `weights`.
     """
-    picker = Picker(quotas, cannot_link)
+    filler = GroupFiller(quotas, cannot_link)
+
+    # the first pair of a group is the first free one in this order
     order = generator.random(len(scored.image))
     for group in range(len(quotas.counts)):
-        picker.open(group)
-        hardness = weights[picker.take(order)].astype(np.float64)
+        filler.open(group)
+        first = filler.take(order)
+
+        # (n,) each pair's total weight with the group's members
+        hardness = weights[first].astype(np.float64)
         for _ in range(quotas.sizes[group] - 1):
-            hardness += weights[picker.take(hardness)]
-    return picker.groups
+            hardest = filler.take(hardness)
+            hardness += weights[hardest]
+
+    return filler.groups
 
 
-class Picker:
-    """Fills groups pair by pair: only free pairs, of ranks with seats left, that may meet those in
-    the group.
+class GroupFiller:
+    """Fills groups pair by pair.
 
-    Where none is left that may, one that may not is taken: a later pass of swaps separates them if
-    it can be done.
+    Only with free pairs, of ranks that have seats left, without conflict with the group's members.
+    Where no such pair is left, one in conflict is taken: later exchanges separate them if it can be
+    done.
     """
 
     def __init__(self, quotas: Quotas, cannot_link: Bools) -> None:
         self.quotas = quotas
         self.cannot_link = cannot_link
-        self.groups = np.empty((len(quotas.counts), int(quotas.sizes[0])), dtype=np.int64)
+        # (groups, size) places of pairs
+        count = len(quotas.counts)
+        size = int(quotas.sizes[0])
+        self.groups = np.empty((count, size), dtype=np.int64)
+        # (n,) pairs that are in no group yet
         self.free = np.ones(len(quotas.owner), dtype=bool)
 
     def open(self, group: int) -> None:
+        """From now on this group is filled."""
         self.group = group
         self.seat = 0
+        # (W,) seats of each rank
         self.left = self.quotas.counts[group].copy()
+        # (n,) pairs that conflict with a member
         self.banned = np.zeros_like(self.free)
 
     def take(self, hardness: Floats) -> int:
-        """The hardest that may sit here; (n,) `hardness`."""
-        seated = (
-            self.free if len(self.left) == 1 else self.free & (self.left > 0)[self.quotas.owner]
-        )
-        allowed = seated & ~self.banned
-        picked = int(np.where(allowed if allowed.any() else seated, hardness, -np.inf).argmax())
+        """Seat the hardest pair that is allowed, and return its place; `hardness` is (n,)."""
+        has_seat = self.free
+        if len(self.left) > 1:
+            has_seat = self.free & (self.left > 0)[self.quotas.owner]
+        allowed = has_seat & ~self.banned
+        if not allowed.any():
+            allowed = has_seat
+        picked = int(np.where(allowed, hardness, -np.inf).argmax())
         self.groups[self.group, self.seat] = picked
         self.seat += 1
         self.free[picked] = False

@@ -1,6 +1,4 @@
-"""Mining while training: pools of a loader's batches, seen through the model as it is, and dealt
-out again.
-"""
+"""Mining while training: pools of a loader's batches, scored by the model as it is then."""
 
 import time
 from collections import deque
@@ -15,30 +13,31 @@ from torch import Tensor
 from clipsmall.batch import Pairs, Progress
 from clipsmall.data import LoadedBatch
 from clipsmall.distributed import world
-from clipsmall.mining.assignment import Dealt, MiningRecipe, deal
+from clipsmall.mining.assignment import BatchAssignment, MiningRecipe, assign_batches
 from clipsmall.mining.false_negatives import Identity
 from clipsmall.mining.pool import Pool
 from clipsmall.mining.schedule import Stretch, turns
-from clipsmall.mining.scored import Scored
+from clipsmall.mining.scored_pairs import ScoredPairs
 
+# what is reported of a pool, see `BatchAssignment.numbers`
 NUMBERS = ("blocked", "duplicates", "threshold", "unseparated", "pool_loss", "mined_loss")
 
 
 class PoolView(NamedTuple):
-    """My pairs as the model sees them."""
+    """This rank's pairs as the model sees them."""
 
     # (n, D) unit rows
     image: Tensor
-    # (n, D)
+    # (n, D) unit rows
     text: Tensor
-    # ()
+    # () factor of the cosines
     scale: Tensor
-    # ()
+    # () added to the scaled cosines
     bias: Tensor
 
 
 class MiningPlan(NamedTuple):
-    """How a pool is played, the same on every rank."""
+    """The mined batches of a pool, the same on every rank."""
 
     # (kept, B) int64 places in the pool
     batches: Tensor
@@ -46,36 +45,38 @@ class MiningPlan(NamedTuple):
     caption_hash: Tensor
     # (len(NUMBERS),) float64
     numbers: Tensor
-    # () int64 it was made for
+    # () int64 number of ranks it was made for
     ranks: Tensor
 
 
 class MinedBatches:
-    """The batches of a loader, some of them dealt out again as batches that the model finds hard.
+    """The batches of a loader, some of them replaced by batches that the model finds hard.
 
     A pool of m global batches is read, each rank its slices; every rank scores its own pairs, all
-    embeddings are
-    gathered, and the first rank makes one plan for all: mined by each rank for itself, batches of
-    eight ranks lose most of their hardness. No pair moves: a mined batch takes B / W pairs of every
-    rank. While the plan is made, in a thread beside the training, the first plain batches of the
-    stretch are played; the next pool is read, a batch or a few with every step, while this one is
-    played.
+    embeddings are gathered, and the first rank makes one plan for all: mined by each rank for
+    itself, batches of eight ranks lose most of their hardness. No pair moves: a mined batch takes
+    B / W pairs of every rank. While the plan is made, in a thread of its own, the model trains on
+    the first plain batches of the stretch; while it trains on this pool, the next one is read, a
+    batch or a few with every step.
 
-    The plan stands in the checkpoint until it is played, because it depends on the weights of a
-    step that is gone; the pool itself is read again. A plan holds for any number of ranks that
-    divides the one it was made for.
+    The plan is saved in the checkpoint as long as batches of it are left, because it depends on the
+    weights of an earlier step; the pool itself is read again. A plan can be used on any number of
+    ranks that divides the one it was made for.
+
+    Every rank must iterate together with the others.
 
     Args:
-        read: numbers of global batches -> those batches, my slices.
+        read: numbers of global batches -> this rank's slices of them.
         stretches: of the whole run.
-        score: pairs -> what the model makes of them, in eval mode, with no gradient and no trace
-            left.
-        recipe: how a pool is dealt out.
+        score: pairs -> their embeddings in eval mode, without gradient; it must leave the model as
+            it was.
+        recipe: how batches are made of a pool.
+        seed: of the run; with a stretch's first step it decides all that is random.
         progress: read when iteration starts.
-        keep_plans: of a loader that brings a pool again. A stream's half-played pool is played on
-            as it comes.
+        keep_plans: whether checkpoints hold plans: True for a loader that can read a pool again.
+            The rest of a stream's pool is trained on as it comes after a restart.
         reference: the same pairs as another model sees them, for `learnability`.
-        pin: make batches that travel to a GPU beside its work.
+        pin: batches lie in pinned memory, so that they are copied to a GPU while that computes.
     """
 
     def __init__(
@@ -87,7 +88,7 @@ class MinedBatches:
         seed: int,
         progress: Progress,
         keep_plans: bool = True,
-        reference: Callable[[Identity], Scored] | None = None,
+        reference: Callable[[Identity], ScoredPairs] | None = None,
         pin: bool = False,
     ) -> None:
         self.read = read
@@ -101,148 +102,194 @@ class MinedBatches:
         self.keep_plans = keep_plans
         # spent on scoring and on waiting for plans
         self.seconds = 0.0
-        # of the pool that is being played
+        # of the pool that is trained on; {} in a plain stretch
         self.numbers = dict[str, float]()
-        # of the stretch that is being played
+        # of the pool that is trained on
         self._plan: MiningPlan | None = None
-        # on the first rank
-        self._making: Future[Dealt] | None = None
+        # the plan in the making, on the first rank
+        self._making: Future[BatchAssignment] | None = None
         self._thread = ThreadPoolExecutor(1)
         self._device = torch.device("cpu")
 
     def __iter__(self) -> Iterator[LoadedBatch]:
+        # 1. Where the run continues: the stretches that are left, the first perhaps half done.
         step = self.progress.step
         left = [stretch for stretch in self.stretches if stretch.step + stretch.steps > step]
         if not left:
             return
-        played = step - left[0].step
+        done = step - left[0].step
+
+        # No pool, or one whose plan could not be saved: what is left of the stretch is plain.
+        if done and self._plan is None:
+            left[0] = Stretch(step, left[0].source + done, 0, 0, left[0].steps - done)
+            done = 0
+
+        # 2. All batches that are left, in the order of reading; some are read ahead of time.
         last = left[-1]
-        # not mined, or a plan that could not be kept
-        if played and self._plan is None:
-            left[0] = Stretch(step, left[0].source + played, 0, 0, left[0].steps - played)
-            played = 0
-        start = left[0].source
-        loaded = iter(self.read(range(start, last.source + last.reads)))
-        # what comes next in the order of reading
+        reader = iter(self.read(range(left[0].source, last.source + last.reads)))
         ahead = deque[LoadedBatch]()
 
-        def following() -> LoadedBatch:
-            return ahead.popleft() if ahead else next(loaded)
+        def next_read() -> LoadedBatch:
+            return ahead.popleft() if ahead else next(reader)
 
-        for stretch, after in zip(left, [*left[1:], last._replace(pool=0)], strict=True):
-            wanted = after.pool
-            batches = (self._mined if stretch.pool else self._plain)(stretch, following, played)
-            for number, batch in enumerate(batches, start=played + 1):
+        # 3. Stretch by stretch. With each step a few batches of the next pool are read ahead.
+        pools_after = [stretch.pool for stretch in left[1:]] + [0]
+        for stretch, next_pool in zip(left, pools_after, strict=True):
+            if stretch.pool:
+                batches = self._mined_stretch(stretch, next_read, done)
+            else:
+                batches = self._plain_stretch(stretch, next_read)
+
+            for number, batch in enumerate(batches, start=done + 1):
                 yield batch
-                while len(ahead) < wanted * number // stretch.steps:
-                    ahead.append(next(loaded))
-            played = 0
+                while len(ahead) < next_pool * number // stretch.steps:
+                    ahead.append(next(reader))
 
-    def _plain(
-        self, stretch: Stretch, following: Callable[[], LoadedBatch], played: int
+            done = 0
+
+    def _plain_stretch(
+        self, stretch: Stretch, next_read: Callable[[], LoadedBatch]
     ) -> Iterator[LoadedBatch]:
-        assert not played
         self.numbers = {}
         for _ in range(stretch.plain):
-            yield following()
+            yield next_read()
 
-    def _mined(
-        self, stretch: Stretch, following: Callable[[], LoadedBatch], played: int
+    def _mined_stretch(
+        self, stretch: Stretch, next_read: Callable[[], LoadedBatch], done: int
     ) -> Iterator[LoadedBatch]:
-        pool = Pool([following() for _ in range(stretch.pool)], self.pin)
+        """done: steps of it before a restart, which are not repeated; their batches are read."""
+        # 1. Read the pool, and begin a plan for it unless a checkpoint brought one.
+        pool = Pool([next_read() for _ in range(stretch.pool)], self.pin)
         generator = np.random.default_rng((self.seed, stretch.step))
         order = turns(stretch, generator)
         if self._plan is None:
             self.numbers = {}
-            self._begin(pool, generator)
-        number = 0
-        for turn, mined in enumerate(order):
-            plain = None if mined else following()
-            if turn >= played:
-                batch = plain or self._play(pool, number)
-                # a pool's skips are counted as it begins; one that is read again was counted before
+            self._begin_plan(pool, generator)
+
+        # 2. Mined and plain batches in turn.
+        mined_so_far = 0
+        for turn, is_mined in enumerate(order):
+            plain = None if is_mined else next_read()
+            if turn >= done:
+                batch = plain or self._mined_batch(pool, mined_so_far)
+
+                # The bad pairs skipped while reading the pool are counted with its first batch. A
+                # pool that is read again was counted before.
                 if turn == 0:
                     batch.skips.merge(pool.skips)
                 yield batch
-            elif mined:
-                self._tell()
-            number += mined
+            elif is_mined:
+                self._set_numbers()
+
+            mined_so_far += is_mined
+
         self._plan = None
 
-    def _begin(self, pool: Pool, generator: np.random.Generator) -> None:
-        """Score my pairs, bring everybody's together, and have the first rank make the plan."""
+    def _begin_plan(self, pool: Pool, generator: np.random.Generator) -> None:
+        """Score local pairs, gather those of all ranks, and let the first rank make the plan."""
         start = time.perf_counter()
         view = self.score(pool.pairs)
         self._device = view.image.device
-        mine = (view.image, view.text, pool.pairs.index, pool.pairs.caption_hash, pool.image_hash)
-        gathered = [pool.in_order(world.gather(x.to(self._device))).cpu().numpy() for x in mine]
-        # the same on every rank
-        if not (np.isfinite(gathered[0]).all() and np.isfinite(gathered[1]).all()):
+        local = (view.image, view.text, pool.pairs.index, pool.pairs.caption_hash, pool.image_hash)
+        gathered = []
+        for field in local:
+            of_all_ranks = world.gather(field.to(self._device))
+            gathered.append(pool.in_order(of_all_ranks).cpu().numpy())
+
+        image, text, *identity_fields = gathered
+
+        # every rank sees the same features, so all of them stop
+        if not (np.isfinite(image).all() and np.isfinite(text).all()):
             raise ValueError(
-                f"the model's features are not finite at step {self.progress.step}, found by mining: training has "
-                "diverged; lower optim.lr or optim.clip"
+                f"the model's features are not finite at step {self.progress.step}, found by "
+                "mining: training has diverged; lower optim.lr or optim.clip"
             )
+
         if world.rank() == 0:
-            scored = Scored(gathered[0], gathered[1], float(view.scale), float(view.bias))
-            identity = Identity(*gathered[2:])
+            scored = ScoredPairs(image, text, float(view.scale), float(view.bias))
+            identity = Identity(*identity_fields)
             reference = self.reference(identity) if self.reference else None
             self._making = self._thread.submit(
-                deal, self.recipe, scored, identity, pool.owner, generator, world.size(), reference
+                assign_batches,
+                self.recipe,
+                scored,
+                identity,
+                pool.owner,
+                generator,
+                world.size(),
+                reference,
             )
+
         self.seconds += time.perf_counter() - start
 
-    def _play(self, pool: Pool, number: int) -> LoadedBatch:
+    def _mined_batch(self, pool: Pool, number: int) -> LoadedBatch:
+        """This rank's pairs of the plan's batch of that number."""
         if self._plan is None:
             start = time.perf_counter()
-            none = torch.zeros(
-                self.recipe.kept(pool.batches), self.recipe.batch_size, dtype=torch.int64
-            )
-            made = self._made() or MiningPlan(
-                none, none, torch.zeros(len(NUMBERS), dtype=torch.float64), torch.tensor(0)
-            )
-            # the others bring zeros: the sum is the first rank's plan
-            shared = (
-                world.total(field.to(self._device)).cpu() if world.size() > 1 else field
-                for field in made
-            )
-            self._plan = MiningPlan(*shared)
+            self._plan = self._share_plan(pool)
             self._making = None
             self.seconds += time.perf_counter() - start
-        self._tell()
+
+        self._set_numbers()
         return pool.take(self._plan.batches[number], self._plan.caption_hash[number])
 
-    def _tell(self) -> None:
+    def _share_plan(self, pool: Pool) -> MiningPlan:
+        """The first rank's plan, waited for, on every rank."""
+        plan = self._finished_plan()
+        if plan is None:
+            # the other ranks bring zeros: the sum is the first rank's plan
+            kept = self.recipe.batches_kept(pool.batches)
+            zeros = torch.zeros(kept, self.recipe.batch_size, dtype=torch.int64)
+            no_numbers = torch.zeros(len(NUMBERS), dtype=torch.float64)
+            plan = MiningPlan(zeros, zeros, no_numbers, torch.tensor(0))
+
+        if world.size() == 1:
+            return plan
+        shared = [world.sum_over_ranks(field.to(self._device)).cpu() for field in plan]
+        return MiningPlan(*shared)
+
+    def _set_numbers(self) -> None:
         assert self._plan is not None
         self.numbers = dict(zip(NUMBERS, self._plan.numbers.tolist(), strict=True))
 
-    def _made(self) -> MiningPlan | None:
-        """The first rank's plan, waited for; None on the others."""
+    def _finished_plan(self) -> MiningPlan | None:
+        """The plan in the making, waited for; None on all ranks but the first."""
         if self._making is None:
             return None
-        dealt = self._making.result()
-        numbers = torch.tensor([dealt.numbers[name] for name in NUMBERS], dtype=torch.float64)
-        batches = torch.from_numpy(dealt.batches)
-        hashes = torch.from_numpy(dealt.caption_hash)
+        made = self._making.result()
+        numbers = torch.tensor([made.numbers[name] for name in NUMBERS], dtype=torch.float64)
+        batches = torch.from_numpy(made.batches)
+        hashes = torch.from_numpy(made.caption_hash)
         return MiningPlan(batches, hashes, numbers, torch.tensor(world.size()))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The plan of a pool that is half played; {} between pools. The first rank's: others may
-        not have it yet.
+        """The plan of a pool in the middle of which the run is; {} between pools.
+
+        The first rank's: the others may not have it yet.
         """
-        step = self.progress.step
-        inside = any(
-            each.pool and each.step < step < each.step + each.steps for each in self.stretches
-        )
-        inside = inside and self.keep_plans
-        plan = (self._plan or self._made()) if inside else None
+        if not self.keep_plans or not self._inside_pool():
+            return {}
+        plan = self._plan or self._finished_plan()
         return plan._asdict() if plan is not None else {}
 
+    def _inside_pool(self) -> bool:
+        step = self.progress.step
+        for stretch in self.stretches:
+            if stretch.pool and stretch.step < step < stretch.step + stretch.steps:
+                return True
+        return False
+
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Raises ValueError when the plan was made for ranks that cannot be merged into these."""
+        """Take over the plan of a checkpoint.
+
+        Raises:
+            ValueError: it was made for a number of ranks that is no multiple of these.
+        """
         plan = MiningPlan(**state) if state else None
         if plan is not None and int(plan.ranks) % world.size():
             raise ValueError(
-                f"in the middle of a mined pool, dealt out for {int(plan.ranks)} ranks: continue with a number of "
-                f"ranks that divides it, not {world.size()}"
+                f"in the middle of a mined pool that was planned for {int(plan.ranks)} ranks: "
+                f"continue with a number of ranks that divides it, not {world.size()}"
             )
+
         self._plan = plan

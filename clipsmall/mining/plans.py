@@ -10,8 +10,8 @@ from tqdm import tqdm
 
 from clipsmall.data import Catalog
 from clipsmall.data.scores import Scores
-from clipsmall.mining import Identity, MiningRecipe, deal
-from clipsmall.mining.scored import Floats, Ints, scored
+from clipsmall.mining import Identity, MiningRecipe, assign_batches
+from clipsmall.mining.scored_pairs import Floats, Ints, select_scored
 from clipsmall.mining.weights import batch_losses
 
 # pairs that the centres are learned from
@@ -60,7 +60,9 @@ def plan_batches(
     windows = routed(table, places, window // recipe.size, recipe.size, generator)
     for part in tqdm(windows, desc="mining", unit="window", disable=None):
         owner = np.zeros(len(part), np.int64)
-        dealt = deal(groups_only, scored(table, part), identity.take(part), owner, generator)
+        dealt = assign_batches(
+            groups_only, select_scored(table, part), identity.take(part), owner, generator
+        )
         groups.append(part[dealt.batches])
         blocked += dealt.numbers["blocked"] / len(windows)
         together += dealt.numbers["unseparated"]
@@ -105,7 +107,7 @@ def mean_loss(table: Scores, batches: Ints, kind: str) -> float:
     return float(
         np.mean(
             [
-                batch_losses(scored(table, batch), np.arange(len(batch))[None], kind)
+                batch_losses(select_scored(table, batch), np.arange(len(batch))[None], kind)
                 for batch in batches
             ]
         )

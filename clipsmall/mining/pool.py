@@ -1,6 +1,4 @@
-"""A pool: the pairs of several global batches, each rank its own slices, and one order of them
-all.
-"""
+"""A pool: the pairs of several global batches, each rank its own, numbered in one order."""
 
 import torch
 from torch import Tensor
@@ -8,25 +6,25 @@ from torch import Tensor
 from clipsmall.batch import Pairs
 from clipsmall.data import LoadedBatch, Skips
 from clipsmall.distributed import world
-from clipsmall.mining.scored import Ints
+from clipsmall.mining.scored_pairs import Ints
 
 
 class Pool:
-    """m global batches of B pairs; a *place* is batch · B + slot, on any number of ranks. In host
-    memory.
+    """m global batches of B pairs, in host memory; this rank holds b = B / W pairs of each.
+
+    The *place* of a pair is batch · B + slot, whatever the number of ranks.
 
     Args:
-        read: my B / W pairs of each batch.
-        pin: make batches that travel to a GPU beside its work.
+        read: this rank's B / W pairs of each batch.
+        pin: `take` returns pinned memory, so that it is copied to a GPU while that computes.
     """
 
     def __init__(self, read: list[LoadedBatch], pin: bool = False) -> None:
         self.batches = len(read)
         self.local = len(read[0].image_hash)
         self.pin = pin
-        self.pairs = Pairs(
-            *(torch.cat(fields) for fields in zip(*(batch.pairs for batch in read), strict=True))
-        )
+        fields = zip(*[batch.pairs for batch in read], strict=True)
+        self.pairs = Pairs(*map(torch.cat, fields))
         self.image_hash = torch.cat([batch.image_hash for batch in read])
         self.skips = Skips()
         for batch in read:
@@ -35,24 +33,33 @@ class Pool:
     @property
     def owner(self) -> Ints:
         """(m·B,) the rank that holds each place."""
-        slots = torch.arange(self.batches * self.local * world.size()) % (self.local * world.size())
+        batch_size = self.local * world.size()
+        places = torch.arange(self.batches * batch_size)
+        slots = places % batch_size
         return (slots // self.local).numpy()
 
     def in_order(self, gathered: Tensor) -> Tensor:
-        """(W·m·b, ...) in rank order -> the same by place."""
+        """(W·m·b, ...) gathered, in rank order -> the same in the order of places."""
         apart = gathered.reshape(world.size(), self.batches, self.local, *gathered.shape[1:])
         return apart.transpose(0, 1).flatten(0, 2)
 
     def take(self, places: Tensor, caption_hash: Tensor) -> LoadedBatch:
-        """My pairs of those places, with the caption hashes that the plan has for them."""
-        batch = places // (self.local * world.size())
-        slot = places % (self.local * world.size())
+        """This rank's pairs of a mined batch.
+
+        Args:
+            places: (B,) the batch's pairs.
+            caption_hash: (B,) their caption hashes, as the plan has them.
+        """
+        batch_size = self.local * world.size()
+        batch = places // batch_size
+        slot = places % batch_size
         mine = slot // self.local == world.rank()
         assert mine.sum() == self.local, "a mined batch takes equally many pairs of every rank"
+
+        # the rows of self.pairs where they lie
         rows = (batch * self.local + slot % self.local)[mine]
-        pairs = Pairs(*(field[rows] for field in self.pairs))._replace(
-            caption_hash=caption_hash[mine]
-        )
+        pairs = Pairs(*(field[rows] for field in self.pairs))
+        pairs = pairs._replace(caption_hash=caption_hash[mine])
         if self.pin:
             pairs = Pairs(*(field.pin_memory() for field in pairs))
         return LoadedBatch(pairs, Skips(), self.image_hash[rows])

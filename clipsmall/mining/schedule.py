@@ -1,4 +1,4 @@
-"""When a run mines: its steps cut into stretches, a pure function of the settings."""
+"""Which steps of a run train on mined batches: a pure function of the options."""
 
 from typing import NamedTuple
 
@@ -6,77 +6,93 @@ import numpy as np
 
 
 class Stretch(NamedTuple):
-    """A few steps: the batches they read, and what becomes of them."""
+    """Consecutive steps that belong together: a mined pool and the plain batches around it.
 
-    # the first of it
+    A *plain* batch is trained on as it was read.
+    """
+
+    # the first of its steps
     step: int
-    # the first batch it reads
+    # the number of the first batch it reads
     source: int
-    # batches that are scored and dealt out again; 0 = this stretch is not mined
+    # batches that are read as a pool and mined; 0 = none in this stretch
     pool: int
-    # of them that are played
+    # mined batches that are trained on
     kept: int
-    # further batches, played as they come
+    # further batches that are read, and trained on as they come
     plain: int
 
     @property
     def steps(self) -> int:
+        """Batches trained on."""
         return self.kept + self.plain
 
     @property
     def reads(self) -> int:
+        """Batches read."""
         return self.pool + self.plain
 
 
 class Schedule(NamedTuple):
-    """Pools of `pool` batches between the shares `start` and `end` of a run, with plain batches
-    beside them such that `fraction` of the batches there are mined; else as it comes.
+    """Where in a run pools are mined.
 
-    A pool lies within one epoch, so that no pair is in it twice; what is left of an epoch is played
-    as it comes.
+    From `start` to `end`, both fractions of the run, pools of `pool` batches are mined, with so
+    many plain batches around them that `fraction` of the batches there are mined. A pool lies
+    within one epoch, so that no pair is in it twice; what is left of an epoch is plain.
     """
 
     # of the run
     steps: int
+    # batches in a pool, and how many mined batches are made of them
     pool: int
     kept: int
     fraction: float
     start: float
     end: float
-    # batches; pairs that repeat sooner would meet themselves
+    # batches in an epoch, after which pairs come again
     per_epoch: int
 
     def stretches(self) -> list[Stretch]:
-        """All of the run, in order; neighbours that are not mined are one."""
-        found = list[Stretch]()
-        step = source = mined = plain = 0
+        """All of the run, in order; plain stretches that follow one another are one."""
+        stretches = list[Stretch]()
+        step = 0
+        source = 0
+        mined = 0
+        plain = 0
         while step < self.steps:
-            # so many plain batches that the share is right so far, however few a pool keeps
-            beside = round((mined + self.kept) * (1 / self.fraction - 1)) - plain
-            fits = (
-                source % self.per_epoch + self.pool <= self.per_epoch
-                and step + self.kept + beside <= self.steps
-            )
-            if fits and self.start * self.steps <= step < self.end * self.steps:
-                found.append(Stretch(step, source, self.pool, self.kept, beside))
-                mined = mined + self.kept
-                plain = plain + beside
-                step = step + self.kept + beside
-                source = source + self.pool + beside
+            # so many plain batches that `fraction` holds so far, however few batches a pool gives
+            wanted = round((mined + self.kept) * (1 / self.fraction - 1)) - plain
+            fits_epoch = source % self.per_epoch + self.pool <= self.per_epoch
+            fits_run = step + self.kept + wanted <= self.steps
+            in_time = self.start * self.steps <= step < self.end * self.steps
+            if fits_epoch and fits_run and in_time:
+                stretch = Stretch(step, source, self.pool, self.kept, wanted)
+                stretches.append(stretch)
+                mined += self.kept
+                plain += wanted
+                step += stretch.steps
+                source += stretch.reads
                 continue
-            if not found or found[-1].pool:
-                found.append(Stretch(step, source, 0, 0, 0))
-            found[-1] = found[-1]._replace(plain=found[-1].plain + 1)
-            step = step + 1
-            source = source + 1
-        return found
+
+            # one more plain batch
+            if not stretches or stretches[-1].pool:
+                stretches.append(Stretch(step, source, 0, 0, 0))
+            stretches[-1] = stretches[-1]._replace(plain=stretches[-1].plain + 1)
+            step += 1
+            source += 1
+
+        return stretches
 
 
 def turns(stretch: Stretch, generator: np.random.Generator) -> list[bool]:
-    """For each step of a mined stretch, whether its batch is a mined one.
+    """(steps,) for each step of a mined stretch, whether its batch is a mined one.
 
-    Half of the plain ones come first: they are played while the plan is made. The rest are mixed.
+    Half of the plain batches come first: they are trained on while the plan is made. The other half
+    is mixed with the mined batches.
     """
     lead = stretch.plain // 2
-    mixed = np.arange(stretch.steps - lead) < stretch.kept
-    return [False] * lead + [bool(each) for each in generator.permutation(mixed)]
+
+    # True for the mined batches, which are shuffled among the plain ones that are left
+    is_mined = np.arange(stretch.steps - lead) < stretch.kept
+    is_mined = generator.permutation(is_mined)
+    return [False] * lead + [bool(each) for each in is_mined]

@@ -1,23 +1,22 @@
-"""Local search: pairs change places between groups as long as the groups get harder, or conflicts
-fewer.
-"""
+"""Local search: pairs change groups as long as groups get harder, or conflicts fewer."""
 
 import numpy as np
 
-from clipsmall.mining.scored import Bools, Floats, Ints
+from clipsmall.mining.scored_pairs import Bools, Floats, Ints
 
-# of a cannot-link pair in a group: beyond any sum of weights, exact beside them in float64
+# Negative weight of a cannot-link pair in a group: beyond any sum of weights, and sums with it are
+# exact in float64.
 PENALTY = 2.0**20
-# of separating; each may move every pair in conflict
+# how often conflicts are looked for; each time every pair in conflict may move
 ROUNDS = 30
 
 
 class _Groups:
-    """Groups under exchange, with each pair's ties to each group kept up to date.
+    """Groups whose pairs are exchanged, with each pair's ties to each group kept up to date.
 
-    `ties[g, i]` is the sum of weights between pair i and the members of group g, so the gain of an
-    exchange of i and j, of groups a and b, is ties[b,i] + ties[a,j] - ties[a,i] - ties[b,j] - 2
-    w[i,j].
+    `ties[g, i]` is the sum of the weights of pair i with the members of group g. So the gain of
+    exchanging i, of group a, for j, of group b, is
+    ties[b,i] + ties[a,j] - ties[a,i] - ties[b,j] - 2 w[i,j].
     """
 
     def __init__(self, weights: Floats, groups: Ints, owner: Ints) -> None:
@@ -25,42 +24,57 @@ class _Groups:
         self.groups = groups.copy()
         self.owner = owner
         n = len(weights)
-        self.of = np.full(n, -1)
-        self.of[groups] = np.arange(len(groups))[:, None]
-        # a selection leaves pairs out
-        self.seated = self.of >= 0
-        self.ties = np.stack([weights[members].sum(axis=0, dtype=np.float64) for members in groups])
-        self.own = np.where(self.seated, self.ties[self.of, np.arange(n)], 0.0)
-        self.several = bool((owner != owner[0]).any())
+        everyone = np.arange(n)
+
+        # (n,) each pair's group; −1 for pairs that a selection left out
+        self.group_of = np.full(n, -1)
+        self.group_of[groups] = np.arange(len(groups))[:, None]
+        self.seated = self.group_of >= 0
+        # (groups, n)
+        ties = [weights[members].sum(axis=0, dtype=np.float64) for members in groups]
+        self.ties = np.stack(ties)
+        # (n,) each pair's ties to its own group
+        own = self.ties[self.group_of, everyone]
+        self.own = np.where(self.seated, own, 0.0)
+        # pairs do not move between ranks
+        self.several_ranks = bool((owner != owner[0]).any())
 
     def gains(self, i: int) -> Floats:
-        """(n,) of exchanging i with each other pair; -inf where that is not allowed."""
-        a = self.of[i]
-        found: Floats = (
-            self.ties[:, i][self.of] + self.ties[a] - self.own[i] - self.own - 2.0 * self.weights[i]
+        """(n,) gain of exchanging pair i for each other pair; -inf where that is not allowed."""
+        a = self.group_of[i]
+        i_to_their_groups = self.ties[:, i][self.group_of]
+        they_to_a = self.ties[a]
+        gains: Floats = (
+            i_to_their_groups + they_to_a - self.own[i] - self.own - 2.0 * self.weights[i]
         )
-        found[self.groups[a]] = -np.inf
+        gains[self.groups[a]] = -np.inf
         if not self.seated.all():
-            found[~self.seated] = -np.inf
-        if self.several:
-            found[self.owner != self.owner[i]] = -np.inf
-        return found
+            gains[~self.seated] = -np.inf
+        if self.several_ranks:
+            gains[self.owner != self.owner[i]] = -np.inf
+        return gains
 
     def exchange(self, i: int, j: int) -> None:
-        a = self.of[i]
-        b = self.of[j]
-        self.groups[a][self.groups[a] == i] = j
-        self.groups[b][self.groups[b] == j] = i
+        """Pairs i and j change groups."""
+        a = self.group_of[i]
+        b = self.group_of[j]
+        group_a = self.groups[a]
+        group_b = self.groups[b]
+        group_a[group_a == i] = j
+        group_b[group_b == j] = i
+        self.group_of[i] = b
+        self.group_of[j] = a
+
+        # all pairs' ties to a lose those to i and gain those to j; to b the other way round
         change = self.weights[j].astype(np.float64) - self.weights[i]
         self.ties[a] += change
         self.ties[b] -= change
-        self.of[i], self.of[j] = b, a
         for group in (a, b):
             members = self.groups[group]
             self.own[members] = self.ties[group, members]
 
 
-def swapped(
+def improve_by_swaps(
     weights: Floats,
     groups: Ints,
     owner: Ints,
@@ -68,8 +82,10 @@ def swapped(
     sweeps: int,
     generator: np.random.Generator,
 ) -> Ints:
-    """Groups of higher total weight, by best exchanges of two pairs of one rank; sizes and quotas
-    stay as they are.
+    """(groups, size) of higher total weight.
+
+    Each pair in turn is exchanged for the pair of the same rank by which the groups gain most;
+    sizes and quotas stay as they are.
 
     Args:
         weights: (n, n) symmetric, see `weights`.
@@ -80,67 +96,95 @@ def swapped(
     """
     if sweeps < 1 or len(groups) < 2:
         return groups
-    state = _Groups(np.where(cannot_link, np.float32(-PENALTY), weights), groups, owner)
-    enough = 1e-6 * max(float(np.abs(weights).max()), 1e-30)
+    state = _penalised(weights, groups, owner, cannot_link)
+
+    # more than rounding makes
+    least_gain = 1e-6 * max(float(np.abs(weights).max()), 1e-30)
     for _ in range(sweeps):
-        moved = 0
+        moved = False
         for i in generator.permutation(groups.ravel()):
             gains = state.gains(i)
             j = int(gains.argmax())
-            if gains[j] > enough:
+            if gains[j] > least_gain:
                 state.exchange(i, j)
-                moved += 1
+                moved = True
+
         if not moved:
             break
+
     return state.groups
 
 
-def separated(
+def _penalised(weights: Floats, groups: Ints, owner: Ints, cannot_link: Bools) -> _Groups:
+    """The groups under weights by which cannot-link pairs are worse than anything else."""
+    return _Groups(np.where(cannot_link, np.float32(-PENALTY), weights), groups, owner)
+
+
+def separate_conflicts(
     groups: Ints,
     owner: Ints,
     cannot_link: Bools,
     generator: np.random.Generator,
     weights: Floats | None = None,
 ) -> Ints:
-    """Groups with as few cannot-link pairs inside as exchanges can reach; hardly any other pair
-    moves.
+    """(groups, size) with as few cannot-link pairs inside as exchanges can reach.
 
-    With `weights`, a pair in conflict goes where it is hardest among those that clear it. Then, and
-    without them, where fewest are, at random among equals, so that the search does not stand still.
+    Hardly any other pair moves. With `weights`, a pair in conflict first goes to the group where it
+    is hardest, of those where it has no conflict. Then, and without weights, it goes where it has
+    the fewest, at random among equal groups, so that the search does not stop short.
+
+    Args:
+        groups: (groups, size) to start from.
+        owner: (n,) rank of each pair; pairs do not move between ranks.
+        cannot_link: (n, n) symmetric.
+        weights: (n, n) symmetric, see `weights`.
     """
-    if len(groups) < 2 or not conflicts(groups, cannot_link).any():
+    if len(groups) < 2 or not count_conflicts(groups, cannot_link).any():
         return groups
     if weights is not None:
-        groups = _placed(
-            _Groups(np.where(cannot_link, np.float32(-PENALTY), weights), groups, owner), generator
-        )
-    return _scattered(_Groups(-cannot_link.astype(np.float32), groups, owner), generator)
+        by_weight = _penalised(weights, groups, owner, cannot_link)
+        groups = _move_to_hardest(by_weight, generator)
+
+    # a weight of −1 for each conflict, and no other
+    conflicts = -cannot_link.astype(np.float32)
+    by_conflicts = _Groups(conflicts, groups, owner)
+    return _move_to_fewest_conflicts(by_conflicts, generator)
 
 
-def _placed(state: _Groups, generator: np.random.Generator) -> Ints:
-    for i in generator.permutation(np.flatnonzero((state.own < -PENALTY / 2) & state.seated)):
+def _move_to_hardest(state: _Groups, generator: np.random.Generator) -> Ints:
+    # no sum of weights is as low as that
+    limit = -PENALTY / 2
+    in_conflict = np.flatnonzero((state.own < limit) & state.seated)
+    for i in generator.permutation(in_conflict):
         gains = state.gains(i)
-        if state.own[i] < -PENALTY / 2 and gains.max() > 0:
-            state.exchange(i, int(gains.argmax()))
+        best = int(gains.argmax())
+
+        # an exchange before may have ended its conflict
+        if state.own[i] < limit and gains[best] > 0:
+            state.exchange(i, best)
+
     return state.groups
 
 
-def _scattered(state: _Groups, generator: np.random.Generator) -> Ints:
+def _move_to_fewest_conflicts(state: _Groups, generator: np.random.Generator) -> Ints:
     for _ in range(ROUNDS):
-        unhappy = np.flatnonzero((state.own < 0) & state.seated)
-        if not len(unhappy):
+        in_conflict = np.flatnonzero((state.own < 0) & state.seated)
+        if not len(in_conflict):
             break
-        for i in generator.permutation(unhappy):
-            if state.own[i] < 0:
-                gains = state.gains(i)
-                best = gains.max()
-                if best >= 0:
-                    state.exchange(i, int(generator.choice(np.flatnonzero(gains == best))))
+        for i in generator.permutation(in_conflict):
+            # an exchange before may have ended its conflict
+            if state.own[i] >= 0:
+                continue
+            gains = state.gains(i)
+            best = gains.max()
+            if best >= 0:
+                equals = np.flatnonzero(gains == best)
+                state.exchange(i, int(generator.choice(equals)))
+
     return state.groups
 
 
-def conflicts(groups: Ints, cannot_link: Bools) -> Ints:
-    """(groups,) cannot-link pairs inside each group."""
-    return np.array(
-        [cannot_link[np.ix_(members, members)].sum() // 2 for members in groups], dtype=np.int64
-    )
+def count_conflicts(groups: Ints, cannot_link: Bools) -> Ints:
+    """(groups,) combinations of two cannot-link pairs inside each group."""
+    counts = [cannot_link[np.ix_(members, members)].sum() // 2 for members in groups]
+    return np.array(counts, dtype=np.int64)

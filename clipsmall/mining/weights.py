@@ -1,4 +1,4 @@
-"""How hard two pairs make a batch for one another, and how hard a batch is."""
+"""How hard two pairs are for one another in a batch, and how hard a batch is."""
 
 import math
 from collections.abc import Callable
@@ -6,27 +6,37 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from clipsmall.mining.scored import Floats, Ints, Scored
+from clipsmall.mining.scored_pairs import Floats, Ints, ScoredPairs
 
 
-def softmax_weights(scored: Scored, size: int) -> Floats:
-    """(n, n) float32, symmetric: what a pair of pairs adds, at least, to the softmax loss of a
-    batch of `size` B.
+def softmax_weights(scored: ScoredPairs, size: int) -> Floats:
+    """(n, n) float32, symmetric: what two pairs add, at least, to the softmax loss of their batch.
 
-    With Z the logits, w(i,j) = sum over both anchors and both directions of log(1 + (B-1) exp(Z_neg
-    - Z_own)). By concavity of the logarithm the batch's loss (mean over rows of both directions'
-    sum) is at least the sum of w over its unordered pairs, divided by B (B-1); equality at B = 2
-    (Cho et al. 2023, arXiv 2307.05906).
+    With Z the logits and B = `size` the batch, w(i,j) = sum over both anchors and both directions
+    of log(1 + (B-1) exp(Z_neg - Z_own)). By concavity of the logarithm the batch's loss (mean over
+    rows of both directions' sum) is at least the sum of w over its unordered pairs, divided by
+    B (B-1); equality at B = 2 (Cho et al. 2023, arXiv 2307.05906).
     """
-    z = scored.logits + np.float32(math.log(max(size - 1, 1)))
-    own = scored.scale * np.einsum("nd,nd->n", scored.image, scored.text) + np.float32(scored.bias)
-    # image i's row, text j's column
-    return _both_anchors(softplus(z - own[:, None]) + softplus(z - own[None, :]))
+    # log of (B-1) exp(Z)
+    negatives = max(size - 1, 1)
+    z = scored.logits + np.float32(math.log(negatives))
+
+    # (n,) each pair's own logit
+    own_cosines = np.einsum("nd,nd->n", scored.image, scored.text)
+    own = scored.scale * own_cosines + np.float32(scored.bias)
+
+    # image i is compared with text j on row i, text j with image i on column j
+    from_image = softplus(z - own[:, None])
+    from_text = softplus(z - own[None, :])
+    return _both_anchors(from_image + from_text)
 
 
-def sigmoid_weights(scored: Scored, size: int) -> Floats:
-    """(n, n) float32: softplus(Z_ij) + softplus(Z_ji). A batch's sigmoid loss is *exactly* the sum
-    of it over the unordered pairs, plus the pairs' own terms, divided by B; whatever the `size`."""
+def sigmoid_weights(scored: ScoredPairs, size: int) -> Floats:
+    """(n, n) float32, symmetric: softplus(Z_ij) + softplus(Z_ji), whatever the `size`.
+
+    A batch's sigmoid loss is *exactly* the sum of it over the unordered pairs, plus the pairs' own
+    terms, divided by B.
+    """
     return _both_anchors(softplus(scored.logits))
 
 
@@ -37,37 +47,41 @@ def _both_anchors(half: Floats) -> Floats:
 
 
 def softplus(x: Floats) -> Floats:
-    """log(1 + exp(x)); torch's takes a tenth of the time of numpy's logaddexp, which was most of a
-    pool's.
+    """log(1 + exp(x)), by torch.
+
+    It takes a tenth of the time of numpy's logaddexp, which was most of the time of a pool.
     """
     made: Floats = torch.nn.functional.softplus(torch.from_numpy(x)).numpy()
     return made
 
 
-WEIGHTS: dict[str, Callable[[Scored, int], Floats]] = {
+WEIGHTS: dict[str, Callable[[ScoredPairs, int], Floats]] = {
     "softmax": softmax_weights,
     "sigmoid": sigmoid_weights,
 }
 
 
-def batch_losses(scored: Scored, groups: Ints, kind: str = "softmax") -> Floats:
-    """(groups,) float64 loss of each group as a batch: softmax, mean of the two directions, or
-    sigmoid.
+def batch_losses(scored: ScoredPairs, groups: Ints, kind: str = "softmax") -> Floats:
+    """(groups,) float64 loss of each group as a batch.
+
+    kind: softmax, the mean of both directions; or sigmoid.
     """
     losses = []
     for members in groups:
-        z = (
-            scored.scale * (scored.image[members].astype(np.float64) @ scored.text[members].T)
-            + scored.bias
-        )
+        image = scored.image[members].astype(np.float64)
+        text = scored.text[members]
+        cosines = image @ text.T
+        z = scored.scale * cosines + scored.bias
         own = z.diagonal()
         if kind == "sigmoid":
-            costs = (
-                np.logaddexp(0, z).sum() - np.logaddexp(0, own).sum() + np.logaddexp(0, -own).sum()
-            )
-            losses.append(costs / len(members))
+            # of all combinations as negatives, less those that are none, plus those as positives
+            all_negative = np.logaddexp(0, z).sum()
+            own_negative = np.logaddexp(0, own).sum()
+            own_positive = np.logaddexp(0, -own).sum()
+            losses.append((all_negative - own_negative + own_positive) / len(members))
         else:
-            forth = np.logaddexp.reduce(z, axis=1)
-            back = np.logaddexp.reduce(z, axis=0)
-            losses.append(((forth + back) / 2 - own).mean())
+            from_image = np.logaddexp.reduce(z, axis=1)
+            from_text = np.logaddexp.reduce(z, axis=0)
+            losses.append(((from_image + from_text) / 2 - own).mean())
+
     return np.array(losses)

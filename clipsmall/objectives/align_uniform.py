@@ -103,7 +103,7 @@ def align_uniform(
         compared = [(rows.image, columns.text)]
     else:
         compared = [(rows.image, columns.image), (rows.text, columns.text)]
-    pairs = world.total(counts.sum())
+    pairs = world.sum_over_ranks(counts.sum())
     uniformity = alignment.new_zeros(())
     for x, y in compared:
         uniformity = uniformity + log_mean_kernel(x, y, layout, t, pairs) / len(compared)

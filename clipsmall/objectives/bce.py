@@ -113,7 +113,7 @@ class Bce(nn.Module):
         if self.mode == "balanced":
             counts = negative_counts(layout)
             divisor = counts.clamp(min=1)
-            negatives = world.mean(counts.float().mean())
+            negatives = world.mean_over_ranks(counts.float().mean())
         else:
             chosen = self._chosen_shifts(layout.columns, rows.image.device)
             layout = replace(layout, chosen=chosen)
@@ -174,7 +174,7 @@ class Bce(nn.Module):
 
         # one exchange for both
         mine = torch.stack([is_hit.sum(), has_negative.sum()])
-        hits, counted = world.total(mine)
+        hits, counted = world.sum_over_ranks(mine)
         accuracy = hits / counted.clamp(min=1)
         return torch.where(counted > 0, accuracy, self.accuracy)
 

@@ -87,7 +87,7 @@ def hsic(
     # (b,) and () of K
     kernel = partial(_kernel, width=width)
     row_means = similarity.row_sums(x, y, everything, kernel) / n
-    mean = world.mean(row_means.mean())
+    mean = world.mean_over_ranks(row_means.mean())
 
     # () mean (K − mean)² over my rows: with these weights a total is a mean over my rows and all
     # columns
@@ -97,9 +97,9 @@ def hsic(
 
     # HSIC(Z, Z), and its root
     r = row_means - mean
-    m = world.mean(r.mean())
-    of_rows = world.mean(r.square().mean())
-    variance = world.mean(squares) - 2 * of_rows + m.square()
+    m = world.mean_over_ranks(r.mean())
+    of_rows = world.mean_over_ranks(r.square().mean())
+    variance = world.mean_over_ranks(squares) - 2 * of_rows + m.square()
     # the root's slope stays finite when all points are one
     deviation = (variance.clamp(min=0) + 1e-10).sqrt()
     slope = gamma / (2 * deviation)
@@ -111,7 +111,7 @@ def hsic(
     # the part of the gradient that is linear in K
     linear_weights = weights * (1 + slope * (2 * m - 4 * r))
     linear = similarity.total(x, y, everything, kernel, linear_weights)
-    dependence = world.mean(pairs) - mean
+    dependence = world.mean_over_ranks(pairs) - mean
 
     # has the loss's gradient, but another value
     surrogate = linear + slope * squares - pairs

@@ -147,7 +147,7 @@ def potentials(
         row = by_rows.rows
         row_sums = (row.detach() + f.detach()).exp()
         mine = row_sums.sub(1).abs().max()
-        error = world.maximum(mine)
+        error = world.max_over_ranks(mine)
         if used == iterations or bool(error <= tolerance):
             break
 

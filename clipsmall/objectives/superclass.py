@@ -108,7 +108,7 @@ class Superclass(nn.Module):
         vocabulary = len(self.documents)
         counts = torch.bincount(tokens, minlength=vocabulary)
 
-        self.documents += world.total(counts)
+        self.documents += world.sum_over_ranks(counts)
         self.captions += captions * world.size()
 
 

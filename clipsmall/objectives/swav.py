@@ -133,7 +133,7 @@ class Swav(nn.Module):
 
         assigned = ((by_image.exp() + by_text.exp()) / 2).detach()
         # (P,) mean assignment over all ranks
-        used = world.mean(assigned.mean(dim=0))
+        used = world.mean_over_ranks(assigned.mean(dim=0))
         return {
             "loss": -swapped / 2,
             "prototypes_used": torch.special.entr(used).sum().exp(),

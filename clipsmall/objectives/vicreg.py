@@ -112,7 +112,7 @@ def _spread_and_overlap(x: Tensor) -> tuple[Tensor, Tensor]:
 
     # c: all entries of the matrix but its diagonal
     with torch.autocast(x.device.type, enabled=False):
-        products = world.add(centred.T @ centred)
+        products = world.differentiable_sum(centred.T @ centred)
         covariance = products / (count - 1)
     everything = covariance.square().sum()
     own = covariance.diagonal().square().sum()

@@ -1,3 +1,1 @@
-"""What a step of training needs, found without running it: on tensors that have shapes and no
-numbers.
-"""
+"""What a training step needs, found without running it: on tensors with shapes but no numbers."""

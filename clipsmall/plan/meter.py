@@ -1,6 +1,4 @@
-"""Counts one abstract step: bytes of live storages by what they are, at the moment when they are
-most, and FLOPs.
-"""
+"""Counts the FLOPs of an abstract step, and the bytes that are alive at its peak, by label."""
 
 import weakref
 from collections import Counter
@@ -13,9 +11,9 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from clipsmall.plan.answers import answer
+from clipsmall.plan.data_dependent import fake_result
 
-# label of storages that lie in the host's memory, and are not counted
+# label of storages that lie in the host's memory; they are not counted
 HOST = "host"
 LABELS = (
     "weights",
@@ -30,34 +28,37 @@ LABELS = (
 
 
 class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """`with FakeTensorMode(), Meter() as meter:` sees every operation, those of a backward pass,
-    too.
+    """Sees every operation inside `with FakeTensorMode(), Meter() as meter:`, backward passes, too.
 
     Each storage is counted once, from the operation that makes it to its end, however many tensors
-    look into it, under the label that is set at the time, until it is given another. Whatever asks
-    for a number that no abstract tensor has gets a planned answer (answers.py).
+    are views of it, under the label that is set when it is made, until it is given another. What
+    asks for a number, which no abstract tensor has, gets a fake result (data_dependent.py).
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+
         # label of what is made from now on
         self.making = "weights"
-        # bytes
+        # bytes by label
         self.now = Counter[str]()
         self.peak = Counter[str]()
         self.flops = 0
-        # by id of the storage
+        # by id of the storage: reference, bytes, label
         self._alive: dict[int, tuple[weakref.ref[Any], int, str]] = {}
-        self._total = self._most = 0
+        # bytes of all labels but HOST
+        self._total = 0
+        self._most = 0
 
     def restart(self) -> None:
-        """From here on the peak and the FLOPs are counted anew."""
+        """Forget the peak and the FLOPs so far; what is alive stays counted."""
         self.flops = 0
         self._most = 0
-        self._look()
+        self._update_peak()
 
     @contextmanager
     def labelled(self, label: str) -> Iterator[None]:
+        """What is made inside gets this label."""
         before = self.making
         self.making = label
         try:
@@ -66,15 +67,16 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.making = before
 
     def label(self, tensors: Iterable[Tensor | None], label: str) -> None:
-        """These are something else than what was being made."""
+        """Give these tensors another label than that under which they were made."""
         for tensor in tensors:
-            if tensor is not None:
-                self._meet(tensor)
-                key = id(tensor.untyped_storage())
-                ref, size, old = self._alive[key]
-                self._alive[key] = ref, size, label
-                self._count(old, -size)
-                self._count(label, size)
+            if tensor is None:
+                continue
+            self._register(tensor)
+            key = id(tensor.untyped_storage())
+            ref, size, old = self._alive[key]
+            self._alive[key] = ref, size, label
+            self._count(old, -size)
+            self._count(label, size)
 
     def __torch_dispatch__(
         self,
@@ -87,15 +89,18 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         try:
             result = func(*args, **kwargs)
         except (DataDependentOutputException, DynamicOutputShapeException):
-            result = answer(func, args, kwargs)
-        like = func._opname == "zeros_like" and self._label_of(args[0]) == HOST
-        with self.labelled(HOST if like else self.making):
+            result = fake_result(func, args, kwargs)
+
+        # a gradient of what lies in the host's memory lies there, too
+        on_host = func._opname == "zeros_like" and self._label_of(args[0]) == HOST
+        with self.labelled(HOST if on_host else self.making):
             for each in result if isinstance(result, tuple | list) else (result,):
                 if isinstance(each, Tensor):
-                    self._meet(each)
-        # they ask for what is odd
+                    self._register(each)
+
+        # these look for what is unusual, and in an ordinary step there is nothing
         if func._opname in ("any", "ne"):
-            result.said = False
+            result.fake_truth = False
         if count := FLOPS.get(func._overloadpacket):
             self.flops += count(*args, **kwargs, out_val=result)
         return result
@@ -103,13 +108,16 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _label_of(self, tensor: Tensor) -> str:
         return self._alive.get(id(tensor.untyped_storage()), (None, 0, ""))[2]
 
-    def _meet(self, tensor: Tensor) -> None:
+    def _register(self, tensor: Tensor) -> None:
+        """Count the tensor's storage from now on, if it is new."""
         storage = tensor.untyped_storage()
         key = id(storage)
-        if key not in self._alive:
-            size = storage.nbytes()
-            self._alive[key] = weakref.ref(storage, lambda _: self._forget(key)), size, self.making
-            self._count(self.making, size)
+        if key in self._alive:
+            return
+        size = storage.nbytes()
+        ref = weakref.ref(storage, lambda _: self._forget(key))
+        self._alive[key] = ref, size, self.making
+        self._count(self.making, size)
 
     def _forget(self, key: int) -> None:
         _, size, label = self._alive.pop(key)
@@ -119,14 +127,16 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.now[label] += size
         if label != HOST:
             self._total += size
-            self._look()
+            self._update_peak()
 
-    def _look(self) -> None:
-        if self._total > self._most:
-            self._most, self.peak = (
-                self._total,
-                Counter({k: n for k, n in self.now.items() if n and k != HOST}),
-            )
+    def _update_peak(self) -> None:
+        if self._total <= self._most:
+            return
+        self._most = self._total
+        self.peak = Counter()
+        for label, size in self.now.items():
+            if size and label != HOST:
+                self.peak[label] = size
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> int:
@@ -137,8 +147,8 @@ def _attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any, 
     return int(sdpa_backward_flop_count(grad.shape, q.shape, k.shape, v.shape))  # type: ignore[no-untyped-call]
 
 
-def _named() -> dict[Any, Callable[..., int]]:
-    """PyTorch's own formulas, and the CPU's attention, for which it has none."""
+def _flop_formulas() -> dict[Any, Callable[..., int]]:
+    """PyTorch's own formulas, and those of the CPU's attention, for which it has none."""
     from torch import ops
 
     return {
@@ -148,4 +158,4 @@ def _named() -> dict[Any, Callable[..., int]]:
     }
 
 
-FLOPS = _named()
+FLOPS = _flop_formulas()

@@ -1,4 +1,4 @@
-"""One step of the real loop on abstract tensors, with a meter on it."""
+"""One step of the real training loop on abstract tensors, metered."""
 
 import warnings
 from collections.abc import Iterator
@@ -19,9 +19,9 @@ from clipsmall.build import run as build
 from clipsmall.config import Config
 from clipsmall.config.reader import validated
 from clipsmall.model.towers import Loaded, Towers
-from clipsmall.plan.cuda_ways import cuda_ways
+from clipsmall.plan.cuda_kernels import as_on_cuda
+from clipsmall.plan.fake_ranks import fake_ranks
 from clipsmall.plan.meter import HOST, Meter
-from clipsmall.plan.ranks import imagined
 from clipsmall.train import train
 from clipsmall.training.optim import Guard
 
@@ -29,7 +29,7 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Machine(NamedTuple):
-    """What is planned for."""
+    """The devices that are planned for."""
 
     # cuda or cpu
     device: str
@@ -37,11 +37,11 @@ class Machine(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What one rank's step needs, at the moment when it needs most."""
+    """What a training step needs on one rank."""
 
-    # pairs of a rank
+    # pairs of the rank
     rows: int
-    # by what they are (meter.LABELS, and DDP's buckets)
+    # at the peak, by label (meter.LABELS, and DDP's buckets)
     bytes: dict[str, int]
     flops: int
 
@@ -51,50 +51,59 @@ class Step(NamedTuple):
 
 
 class Abstract(FakeTensorMode):  # type: ignore[no-untyped-call]
-    """One for all: a copied tensor (an averaged tower) would copy it, too, and two do not mix."""
+    """A mode that stays one when it is copied.
+
+    A copied tensor (an averaged tower) copies its mode, too, and tensors of two modes do not mix.
+    """
 
     def __deepcopy__(self, memo: Any) -> "Abstract":
         return self
 
 
 def measure(config: Config, machine: Machine, rows: int, hollow: bool = False) -> Step:
-    """The second of two steps of `rows` pairs a rank: the optimizer has its state, queues are full.
+    """The second of two steps of `rows` pairs on each rank.
+
+    In the second step the optimizer has its state, and queues are full.
 
     Args:
-        hollow: towers that cost nothing in place of the config's, to see the loss alone.
+        hollow: take towers that cost nothing in place of the config's, to see the loss alone.
 
     Raises:
         ValueError: what a run of this config would raise before its first step.
     """
     config = of_batch(config, rows * machine.ranks)
     meter = Meter()
-    ways = cuda_ways(meter) if machine.device == "cuda" else nullcontext()
-    with imagined(machine.ranks), Abstract(), meter, unmoved(), ways:
+    kernels = as_on_cuda(meter) if machine.device == "cuda" else nullcontext()
+    with fake_ranks(machine.ranks), Abstract(), meter, modules_stay(), kernels:
         stage = Stage(config, machine, meter, hollow)
         stage.first_step()
         stage.second_step(rows)
-    found = dict(meter.peak)
+
+    parts = dict(meter.peak)
+
     # DDP's copy of the gradients, for their exchange: gradient_as_bucket_view is off by default
     if machine.ranks > 1:
-        found["DDP's buckets"] = stage.trainable
-    return Step(rows, found, meter.flops)
+        parts["DDP's buckets"] = stage.trainable
+    return Step(rows, parts, meter.flops)
 
 
 def of_batch(config: Config, batch: int) -> Config:
-    """The same with another batch, fresh weights, and no evaluations."""
+    """The config with another batch, fresh weights, and no evaluations."""
     tree = config.model_dump(mode="json")
-    tree["data"]["batch_size"], tree["model"]["pretrained"], tree["evaluate"] = batch, "none", {}
+    tree["data"]["batch_size"] = batch
+    tree["model"]["pretrained"] = "none"
+    tree["evaluate"] = {}
+
+    # a run must be a step long at least
     tree["optim"]["pairs"] = max(config.optim.pairs, batch)
     return validated(tree)
 
 
 @contextmanager
-def unmoved() -> Iterator[None]:
-    """Modules stay where they are made: `Module.to` cannot move abstract parameters (torch 2.14:
-    swap_tensors).
-    """
+def modules_stay() -> Iterator[None]:
+    """Inside, `Module.to` does nothing: it cannot move abstract parameters (torch 2.14)."""
     with patch.object(nn.Module, "to", lambda module, *_, **__: module), warnings.catch_warnings():
-        # of a copied tower
+        # when a tower is copied
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
         yield
 
@@ -124,17 +133,18 @@ def hollowed(loaded: Loaded) -> Loaded:
 
 
 class Stage:
-    """Everything that a run builds, on abstract tensors."""
+    """All that a run builds before its first step, on abstract tensors."""
 
     def __init__(self, config: Config, machine: Machine, meter: Meter, hollow: bool) -> None:
         self.config = config
         self.machine = machine
         self.meter = meter
-        # our towers' vocabulary is as large as they are
+        # one caption is enough: the vocabulary of our own towers does not depend on the data
         no_data: Any = SimpleNamespace(captions=lambda: ["a"])
         loaded = build.loaded_towers(config, no_data, None)
         loaded = hollowed(loaded) if hollow else loaded
-        # of an epoch at most: the data set may lie on another machine
+
+        # as if no pair came twice: the data set may lie on another machine
         ids = torch.arange(config.optim.pairs)
         self.loaded = loaded
         self.setting = build_objective.setting(config, loaded, ids)
@@ -144,11 +154,13 @@ class Stage:
         for head in self.encoder.heads.values():
             if hasattr(head, "average"):
                 meter.label(tensors(head.average), "averaged towers")
+
         meter.label([ids], HOST)
         self.objective = build_objective.objective(config, self.setting)
         if isinstance(self.objective, nn.Module):
             meter.label(tensors(self.objective), "memory")
         self.optimizer = build.optimizer(config, self.encoder)
+        # bytes
         self.trainable = 0
         for parameter in self.encoder.parameters():
             if parameter.requires_grad:
@@ -158,23 +170,26 @@ class Stage:
                 )
 
     def first_step(self) -> None:
-        """The optimizer makes its state."""
+        """A step without a loss, in which the optimizer makes its state."""
         for parameter in self.encoder.parameters():
             if parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter)
+
         for group in self.optimizer.param_groups:
             # as optim.adamw has it there
             group["fused"] = self.machine.device == "cuda"
+
         with self.meter.labelled("optimizer"):
             self.optimizer.step()
         self.optimizer.zero_grad()
 
     def second_step(self, rows: int) -> None:
-        """The real loop, for one batch."""
+        """The real loop, for one batch of `rows` pairs."""
         meter = self.meter
         encoder = self.encoder
         self.optimizer.register_step_pre_hook(lambda *_: setattr(meter, "making", "optimizer"))
-        encoder.forward = self.told(encoder.forward)  # type: ignore[method-assign]
+        encoder.forward = self.as_activations(encoder.forward)  # type: ignore[method-assign]
+
         # without fp16's GradScaler, which holds two numbers
         accelerator: Any = SimpleNamespace(
             backward=self.backward, unscale_gradients=lambda: None, scaler=None
@@ -199,6 +214,7 @@ class Stage:
         )
 
     def pairs(self, rows: int) -> Pairs:
+        """A batch of `rows` pairs, all different."""
         side = self.loaded.spec.size
         ids: Tensor = self.loaded.tokenize(["a"])
         made = Pairs(
@@ -208,19 +224,22 @@ class Stage:
             torch.arange(rows),
         )
         self.meter.label(made, "pixels")
-        # they travel; DDP takes all to the device
+
+        # of chunks, pixels are copied to the device one chunk at a time; DDP copies all of them
         if self.machine == ("cuda", 1) and self.encoder.chunk_size:
             self.meter.label([made.image], HOST)
         return made
 
-    def told(self, forward: Any) -> Any:
-        """`forward` in the config's precision, as Accelerate wraps it; it tells the meter what is
-        being made.
+    def as_activations(self, forward: Any) -> Any:
+        """`forward` in the config's precision, as Accelerate wraps it; it makes activations.
+
+        In the backward pass, too, once the gradients of both embeddings are there.
         """
         precision = self.config.run.precision
         if precision == "auto":
-            # or bf16: as many bytes
+            # bf16 has as many bytes
             precision = "fp16" if self.machine.device == "cuda" else "fp32"
+
         if precision in DTYPES:
             forward = torch.autocast("cpu", dtype=DTYPES[precision])(forward)
             forward = convert_outputs_to_fp32(forward)
@@ -232,7 +251,7 @@ class Stage:
 
             def arrived(_: Tensor) -> None:
                 waiting.pop()
-                # from here on the backward pass is the towers'
+                # the backward pass has left the loss and enters the towers
                 if not waiting:
                     self.meter.making = "activations"
 
@@ -247,10 +266,12 @@ class Stage:
         torch.autograd.backward(loss)
         self.meter.making = "activations"
 
-    def as_loss(self, made: Any) -> Any:
+    def as_loss(self, function: Any) -> Any:
+        """The function, with all that it makes counted as the loss's."""
+
         def wrapped(*arguments: Any) -> Any:
             with self.meter.labelled("loss"):
-                return made(*arguments)
+                return function(*arguments)
 
         return wrapped
 

@@ -1,4 +1,8 @@
-"""Compare loss and gradients of one step with a reference, one group of parameters at a time."""
+"""Compares one step's loss and gradients with a reference, by groups of parameters.
+
+What is wrong is said with the factor by which it is wrong, as most mistakes multiply a gradient by
+the number of ranks or of chunks.
+"""
 
 import json
 import math
@@ -14,96 +18,100 @@ from clipsmall.distributed import world
 from clipsmall.distributed.batch_norm import GlobalBatchNorm
 from clipsmall.model.dual_encoder import DualEncoder
 
-# In host memory: the gradient of each parameter by its name (None if it has none), and "loss".
-Found = dict[str, Tensor | None]
-# Relative differences below these count as exact. On the glyphs rounding makes 1e-15 (float64) and
-# 1e-6 (float32); one pair of 1,024 left out makes 1e-3, and a wrong number of ranks or chunks more.
+# In host memory: the gradient of each parameter by its name, None where there is none; and "loss".
+StepResult = dict[str, Tensor | None]
+# Smaller relative differences are fine in any case. On glyphs rounding causes 1e-15 and 1e-6; one
+# pair of 1,024 that is left out causes 1e-3, and every mistake in the number of ranks or chunks
+# more.
 FLOOR = {torch.float64: 1e-8, torch.float32: 3e-4}
-# Weights are changed by about this many units in the last place, to see what rounding does.
-SHAKE = 8
-# A difference of up to this many times the effect of that change is taken for rounding.
+# units in the last place by which weights are perturbed to see what rounding does
+PERTURBATION = 8
+# a difference of up to so many times what the perturbation causes is still rounding
 MARGIN = 10
 
 
-def turn_off_random_layers(model: nn.Module) -> None:
-    """Put the model into training mode, except for random layers (dropout, stochastic depth, ...).
+def disable_randomness(model: nn.Module) -> None:
+    """Training mode without random layers (dropout, stochastic depth, ...).
 
-    Batch normalisation stays in training mode, so that it uses the batch. Parts that are in
-    evaluation mode even during training (averaged towers) stay so.
+    They all look at `training`, so it is set to False. Batch normalisation stays in training mode,
+    to see the batch; what is in evaluation mode during training (averaged towers) stays in that.
     """
-    batch_norms = GlobalBatchNorm | nn.modules.batchnorm._BatchNorm
     for part in model.train().modules():
-        if part.training and not isinstance(part, batch_norms):
+        is_norm = isinstance(part, GlobalBatchNorm | nn.modules.batchnorm._BatchNorm)
+        if part.training and not is_norm:
             part.training = False
 
 
 @torch.no_grad()
-def shake(model: nn.Module) -> None:
-    """Change every weight by a few units in its last place; the effect is that of rounding."""
-    for parameter in model.parameters():
-        unit = torch.finfo(parameter.dtype).eps
-        parameter.mul_(1 + SHAKE * unit * torch.randn_like(parameter))
+def perturb(model: nn.Module) -> None:
+    """Change every weight by a few units in its last place: that causes no more than rounding."""
+    for p in model.parameters():
+        eps = torch.finfo(p.dtype).eps
+        noise = torch.randn_like(p)
+        p.mul_(1 + PERTURBATION * eps * noise)
 
 
-def step(
+def run_steps(
     model: Callable[[Pairs], Embeddings],
     encoder: nn.Module,
     objective: Callable[..., dict[str, Tensor]],
     columns: Callable[[Embeddings], Embeddings],
     batches: Sequence[Pairs],
     backward: Callable[[Tensor], Any],
-) -> Found:
-    """The loss (mean over ranks) and the gradients of the last batch.
+) -> StepResult:
+    """Loss (mean over ranks) and gradients of the last batch.
 
-    The batches before it run forward only: they fill the memories of objectives.
+    The batches before it go forward only, to fill what an objective remembers.
 
     Args:
-        model: `encoder` as training wraps it (DDP), or the encoder itself.
-        encoder: the model without its wrapping, and without gradients so far.
+        encoder: `model` without DDP or other wrapping; it must have no gradients yet.
     """
-    last = len(batches) - 1
-    for number, pairs in enumerate(batches):
-        with torch.set_grad_enabled(number == last):
+    for k, pairs in enumerate(batches):
+        is_last = k == len(batches) - 1
+        with torch.set_grad_enabled(is_last):
             rows = model(pairs)
             loss = objective(rows, columns(rows))["loss"]
+
     backward(loss)
-    found: Found = {"loss": world.mean(loss).cpu()}
+    result: StepResult = {"loss": world.mean_over_ranks(loss).cpu()}
     for name, parameter in encoder.named_parameters():
         if parameter.requires_grad:
-            found[name] = None if parameter.grad is None else parameter.grad.cpu()
-    return found
+            gradient = parameter.grad
+            result[name] = None if gradient is None else gradient.cpu()
+
+    return result
 
 
 def faults_of_exchange(device: torch.device) -> list[str]:
-    """Errors of the differentiable exchanges between ranks, one sentence each.
-
-    Each exchange is tried by itself: rank r multiplies the result by r + 1, so the gradient of
-    every entry must be 1 + 2 + ... + W. Every rank must call.
-    """
-    mine = world.rank() + 1.0
+    """What is wrong with the differentiable exchanges between ranks, each tried by itself."""
     ranks = world.size()
+
+    # each rank's loss has another factor, 1 to W: the gradient must be their sum
+    factor = world.rank() + 1.0
     expected = ranks * (ranks + 1) / 2
-    found = []
-    for name, exchange in (("gather", world.gather), ("add", world.add)):
+    exchanges = {"gather": world.gather, "differentiable_sum": world.differentiable_sum}
+    faults = []
+    for name, exchange in exchanges.items():
         x = torch.ones(2, device=device, requires_grad=True)
-        weighted = exchange(x) * mine
-        weighted.sum().backward()  # type: ignore[no-untyped-call]
+        (exchange(x) * factor).sum().backward()  # type: ignore[no-untyped-call]
         assert x.grad is not None
-        if world.maximum((x.grad - expected).abs()).any():
-            found.append(f"world.{name}: its backward does not give the sum over ranks")
-    return found
+        difference = (x.grad - expected).abs()
+        if world.max_over_ranks(difference).any():
+            faults.append(f"world.{name}: its backward does not give the sum over ranks")
+
+    return faults
 
 
-def groups(model: DualEncoder, pairs: Pairs) -> dict[str, list[str]]:
-    """Names of trainable parameters, grouped by tower, head or parameter; and the group "loss".
+def parameter_groups(model: DualEncoder, pairs: Pairs) -> dict[str, list[str]]:
+    """Names of trainable parameters by tower, head, or their own name; and the "loss".
 
-    A parameter belongs to the image tower if the outputs for images depend on it, whatever its
-    library calls it. Those that the outputs of both towers depend on are a group of their own.
+    What the images' outputs depend on is the image tower, whatever its library calls it; what the
+    outputs of both modalities depend on is a group of its own.
     """
     towers = {f"towers.{name}": p for name, p in model.towers.named_parameters() if p.requires_grad}
-    of_image = _reached(model.towers.image(model.normalised(pairs.image)), towers)
-    of_text = _reached(model.towers.text(pairs.text), towers)
-    found: dict[str, list[str]] = {
+    of_image = _used_by(model.towers.image(model.normalised(pairs.image)), towers)
+    of_text = _used_by(model.towers.text(pairs.text), towers)
+    groups: dict[str, list[str]] = {
         "loss": ["loss"],
         "image tower": [],
         "text tower": [],
@@ -113,106 +121,105 @@ def groups(model: DualEncoder, pairs: Pairs) -> dict[str, list[str]]:
         if not parameter.requires_grad:
             continue
         first, *rest = name.split(".")
+        group = f"head {rest[0]}" if first == "heads" else first
         if name in of_image and name in of_text:
             group = "both towers"
         elif name in of_image:
             group = "image tower"
         elif name in of_text:
             group = "text tower"
-        elif first == "heads":
-            group = f"head {rest[0]}"
-        else:
-            group = first
-        found.setdefault(group, []).append(name)
-    return {group: names for group, names in found.items() if names}
+
+        groups.setdefault(group, []).append(name)
+
+    return {group: names for group, names in groups.items() if names}
 
 
-def _reached(output: Tensor, named: Mapping[str, Tensor]) -> set[str]:
-    """Names of the parameters that an output depends on."""
+def _used_by(output: Tensor, named: Mapping[str, Tensor]) -> set[str]:
+    """Names of the parameters that the output depends on."""
     if not output.requires_grad:
         return set()
-    parameters = list(named.values())
-    gradients = torch.autograd.grad(output.sum(), parameters, allow_unused=True)
-    reached = set()
-    for name, gradient in zip(named, gradients, strict=True):
-        if gradient is not None:
-            reached.add(name)
-    return reached
+    gradients = torch.autograd.grad(output.sum(), list(named.values()), allow_unused=True)
+    return {name for name, each in zip(named, gradients, strict=True) if each is not None}
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How the gradient of one group differs from the reference, on the rank where it does most."""
+    """How the gradients of one group differ, on the rank where they differ most."""
 
-    # of this group's gradient
+    # norms of the two gradients
     norm: float
-    # norm of the reference's gradient
     reference: float
-    # between the two
+    # between them
     cosine: float
-    # norm of the difference
+    # norm of their difference
     apart: float
-    # largest difference of a single number
+    # the largest difference of one number
     largest: float
+    # how many numbers the group has
     numbers: int
     # parameters that have a gradient in the reference only
     missing: int
-    # parameters that have a gradient here only
+    # parameters that have a gradient, but none in the reference
     extra: int
-    # numbers that are not finite, here or in the reference
+    # numbers that are not finite, in either
     broken: int
 
     @property
     def ratio(self) -> float:
+        """Of the norms; NaN where the reference has no gradient."""
         return self.norm / self.reference if self.reference else math.nan
-
-    @property
-    def severity(self) -> tuple[int, int, float]:
-        """By which the worst rank is found."""
-        return self.broken, self.missing + self.extra, self.apart
 
 
 def differences(
-    found: Found, reference: Found, named: Mapping[str, Sequence[str]], device: torch.device
+    found: StepResult,
+    reference: StepResult,
+    named: Mapping[str, Sequence[str]],
+    device: torch.device,
 ) -> dict[str, Difference]:
-    """The difference of each group, the same on all ranks. Every rank must call.
+    """By group, the same on all ranks: those of the rank that differs most. Every rank must call.
 
     Args:
-        named: names of the parameters of each group, see `groups`.
-        device: that ranks exchange data over.
+        named: names of parameters by group, as of `parameter_groups`.
+        device: what ranks exchange lies there.
     """
-    mine = {}
+    local = {}
     for group, names in named.items():
-        mine[group] = asdict(_difference(found, reference, names))
-    ranks = [json.loads(data) for data in world.gather_bytes(json.dumps(mine).encode(), device)]
+        local[group] = asdict(_group_difference(found, reference, names))
+    of_ranks = world.gather_bytes(json.dumps(local).encode(), device)
+    ranks = [json.loads(data) for data in of_ranks]
     worst = {}
     for group in named:
-        of_ranks = [Difference(**each[group]) for each in ranks]
-        worst[group] = max(of_ranks, key=lambda difference: difference.severity)
+        each = [Difference(**rank[group]) for rank in ranks]
+        worst[group] = max(each, key=lambda d: (d.broken, d.missing + d.extra, d.apart))
+
     return worst
 
 
-def _difference(found: Found, reference: Found, names: Sequence[str]) -> Difference:
-    """Of one group on this rank; sums are made in float64."""
+def _group_difference(found: StepResult, reference: StepResult, names: Sequence[str]) -> Difference:
     missing = 0
     extra = 0
     broken = 0
     numbers = 0
     largest = 0.0
-    # squared norms of both, their product, and the squared norm of the difference
+
+    # x·x, y·y, x·y and |x − y|² over the group
     sums = torch.zeros(4, dtype=torch.float64)
     for name in names:
         x = found[name]
         y = reference[name]
         if x is None and y is None:
             continue
+
+        # a gradient that is missing counts as zeros
         if x is None:
             assert y is not None
             missing += 1
             x = torch.zeros_like(y)
+
         if y is None:
             extra += 1
             y = torch.zeros_like(x)
+
         x = x.double().flatten()
         y = y.double().flatten()
         numbers += len(x)
@@ -223,12 +230,14 @@ def _difference(found: Found, reference: Found, names: Sequence[str]) -> Differe
         apart = x - y
         sums += torch.stack([x @ x, y @ y, x @ y, apart @ apart])
         largest = max(largest, float(apart.abs().max()))
+
     norm, reference_norm, difference_norm = sums[[0, 1, 3]].sqrt().tolist()
     product = norm * reference_norm
+    cosine = float(sums[2]) / product if product else math.nan
     return Difference(
         norm=norm,
         reference=reference_norm,
-        cosine=float(sums[2]) / product if product else math.nan,
+        cosine=cosine,
         apart=difference_norm,
         largest=largest,
         numbers=numbers,
@@ -239,19 +248,17 @@ def _difference(found: Found, reference: Found, names: Sequence[str]) -> Differe
 
 
 class Verdict(NamedTuple):
-    """What a difference means, in words and as a state."""
-
     words: str
-    # unclear: rounding hides it; idle: there is no gradient; near: a lower precision, no promise
+    # unclear: lost in rounding; idle: there is no gradient; near: lower precision
     state: Literal["exact", "wrong", "unclear", "idle", "near"]
 
 
 @dataclass(frozen=True)
 class Judge:
-    """Says what a difference means.
+    """Decides what a difference means.
 
     Args:
-        noise: the effect on each group of shaking the weights of the reference.
+        noise: what perturbing the weights of the reference does to each group.
         dtype: of the computation.
     """
 
@@ -259,36 +266,41 @@ class Judge:
     dtype: torch.dtype
 
     def verdict(self, group: str, d: Difference, mistakes: Mapping[str, float]) -> Verdict:
-        """
+        """Of a group's difference d.
+
         Args:
-            mistakes: known ones in words, and what each multiplies a gradient by.
+            mistakes: known ones in words, and the factor by which they multiply a gradient.
         """
         if broken := max(d.broken, self.noise[group].broken):
             return Verdict(f"not finite: {broken} of {d.numbers} numbers", "wrong")
         if d.missing or d.extra:
             words = (
-                f"{d.missing} parameters without the gradient that one process has, "
-                f"{d.extra} with a gradient that one process lacks"
+                f"{d.missing} parameters without the gradient of one process, "
+                f"{d.extra} with one it has not"
             )
             return Verdict(words, "wrong")
+
         eps = torch.finfo(self.dtype).eps
         noise = self.noise[group].apart
         size = self._size(group)
         allowed = max(FLOOR[self.dtype] * d.reference, MARGIN * noise, MARGIN * eps * size)
         if d.apart > allowed:
             what = "loss" if group == "loss" else "gradient"
-            return Verdict(_blame(what, d, mistakes), "wrong")
+            return Verdict(_explain(what, d, mistakes), "wrong")
+
+        # what rounding may change is far less than the gradient
         if group == "loss" or allowed < 0.1 * d.reference:
             return Verdict("exact", "exact")
         if d.reference <= 1000 * eps * size:
-            return Verdict("no gradient but rounding" if d.reference else "no gradient", "idle")
+            words = "no gradient but rounding" if d.reference else "no gradient"
+            return Verdict(words, "idle")
+
         return Verdict(f"cannot tell: rounding alone makes {noise / d.reference:.1%}", "unclear")
 
     def _size(self, group: str) -> float:
-        """The size that rounding errors are relative to.
+        """What rounding errors are relative to: the norm of all gradients of the reference.
 
-        For gradients the norm of all gradients of the reference together; for the loss its value,
-        but at least 1.
+        For the loss, the loss itself, but at least 1.
         """
         if group == "loss":
             return max(1.0, self.noise["loss"].reference)
@@ -296,74 +308,89 @@ class Judge:
         return math.hypot(*norms)
 
 
-def _blame(what: str, d: Difference, mistakes: Mapping[str, float]) -> str:
-    """What is wrong, in words: the direction, or a factor and the mistakes that would make it."""
+def _explain(what: str, d: Difference, mistakes: Mapping[str, float]) -> str:
+    """How a gradient is wrong: another direction, or another length, and why perhaps."""
     if not d.reference:
         return f"a {what} of {d.norm:.3g}, where one process has none"
     factor = math.copysign(d.ratio, d.cosine)
-    # the sine of the angle: the part of the difference that no factor explains
     sine = math.sqrt(max(0.0, 1 - d.cosine**2))
+
+    # the direction differs more than the length
     if d.norm and sine > 0.1 * abs(factor - 1):
-        cosine = f"{d.cosine:.4f}" if d.cosine < 0.9999 else f"1 - {1 - d.cosine:.0e}"
-        return f"direction differs (cosine {cosine}), {d.ratio:.4g} x as long"
+        near = f"{d.cosine:.4f}" if d.cosine < 0.9999 else f"1 - {1 - d.cosine:.0e}"
+        return f"direction differs (cosine {near}), {d.ratio:.4g} x as long"
+
     known = []
     for words, value in mistakes.items():
+        # a factor of 1 would explain nothing
         if value != 1 and abs(factor / value - 1) < 0.01:
             known.append(words)
-    reason = f" ({'; or '.join(known)})" if known else ""
-    return f"{factor:.4g} x the {what} of one process{reason}"
+
+    text = f"{factor:.4g} x the {what} of one process"
+    if known:
+        text += f" ({'; or '.join(known)})"
+    return text
 
 
-def judge_low_precision(d: Difference) -> Verdict:
-    """The verdict for a lower precision, which promises less.
-
-    Only a lost direction (a cosine below 0.9) counts as wrong.
-    """
+def low_precision_verdict(d: Difference) -> Verdict:
+    """The verdict on a precision that rounds more: wrong is only a direction that is lost."""
     if d.broken:
         return Verdict(f"not finite: {d.broken} of {d.numbers} numbers", "wrong")
     if not d.reference:
         return Verdict("no gradient", "idle")
+
     # a single number may be near 0, where its sign means nothing
     if d.numbers == 1:
         return Verdict(f"{math.copysign(d.ratio, d.cosine):.4f} x", "near")
+
+    # a cosine of NaN is lost, too
     if d.cosine >= 0.9:
         return Verdict(f"cosine {d.cosine:.4f}", "near")
     return Verdict(f"cosine {d.cosine:.4f}: direction lost", "wrong")
 
 
 class GradientRow(NamedTuple):
-    """One row of the table that selfcheck prints."""
+    """One line of the table: a group of parameters in one of the ways to train."""
 
-    # ranks, chunks and precision, in words
+    # what was compared with one process: ranks, chunks, precision
     compared: str
     group: str
     difference: Difference
     verdict: Verdict
 
 
-def table(rows: Sequence[GradientRow]) -> str:
-    """All rows as text; numbers are aligned on the right, verdicts are not padded."""
-    lines = [
-        ("compared with one process", "", "|g| / |g one|", "cosine", "largest diff", "verdict"),
-    ]
+HEAD = ("compared with one process", "", "|g| / |g one|", "cosine", "largest diff", "verdict")
+# of the columns but the last: words to the left, numbers to the right
+ALIGNMENT = "<<>>>"
+
+
+def gradient_table(rows: Sequence[GradientRow]) -> str:
+    """One line per row; what is compared is named on the first of its lines."""
+    lines = [HEAD]
     before = ""
     for row in rows:
         d = row.difference
+        compared = row.compared if row.compared != before else ""
+
+        # between two single numbers it could only be 1 or -1
         cosine = _number(d.cosine) if d.numbers > 1 else ""
         largest = f"{d.largest / (d.reference or 1):.0e}"
-        # what is compared stands once, in the first of its rows
-        title = row.compared if row.compared != before else ""
-        lines.append((title, row.group, _number(d.ratio), cosine, largest, row.verdict.words))
+        words = row.verdict.words
+        lines.append((compared, row.group, _number(d.ratio), cosine, largest, words))
         before = row.compared
-    widths = [max(len(line[column]) for line in lines) for column in range(5)]
-    printed = []
+
+    widths = [max(len(line[k]) for line in lines) for k in range(len(ALIGNMENT))]
+    texts = []
     for line in lines:
-        cells = []
-        for cell, side, width in zip(line[:5], "<<>>>", widths, strict=True):
-            cells.append(f"{cell:{side}{width}}")
-        printed.append("  ".join([*cells, line[5]]))
-    return "\n".join(printed)
+        *cells, words = line
+        aligned = []
+        for cell, side, width in zip(cells, ALIGNMENT, widths, strict=True):
+            aligned.append(f"{cell:{side}{width}}")
+        texts.append("  ".join([*aligned, words]))
+
+    return "\n".join(texts)
 
 
 def _number(x: float) -> str:
+    """Six decimals where they say something."""
     return f"{x:.6f}" if 1e-3 < abs(x) < 1e3 else f"{x:.3g}"

@@ -111,8 +111,6 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-
-
 def save(
     folder: Path, tensors: dict[str, Tensors], state: dict[str, Any], extra: Callable[[Path], None]
 ) -> None:

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipsmall.mining.scored import Floats, Ints, Scored, one_owner
-from clipsmall.mining.spectral import spectral
+from clipsmall.mining.scored_pairs import Floats, Ints, ScoredPairs, one_owner
+from clipsmall.mining.spectral import spectral_groups
 from clipsmall.mining.weights import sigmoid_weights, softmax_weights
 
 SELECTIONS = {
@@ -143,7 +143,7 @@ class FreeEmbeddings:
         unit = F.normalize(self.free.detach(), dim=-1)
         # mining works in float32
         image, text = unit.float().numpy()
-        scored = Scored(image, text, self.scale, self.bias)
+        scored = ScoredPairs(image, text, self.scale, self.bias)
 
         if self.loss == "sigmoid":
             weights = sigmoid_weights(scored, size)
@@ -153,7 +153,7 @@ class FreeEmbeddings:
         # free vectors have no duplicates to keep apart
         cannot_link = np.zeros_like(weights, dtype=bool)
         quotas = one_owner(self.pairs, size)
-        return spectral(scored, quotas, cannot_link, generator, weights)
+        return spectral_groups(scored, quotas, cannot_link, generator, weights)
 
 
 def choose_batches(

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from clipsmall.mining.scored import Floats
+from clipsmall.mining.scored_pairs import Floats
 from clipsmall.synthetic.free_embeddings import (
     SELECTIONS,
     FreeEmbeddings,

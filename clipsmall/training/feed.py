@@ -115,7 +115,7 @@ class Feed:
         mine = torch.tensor(
             [self.stop.signal, self.skips.total, self.skips.seen], device=self.device
         )
-        signals, bad, seen = world.total(mine).tolist()
+        signals, bad, seen = world.sum_over_ranks(mine).tolist()
         self.stopped = signals > 0
         if bad > self.max_error_rate * max(seen, self.judged_from):
             raise ShardError(

@@ -80,7 +80,7 @@ def shard_towers(model: DualEncoder, device: torch.device) -> None:
     averages = [part.towers for part in model.heads.modules() if isinstance(part, MovingAverage)]
     for towers in [model.towers, *averages]:
         blocks = [part for name, part in towers.named_modules() if is_block(name)]
-        world.shard([*blocks, towers], ("image", "text"), device)
+        world.shard_parameters([*blocks, towers], ("image", "text"), device)
     # there is no DDP to average the gradients of what stays whole
     for parameter in model.parameters():
         whole = local_part(parameter) is parameter
@@ -99,7 +99,7 @@ def is_block(name: str) -> bool:
 def _average_gradient(parameter: Tensor) -> None:
     """The mean over ranks, as DDP and FSDP take it."""
     assert parameter.grad is not None
-    parameter.grad = world.mean(parameter.grad)
+    parameter.grad = world.mean_over_ranks(parameter.grad)
 
 
 def local_part(x: Any) -> Tensor:
@@ -130,7 +130,7 @@ def gathered(tensors: Tensors, keep: bool) -> Tensors:
 
 def scattered(tensors: Tensors, like: Tensors) -> Tensors:
     """Whole tensors, equal on all ranks, sharded as those of the same name in `like` are."""
-    return {name: world.shared_as(like.get(name), tensor) for name, tensor in tensors.items()}
+    return {name: world.shard_like(like.get(name), tensor) for name, tensor in tensors.items()}
 
 
 def scattered_moments(moments: Tensors, groups: list[dict[str, Any]]) -> Tensors:
@@ -147,7 +147,7 @@ def scattered_moments(moments: Tensors, groups: list[dict[str, Any]]) -> Tensors
     for name, tensor in moments.items():
         parameter = parameters[int(name.partition(".")[0])]
         # the count of steps is a number, the same on every rank
-        found[name] = world.shared_as(parameter, tensor) if tensor.ndim else tensor
+        found[name] = world.shard_like(parameter, tensor) if tensor.ndim else tensor
     return found
 
 

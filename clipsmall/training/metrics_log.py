@@ -117,7 +117,7 @@ class MetricsLog:
         for name in names:
             value = losses[name].detach().float()
             values.append(value.to(device))
-        means = world.mean(torch.stack(values))
+        means = world.mean_over_ranks(torch.stack(values))
         return dict(zip(names, means.tolist(), strict=True))
 
     def _show(self, row: dict[str, Any]) -> None:

@@ -136,7 +136,7 @@ def clipped_norm(accelerator: Any, parameters: Iterable[nn.Parameter], limit: fl
     norm = torch.nn.utils.get_total_norm(whole)
     if parts:
         of_parts = torch.nn.utils.get_total_norm(parts)
-        norm = (norm.square() + world.total(of_parts.square())).sqrt()
+        norm = (norm.square() + world.sum_over_ranks(of_parts.square())).sqrt()
     # as torch.nn.utils.clip_grad_norm_ has it, 1e-6 included
     factor = (limit / (norm + 1e-6)).clamp(max=1.0)
     torch._foreach_mul_(gradients, factor)

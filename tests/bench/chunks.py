@@ -1,7 +1,8 @@
 """A step of a model whole and in chunks: peak memory and time against the batch.
 
     python -m tests.bench.chunks [--model ViT-B-32] [--sizes 16 32 64] [--chunk 8] [--out FILE.json]
-    python -m tests.bench.chunks --model ViT-S-32 --image_size 1024 --sizes 256 --chunk 4 --whole 0 --steps 1 --anew
+    python -m tests.bench.chunks --model ViT-S-32 --image_size 1024 --sizes 256 --chunk 4 \\
+                                 --whole 0 --steps 1 --anew
 
 Forward, softmax, backward, with random weights and pixels; every number from a fresh process.
 Memory is the process's peak less its level when model, gradients and pixels are there (on a GPU
@@ -185,19 +186,16 @@ def main() -> None:
             if chunk or size <= options.whole:
                 row = measured(size=size, chunk=chunk, **common)
                 rows.append(row)
+                batch = f"{size:>5}  {chunk or 'whole':>5}"
                 gib = f"{row['bytes'] / GIB:5.2f}  {row['bytes_in_all'] / GIB:6.2f}"
-                print(
-                    f"{size:>5}  {chunk or 'whole':>5}  {gib}  {row['seconds']:7.2f}  {row['loss']:.4f}",
-                    flush=True,
-                )
+                print(f"{batch}  {gib}  {row['seconds']:7.2f}  {row['loss']:.4f}", flush=True)
         options.out.write_text(
             json.dumps({"torch": torch.__version__, "results": rows}, indent=2) + "\n"
         )
     at = f" at {options.image_size} pixels" * bool(options.image_size)
     picture(rows, options.out.with_suffix(".png"), f"{options.model}{at}, {options.device}")
-    print(
-        f"at most {max(row['bytes_in_all'] for row in rows) / GIB:.2f} GiB in all, of {options.memory:g}"
-    )
+    most = max(row["bytes_in_all"] for row in rows)
+    print(f"at most {most / GIB:.2f} GiB in all, of {options.memory:g}")
     print(f"{options.out} and {options.out.with_suffix('.png').name}")
 
 

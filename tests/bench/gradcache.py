@@ -1,15 +1,16 @@
-"""Ways to train on a big batch with the memory of a small one, beside the plain step: gradient,
-memory, time.
+"""Ways to train on a big batch in little memory, next to the plain step: gradient, memory, time.
 
-    python -m tests.bench.gradcache [--model ViT-B-32] [--size 32] [--chunk 8] [--dtype float32] [--out FILE.json]
+    python -m tests.bench.gradcache [--model ViT-B-32] [--size 32] [--chunk 8] [--dtype float32]
+                                    [--out FILE.json]
 
 One model, the same weights, pixels and captions for all sides:
   whole        the plain step: what the others should equal
   chunked      ours: model.chunk_size
   two-pass     GradCache as its paper has it, by hand: `two_pass`
   accum-freq   open_clip's --accum-freq k, k = size / chunk: `train_one_epoch` of the installed
-  open_clip_train itself accumulate   the mean of the small batches' losses: each pair meets the
-  negatives of its own small batch only
+               open_clip_train itself
+  accumulate   the mean of the small batches' losses: each pair meets the negatives of its own
+               small batch only
 
 A gradient is held against `whole`'s by cosine, ratio of lengths, and length of the difference over
 `whole`'s length (float32 rounds at 1e-6; --dtype float64 tells more), for image tower, text tower

@@ -1,5 +1,4 @@
-"""Fine-tuning of a small CLIP: what each amount of training brings, on drawings of a vendor it
-never saw.
+"""Fine-tuning of a small CLIP: what each amount of training brings, on drawings it never saw.
 
     python -m tests.bench.lora [--out runs/lora] [--data data/lora] [--shared ../shared/data]
 

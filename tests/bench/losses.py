@@ -1,7 +1,9 @@
-"""Memory and time of a loss, forward and backward: ours in tiles, open_clip's, and ours as plain
-dense autograd.
+"""Memory and time of a loss: ours in tiles, open_clip's, and ours as plain dense autograd.
 
-    python -m tests.bench.losses [--sizes 1024 4096 16384] [--objectives softmax] [--memory 16] [--out FILE.json]
+    python -m tests.bench.losses [--sizes 1024 4096 16384] [--objectives softmax] [--memory 16]
+                                 [--out FILE.json]
+
+Forward and backward.
 
 Every number comes from a fresh process of its own. Memory is the process's peak (VmHWM, what the
 kernel saw, scratch space of matrix products included) less its level before the first loss, when

@@ -16,8 +16,8 @@ import numpy as np
 from sklearn.cluster import KMeans
 from sklearn.manifold import spectral_embedding
 
-from clipsmall.mining import Identity, MiningRecipe, Scored, deal
-from clipsmall.mining.scored import Floats, Ints, one_owner
+from clipsmall.mining import Identity, MiningRecipe, ScoredPairs, assign_batches
+from clipsmall.mining.scored_pairs import Floats, Ints, one_owner
 from clipsmall.mining.spectral import affinity, even_clusters
 from clipsmall.mining.weights import batch_losses, softmax_weights
 
@@ -41,7 +41,7 @@ def unit(x: Floats) -> Floats:
 
 def clustered(
     pairs: int, scale: float = 10.0, width: int = 128, seed: int = 0
-) -> tuple[Scored, Ints]:
+) -> tuple[ScoredPairs, Ints]:
     """Scored pairs, and the concept of each: four pairs share one."""
     made = np.random.default_rng(seed)
     topics = unit(made.normal(size=(20, width)))
@@ -52,22 +52,22 @@ def clustered(
     concept = made.permutation(np.repeat(np.arange(pairs // 4), 4))
     image = unit(concepts[concept] + 0.5 * unit(made.normal(size=(pairs, width))))
     text = unit(image + 0.3 * unit(made.normal(size=(pairs, width))))
-    return Scored(image.astype(np.float32), text.astype(np.float32), scale), concept
+    return ScoredPairs(image.astype(np.float32), text.astype(np.float32), scale), concept
 
 
 def distinct(pairs: int) -> Identity:
     return Identity(np.arange(pairs), np.arange(pairs), np.arange(pairs))
 
 
-def dealt(recipe: MiningRecipe, scored: Scored, ranks: int = 1) -> Ints:
+def mined_batches(recipe: MiningRecipe, scored: ScoredPairs, ranks: int = 1) -> Ints:
     """Batches of a pool whose pairs lie on `ranks` ranks by turns."""
     pairs = len(scored.image)
-    return deal(
+    return assign_batches(
         recipe, scored, distinct(pairs), np.arange(pairs) % ranks, np.random.default_rng(0), ranks
     ).batches
 
 
-def by_arpack(scored: Scored, size: int) -> Ints:
+def by_arpack(scored: ScoredPairs, size: int) -> Ints:
     """The paper's pipeline as its authors run it."""
     pairs = len(scored.image)
     graph = affinity(softmax_weights(scored, size), np.zeros((pairs, pairs), dtype=bool))
@@ -101,7 +101,9 @@ def main(words: list[str] | None = None) -> None:
             start = time.process_time()
             if name in RECIPES:
                 recipe = RECIPES[name]
-                batches = dealt(MiningRecipe(**{**vars(recipe), "batch_size": batch}), scored)
+                batches = mined_batches(
+                    MiningRecipe(**{**vars(recipe), "batch_size": batch}), scored
+                )
             else:
                 batches = by_arpack(scored, batch)
             took = time.process_time() - start
@@ -119,10 +121,8 @@ def main(words: list[str] | None = None) -> None:
                     "seconds": took,
                 }
             )
-            print(
-                f"{pairs:>6} {batch:>4}  {name:<22} loss {loss:.3f}  mates {mates:.2f}  {took:8.2f} s",
-                flush=True,
-            )
+            result = f"loss {loss:.3f}  mates {mates:.2f}  {took:8.2f} s"
+            print(f"{pairs:>6} {batch:>4}  {name:<22} {result}", flush=True)
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1))
 

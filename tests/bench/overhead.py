@@ -1,7 +1,7 @@
-"""What mining costs a training run: the same run without and with it, by turns, in one go.
+"""What mining costs a training run: the same run without and with it, in turns.
 
-    python -m tests.bench.overhead [--config configs/demo.yaml] [--rounds 3] [--pairs 12800] [--json OUT.json]
-        [WORDS of clipsmall.train, such as --mining.method=chain --mining.fraction=1]
+    python -m tests.bench.overhead [--config configs/demo.yaml] [--rounds 3] [--pairs 12800]
+        [--json OUT.json] [WORDS of clipsmall.train, such as --mining.method=chain]
 
 Every run is a process of its own; pools are mined from the first step to the last, and the first
 tenth is not timed.

@@ -1,5 +1,4 @@
-"""The planner's peaks beside true ones: bytes that the CPU's allocator had given out, from the
-profiler's events.
+"""The planner's peaks next to true ones, which the profiler reports.
 
     python -m tests.bench.plan [--only WORDS] [--out FILE.json]
 

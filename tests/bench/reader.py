@@ -1,7 +1,7 @@
-"""Reader throughput: our indexed reader against open_clip's own webdataset pipeline, on the same
-shards.
+"""Reader throughput: our indexed reader against open_clip's own webdataset pipeline.
 
-    python -m tests.bench.reader [--shards FOLDER] [--size 64] [--workers 0 1 2] [--pairs N] [--out FILE.json]
+    python -m tests.bench.reader [--shards FOLDER] [--size 64] [--workers 0 1 2] [--pairs N]
+                                 [--out FILE.json]
 
 Same shards, batch size, workers, picture size, interpolation and tokenizer (open_clip's
 `SimpleTokenizer`). Ours delivers uint8, which the model normalises, so the normalisation of every
@@ -156,13 +156,13 @@ def main() -> None:
         return
     if not list(options.shards.glob("*.tar")):
         raise SystemExit(
-            f"error: {options.shards}: no shards; make some: python -m data_tools.glyphs data/glyphs"
+            f"error: {options.shards}: no shards; make some: "
+            "python -m data_tools.glyphs data/glyphs"
         )
     sides = {name: started(name) for name in SIDES}
     rows = []
-    print(
-        f"{'workers':>7}  {'ours':>8}  {'open_clip':>9}  ratio  (pairs/s, median of {options.rounds} rounds)"
-    )
+    head = f"{'workers':>7}  {'ours':>8}  {'open_clip':>9}  ratio"
+    print(f"{head}  (pairs/s, median of {options.rounds} rounds)")
     for workers in options.workers:
         task = {name: getattr(options, name) for name in ("size", "batch", "pairs")}
         task |= {"shards": str(options.shards.resolve()), "workers": workers}

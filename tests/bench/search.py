@@ -1,7 +1,7 @@
-"""How long one query takes among n items: exact search over float16 files, and faiss where it is
-installed.
+"""How long one query takes among n items: exact search over float16 files, and faiss if installed.
 
-    python -m tests.bench.search [--sizes 100000] [--width 512] [--k 24] [--rounds 20] [--json OUT.json]
+    python -m tests.bench.search [--sizes 100000] [--width 512] [--k 24] [--rounds 20]
+                                 [--json OUT.json]
 
 One core; random unit vectors; the files were just written, so they are read from memory. `dense` is
 the same product over all rows at once, held in memory as float32.

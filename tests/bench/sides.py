@@ -8,8 +8,9 @@ from tests import ROOT
 
 
 class Side:
-    """`hello` is the process's first line; it answers with one line for every line it is sent,
-    until it is closed.
+    """A process that answers with one line for every line it is sent, until it is closed.
+
+    `hello` is the first line it writes.
     """
 
     def __init__(self, command: list[str], env: dict[str, str]) -> None:

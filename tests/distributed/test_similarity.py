@@ -1,5 +1,4 @@
-"""The streamed pair matrix against the dense one and its autograd, on one rank and on several,
-gathered and in a ring.
+"""The tiled pair matrix against the dense one and its autograd: one rank, several, and a ring.
 
 Seen to fail when: a tile forgets the sums of those before it, or a gradient those of other tiles;
 the last, smaller tile is skipped; u or v is that of the first tile; a row with no entry divides by
@@ -108,8 +107,7 @@ def gradients(outputs: list[Tensor], leaves: list[Tensor]) -> list[Tensor]:
     return list(torch.autograd.grad(outputs, leaves, weights, retain_graph=True))
 
 
-# --- one rank
-# -------------------------------------------------------------------------------------------------------
+# ---- one rank
 
 
 @pytest.mark.parametrize("kind", LAYOUTS)
@@ -282,8 +280,7 @@ def test_without_gradients_none_is_made() -> None:
         similarity.total(x, y, place, softplus, torch.ones(12), u)
 
 
-# --- numbers at their limits
-# ----------------------------------------------------------------------------------------
+# ---- numbers at their limits
 
 
 def test_float32_logits_of_200_are_those_of_float64() -> None:
@@ -450,8 +447,7 @@ def test_columns_may_have_another_dtype_than_rows() -> None:
     assert torch.equal(mine[1], true[1].bfloat16())
 
 
-# --- several ranks
-# --------------------------------------------------------------------------------------------------
+# ---- several ranks
 
 # rows and columns over all ranks: 3 a rank on eight of them
 B = 24
@@ -496,7 +492,7 @@ def over_ranks(kind: str, ring: bool, dtype: torch.dtype, offsets: bool) -> list
         world.gather(tensor.detach()) for tensor in (sums.rows, sums.row_max, best, where, negative)
     ]
     mean = [world.gather(grad) / world.size() for grad in grads]
-    return [world.mean(loss), sums.columns.detach(), sums.column_max, *gathered, *mean]
+    return [world.mean_over_ranks(loss), sums.columns.detach(), sums.column_max, *gathered, *mean]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -565,7 +561,7 @@ def test_a_ring_shows_every_row_once_and_brings_its_baggage_home(
 
 def added() -> tuple[float, list[float]]:
     x = torch.tensor([1.0, 2.0], dtype=torch.float64).mul_(world.rank() + 1).requires_grad_()
-    loss = (world.rank() + 1) * world.add(x).square().sum()
+    loss = (world.rank() + 1) * world.differentiable_sum(x).square().sum()
     loss.backward()
     assert x.grad is not None
     return loss.item(), x.grad.tolist()
@@ -588,7 +584,7 @@ def log_summed() -> tuple[Tensor, Tensor]:
     # on some
     x[1, world.rank() % 3] = -torch.inf
     x[2, 1] = torch.nan if world.rank() == 0 else 1.0
-    return world.logsumexp(x), world.gather(x[None]).logsumexp(dim=0)
+    return world.logsumexp_over_ranks(x), world.gather(x[None]).logsumexp(dim=0)
 
 
 @pytest.mark.parametrize("world_size", WORLDS)
@@ -600,7 +596,7 @@ def test_log_sums_over_ranks_with_minus_infinity_and_nan(ranks: Any, world_size:
 
 
 def maximum_with_nan() -> Tensor:
-    return world.maximum(torch.tensor([torch.nan if world.rank() == 0 else 1.0, 2.0]))
+    return world.max_over_ranks(torch.tensor([torch.nan if world.rank() == 0 else 1.0, 2.0]))
 
 
 @pytest.mark.parametrize("world_size", WORLDS)

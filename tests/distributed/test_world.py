@@ -107,7 +107,7 @@ def trained(
         rows = wrapped(Pairs(*(field[mine] for field in global_batch(step))))
         loss = objective(rows, columns(rows))["loss"]
         loss.backward()
-        losses.append(world.mean(loss).item())
+        losses.append(world.mean_over_ranks(loss).item())
         optimizer.step()
         model.after_step()
     gradients = {n: p.grad.numpy() for n, p in model.named_parameters() if p.grad is not None}
@@ -168,7 +168,11 @@ def test_uneven_gather_keeps_every_row_once(ranks: Any) -> None:
 
 def reduced() -> tuple[int, int, float]:
     mine = torch.tensor(world.rank())
-    return world.total(mine).item(), world.maximum(mine).item(), world.mean(mine.double()).item()
+    return (
+        world.sum_over_ranks(mine).item(),
+        world.max_over_ranks(mine).item(),
+        world.mean_over_ranks(mine.double()).item(),
+    )
 
 
 def test_reductions_are_the_same_on_every_rank(ranks: Any) -> None:
@@ -176,10 +180,10 @@ def test_reductions_are_the_same_on_every_rank(ranks: Any) -> None:
 
 
 def test_ranks_that_are_not_joined_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    world.check(1)
+    world.check_ranks(1)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="train apart"):
-        world.check(1)
+        world.check_ranks(1)
 
 
 def test_columns_in_host_memory_go_back_in_one_thread() -> None:
@@ -200,7 +204,7 @@ def meets(folder: Path) -> int:
     if world.rank() == world.size() - 1:
         time.sleep(0.5)
     (folder / str(world.rank())).touch()
-    world.check(world.size())
+    world.check_ranks(world.size())
     return len(list(folder.iterdir()))
 
 

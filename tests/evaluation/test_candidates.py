@@ -28,7 +28,7 @@ from clipsmall.evaluation.tasks.candidates import (
     word_cosines,
 )
 from clipsmall.evaluation.view import DataView
-from clipsmall.mining.swaps import conflicts
+from clipsmall.mining.swaps import count_conflicts
 from tests.evaluation.test_evaluation import small_encoder, unit_rows, write_pictures
 from tests.evaluation.test_suite import cells, run, write_model
 
@@ -99,11 +99,11 @@ def test_no_set_holds_two_that_may_not_meet(monkeypatch: pytest.MonkeyPatch) -> 
         cannot[a, b] = cannot[b, a] = True
     for made in candidate_sets(words, cannot, 4):
         assert len(made) == 5
-        assert not conflicts(made, cannot).any()
+        assert not count_conflicts(made, cannot).any()
     with monkeypatch.context() as patch:
         rows = np.arange(20).reshape(5, 4)
         # where it fails, sets are left out
-        patch.setattr(candidates, "separated", lambda *_: rows)
+        patch.setattr(candidates, "separate_conflicts", lambda *_: rows)
         cannot[8, 9] = cannot[9, 8] = True
         assert candidate_sets(words, cannot, 4)[1].tolist() == np.delete(rows, 2, axis=0).tolist()
     cannot[:] = True

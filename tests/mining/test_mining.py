@@ -13,24 +13,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clipsmall.mining import Identity, MiningRecipe, Scored, deal, false_negatives
-from clipsmall.mining.assignment import joined
-from clipsmall.mining.combine import combined, even_quotas
-from clipsmall.mining.initial_groups import osgd, shuffled
-from clipsmall.mining.learnability import gains, learnability
-from clipsmall.mining.scored import Ints, one_owner
-from clipsmall.mining.swaps import conflicts, separated, swapped
+from clipsmall.mining import Identity, MiningRecipe, ScoredPairs, assign_batches, false_negatives
+from clipsmall.mining.assignment import hashes_for_masks
+from clipsmall.mining.combine import combine_groups, even_quotas
+from clipsmall.mining.initial_groups import osgd, random_groups
+from clipsmall.mining.learnability import learnability, learnability_gains
+from clipsmall.mining.scored_pairs import Ints, one_owner
+from clipsmall.mining.swaps import count_conflicts, improve_by_swaps, separate_conflicts
 from clipsmall.mining.weights import batch_losses, sigmoid_weights, softmax_weights
-from tests.bench.mining import clustered, dealt, distinct, unit
+from tests.bench.mining import clustered, distinct, mined_batches, unit
 
 DEALERS = ["groups", "chain", "kmeans", "spectral", "shuffled"]
 
 
-def pool(seed: int, pairs: int, scale: float = 10.0, bias: float = 0.0) -> Scored:
+def pool(seed: int, pairs: int, scale: float = 10.0, bias: float = 0.0) -> ScoredPairs:
     made = np.random.default_rng(seed)
     image = unit(made.normal(size=(pairs, 8)))
     text = unit(image + 0.7 * unit(made.normal(size=(pairs, 8))))
-    return Scored(image.astype(np.float32), text.astype(np.float32), scale, bias)
+    return ScoredPairs(image.astype(np.float32), text.astype(np.float32), scale, bias)
 
 
 def apart(batches: Ints, identity: Identity) -> bool:
@@ -75,12 +75,14 @@ def test_every_plan_takes_each_pair_once_and_equally_from_every_rank(
     identity = Identity(np.arange(n), captions, np.arange(n))
     reference = pool(seed + 1, n)
     run = [
-        deal(recipe, pool(seed, n), identity, owner, np.random.default_rng(seed), ranks, reference)
+        assign_batches(
+            recipe, pool(seed, n), identity, owner, np.random.default_rng(seed), ranks, reference
+        )
         for _ in range(2)
     ]
     plan = run[0].batches
     assert np.array_equal(plan, run[1].batches)
-    assert plan.shape == (recipe.kept(batches), size)
+    assert plan.shape == (recipe.batches_kept(batches), size)
     assert len(np.unique(plan)) == plan.size
     for batch in plan:
         assert np.bincount(owner[batch], minlength=ranks).tolist() == [size // ranks] * ranks
@@ -103,7 +105,7 @@ def test_copies_never_meet_where_they_need_not(method: str, ranks: int) -> None:
         given = pool(seed, n)
         mixed = identity.take(order)
         owner = np.arange(n) // (size // ranks) % ranks
-        out = deal(
+        out = assign_batches(
             MiningRecipe(method, size, 4 if method == "groups" else 0),
             given,
             mixed,
@@ -121,7 +123,7 @@ def test_what_must_stay_together_gets_one_hash() -> None:
     """
     n = 32
     identity = Identity(np.arange(n), np.zeros(n, np.int64), np.arange(n))
-    out = deal(
+    out = assign_batches(
         MiningRecipe("chain", 8, 0),
         pool(0, n),
         identity,
@@ -135,7 +137,7 @@ def test_what_must_stay_together_gets_one_hash() -> None:
     four = Identity(np.arange(4), np.array([5, 6, 6, 7]), np.array([1, 1, 2, 3]))
     copies = false_negatives.copies(four)
     assert copies.sum() == 4
-    hashes = joined(four, batches, copies)
+    hashes = hashes_for_masks(four, batches, copies)
     assert len(set(hashes[0, :3].tolist())) == 1
     assert hashes[0, 3] == 7
     assert four.caption_hash.tolist() == [5, 6, 6, 7]
@@ -151,9 +153,9 @@ def test_what_is_merely_alike_stays_a_negative() -> None:
     captions = np.where(np.arange(n) < 4, 0, np.arange(n))
     identity = Identity(np.arange(n), captions, np.arange(n))
     owner = np.zeros(n, np.int64)
-    out = deal(
+    out = assign_batches(
         MiningRecipe("groups", 512, 4),
-        Scored(image, text, 10.0),
+        ScoredPairs(image, text, 10.0),
         identity,
         owner,
         np.random.default_rng(0),
@@ -166,7 +168,7 @@ def test_copies_that_cannot_all_be_apart_are_spread_as_far_as_can_be() -> None:
     n = 2048
     scored, _ = clustered(n)
     identity = Identity(np.arange(n), np.arange(n) % 10, np.arange(n))
-    out = deal(
+    out = assign_batches(
         MiningRecipe("groups", 32, 4),
         scored,
         identity,
@@ -185,7 +187,7 @@ def test_mined_batches_are_harder_than_random_ones(method: str, weights: str) ->
         scored, _ = clustered(512, seed=seed)
         scored = scored if weights == "softmax" else scored._replace(bias=-5.0)
         recipe = MiningRecipe(method, 32, 4 if method == "groups" else 0, weights, keep=0.25)
-        out = deal(
+        out = assign_batches(
             recipe, scored, distinct(512), np.zeros(512, np.int64), np.random.default_rng(seed)
         )
         assert out.numbers["mined_loss"] == pytest.approx(
@@ -201,7 +203,7 @@ def test_one_plan_for_all_ranks_keeps_most_of_the_hardness() -> None:
     scored, _ = clustered(1280)
     made = {
         ranks: batch_losses(
-            scored, dealt(MiningRecipe("kmeans", 32, 0, swaps=5, guard=0), scored, ranks)
+            scored, mined_batches(MiningRecipe("kmeans", 32, 0, swaps=5, guard=0), scored, ranks)
         ).mean()
         for ranks in (1, 8)
     }
@@ -210,8 +212,8 @@ def test_one_plan_for_all_ranks_keeps_most_of_the_hardness() -> None:
     alone = []
     for rank in range(8):
         mine = np.flatnonzero(np.arange(1280) % 8 == rank)
-        part = Scored(scored.image[mine], scored.text[mine], scored.scale)
-        alone.append(mine[dealt(MiningRecipe("kmeans", 4, 0, swaps=5, guard=0), part)])
+        part = ScoredPairs(scored.image[mine], scored.text[mine], scored.scale)
+        alone.append(mine[mined_batches(MiningRecipe("kmeans", 4, 0, swaps=5, guard=0), part)])
     assert batch_losses(scored, np.concatenate(alone, axis=1)).mean() < 0.3
 
 
@@ -234,7 +236,7 @@ def test_the_softmax_weights_bound_a_batch_from_below(size: int) -> None:
         if size == 2:
             assert bound == pytest.approx(loss, rel=1e-5)
     # equal negatives: Jensen is exact
-    one = Scored(*(np.tile(x[:1], (size, 1)) for x in pool(0, 1)[:2]), 10.0)
+    one = ScoredPairs(*(np.tile(x[:1], (size, 1)) for x in pool(0, 1)[:2]), 10.0)
     assert softmax_weights(one, size).sum() / 2 / (size * (size - 1)) == pytest.approx(
         2 * np.log(size), rel=1e-5
     )
@@ -269,13 +271,16 @@ def test_swaps_only_gain_and_end_where_no_exchange_does(seed: int, ranks: int) -
     cannot = np.zeros((n, n), bool)
     owner = np.arange(n) % ranks
     generator = np.random.default_rng(seed)
-    start = shuffled(pool(seed, n), even_quotas(owner, ranks, size, size), cannot, generator)
+    start = random_groups(pool(seed, n), even_quotas(owner, ranks, size, size), cannot, generator)
     steps = [
-        inside(weights, swapped(weights, start, owner, cannot, sweeps, np.random.default_rng(1)))
+        inside(
+            weights,
+            improve_by_swaps(weights, start, owner, cannot, sweeps, np.random.default_rng(1)),
+        )
         for sweeps in range(4)
     ]
     assert all(after >= before - 1e-3 for before, after in pairwise(steps))
-    best = swapped(weights, start, owner, cannot, 100, generator)
+    best = improve_by_swaps(weights, start, owner, cannot, 100, generator)
     reached = inside(weights, best)
     # by brute force: no exchange of two pairs of one rank is left that gains
     for a in range(n):
@@ -293,14 +298,14 @@ def test_swaps_separate_what_may_not_meet() -> None:
     cannot = np.kron(np.eye(n // 4, dtype=bool), np.ones((4, 4), bool)) & ~np.eye(n, dtype=bool)
     # the worst of all
     groups = np.arange(n).reshape(-1, 4)
-    assert conflicts(groups, cannot).sum() == 6 * n // 4
+    assert count_conflicts(groups, cannot).sum() == 6 * n // 4
     for made in (
-        separated(groups, np.zeros(n, np.int64), cannot, generator),
-        swapped(
+        separate_conflicts(groups, np.zeros(n, np.int64), cannot, generator),
+        improve_by_swaps(
             softmax_weights(pool(0, n), 4), groups, np.zeros(n, np.int64), cannot, 5, generator
         ),
     ):
-        assert conflicts(made, cannot).sum() == 0
+        assert count_conflicts(made, cannot).sum() == 0
         assert sorted(made.ravel()) == list(range(n))
 
 
@@ -308,7 +313,7 @@ def test_osgd_keeps_the_hardest_of_random_batches() -> None:
     scored = pool(0, 128)
     generator = np.random.default_rng(3)
     cannot = np.zeros((128, 128), bool)
-    all_of_them = shuffled(scored, one_owner(128, 8), cannot, np.random.default_rng(3))
+    all_of_them = random_groups(scored, one_owner(128, 8), cannot, np.random.default_rng(3))
     kept = osgd(scored, one_owner(128, 8), cannot, generator, keep=4)
     losses = batch_losses(scored, all_of_them)
     assert np.allclose(batch_losses(scored, kept), np.sort(losses)[::-1][:4])
@@ -327,9 +332,9 @@ def test_learnability_takes_what_is_hard_for_the_learner_and_easy_for_the_refere
     reference = truth._replace(text=text)
     blind = truth.image.copy()
     blind[kinds == 1] = unit(np.random.default_rng(6).normal(size=(n // 3, 8)))
-    learner = Scored(blind.astype(np.float32), text, 20.0)
+    learner = ScoredPairs(blind.astype(np.float32), text, 20.0)
     for kind in ("softmax", "sigmoid"):
-        found = gains(learner, reference, 8, kind)
+        found = learnability_gains(learner, reference, 8, kind)
         assert np.abs(found.together[np.ix_(kinds != 1, kinds != 1)]).max() < 1e-3
         counts = np.zeros(3)
         for seed in range(10):
@@ -345,20 +350,24 @@ def test_the_guard_blocks_the_share_it_is_told_and_follows_the_model() -> None:
     scored, concept = clustered(512)
     same = (concept[:, None] == concept) & ~np.eye(512, dtype=bool)
     for share in (0.002, 0.01, 0.05):
-        blocked, limit = false_negatives.too_hard(scored, share, None)
+        blocked, limit = false_negatives.too_hard_negatives(scored, share, None)
         assert blocked.sum() / (512 * 511) == pytest.approx(share, rel=0.15)
         assert not blocked.diagonal().any()
         assert (blocked == blocked.T).all()
-        fixed, _ = false_negatives.too_hard(scored, 0.5, limit)
+        fixed, _ = false_negatives.too_hard_negatives(scored, 0.5, limit)
         assert (fixed == blocked).all()
     # the hardest hundredth holds the pairs of one concept: 3 of 511
-    assert (false_negatives.too_hard(scored, 0.01, None)[0] & same).sum() / same.sum() > 0.95
-    none, limit = false_negatives.too_hard(scored, 0.0, None)
+    assert (
+        false_negatives.too_hard_negatives(scored, 0.01, None)[0] & same
+    ).sum() / same.sum() > 0.95
+    none, limit = false_negatives.too_hard_negatives(scored, 0.0, None)
     assert not none.any()
     assert limit == np.inf
     # a model that knows nothing has no positives to compare with
     ignorant = scored._replace(text=scored.text[::-1].copy())
-    assert false_negatives.too_hard(ignorant, 0.01, None)[0].mean() == pytest.approx(0.01, rel=0.2)
+    assert false_negatives.too_hard_negatives(ignorant, 0.01, None)[0].mean() == pytest.approx(
+        0.01, rel=0.2
+    )
 
 
 def test_near_duplicates_are_of_one_modality() -> None:
@@ -374,7 +383,7 @@ def test_near_duplicates_are_of_one_modality() -> None:
     alike = unit(1 + 0.01 * np.random.default_rng(0).normal(size=(300, 8))).astype(np.float32)
     assert (alike @ alike.T).min() > 0.99
     assert false_negatives.near_duplicates(
-        Scored(alike, alike[::-1].copy()), 0.95
+        ScoredPairs(alike, alike[::-1].copy()), 0.95
     ).mean() == pytest.approx(2 / 300, rel=0.3)
 
 
@@ -388,10 +397,10 @@ def test_groups_of_any_size_make_batches_of_every_rank(ranks: int, size: int) ->
     assert (quotas.counts.reshape(batches, -1, ranks).sum(axis=1) == batch // ranks).all()
     # as mixed as can be
     assert quotas.counts.max() == max(-(-size // ranks), 1)
-    groups = shuffled(
+    groups = random_groups(
         pool(0, len(owner)), quotas, np.zeros((len(owner),) * 2, bool), np.random.default_rng(0)
     )
-    plan = combined(
+    plan = combine_groups(
         groups, batch // size, np.zeros((len(owner),) * 2, bool), np.random.default_rng(0)
     )
     assert all((np.bincount(owner[members]) == batch // ranks).all() for members in plan)
@@ -403,7 +412,7 @@ def test_a_larger_share_of_hard_pairs_is_harder() -> None:
     scored, _ = clustered(640)
     whole = [
         batch_losses(
-            scored, dealt(replace(MiningRecipe("groups", 32, guard=0), group=group), scored)
+            scored, mined_batches(replace(MiningRecipe("groups", 32, guard=0), group=group), scored)
         ).mean()
         for group in (2, 4, 8, 0)
     ]

@@ -1,9 +1,8 @@
-"""Mining while training: one plan for all ranks, each pair once, and a resumed run that deals
-nothing out anew.
+"""Mining while training: one plan for all ranks, each pair once, and no plan made again on resume.
 
 Seen to fail when: ranks make plans of their own; embeddings are gathered in rank order, not by
-place; a half-played pool is scored again on resume; the read-ahead queue is emptied in another
-order; scoring leaves the model in eval mode.
+place; a pool is scored again by a run that resumes in the middle of it; the read-ahead queue is
+emptied in another order; scoring leaves the model in eval mode.
 """
 
 import contextlib
@@ -31,7 +30,7 @@ from clipsmall.config.reader import read
 from clipsmall.data import LoadedBatch, Skips, open_catalog
 from clipsmall.data.preprocess import ImageSpec
 from clipsmall.distributed import world
-from clipsmall.mining import Identity, MiningRecipe, Scored, deal
+from clipsmall.mining import Identity, MiningRecipe, ScoredPairs, assign_batches
 from clipsmall.mining.online import NUMBERS, MinedBatches, PoolView
 from clipsmall.mining.schedule import Schedule, Stretch, turns
 from clipsmall.model.dual_encoder import DualEncoder
@@ -145,11 +144,11 @@ def test_one_plan_for_all_ranks(ranks: Any, size: int, recipe: MiningRecipe) -> 
     first = SCHEDULE.stretches()[1]
     # the plan is that of one process that knows all embeddings and who holds which pair
     places = first.source * B + np.arange(POOL * B)
-    scored = Scored(SCORED.image[places], SCORED.text[places], SCORED.scale)
+    scored = ScoredPairs(SCORED.image[places], SCORED.text[places], SCORED.scale)
     owner = np.arange(POOL * B) % B // (B // size)
     generator = np.random.default_rng((0, first.step))
     order = turns(first, generator)
-    plan = deal(
+    plan = assign_batches(
         recipe, scored, Identity(places, places // 2 * 7, places * 3), owner, generator, size
     )
     known = [sorted(places[members].tolist()) for members in plan.batches]
@@ -192,14 +191,15 @@ def resumed_everywhere(recipe: MiningRecipe, schedule: Schedule) -> int:
 @pytest.mark.parametrize("recipe", [GROUPS, OSGD], ids=["groups", "osgd"])
 def test_resumed_anywhere_the_stream_goes_on(ranks: Any, size: int, recipe: MiningRecipe) -> None:
     schedule = SCHEDULE._replace(
-        kept=recipe.kept(POOL), fraction=recipe.kept(POOL) / (recipe.kept(POOL) + 2)
+        kept=recipe.batches_kept(POOL),
+        fraction=recipe.batches_kept(POOL) / (recipe.batches_kept(POOL) + 2),
     )
     inside = ranks(size, resumed_everywhere, recipe, schedule)
     assert set(inside) == {sum(each.steps - 1 for each in schedule.stretches() if each.pool)}
 
 
 def unscored(pairs: Pairs) -> PoolView:
-    raise AssertionError("a plan that stands in the checkpoint was made anew")
+    raise AssertionError("a plan that stands in the checkpoint was made again")
 
 
 def test_a_pool_that_is_half_played_is_not_scored_again() -> None:
@@ -305,7 +305,6 @@ def diverged() -> str:
 
 
 # ---- in the trainer
-# --------------------------------------------------------------------------------------------
 
 MINING: dict[str, object] = {
     "mining.pool": 64,
@@ -381,9 +380,7 @@ def test_another_number_of_ranks_in_the_middle_of_a_pool(
         if step <= plan_ends:
             assert loss == pytest.approx(known, rel=1e-4), step
     for told in ranks(4, _refused, [*words, "--resume=auto"]):
-        assert (
-            "dealt out for 2 ranks: continue with a number of ranks that divides it, not 4" in told
-        )
+        assert "planned for 2 ranks: continue with a number of ranks that divides it, not 4" in told
 
 
 def _stretches() -> list[Stretch]:
@@ -443,9 +440,7 @@ def test_pairs_are_scored_in_eval_mode_and_nothing_is_left_behind(rows: int) -> 
 
 
 def test_scoring_leaves_no_trace(glyphs: Path, tmp_path: Path) -> None:
-    """A run whose pools are dealt out as they were read (and cost no random number) is the plain
-    run.
-    """
+    """A run whose mined batches are those that were read is the plain run."""
     plain = tmp_path / "plain"
     mining = tmp_path / "mining"
     assert train.main(config(glyphs, plain, **{"optim.pairs": 16 * 12, "data.batch_size": 16})) == 0

@@ -15,9 +15,9 @@ from scipy.spatial.distance import cdist
 from sklearn.cluster import KMeans
 from sklearn.manifold import spectral_embedding
 
-from clipsmall.mining.scored import Bools, Floats, Ints, Quotas, Scored, one_owner
-from clipsmall.mining.spectral import affinity, embedding, even_clusters, spectral
-from clipsmall.mining.swaps import conflicts
+from clipsmall.mining.scored_pairs import Bools, Floats, Ints, Quotas, ScoredPairs, one_owner
+from clipsmall.mining.spectral import affinity, embedding, even_clusters, spectral_groups
+from clipsmall.mining.swaps import count_conflicts
 from clipsmall.mining.weights import WEIGHTS, batch_losses, softmax_weights
 
 
@@ -27,7 +27,7 @@ def unit(rows: Floats) -> Floats:
 
 def planted(
     groups: int, size: int, noise: float = 0.3, scale: float = 5.0, seed: int = 0
-) -> tuple[Scored, Ints]:
+) -> tuple[ScoredPairs, Ints]:
     """Pairs around `groups` directions, and the (n,) direction of each."""
     rng = np.random.default_rng(seed)
     topic = rng.permutation(np.repeat(np.arange(groups), size))
@@ -35,15 +35,15 @@ def planted(
     image, text = (
         unit(centres + noise * rng.standard_normal(centres.shape) / np.sqrt(32)) for _ in range(2)
     )
-    return Scored(image, text, scale), topic
+    return ScoredPairs(image, text, scale), topic
 
 
 def freely(pairs: int) -> Bools:
     return np.zeros((pairs, pairs), dtype=bool)
 
 
-def dealt(
-    scored: Scored,
+def mined_groups(
+    scored: ScoredPairs,
     quotas: Quotas,
     cannot: Bools | None = None,
     seed: int = 0,
@@ -51,14 +51,14 @@ def dealt(
 ) -> Ints:
     weights = WEIGHTS[kind](scored, int(quotas.sizes[0]))
     cannot = freely(len(weights)) if cannot is None else cannot
-    return spectral(scored, quotas, cannot, np.random.default_rng(seed), weights)
+    return spectral_groups(scored, quotas, cannot, np.random.default_rng(seed), weights)
 
 
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("shape", [(4, 2), (10, 8), (3, 30)])
 def test_planted_clusters_are_found(shape: tuple[int, int], kind: str) -> None:
     scored, topic = planted(*shape)
-    groups = dealt(scored, one_owner(len(topic), shape[1]), kind=kind)
+    groups = mined_groups(scored, one_owner(len(topic), shape[1]), kind=kind)
     assert (topic[groups] == topic[groups[:, :1]]).all()
     assert (np.diff(groups[:, 0]) > 0).all(), "in order of first appearance"
     assert (np.diff(groups, axis=1) > 0).all()
@@ -67,10 +67,10 @@ def test_planted_clusters_are_found(shape: tuple[int, int], kind: str) -> None:
 def test_the_cut_is_much_harder_than_chance_where_clusters_are_uneven() -> None:
     rng = np.random.default_rng(0)
     centres = rng.standard_normal((20, 32))[rng.integers(20, size=320)]
-    scored = Scored(
+    scored = ScoredPairs(
         *(unit(centres + 0.7 * rng.standard_normal(centres.shape)) for _ in range(2)), 10.0
     )
-    groups = dealt(scored, one_owner(320, 16))
+    groups = mined_groups(scored, one_owner(320, 16))
     assert sorted(groups.ravel()) == list(range(320))
     chance = batch_losses(scored, rng.permutation(320).reshape(-1, 16)).mean()
     assert batch_losses(scored, groups).mean() > 2.5 * chance
@@ -111,7 +111,7 @@ def test_every_rank_fills_its_own_seats(shape: tuple[int, int], ranks: int) -> N
     scored, _ = planted(groups, size, noise=1.5)
     owner = np.random.default_rng(1).permutation(np.arange(groups * size) % ranks)
     quotas = Quotas(owner, np.full((groups, ranks), size // ranks))
-    found = dealt(scored, quotas)
+    found = mined_groups(scored, quotas)
     assert found.shape == shape
     assert sorted(found.ravel()) == list(range(groups * size))
     for rank in range(ranks):
@@ -123,7 +123,7 @@ def test_uneven_quotas_are_kept_row_by_row_and_pairs_without_a_seat_left_out() -
     counts = np.array([[3, 0], [1, 2], [2, 1], [0, 3], [2, 1]])
     # 12 each, for 8 and 7 seats
     owner = (np.arange(24) >= 12).astype(np.int64)
-    groups = dealt(scored, Quotas(owner, counts))
+    groups = mined_groups(scored, Quotas(owner, counts))
     assert len(set(groups.ravel())) == groups.size == 15
     assert ((owner[groups] == 1).sum(axis=1) == counts[:, 1]).all()
 
@@ -145,9 +145,9 @@ def test_what_cannot_link_is_apart() -> None:
     twins = np.array([np.flatnonzero(topic == each)[:2] for each in range(4)])
     cannot = freely(24)
     cannot[twins[:, 0], twins[:, 1]] = cannot[twins[:, 1], twins[:, 0]] = True
-    groups = dealt(scored, one_owner(24, 6), cannot)
+    groups = mined_groups(scored, one_owner(24, 6), cannot)
     assert sorted(groups.ravel()) == list(range(24))
-    assert not conflicts(groups, cannot).any()
+    assert not count_conflicts(groups, cannot).any()
     assert (np.diff(groups, axis=1) > 0).all()
     assert (np.diff(groups[:, 0]) > 0).all()
     most = [np.bincount(topic[members]).max() for members in groups]
@@ -161,12 +161,12 @@ def test_a_large_logit_scale_is_finite(scale: float, kind: str) -> None:
     float64 too.
     """
     images = unit(np.random.default_rng(0).standard_normal((48, 8)))
-    scored = Scored(images, -images, scale)
+    scored = ScoredPairs(images, -images, scale)
     weights = WEIGHTS[kind](scored, 4)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert np.isfinite(embedding(affinity(weights, freely(48)), 12)).all()
-        assert sorted(dealt(scored, one_owner(48, 4), kind=kind).ravel()) == list(range(48))
+        assert sorted(mined_groups(scored, one_owner(48, 4), kind=kind).ravel()) == list(range(48))
 
 
 @pytest.mark.parametrize("apart", ["all", "thirds", "one"])
@@ -179,7 +179,7 @@ def test_a_graph_in_parts_is_no_trouble(apart: str) -> None:
     }[apart]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        groups = dealt(planted(6, 4, noise=2.0)[0], one_owner(24, 4), cannot)
+        groups = mined_groups(planted(6, 4, noise=2.0)[0], one_owner(24, 4), cannot)
     assert sorted(groups.ravel()) == list(range(24))
     assert apart != "thirds" or (groups % 3 == groups[:, :1] % 3).all()
 
@@ -190,7 +190,7 @@ def test_edges_of_size(shape: tuple[int, int]) -> None:
     scored, _ = planted(*shape, noise=1.0)
     with warnings.catch_warnings(), np.errstate(divide="ignore"):
         warnings.simplefilter("error")
-        groups = dealt(scored, one_owner(shape[0] * shape[1], shape[1]))
+        groups = mined_groups(scored, one_owner(shape[0] * shape[1], shape[1]))
     assert groups.shape == shape
     assert sorted(groups.ravel()) == list(range(groups.size))
 
@@ -198,10 +198,10 @@ def test_edges_of_size(shape: tuple[int, int]) -> None:
 def test_only_the_generator_decides() -> None:
     scored, _ = planted(20, 8, noise=3.0, scale=10.0)
     quotas = one_owner(160, 8)
-    first = dealt(scored, quotas)
+    first = mined_groups(scored, quotas)
     # draws from numpy's global state
     KMeans(3).fit(scored.image)
-    assert (dealt(scored, quotas) == first).all()
-    assert any((dealt(scored, quotas, seed=seed) != first).any() for seed in range(1, 4)), (
+    assert (mined_groups(scored, quotas) == first).all()
+    assert any((mined_groups(scored, quotas, seed=seed) != first).any() for seed in range(1, 4)), (
         "k-means starts elsewhere"
     )

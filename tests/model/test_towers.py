@@ -503,7 +503,7 @@ def test_every_trainable_parameter_gets_a_gradient(
     rows = model(pairs)
     assert rows.logit_scale.item() == pytest.approx(loaded.logit_scale or 10.0)
     torch.testing.assert_close(rows.image.norm(dim=1), torch.ones(4))
-    OBJECTIVES[name].make(rows, world.columns(rows))["loss"].backward()
+    OBJECTIVES[name].make(rows, world.gathered_columns(rows))["loss"].backward()
     without = {n for n, p in model.named_parameters() if p.requires_grad and p.grad is None}
     assert without == set(), "DDP refuses parameters that nothing uses"
     assert model.logit_bias.requires_grad is (name == "sigmoid")

@@ -70,16 +70,16 @@ def trained(
     steps = []
     for step, of_batch in enumerate(batches):
         rows = mine(batch(step, **of_batch))
-        made = objective(rows, world.ring_columns(rows) if ring else world.columns(rows))
+        made = objective(rows, world.ring_columns(rows) if ring else world.gathered_columns(rows))
         made["loss"].backward()
-        found = {key: world.mean(value.double()).item() for key, value in made.items()}
+        found = {key: world.mean_over_ranks(value.double()).item() for key, value in made.items()}
         for key in ("image", "text", "logit_scale", "logit_bias"):
             gradient = getattr(rows, key).grad
             # a feature belongs to one rank, but all ranks ask for it
             if gradient is not None and gradient.dim():
                 gradient = world.gather(gradient) / world.size()
             elif gradient is not None:
-                gradient = world.mean(gradient)
+                gradient = world.mean_over_ranks(gradient)
             found[f"d {key}"] = gradient.tolist() if gradient is not None else None
         steps.append(found)
     return {

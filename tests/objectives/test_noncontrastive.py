@@ -189,15 +189,19 @@ def trained(name: str) -> tuple[list[float], dict[str, Any]]:
     for step in range(4):
         mine = slice(world.rank() * local, (world.rank() + 1) * local)
         rows = wrapped(Pairs(*(x[mine] for x in batch(step))))
-        terms = objective(rows, world.ring_columns(rows) if case.ring else world.columns(rows))
-        reported |= {f"{step} mean {key}": world.mean(term).numpy() for key, term in terms.items()}
+        terms = objective(
+            rows, world.ring_columns(rows) if case.ring else world.gathered_columns(rows)
+        )
+        reported |= {
+            f"{step} mean {key}": world.mean_over_ranks(term).numpy() for key, term in terms.items()
+        }
         loss = terms["loss"]
         # has nothing for the text tower to do
         if name == "superclass":
             loss = loss + 0.1 * barlow_of(rows)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
-        losses.append(world.mean(loss).item())
+        losses.append(world.mean_over_ranks(loss).item())
         named = [(key, p.grad) for key, p in model.named_parameters() if p.grad is not None]
         reported |= {f"{step} gradient {key}": grad.numpy().copy() for key, grad in named}
         optimizer.step()

@@ -1,5 +1,4 @@
-"""Plans: the batches of the file and no others, in an order of their own each epoch, refused for
-any other data.
+"""Plan files: their batches and no others, in a new order each epoch, refused for other data.
 
 Seen to fail when: the order leaves out the epoch, or shuffles pairs instead of batches; numbers are
 taken for rows; the fingerprint, the batch size or a pair twice is not looked at; an epoch is as
@@ -47,7 +46,6 @@ def file(catalog: Catalog, tmp_path: Path) -> Path:
 
 
 # ---- the order
-# -------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=40, deadline=None)
@@ -83,7 +81,6 @@ def test_epochs_and_seeds_differ_in_the_order_of_batches() -> None:
 
 
 # ---- in training
-# -----------------------------------------------------------------------------------------------
 
 
 def reader(catalog: Catalog, file: Path, rank: int = 0, world: int = 1) -> GlobalBatches:
@@ -171,7 +168,6 @@ def test_another_plan_does_not_continue_a_run(
 
 
 # ---- what is refused
-# -------------------------------------------------------------------------------------------
 
 
 def test_a_plan_names_pairs_not_rows(glyphs: Path, tmp_path: Path) -> None:

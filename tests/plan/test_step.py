@@ -1,6 +1,4 @@
-"""The planner: what it counts is what is there, its search finds the largest batch, and it says so
-plainly.
-"""
+"""The planner: what it counts is there, its search finds the largest batch, and it prints that."""
 
 import json
 from pathlib import Path
@@ -15,16 +13,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from clipsmall.config import Config
 from clipsmall.config.reader import read
 from clipsmall.distributed import world
-from clipsmall.distributed.tiles import TILE
+from clipsmall.distributed.similarity import TILE
 from clipsmall.model.towers import open_clip_towers
 from clipsmall.objectives import OBJECTIVES
-from clipsmall.plan import largest as search
-from clipsmall.plan.__main__ import main, size
-from clipsmall.plan.cuda_ways import cuda_ways
-from clipsmall.plan.largest import MOST, Planner
+from clipsmall.plan import largest_batch as search
+from clipsmall.plan.__main__ import main, memory_size
+from clipsmall.plan.alternatives import plan_rows
+from clipsmall.plan.cuda_kernels import as_on_cuda
+from clipsmall.plan.fake_ranks import fake_ranks
+from clipsmall.plan.largest_batch import MOST, Planner
 from clipsmall.plan.meter import Meter
-from clipsmall.plan.ranks import imagined
-from clipsmall.plan.settings import plan
 from clipsmall.plan.step import Machine, Step, measure
 from tests.bench.plan import true_peak
 from tests.bench.sides import ROOT
@@ -56,7 +54,6 @@ def parts(step: Step, *labels: str) -> int:
 
 
 # ---- the meter
-# -------------------------------------------------------------------------------------------------
 
 
 def test_a_storage_counts_once_from_its_birth_to_its_end() -> None:
@@ -113,7 +110,6 @@ def test_what_depends_on_numbers_gets_the_ordinary_step() -> None:
 
 
 # ---- a step
-# ----------------------------------------------------------------------------------------------------
 
 TRUE = [
     ("small", 128, []),
@@ -218,12 +214,11 @@ def test_no_weights_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # ---- how CUDA differs
-# ------------------------------------------------------------------------------------------
 
 
 def test_cuda_computes_norms_in_float32_and_keeps_dropout_as_bytes() -> None:
     meter = Meter()
-    with FakeTensorMode(), meter, cuda_ways(meter), torch.autocast("cpu", dtype=torch.bfloat16):
+    with FakeTensorMode(), meter, as_on_cuda(meter), torch.autocast("cpu", dtype=torch.bfloat16):
         x = torch.empty(4, 8, dtype=torch.bfloat16)
         assert F.layer_norm(x, (8,)).dtype == F.softmax(x, dim=1).dtype == torch.float32
         kept: list[Tensor] = []
@@ -235,7 +230,7 @@ def test_cuda_computes_norms_in_float32_and_keeps_dropout_as_bytes() -> None:
 def test_cuda_drops_attention_without_its_matrix() -> None:
     """The CPU's lean kernel knows no dropout, and would fall back to the whole matrix."""
     meter = Meter()
-    with FakeTensorMode(), meter, cuda_ways(meter):
+    with FakeTensorMode(), meter, as_on_cuda(meter):
         q = torch.empty(1, 2, 512, 8, requires_grad=True)
         F.scaled_dot_product_attention(q, q, q, dropout_p=0.1).sum().backward()
     assert sum(meter.peak.values()) < 2 * 512 * 512 * 4
@@ -253,19 +248,18 @@ def test_tiles_are_those_of_the_device() -> None:
     assert world.size() == 1
 
 
-def test_imagined_ranks_gather_and_reduce() -> None:
-    with imagined(4), FakeTensorMode():
+def test_fake_ranks_gather_and_reduce() -> None:
+    with fake_ranks(4), FakeTensorMode():
         x = torch.empty(3, 2, requires_grad=True)
         gathered = world.gather(x)
         assert gathered.shape == (12, 2)
         gathered.sum().backward()
         assert x.grad is not None
-        assert world.total(x).shape == (3, 2)
+        assert world.sum_over_ranks(x).shape == (3, 2)
         assert [start for start, _, _ in world.ring(x)] == [0, 9, 6, 3]
 
 
 # ---- the search
-# ------------------------------------------------------------------------------------------------
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, bytes_of: Any) -> list[int]:
@@ -327,7 +321,7 @@ def test_rows_differ_and_the_first_is_the_configs(monkeypatch: pytest.MonkeyPatc
         )
 
     monkeypatch.setattr(search, "measure", made)
-    rows = list(plan(Planner(GPU, 16_000), config(*LORA), 8))
+    rows = list(plan_rows(Planner(GPU, 16_000), config(*LORA), 8))
     assert [(row.title, row.largest.rows) for row in rows if "chunks" not in row.title] == [
         ("as configured: LoRA r=16, SDPA", 21),
         ("LoRA r=16, eager attention", 12),
@@ -340,7 +334,6 @@ def test_rows_differ_and_the_first_is_the_configs(monkeypatch: pytest.MonkeyPatc
 
 
 # ---- the command
-# -----------------------------------------------------------------------------------------------
 
 
 def test_the_command_says_whether_it_fits(
@@ -386,7 +379,7 @@ def test_bad_input_leaves_with_2(
 
 
 def test_amounts_of_memory() -> None:
-    assert [size(text) for text in ("16GiB", "24 GB", "1.5MiB", "7")] == [
+    assert [memory_size(text) for text in ("16GiB", "24 GB", "1.5MiB", "7")] == [
         2**34,
         24 * 10**9,
         3 * 2**19,

@@ -1,11 +1,10 @@
-"""The self-check finds nothing wrong where nothing is, and says what is wrong, where, and by which
-factor.
+"""The self-check finds no fault where there is none, and else says what is wrong, and where.
 
-Seen to fail when: reference and ranks are one code path (`alone` that changes nothing); the first
-step is left out, or the second repeats the first's pairs in place (memories of one rank go unseen);
-passes share one objective; each rank judges for itself; random layers, or autocast beside bf16,
-stay on; averaged towers are put into training mode; chunks are not; the noise of rounding is not
-asked for; something unclear counts as fine.
+Seen to fail when: reference and ranks are one code path (`single_process` that changes nothing);
+the first step is left out, or the second repeats the first's pairs in place (memories of one rank
+go unseen); passes share one objective; each rank judges for itself; random layers, or autocast
+besides bf16, stay on; averaged towers are put into training mode; chunks are not; the noise of
+rounding is not measured; something unclear counts as fine.
 """
 
 import contextlib
@@ -42,10 +41,10 @@ from clipsmall.selfcheck.gradients import (
     GradientRow,
     Judge,
     differences,
-    groups,
-    judge_low_precision,
-    table,
-    turn_off_random_layers,
+    disable_randomness,
+    gradient_table,
+    low_precision_verdict,
+    parameter_groups,
 )
 from tests.shards_for_tests import config
 
@@ -119,7 +118,6 @@ def test_every_objective_is_exact(
 
 
 # ---- deliberately wrong
-# ----------------------------------------------------------------------------------------------
 
 
 def without_sum(ctx: Any, grad: Tensor) -> Tensor:
@@ -289,7 +287,6 @@ def test_what_cannot_be_told_is_not_fine(
 
 
 # ---- precision, models, input
-# ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
@@ -377,17 +374,17 @@ def test_pairs_that_cannot_be_shared_out_are_refused(
 
 def seen_alone() -> list[Any]:
     x = torch.full((1, 2), float(world.rank()), requires_grad=True)
-    with pytest.raises(RuntimeError), world.alone():
+    with pytest.raises(RuntimeError), world.single_process():
         raise RuntimeError
-    with world.alone():
-        with world.alone():
+    with world.single_process():
+        with world.single_process():
             pass
         inside = [
             world.rank(),
             world.size(),
             len(world.gather(x)),
-            world.add(x).sum().item(),
-            world.mean(x)[0, 0].item(),
+            world.differentiable_sum(x).sum().item(),
+            world.mean_over_ranks(x)[0, 0].item(),
         ]
         inside += [world.gather_bytes(b"x", CPU), [place for place, _, _ in world.ring(x)]]
     return [inside, world.size(), len(world.gather(x))]
@@ -428,7 +425,7 @@ def test_parameters_are_grouped_by_what_depends_on_them() -> None:
         numbers,
         numbers,
     )
-    assert groups(model, pairs) == {
+    assert parameter_groups(model, pairs) == {
         "loss": ["loss"],
         "image tower": [
             "towers.a.weight",
@@ -443,13 +440,13 @@ def test_parameters_are_grouped_by_what_depends_on_them() -> None:
         "logit_scale": ["logit_scale"],
     }
     model.towers.requires_grad_(False)
-    assert set(groups(model, pairs)) == {"loss", "head tokens", "logit_scale"}
+    assert set(parameter_groups(model, pairs)) == {"loss", "head tokens", "logit_scale"}
 
 
 def test_random_layers_are_off_and_batch_norms_see_the_batch() -> None:
     towers = Towers()
     model = nn.ModuleList([towers, MovingAverage(towers, 0.9, 0)]).eval()
-    turn_off_random_layers(model)
+    disable_randomness(model)
     assert {name for name, part in model.named_modules() if part.training} == {"0.norm"}
 
 
@@ -532,12 +529,7 @@ EXACT = Difference(1.0, 1.0, 1.0, 0.0, 0.0, 10, 0, 0, 0)
             "idle",
             "no gradient but rounding",
         ),
-        (
-            Difference(1.0, 1.0, 1.0, 0.0, 0.0, 10, 0, 1, 0),
-            1e-15,
-            "wrong",
-            "1 with a gradient that one process lacks",
-        ),
+        (Difference(1.0, 1.0, 1.0, 0.0, 0.0, 10, 0, 1, 0), 1e-15, "wrong", "1 with one it has not"),
         (Difference(1.0, 1.0, 1.0, 0.0, 0.0, 10, 0, 0, 3), 1e-15, "wrong", "not finite: 3 of 10"),
     ],
 )
@@ -547,17 +539,18 @@ def test_what_a_difference_means(d: Difference, noise: float, state: str, words:
     verdict = judge.verdict("x", d, {"half": 0.5})
     assert verdict.state == state, verdict
     assert re.search(words, verdict.words), verdict
-    assert verdict.words in table([GradientRow("one", "x", d, verdict)])
+    assert verdict.words in gradient_table([GradientRow("one", "x", d, verdict)])
 
 
 def test_a_lower_precision_is_wrong_only_without_direction() -> None:
-    assert judge_low_precision(Difference(0.5, 1.0, 0.95, 0.6, 0.5, 10, 0, 0, 0)).state == "near"
-    assert judge_low_precision(Difference(1.0, 1.0, 0.85, 0.6, 0.5, 10, 0, 0, 0)).state == "wrong"
+    assert low_precision_verdict(Difference(0.5, 1.0, 0.95, 0.6, 0.5, 10, 0, 0, 0)).state == "near"
+    assert low_precision_verdict(Difference(1.0, 1.0, 0.85, 0.6, 0.5, 10, 0, 0, 0)).state == "wrong"
     assert (
-        judge_low_precision(Difference(0.0, 1.0, math.nan, 1.0, 0.5, 10, 0, 0, 0)).state == "wrong"
+        low_precision_verdict(Difference(0.0, 1.0, math.nan, 1.0, 0.5, 10, 0, 0, 0)).state
+        == "wrong"
     )
-    assert judge_low_precision(Difference(1.0, 1.0, -1.0, 2.0, 2.0, 1, 0, 0, 0)).state == "near"
-    assert judge_low_precision(Difference(1.0, 1.0, 1.0, 0.0, 0.0, 10, 0, 0, 1)).state == "wrong"
+    assert low_precision_verdict(Difference(1.0, 1.0, -1.0, 2.0, 2.0, 1, 0, 0, 0)).state == "near"
+    assert low_precision_verdict(Difference(1.0, 1.0, 1.0, 0.0, 0.0, 10, 0, 0, 1)).state == "wrong"
     assert (
-        judge_low_precision(Difference(0.0, 0.0, math.nan, 0.0, 0.0, 10, 0, 0, 0)).state == "idle"
+        low_precision_verdict(Difference(0.0, 0.0, math.nan, 0.0, 0.0, 10, 0, 0, 0)).state == "idle"
     )

@@ -9,9 +9,9 @@ from clipsmall.evaluation.results import Result
 from clipsmall.evaluation.task import Option, Task
 from clipsmall.evaluation.top_k import in_top_k, scores
 from clipsmall.evaluation.view import DataView
-from clipsmall.mining.initial_groups import grown
-from clipsmall.mining.scored import Bools, Floats, Ints, Scored, one_owner
-from clipsmall.mining.swaps import conflicts, separated, swapped
+from clipsmall.mining.initial_groups import grow_groups
+from clipsmall.mining.scored_pairs import Bools, Floats, Ints, ScoredPairs, one_owner
+from clipsmall.mining.swaps import count_conflicts, improve_by_swaps, separate_conflicts
 
 NAME = "candidates"
 # at most: all pairs of them are 100 MB (and COCO's test images are as many)
@@ -110,14 +110,14 @@ def candidate_sets(words: Floats, cannot: Bools, size: int) -> tuple[Ints, Ints]
     """
     quotas = one_owner(len(words), size)
     random = np.random.default_rng(0)
-    # `grown` only asks them for their number
-    pairs = Scored(words, words)
-    groups = grown(pairs, quotas, cannot, random, words)
-    hard = swapped(words, groups, quotas.owner, cannot, SWEEPS, random)
-    hard = hard[conflicts(hard, cannot) == 0]
+    # `grow_groups` only asks them for their number
+    pairs = ScoredPairs(words, words)
+    groups = grow_groups(pairs, quotas, cannot, random, words)
+    hard = improve_by_swaps(words, groups, quotas.owner, cannot, SWEEPS, random)
+    hard = hard[count_conflicts(hard, cannot) == 0]
     shuffled = random.permutation(hard.ravel()).reshape(hard.shape)
-    others = separated(shuffled, quotas.owner, cannot, random)
-    return hard, others[conflicts(others, cannot) == 0]
+    others = separate_conflicts(shuffled, quotas.owner, cannot, random)
+    return hard, others[count_conflicts(others, cannot) == 0]
 
 
 def recalls_within(images: Tensor, texts: Tensor, groups: Tensor) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""What mining works on: scored pairs, who holds them, and what an arrangement is."""
+"""What mining works on: scored pairs, which rank holds them, and what an arrangement is."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -13,8 +13,8 @@ Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
 
-class Scored(NamedTuple):
-    """n pairs as a model sees them."""
+class ScoredPairs(NamedTuple):
+    """The embeddings of n pairs by one model, and that model's scale and bias."""
 
     # (n, D), unit length
     image: NDArray[np.float32]
@@ -22,26 +22,30 @@ class Scored(NamedTuple):
     text: NDArray[np.float32]
     # positive factor of the cosines
     scale: float = 1.0
-    # added to every scaled cosine; sigmoid's
+    # added to every scaled cosine; used by the sigmoid loss
     bias: float = 0.0
 
     @property
     def logits(self) -> NDArray[np.float32]:
         """(n, n) image i against text j."""
-        made: NDArray[np.float32] = self.scale * (self.image @ self.text.T) + np.float32(self.bias)
-        return made
+        cosines = self.image @ self.text.T
+        bias = np.float32(self.bias)
+        logits: NDArray[np.float32] = self.scale * cosines + bias
+        return logits
 
 
-def scored(scores: Scores, places: Ints) -> Scored:
-    """Some of the pairs of a table of scores, as their scorer sees them."""
+def select_scored(scores: Scores, places: Ints) -> ScoredPairs:
+    """The pairs at these places (n,) of a table of scores."""
+    scorer = scores.scorer
     image = scores.image[places].astype(np.float32)
     text = scores.text[places].astype(np.float32)
-    return Scored(image, text, scores.scorer.logit_scale, scores.scorer.logit_bias)
+    return ScoredPairs(image, text, scorer.logit_scale, scorer.logit_bias)
 
 
 class Quotas(NamedTuple):
-    """How many pairs of each rank a group takes: pairs do not move between ranks, and ranks have
-    equal work.
+    """How many pairs of each of W ranks a group takes.
+
+    Pairs do not move between ranks, and ranks have equal work.
     """
 
     # (n,) the rank that holds the pair
@@ -58,9 +62,11 @@ class Quotas(NamedTuple):
 
 def one_owner(pairs: int, size: int) -> Quotas:
     """The quotas of a single rank: `pairs // size` groups of `size`."""
-    return Quotas(np.zeros(pairs, np.int64), np.full((pairs // size, 1), size, np.int64))
+    owner = np.zeros(pairs, np.int64)
+    counts = np.full((pairs // size, 1), size, np.int64)
+    return Quotas(owner, counts)
 
 
 # (pairs, quotas, cannot-link (n, n) bool and symmetric, generator) -> (groups, size) places of
 # pairs, none twice
-Arrangement = Callable[[Scored, Quotas, Bools, np.random.Generator], Ints]
+Arrangement = Callable[[ScoredPairs, Quotas, Bools, np.random.Generator], Ints]
