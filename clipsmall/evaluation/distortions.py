@@ -13,8 +13,7 @@ from scipy import ndimage, signal
 # an NDArray[np.float64], which neither numpy nor scipy keep sight of
 Picture = Any
 
-# ---- noise
-# -----------------------------------------------------------------------------------------------------
+# ---- noise ----
 
 
 def gaussian_noise(x: Picture, sigma: float, random: Generator) -> Picture:
@@ -37,8 +36,7 @@ def speckle_noise(x: Picture, sigma: float, random: Generator) -> Picture:
     return x + x * sigma * random.standard_normal(x.shape)
 
 
-# ---- blur
-# ------------------------------------------------------------------------------------------------------
+# ---- blur ----
 
 
 def gaussian_blur(x: Picture, sigma: float, random: Generator) -> Picture:
@@ -116,8 +114,7 @@ def _looked_up(x: Picture, rows: Picture, columns: Picture) -> Picture:
     )
 
 
-# ---- weather
-# ---------------------------------------------------------------------------------------------------
+# ---- weather ----
 
 
 def _clouds(shape: tuple[int, ...], roughness: float, random: Generator) -> Picture:
@@ -173,8 +170,7 @@ def spatter(x: Picture, share: float, random: Generator) -> Picture:
     return x * (1 - cover) + cover * np.array([0.25, 0.17, 0.08])
 
 
-# ---- digital
-# ---------------------------------------------------------------------------------------------------
+# ---- digital ----
 
 
 def brightness(x: Picture, more: float, random: Generator) -> Picture:

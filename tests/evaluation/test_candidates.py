@@ -51,8 +51,7 @@ def seen(captions: list[list[str]], images: Tensor, texts: Tensor) -> DataView:
     return view
 
 
-# ---- sets
-# -------------------------------------------------------------------------------------------------------
+# ---- sets ----
 
 
 def test_captions_are_alike_by_words_weighted_by_rarity() -> None:
@@ -130,8 +129,7 @@ def test_confusable_pairs_are_those_that_share_a_caption() -> None:
     assert found.any()
 
 
-# ---- recalls
-# ----------------------------------------------------------------------------------------------------
+# ---- recalls ----
 
 
 def test_recalls_within_sets_are_counts() -> None:

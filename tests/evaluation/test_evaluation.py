@@ -1,7 +1,7 @@
 """Tests of the evaluations against open_clip's own, against counting by hand, and on several ranks.
 
-Seen to fail when: prompts are averaged before they are normalised; `in_top_k` counts ties as hits or as
-misses; `scores` multiplies in float32 (equal features in a one-row block differ); every rank
+Seen to fail when: prompts are averaged before they are normalised; `in_top_k` counts ties as hits
+or as misses; `scores` multiplies in float32 (equal features in a one-row block differ); every rank
 encodes every batch; a broken image stays in with zeros; `relevance` keeps equal captions apart;
 recall divides by captions instead of queries.
 """
@@ -145,8 +145,7 @@ def unit_rows(*shape: int, seed: int = 0) -> Tensor:
     return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
 
 
-# ---- zero-shot
-# --------------------------------------------------------------------------------------------------
+# ---- zero-shot ----
 
 
 def open_clips_accuracy(output: Tensor, target: Tensor, topk: tuple[int, ...]) -> list[float]:
@@ -253,8 +252,7 @@ def test_templates_are_applied_class_by_class() -> None:
         torch.testing.assert_close(row, F.normalize(alone.mean(dim=0), dim=0))
 
 
-# ---- hits and ties
-# ----------------------------------------------------------------------------------------------
+# ---- hits and ties ----
 
 
 @settings(deadline=None)
@@ -333,8 +331,7 @@ def test_chance_is_what_random_scores_reach() -> None:
     assert expected.tolist() == pytest.approx([3 / 12, 1 - math.comb(9, 5) / math.comb(12, 5)])
 
 
-# ---- retrieval
-# --------------------------------------------------------------------------------------------------
+# ---- retrieval ----
 
 
 def brute_force(values: np.ndarray, right: np.ndarray, k: int) -> float:
@@ -428,8 +425,7 @@ def test_chunks_change_nothing(
     assert len(calls) == 3
 
 
-# ---- ranks, and images that cannot be read
-# ----------------------------------------------------------------------
+# ---- ranks, and images that cannot be read ----
 
 
 def on_a_rank(folder: Path, classes: str, batch_size: int, workers: int = 0) -> tuple[Any, ...]:
@@ -523,8 +519,7 @@ def test_a_data_set_without_a_readable_image_is_refused_by_name(tmp_path: Path) 
             measure(small_encoder(), catalog, "x")
 
 
-# ---- labels, classes, templates
-# ---------------------------------------------------------------------------------
+# ---- labels, classes, templates ----
 
 
 def test_names_and_numbers_are_the_same_labels(shards: Path, tmp_path: Path) -> None:
@@ -657,8 +652,7 @@ def test_a_batch_of_nothing_is_refused() -> None:
         small_encoder(0)
 
 
-# ---- cells
-# ------------------------------------------------------------------------------------------------------
+# ---- cells ----
 
 
 def test_a_cell_is_clip_benchmarks(tmp_path: Path) -> None:
@@ -694,8 +688,7 @@ def test_a_cell_is_clip_benchmarks(tmp_path: Path) -> None:
     assert table[2].split() == ["acc5", "75.00%"]
 
 
-# ---- the commands
-# -----------------------------------------------------------------------------------------------
+# ---- the commands ----
 
 
 @pytest.fixture(scope="module")

@@ -59,8 +59,7 @@ def view(folder: Path) -> DataView:
     return DataView(small_encoder(), open_set(str(folder), label="kind"))
 
 
-# ---- probes
-# -----------------------------------------------------------------------------------------------------
+# ---- probes ----
 
 
 @pytest.mark.parametrize("k", [1, 4, 50])
@@ -166,8 +165,7 @@ def test_a_class_that_was_never_learned_is_named(folder: Path, tmp_path: Path) -
         knn.knn(view, k=1)
 
 
-# ---- calibration
-# ------------------------------------------------------------------------------------------------
+# ---- calibration ----
 
 
 @pytest.mark.parametrize("bins", [1, 5, 15])
@@ -270,8 +268,7 @@ def test_pairs_of_many_images_are_a_part_evenly_chosen(
     assert true.tolist() == belongs.block("image", 0, 43)[chosen][:, texts].flatten().tolist()
 
 
-# ---- geometry
-# ---------------------------------------------------------------------------------------------------
+# ---- geometry ----
 
 
 def test_geometry_is_a_count_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -327,8 +324,7 @@ def test_geometry_of_known_shapes(view: DataView) -> None:
     assert cell.metrics["alignment"] == pytest.approx(2 - 2 * pairs, abs=1e-5)
 
 
-# ---- matching
-# ---------------------------------------------------------------------------------------------------
+# ---- matching ----
 
 
 @pytest.mark.parametrize(("n", "m"), [(12, 12), (9, 20), (20, 9)])
@@ -418,8 +414,7 @@ def test_matching_a_hub_away(view: DataView) -> None:
         assert cell.metrics[f"sinkhorn_{task}_retrieval_recall@1"] == pytest.approx(alone)
 
 
-# ---- Cho et al.
-# -------------------------------------------------------------------------------------------------
+# ---- Cho et al. ----
 
 
 def test_a_view_of_a_picture_is_always_the_same() -> None:

@@ -71,8 +71,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("models") / "model")
 
 
-# ---- average precision
-# ------------------------------------------------------------------------------------------
+# ---- average precision ----
 
 
 def by_definition(values: list[float], truth: list[bool]) -> float:
@@ -126,8 +125,7 @@ def test_a_collapsed_model_gets_the_share_of_positives() -> None:
     assert found.tolist() == pytest.approx([0.4, 0.6])
 
 
-# ---- the whole way
-# ----------------------------------------------------------------------------------------------
+# ---- the whole way ----
 
 
 def test_a_multi_label_set_has_clip_benchmarks_cell(

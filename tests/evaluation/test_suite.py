@@ -121,8 +121,7 @@ def cells(out: Path) -> dict[str, dict[str, Any]]:
     }
 
 
-# ---- what it writes
-# ---------------------------------------------------------------------------------------------
+# ---- what it writes ----
 
 
 def test_cells_and_tables_are_clip_benchmarks_and_datacomps(
@@ -238,8 +237,7 @@ def test_models_of_other_libraries_have_cells_too(kind: str, home: Path, tmp_pat
     assert found["calibration"]["metrics"]["softmax_accuracy"] == pytest.approx(clean)
 
 
-# ---- once and for all
-# -------------------------------------------------------------------------------------------
+# ---- once and for all ----
 
 
 def test_done_cells_are_not_made_again_and_lost_or_changed_ones_are(
@@ -365,8 +363,7 @@ def test_what_cannot_be_is_told_before_a_model_is_loaded(
     assert not (tmp_path / "out").exists()
 
 
-# ---- data sets
-# --------------------------------------------------------------------------------------------------
+# ---- data sets ----
 
 
 def write_wds(folder: Path, kind: str = "", captions: bool = False) -> Path:
@@ -639,8 +636,7 @@ def test_features_that_are_not_finite_fail_every_task_that_needs_them(
     assert all("features are not finite" in line for line in failures)
 
 
-# ---- ranks and memory
-# -------------------------------------------------------------------------------------------
+# ---- ranks and memory ----
 
 
 def on_a_rank(home: Path, out: Path) -> list[str]:

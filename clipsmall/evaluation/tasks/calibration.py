@@ -1,4 +1,4 @@
-"""Calibration: is a model right as often as it is confident? ECE of its probabilities, and a plot."""
+"""Calibration: is a model right as often as it is confident? ECE, and a reliability diagram."""
 
 from collections.abc import Iterable
 from pathlib import Path

@@ -28,8 +28,8 @@ def measure_candidates(view: DataView, candidates: int = 32) -> Result:
 
     The counterpart between images and texts of Cho et al.'s corrupted top-1 (arXiv 2307.05906, §5),
     whose candidates are versions of one image. Sets are made as the miner makes groups (they grow,
-    then exchange pairs), but captions alone decide what is hard, no model's scores: pairs of one set
-    share many words, weighted by tf-idf. So all models get the same sets, and none gets its own
+    then exchange pairs), but only captions decide what is hard, no model's scores: pairs of one
+    set share many words, weighted by tf-idf. So all models get the same sets, and none gets its own
     mistakes; sets chosen by a model would be hardest for similar models. In a script without spaces
     a sentence is one word: such sets are hardly harder than random ones, as `details` show.
 

@@ -30,7 +30,7 @@ def votes(
     for part in torch.split(test, chunk_rows(len(train))):
         near = scores(part, train).double().topk(k, dim=1)
         if temperature:
-            # only ratios of votes matter; at a small temperature exp(cosine / temperature) overflows
+            # only ratios of votes matter; at a small temperature votes would overflow
             best = near.values[:, :1]
             worth = ((near.values - best) / temperature).exp()
         else:

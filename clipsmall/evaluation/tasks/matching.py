@@ -1,4 +1,4 @@
-"""Retrieval when each answer is taken once: Sinkhorn scores and the best assignment beside argmax."""
+"""Retrieval when each answer is taken once: Sinkhorn scores, best assignment, and argmax."""
 
 import math
 
