@@ -208,10 +208,13 @@ def total(
     Differentiable by x, y and u. The gradient is computed in the same pass, so `weights` (b,) are
     constants; backward only multiplies it.
     """
+    # inside the function's forward gradients are always disabled
+    learning = torch.is_grad_enabled()
+    weights = weights.detach()
     with torch.autocast(x.device.type, enabled=False):
-        learning = torch.is_grad_enabled()
-        made: Tensor = _Total.apply(x.to(wide(x)), y, u, weights.detach(), layout, f, learning)
-        return made
+        x = x.to(wide(x))
+        weighted_sum: Tensor = _Total.apply(x, y, u, weights, layout, f, learning)
+        return weighted_sum
 
 
 @torch.no_grad()

@@ -207,6 +207,7 @@ def count_unseparated(groups: Ints, cannot_link: Bools, batches: Ints, duplicate
 
     Duplicates should not share a batch, other cannot-link pairs should not share a group.
     """
-    inside_groups = count_conflicts(groups, cannot_link & ~duplicates).sum()
-    inside_batches = count_conflicts(batches, duplicates).sum()
-    return int(inside_groups + inside_batches)
+    too_hard = cannot_link & ~duplicates
+    inside_groups = count_conflicts(groups, too_hard)
+    inside_batches = count_conflicts(batches, duplicates)
+    return int(inside_groups.sum() + inside_batches.sum())

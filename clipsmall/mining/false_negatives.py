@@ -70,8 +70,10 @@ def relative_hardness(scored: ScoredPairs) -> Floats:
     TopK-PercPos, on the worse of the two sides).
     """
     cosines = scored.image @ scored.text.T
-    own = cosines.diagonal().clip(min=LEAST_COSINE)
+    # how well the captions fit each other's images: the worse of the two sides counts
     cross = np.maximum(cosines, cosines.T)
+    # and their own
+    own = cosines.diagonal().clip(min=LEAST_COSINE)
     smaller_own = np.minimum(own[:, None], own[None, :])
     made: Floats = cross / smaller_own
     np.fill_diagonal(made, -np.inf)
@@ -84,8 +86,10 @@ def hardness_threshold(hardness: Floats, fraction: float) -> float:
     Estimated from SAMPLED evenly spaced rows; inf if none of their entries is finite.
     """
     n = len(hardness)
-    places = np.linspace(0, n - 1, min(n, SAMPLED)).astype(int)
-    rows = hardness[np.unique(places)]
+    places = np.linspace(0, n - 1, min(n, SAMPLED))
+    places = np.unique(places.astype(int))
+    rows = hardness[places]
+    # without the diagonal, which is −inf
     finite = rows[np.isfinite(rows)]
     if not len(finite):
         return np.inf
@@ -106,5 +110,7 @@ def too_hard_negatives(
     if not fraction and ratio is None:
         return np.zeros((n, n), dtype=bool), np.inf
     hardness = relative_hardness(scored)
-    limit = hardness_threshold(hardness, fraction) if ratio is None else ratio
-    return hardness > limit, limit
+    threshold = ratio
+    if threshold is None:
+        threshold = hardness_threshold(hardness, fraction)
+    return hardness > threshold, threshold

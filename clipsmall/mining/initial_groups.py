@@ -138,14 +138,17 @@ class GroupFiller:
         """Seat the hardest pair that is allowed, and return its place; `hardness` is (n,)."""
         has_seat = self.free
         if len(self.left) > 1:
-            has_seat = self.free & (self.left > 0)[self.quotas.owner]
+            rank_has_seat = self.left > 0
+            has_seat = self.free & rank_has_seat[self.quotas.owner]
         allowed = has_seat & ~self.banned
         if not allowed.any():
             allowed = has_seat
-        picked = int(np.where(allowed, hardness, -np.inf).argmax())
+        candidates = np.where(allowed, hardness, -np.inf)
+        picked = int(candidates.argmax())
+        rank = self.quotas.owner[picked]
         self.groups[self.group, self.seat] = picked
         self.seat += 1
         self.free[picked] = False
-        self.left[self.quotas.owner[picked]] -= 1
+        self.left[rank] -= 1
         self.banned |= self.cannot_link[picked]
         return picked

@@ -33,6 +33,7 @@ def learnability_gains(
     together = WEIGHTS[kind](learner, size) - WEIGHTS[kind](reference, size)
     own = np.zeros(len(together))
     if kind == "sigmoid":
+        # a pair's own term of the loss, which does not depend on its batch
         learner_loss = np.logaddexp(0, -learner.logits.diagonal())
         reference_loss = np.logaddexp(0, -reference.logits.diagonal())
         own = learner_loss - reference_loss

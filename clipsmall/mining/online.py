@@ -257,10 +257,14 @@ class MinedBatches:
         if self._making is None:
             return None
         made = self._making.result()
-        numbers = torch.tensor([made.numbers[name] for name in NUMBERS], dtype=torch.float64)
-        batches = torch.from_numpy(made.batches)
-        hashes = torch.from_numpy(made.caption_hash)
-        return MiningPlan(batches, hashes, numbers, torch.tensor(world.size()))
+        # tensors, as the plan goes into a checkpoint and to the other ranks
+        numbers = [made.numbers[name] for name in NUMBERS]
+        return MiningPlan(
+            batches=torch.from_numpy(made.batches),
+            caption_hash=torch.from_numpy(made.caption_hash),
+            numbers=torch.tensor(numbers, dtype=torch.float64),
+            ranks=torch.tensor(world.size()),
+        )
 
     def state_dict(self) -> dict[str, Tensor]:
         """The plan of a pool in the middle of which the run is; {} between pools.
