@@ -141,7 +141,7 @@ def run_training(config: Config, stop: Stop) -> int:
         train(
             accelerator,
             model,
-            build_objective.columns(config),
+            build_objective.columns(config.objective.exchange),
             state.objective,
             state.feed,
             guard,
@@ -241,7 +241,7 @@ def print_description(config: Config, state: RunState) -> None:
     ]
     if config.compared < size:
         parts.append(f", compared in {config.optim.accumulate} parts (naive accumulation)")
-    parts.append(build_queue.told(state.objective))
+    parts.append(build_queue.description(state.objective))
     if state.model.chunk_size:
         parts.append(f", {state.model.chunk_size} at a time through the towers")
     if state.progress.step:
@@ -250,9 +250,15 @@ def print_description(config: Config, state: RunState) -> None:
 
     for line in [*build_tuning.trained_parts(state.model), f"  {build_tuning.computation(state)}"]:
         print(line, file=sys.stderr)
-    for words in build_queue.warnings(config, fresh=state.loaded.logit_scale is None):
+    warnings = build_queue.warnings(
+        config.objective,
+        size,
+        fresh=state.loaded.logit_scale is None,
+        streaming=config.data.streaming,
+    )
+    for words in warnings:
         print(f"warning: {words}", file=sys.stderr)
-    if idle := build_objective.without_effect(config):
+    if idle := build_objective.without_effect(config.objective):
         print(f"note: {', '.join(idle)}: no effect on {config.objective.title}", file=sys.stderr)
 
 

@@ -9,124 +9,128 @@ from typing import Any
 from torch import Tensor
 
 from clipsmall.batch import RunContext
-from clipsmall.config import Config
+from clipsmall.config.objectives import ObjectiveSection
 from clipsmall.objectives import OBJECTIVES, QUEUES, SECTIONS, QueueSpec
 from clipsmall.objectives.combination import Combination
 from clipsmall.objectives.options import Options, given_to_heads
 from clipsmall.objectives.queued import LONGEST, InBatch, Queued
 
 
-def spec(config: Config) -> QueueSpec | None:
+def spec(section: ObjectiveSection) -> QueueSpec | None:
     """Of the run's queue; None without one."""
-    return QUEUES.get(config.objective.queue)
+    return QUEUES.get(section.queue)
 
 
-def options(config: Config) -> Options:
+def options(section: ObjectiveSection) -> Options:
     """The values of the queue's section; none without a queue."""
-    if config.objective.queue == "none":
+    if section.queue == "none":
         return {}
-    return config.objective.options(config.objective.queue)
+    return section.options(section.queue)
 
 
-def size(config: Config, pairs: int | None) -> int:
+def size(section: ObjectiveSection, batch_size: int, pairs: int | None) -> int:
     """K, the pairs a queue holds; 0 without one.
 
     `auto` is what the queue thinks best (see `queued.longest` for moco; 4 batches for xbm), at most
     65,536 and the data set, a multiple of the batch.
 
     Args:
-        config: of the run.
+        section: config.objective.
+        batch_size: over all ranks.
         pairs: of the data set; None for a stream.
     """
-    queue = spec(config)
+    queue = spec(section)
     if queue is None:
         return 0
-    given: Any = options(config)["size"]
+    given: Any = options(section)["size"]
     if given != "auto":
         return int(given)
 
-    batch = config.data.batch_size
-    wanted = queue.auto_size(options(config), batch)
+    wanted = queue.auto_size(options(section), batch_size)
     most = min(wanted, LONGEST, pairs or LONGEST)
-    batches = max(most // batch, 1)
-    return batches * batch
+    batches = max(most // batch_size, 1)
+    return batches * batch_size
 
 
-def columns(config: Config, setting: RunContext) -> int:
+def columns(section: ObjectiveSection, context: RunContext) -> int:
     """How many columns a row meets, its own pair included, once a queue is full.
 
     A queue that is used only later in the run does not count: this is for the start.
     """
-    queue = spec(config)
+    queue = spec(section)
     if queue is None or not queue.from_start:
-        return setting.batch_size
+        return context.batch_size
 
-    pairs = None if setting.ids is None else len(setting.ids)
-    queued = size(config, pairs)
+    pairs = None if context.ids is None else len(context.ids)
+    queued = size(section, context.batch_size, pairs)
     # of the batch all pairs, or the row's own
-    of_batch = setting.batch_size if in_batch(config) else 1
+    of_batch = context.batch_size if in_batch(section) else 1
     return queued + of_batch
 
 
-def in_batch(config: Config) -> bool:
+def in_batch(section: ObjectiveSection) -> bool:
     """Whether the batch's other pairs are negatives beside a queue."""
-    return bool(options(config).get("in_batch", True))
+    return bool(options(section).get("in_batch", True))
 
 
-def told(objective: object) -> str:
+def description(objective: object) -> str:
     """The queue in the opening line of a run; "" without one."""
     return f", {objective.past.size:,} pairs in the queue" if isinstance(objective, Queued) else ""
 
 
-def warnings(config: Config, fresh: bool) -> list[str]:
+def warnings(
+    section: ObjectiveSection, batch_size: int, *, fresh: bool, streaming: bool
+) -> list[str]:
     """What to say of a queue that will not do what it is there for.
 
     Args:
-        config: of the run.
+        section: config.objective.
+        batch_size: over all ranks.
         fresh: the weights have not been trained yet.
+        streaming: pairs come from a stream.
     """
-    queue = spec(config)
+    queue = spec(section)
     if queue is None:
         return []
     found = []
-    if config.data.streaming:
+    if streaming:
         found.append(
             "streamed pairs have no number of their own: a queue may hold older copies of a row's "
             "pair"
         )
-    found.append(queue.warning(options(config), config.data.batch_size, fresh))
+    found.append(queue.warning(options(section), batch_size, fresh))
     return [each for each in found if each]
 
 
-def head_options(config: Config) -> dict[str, dict[str, Any]]:
+def head_options(section: ObjectiveSection) -> dict[str, dict[str, Any]]:
     """The heads that the queue asks for, with their options."""
-    queue = spec(config)
-    return {} if queue is None else given_to_heads(queue.heads, options(config))
+    queue = spec(section)
+    return {} if queue is None else given_to_heads(queue.heads, options(section))
 
 
 def softened(
-    config: Config, built: dict[str, Callable[..., Any]], setting: RunContext
+    section: ObjectiveSection, built: dict[str, Callable[..., Any]], context: RunContext
 ) -> dict[str, Callable[..., Any]]:
     """The objectives of the mix, with soft targets if the queue's `alpha` asks for them.
 
     Raises:
         ValueError: no objective of the mix takes soft targets with its options.
     """
-    given = options(config)
+    given = options(section)
     alpha = given.get("alpha", 0.0)
     if not alpha:
         return built
     replaced = dict(built)
     for name in built:
-        section = config.objective.options(OBJECTIVES[name].section)
-        make = OBJECTIVES[name].soft_targets(section)
+        own = section.options(OBJECTIVES[name].section)
+        make = OBJECTIVES[name].soft_targets(own)
         if make is not None:
-            replaced[name] = make(setting, alpha, given["ramp"], config.objective.mask_duplicates)
+            replaced[name] = make(context, alpha, given["ramp"], section.mask_duplicates)
     if replaced == built:
         raise ValueError(
-            f"objective.{config.objective.queue}.alpha: soft targets serve "
+            f"objective.{section.queue}.alpha: soft targets serve "
             f"{', '.join(_takers_of_soft_targets())} with default options, not "
-            f"{config.objective.title}"
+            f"{section.title}"
         )
     return replaced
 
@@ -140,54 +144,59 @@ def _takers_of_soft_targets() -> list[str]:
 
 
 def queued(
-    config: Config, built: dict[str, Callable[..., Any]], setting: RunContext
+    section: ObjectiveSection,
+    built: dict[str, Callable[..., Any]],
+    context: RunContext,
+    pairs: int,
 ) -> Callable[..., dict[str, Tensor]] | None:
     """The objectives of the mix with a queue around them; None if there is no queue.
+
+    Args:
+        pairs: of the whole run, a fraction of which may pass before the queue is used.
 
     Raises:
         ValueError: no objective of the mix takes more columns than the batch; columns that are not
             gathered; negatives drawn from a batch that gives none.
     """
-    kind: Any = config.objective.queue
+    kind: Any = section.queue
     if kind == "none":
         return None
-    _refuse(config)
+    _refuse(section)
 
     # those that take no more columns than the batch compare within it all the same
     given: dict[str, Callable[..., Any]] = {}
-    for name, each in softened(config, built, setting).items():
+    for name, each in softened(section, built, context).items():
         takes_more = OBJECTIVES[name].queue
         given[name] = each if takes_more else InBatch(each)
 
-    fraction = options(config).get("start", 0.0)
-    pairs = None if setting.ids is None else len(setting.ids)
+    fraction = options(section).get("start", 0.0)
+    of_data_set = None if context.ids is None else len(context.ids)
     return Queued(
-        joined(config.objective.mix, given),
+        joined(section.mix, given),
         kind,
-        size=size(config, pairs),
-        width=setting.width,
-        in_batch=in_batch(config),
-        start=round(fraction * config.optim.pairs),
+        size=size(section, context.batch_size, of_data_set),
+        width=context.width,
+        in_batch=in_batch(section),
+        start=round(fraction * pairs),
     )
 
 
-def _refuse(config: Config) -> None:
+def _refuse(section: ObjectiveSection) -> None:
     """Raises ValueError for a queue that does not fit the mix or the exchange."""
-    objective = config.objective
-    if not any(OBJECTIVES[name].queue for name in objective.mix):
+    if not any(OBJECTIVES[name].queue for name in section.mix):
         takers = ", ".join(name for name, each in OBJECTIVES.items() if each.queue)
         raise ValueError(
-            f"objective.queue={objective.queue}: {', '.join(objective.mix)} compares exactly the "
+            f"objective.queue={section.queue}: {', '.join(section.mix)} compares exactly the "
             f"batch; a queue serves {takers}, or a mix with one of them"
         )
-    if not in_batch(config):
-        for name in objective.mix:
-            section = objective.options(OBJECTIVES[name].section)
-            if reason := OBJECTIVES[name].needs_batch_negatives(section):
-                raise ValueError(f"objective.{objective.queue}.in_batch=false: {reason}")
-    if objective.exchange != "gather":
+    if not in_batch(section):
+        for name in section.mix:
+            own = section.options(OBJECTIVES[name].section)
+            if reason := OBJECTIVES[name].needs_batch_negatives(own):
+                raise ValueError(f"objective.{section.queue}.in_batch=false: {reason}")
+    if section.exchange != "gather":
         raise ValueError(
-            f"objective.queue={objective.queue}: every rank holds the queue; use "
+            f"objective.queue={section.queue}: every rank holds the queue; use "
             "objective.exchange=gather"
         )
 

@@ -1,12 +1,13 @@
 """Builds a run from its whole config: hands every other builder its section and plain values."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, set_seed
+from torch import Tensor
 
 from clipsmall.batch import Progress, RunContext
 from clipsmall.build import cache as build_cache
@@ -43,13 +44,13 @@ def run_state(
     progress = Progress()
     data = training_data(config.data, config.seed)
     loaded = loaded_towers(config, data, resumed)
-    setting = build_objective.setting(config, loaded, data.ids)
+    context = run_context(config, loaded, data.ids)
     # from_pretrained leaves towers in eval mode
-    encoder = dual_encoder(config, loaded, setting).to(device).train()
+    encoder = dual_encoder(config, loaded, context).to(device).train()
     save_memory(config, accelerator, loaded, encoder)
-    objective = build_objective.objective(config, setting)
-    if isinstance(objective, torch.nn.Module):
-        objective = objective.to(device)
+    losses = objective(config, context)
+    if isinstance(losses, torch.nn.Module):
+        losses = losses.to(device)
     cache_frozen_towers(config, data, loaded, encoder, accelerator, resumed)
     batches = training_batches(config, data, loaded, encoder, accelerator, progress)
 
@@ -79,19 +80,25 @@ def run_state(
         loaded=loaded,
         optimizer=adamw,
         scheduler=schedule,
-        objective=objective,
+        objective=losses,
         feed=feed,
         progress=progress,
         config=config.model_dump(mode="json"),
         fingerprint=data.fingerprint,
         data_description=data.description,
-        fixed_options=build_objective.sections(config) + build_mining.fixed_options(config.mining),
+        fixed_options=fixed_options(config),
     )
     # weights are equal on all ranks, but each draws dropout of its own
     set_seed(config.seed + world.rank())
     if resumed is not None:
         state.load(resumed)
     return model, state
+
+
+def fixed_options(config: Config) -> tuple[str, ...]:
+    """What a resumed run must not change, beside what no run may."""
+    of_objective = build_objective.used_sections(config.objective)
+    return of_objective + build_mining.fixed_options(config.mining)
 
 
 def accelerator(run: RunSection, out: str, chunk_size: int | str) -> Accelerator:
@@ -185,20 +192,45 @@ def loaded_towers(config: Config, data: TrainingData, resumed: Path | None) -> L
     return loaded
 
 
-def dual_encoder(config: Config, loaded: Loaded, setting: RunContext) -> DualEncoder:
+def run_context(config: Config, loaded: Loaded, ids: Tensor | None) -> RunContext:
+    """Facts of the run for heads and objectives with a memory.
+
+    Args:
+        ids: (n,) ascending `index` of all training pairs; None for a stream.
+    """
+    return build_objective.run_context(
+        loaded,
+        ids,
+        batch_size=config.compared,
+        steps=config.steps * config.optim.accumulate,
+        seed=config.seed,
+    )
+
+
+def objective(config: Config, context: RunContext) -> Callable[..., dict[str, Tensor]]:
+    """What the run minimises: one objective or a mix, and the queue around them."""
+    return build_objective.objective(
+        config.objective,
+        context,
+        pairs=config.optim.pairs,
+        accumulate=config.optim.accumulate,
+    )
+
+
+def dual_encoder(config: Config, loaded: Loaded, context: RunContext) -> DualEncoder:
     """Towers with the scale, bias and heads that the objective asks for."""
-    scale, bias = build_objective.starts(config, loaded, setting)
-    through = build_objective.through(config)
+    section = config.objective
+    scale = build_objective.initial_scale(section, config.model.logit_scale, loaded)
+    bias = build_objective.initial_bias(section, config.model.logit_bias, loaded, context, scale)
     # a checkpoint says so, or nobody could evaluate it
-    if through:
-        given = build_objective.head_options(config)[through]
+    retrieval_head = build_objective.retrieval_head(section)
+    if retrieval_head:
         loaded.description["retrieval"] = {
-            "head": through,
-            "width": setting.width,
-            "options": given,
+            "head": retrieval_head,
+            "width": context.width,
+            "options": build_objective.head_options(section)[retrieval_head],
         }
-    asked = build_objective.kinds(config)
-    if build_objective.relative_bias(config):
+    if build_objective.relative_bias(section):
         # in units of the scale: others want the product
         loaded.description["relative_bias"] = True
     # SigLIP's are around 117
@@ -208,11 +240,10 @@ def dual_encoder(config: Config, loaded: Loaded, setting: RunContext) -> DualEnc
         loaded.spec,
         scale,
         bias,
-        learn_scale=config.tune.logit_scale
-        and any(build_objective.learns_scale(config, kind) for kind in asked),
-        learn_bias=config.tune.logit_bias and any(kind.bias is not None for kind in asked),
-        heads=build_objective.heads(config, setting),
-        retrieval_head=through,
+        learn_scale=config.tune.logit_scale and build_objective.learns_scale(section),
+        learn_bias=config.tune.logit_bias and build_objective.learns_bias(section),
+        heads=build_objective.heads(section, context),
+        retrieval_head=retrieval_head,
         largest_scale=largest,
     )
 
@@ -255,7 +286,7 @@ def cache_frozen_towers(
         encoder,
         steps=config.steps,
         augmented=config.data.crop_scale < 1,
-        reads_tokens=build_objective.reads_token_ids(config),
+        reads_tokens=build_objective.reads_token_ids(config.objective),
     )
     if not towers or data.catalog is None:
         return
@@ -293,7 +324,7 @@ def training_batches(
         batch_size=config.data.batch_size,
         steps=config.steps,
         seed=config.seed,
-        objective_weights=build_objective.mining_weights(config),
+        objective_weights=build_objective.mining_weights(config.objective),
     )
 
 

@@ -147,8 +147,8 @@ class Stage:
         # as if no pair came twice: the data set may lie on another machine
         ids = torch.arange(config.optim.pairs)
         self.loaded = loaded
-        self.setting = build_objective.setting(config, loaded, ids)
-        self.encoder = build.dual_encoder(config, loaded, self.setting).train()
+        self.context = build.run_context(config, loaded, ids)
+        self.encoder = build.dual_encoder(config, loaded, self.context).train()
         on_cpu: Any = SimpleNamespace(device=torch.device("cpu"))
         build.save_memory(config, on_cpu, loaded, self.encoder)
         for head in self.encoder.heads.values():
@@ -156,7 +156,7 @@ class Stage:
                 meter.label(tensors(head.average), "averaged towers")
 
         meter.label([ids], HOST)
-        self.objective = build_objective.objective(config, self.setting)
+        self.objective = build.objective(config, self.context)
         if isinstance(self.objective, nn.Module):
             meter.label(tensors(self.objective), "memory")
         self.optimizer = build.optimizer(config, self.encoder)
@@ -194,7 +194,7 @@ class Stage:
         accelerator: Any = SimpleNamespace(
             backward=self.backward, unscale_gradients=lambda: None, scaler=None
         )
-        columns = build_objective.columns(self.config)
+        columns = build_objective.columns(self.config.objective.exchange)
         batch = self.pairs(rows)
         schedule = build.scheduler(self.config, self.optimizer)
         guard = Guard(None, self.config.run.max_bad_steps, encoder)

@@ -81,7 +81,7 @@ class Subject:
         # training leaves the pixels of chunks in host memory
         if chunk_size:
             batches = [pairs._replace(image=pairs.image.cpu()) for pairs in batches]
-        columns = build_objective.columns(self.config)
+        columns = build_objective.columns(self.config.objective.exchange)
         result = run_steps(model, encoder, objective, columns, batches, self.accelerator.backward)
         self.accelerator.free_memory()
 
@@ -140,7 +140,7 @@ def make_subject(config: Config, pairs: int) -> Subject:
         if size % unit:
             raise ValueError(f"{name}={size} is not divisible by {unit}, ranks x optim.accumulate")
 
-    least = build_objective.least_batch(config)
+    least = build_objective.least_batch(config.objective)
     if not pairs:
         # 64, or what all parts and the objective need at least, in whole units
         wanted = max(64, 4 * unit, least)
@@ -156,10 +156,10 @@ def make_subject(config: Config, pairs: int) -> Subject:
     config = of_two_steps(config, pairs)
     set_seed(config.seed)
     loaded = build.loaded_towers(config, data, None)
-    setting = build_objective.setting(config, loaded, data.ids)
-    encoder = build.dual_encoder(config, loaded, setting).to(accelerator.device)
+    context = build.run_context(config, loaded, data.ids)
+    encoder = build.dual_encoder(config, loaded, context).to(accelerator.device)
     gradient_check.disable_randomness(encoder)
-    objective = build_objective.objective(config, setting)
+    objective = build.objective(config, context)
     if isinstance(objective, torch.nn.Module):
         objective = objective.to(accelerator.device)
     mine = next(iter(data.reader(loaded, False)(range(1)))).pairs.to(accelerator.device)

@@ -35,9 +35,7 @@ def loaded(scale: float | None = None, bias: float | None = None) -> Loaded:
 
 def test_a_mix_is_the_weighted_sum_of_its_parts() -> None:
     e = with_duplicates(embeddings(17), [(0, 5)])
-    made = build_objective.objective(
-        run("--objective={softmax: 1, sigmoid: 0.25, vse++: 2}"), SETTING
-    )
+    made = build.objective(run("--objective={softmax: 1, sigmoid: 0.25, vse++: 2}"), SETTING)
     losses = made(e, e)
     parts = {name: call(name, e)["loss"] for name in ("softmax", "sigmoid", "vse++")}
     for name, value in parts.items():
@@ -47,7 +45,7 @@ def test_a_mix_is_the_weighted_sum_of_its_parts() -> None:
     )
     assert losses["effective_negatives"] == losses["softmax/effective_negatives"]
     assert {"softmax/accuracy", "sigmoid/positive"} <= losses.keys()
-    half = build_objective.objective(run("--objective={softmax: 0.5}"), SETTING)
+    half = build.objective(run("--objective={softmax: 0.5}"), SETTING)
     torch.testing.assert_close(half(e, e)["loss"], parts["softmax"] / 2)
 
 
@@ -75,7 +73,7 @@ def test_a_mix_is_the_weighted_sum_of_its_parts() -> None:
 def test_options_reach_their_objective(name: str, option: str, value: str) -> None:
     e = with_duplicates(embeddings(17), [(0, 5), (0, 6), (2, 9)])
     plain, changed = (
-        build_objective.objective(run(f"--objective={name}", *words), SETTING)(e, e)["loss"].item()
+        build.objective(run(f"--objective={name}", *words), SETTING)(e, e)["loss"].item()
         for words in ([], [f"--objective.{option}={value}"])
     )
     assert plain != changed
@@ -136,7 +134,14 @@ def test_where_scale_and_bias_start() -> None:
             -10.0,
         ),
     ):
-        assert build_objective.starts(run(*words), weights, SETTING) == pytest.approx((scale, bias))
+        given = run(*words)
+        section = given.objective
+        start = build_objective.initial_scale(section, given.model.logit_scale, weights)
+        assert start == pytest.approx(scale)
+        start = build_objective.initial_bias(
+            section, given.model.logit_bias, weights, SETTING, start
+        )
+        assert start == pytest.approx(bias)
 
 
 @pytest.mark.parametrize(
@@ -153,14 +158,20 @@ def test_where_scale_and_bias_start() -> None:
 def test_what_gets_no_gradient_is_frozen(words: list[str], scale: bool, bias: bool) -> None:
     weights = loaded()
     made = build.dual_encoder(
-        run(*words), weights, build_objective.setting(run(*words), weights, torch.arange(9))
+        run(*words), weights, build.run_context(run(*words), weights, torch.arange(9))
     )
     assert (made.logit_scale.requires_grad, made.logit_bias.requires_grad) == (scale, bias)
 
 
 def test_options_without_effect_are_named() -> None:
     assert (
-        build_objective.without_effect(run("--objective=dclw", "--objective.dcl.sigma=0.1")) == []
+        build_objective.without_effect(
+            run("--objective=dclw", "--objective.dcl.sigma=0.1").objective
+        )
+        == []
     )
     words = ("--objective.gcl.gamma=0.5", "--objective.triplet.margin=0.3")
-    assert build_objective.without_effect(run(*words)) == ["objective.gcl", "objective.triplet"]
+    assert build_objective.without_effect(run(*words).objective) == [
+        "objective.gcl",
+        "objective.triplet",
+    ]

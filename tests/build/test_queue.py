@@ -8,6 +8,7 @@ import torch
 from clipsmall.batch import RunContext
 from clipsmall.build import objective as build_objective
 from clipsmall.build import queue as build_queue
+from clipsmall.build import run as build
 from clipsmall.config.reader import read
 from clipsmall.objectives.queued import Queued
 from tests.objectives.pair_losses import embeddings
@@ -28,12 +29,18 @@ def test_a_queue_may_be_met_later() -> None:
             torch.testing.assert_close(found["loss"], plain(e, e)["loss"])
     assert sizes == [0, 0, 10, 13]
     words = ["--objective.queue=xbm", "--optim.pairs=1000"]
-    made = build_objective.objective(run(*words), RunContext(width=WIDTH, batch_size=32, steps=10))
+    made = build.objective(run(*words), RunContext(width=WIDTH, batch_size=32, steps=10))
     assert made.start == 300
-    made = build_objective.objective(
+    made = build.objective(
         run(*words, "--objective.queue=moco"), RunContext(width=WIDTH, batch_size=32, steps=10)
     )
     assert made.start == 0
+
+
+def queue_warnings(given: Any, fresh: bool) -> list[str]:
+    return build_queue.warnings(
+        given.objective, given.data.batch_size, fresh=fresh, streaming=given.data.streaming
+    )
 
 
 def run(*words: str) -> Any:
@@ -57,11 +64,11 @@ def run(*words: str) -> Any:
     ],
 )
 def test_the_size_of_a_queue(words: list[str], pairs: int | None, size: int) -> None:
-    assert build_queue.size(run(*words), pairs) == size
+    assert build_queue.size(run(*words).objective, 32, pairs) == size
 
 
 def test_a_queue_of_stale_keys_is_told_and_what_would_do() -> None:
-    (said,) = build_queue.warnings(
+    (said,) = queue_warnings(
         run("--objective.queue=moco", "--objective.moco.size=65536"), fresh=True
     )
     assert "2,048 steps old" in said
@@ -73,7 +80,7 @@ def test_a_queue_of_stale_keys_is_told_and_what_would_do() -> None:
             f"--objective.moco.size={fine[0]}",
             f"--objective.moco.momentum={fine[1]}",
         ]
-        assert not build_queue.warnings(run(*words), fresh=True)
+        assert not queue_warnings(run(*words), fresh=True)
     # the momentum that is offered is no cause for another warning
     for size in (
         3_232,
@@ -82,21 +89,19 @@ def test_a_queue_of_stale_keys_is_told_and_what_would_do() -> None:
         999_999,
     ):
         words = ["--objective.queue=moco", f"--objective.moco.size={size}"]
-        (said,) = build_queue.warnings(run(*words), fresh=True)
+        (said,) = queue_warnings(run(*words), fresh=True)
         offered = said.rpartition(" ")[2]
-        assert not build_queue.warnings(
+        assert not queue_warnings(
             run(*words, f"--objective.moco.momentum={offered}"), fresh=True
         ), said
 
 
 def test_features_that_age_are_told() -> None:
     long = ["--objective.queue=xbm", "--objective.xbm.size=512"]
-    assert "told apart by its age" in build_queue.warnings(run(*long), fresh=True)[0]
-    assert not build_queue.warnings(run(*long), fresh=False)
-    assert not build_queue.warnings(run("--objective.queue=xbm"), fresh=True)
-    (said,) = build_queue.warnings(
-        run("--objective.queue=xbm", "--data.streaming=true"), fresh=True
-    )
+    assert "told apart by its age" in queue_warnings(run(*long), fresh=True)[0]
+    assert not queue_warnings(run(*long), fresh=False)
+    assert not queue_warnings(run("--objective.queue=xbm"), fresh=True)
+    (said,) = queue_warnings(run("--objective.queue=xbm", "--data.streaming=true"), fresh=True)
     assert "streamed pairs have no number" in said
 
 
@@ -130,14 +135,12 @@ def test_what_a_queue_refuses(words: list[str], said: str) -> None:
     setting = RunContext(width=WIDTH, batch_size=32, steps=10)
     # an option of the other queue: a note, no error
     if not said:
-        build_objective.objective(run(*words), setting)
-        assert build_objective.without_effect(run(*words)) == ["objective.moco"]
-        assert build_objective.objective(
-            run(*words, "--objective.moco.in_batch=false"), setting
-        ).in_batch
+        build.objective(run(*words), setting)
+        assert build_objective.without_effect(run(*words).objective) == ["objective.moco"]
+        assert build.objective(run(*words, "--objective.moco.in_batch=false"), setting).in_batch
         return
     with pytest.raises(ValueError, match=said):
-        build_objective.objective(run(*words), setting)
+        build.objective(run(*words), setting)
 
 
 def test_beside_a_queue_sinkhorn_compares_the_batch() -> None:
@@ -147,10 +150,8 @@ def test_beside_a_queue_sinkhorn_compares_the_batch() -> None:
         "--objective.queue=xbm",
         "--objective.xbm.start=0",
     )
-    made = build_objective.objective(
-        mixed, RunContext(width=WIDTH, batch_size=32, steps=10)
-    ).double()
-    plain = build_objective.objective(
+    made = build.objective(mixed, RunContext(width=WIDTH, batch_size=32, steps=10)).double()
+    plain = build.objective(
         run("--objective=sinkhorn"), RunContext(width=WIDTH, batch_size=32, steps=10)
     )
     for _ in range(2):

@@ -20,9 +20,6 @@ from clipsmall.build import (
     chunks as build_chunks,
 )
 from clipsmall.build import (
-    objective as build_objective,
-)
-from clipsmall.build import (
     run as build,
 )
 from clipsmall.config import Config
@@ -66,9 +63,7 @@ def built(config: Config) -> DualEncoder:
     loaded = build.loaded_towers(config, SimpleNamespace(captions=list), None)  # type: ignore[arg-type]
     if config.model.checkpoint_activations is True:
         loaded.towers.checkpoint_activations()
-    encoder = build.dual_encoder(
-        config, loaded, build_objective.setting(config, loaded, None)
-    ).train()
+    encoder = build.dual_encoder(config, loaded, build.run_context(config, loaded, None)).train()
     encoder.chunk_size = config.model.chunk_size  # type: ignore[assignment]
     encoder.tokenize = loaded.tokenize  # type: ignore[assignment]
     return encoder
@@ -91,7 +86,7 @@ def pairs_for(encoder: DualEncoder) -> Pairs:
 
 
 def gradients(encoder: DualEncoder, config: Config) -> dict[str, Tensor | None]:
-    objective = build_objective.objective(config, RunContext(8, BATCH, 10))
+    objective = build.objective(config, RunContext(8, BATCH, 10))
     rows = encoder(pairs_for(encoder))
     objective(rows, rows)["loss"].backward()
     return {name: p.grad for name, p in encoder.named_parameters() if p.requires_grad}
@@ -257,7 +252,7 @@ def test_frozen_batch_norm_may_be_cut_into_chunks(tmp_path: Path) -> None:
         config = config_of(name, model={"chunk_size": 2}, tune={"image": amount})
         loaded = build.loaded_towers(config, SimpleNamespace(captions=list), None)  # type: ignore[arg-type]
         encoder = build.dual_encoder(
-            config, loaded, build_objective.setting(config, loaded, None)
+            config, loaded, build.run_context(config, loaded, None)
         ).train()
         if amount == "full":
             with pytest.raises(ValueError, match="BatchNorm"):
@@ -487,7 +482,7 @@ def test_a_fresh_siglip_starts_with_a_sane_bias(models: dict[str, str]) -> None:
     encoder = built(config)
     assert encoder.logit_bias.item() == pytest.approx(-math.log(BATCH - 1))
     rows = encoder(pairs_for(encoder))
-    loss = build_objective.objective(config, RunContext(8, BATCH, 10))(rows, rows)["loss"].item()
+    loss = build.objective(config, RunContext(8, BATCH, 10))(rows, rows)["loss"].item()
     # about 1 for the positive at scale 10, 1 for all negatives
     assert loss < 5.5
 

@@ -24,7 +24,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from clipsmall.batch import Pairs
-from clipsmall.build import objective as build_objective
 from clipsmall.build import run as build
 from clipsmall.config import Config
 from clipsmall.data.preprocess import CLIP_MEAN, CLIP_STD, ImageSpec, ImageTransform
@@ -397,12 +396,12 @@ def test_scale_and_bias_are_taken_over(clip: tuple[Path, Any], siglip: tuple[Pat
     config = Config.model_validate({"data": {"train": ["x"]}, "objective": {"name": "sigmoid"}})
     loaded = load_towers(str(clip[0]), "", no_captions)
     assert (loaded.logit_scale, loaded.logit_bias) == (pytest.approx(42.0), None)
-    model = build.dual_encoder(config, loaded, build_objective.setting(config, loaded, None))
+    model = build.dual_encoder(config, loaded, build.run_context(config, loaded, None))
     assert model.logit_scale.exp().item() == pytest.approx(42.0)
     assert model.logit_bias.item() == pytest.approx(-math.log(255))
     loaded = load_towers(str(siglip[0]), "", no_captions)
     assert (loaded.logit_scale, loaded.logit_bias) == (pytest.approx(7.0), pytest.approx(-3.0))
-    model = build.dual_encoder(config, loaded, build_objective.setting(config, loaded, None))
+    model = build.dual_encoder(config, loaded, build.run_context(config, loaded, None))
     assert (model.logit_scale.exp().item(), model.logit_bias.item()) == (
         pytest.approx(7.0),
         pytest.approx(-3.0),

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 
 from clipsmall import train
 from clipsmall.build import chunks as build_chunks
-from clipsmall.build import objective as build_objective
 from clipsmall.build import run as build
 from clipsmall.config.reader import read
 from clipsmall.model.towers.small import SmallConfig, WordTokenizer, load_small
@@ -73,7 +72,7 @@ def test_what_it_asks_of_a_run() -> None:
     given = run("--optim.accumulate=4", "--objective=sigmoid")
     towers = SmallConfig.model_validate(TOWERS)
     loaded = load_small(towers, WordTokenizer.train(["a b"], towers.text))
-    setting = build_objective.setting(given, loaded, None)
+    setting = build.run_context(given, loaded, None)
     # what an objective sees of the run
     assert (setting.batch_size, setting.steps) == (
         8,
@@ -85,7 +84,7 @@ def test_what_it_asks_of_a_run() -> None:
         assert found == size
     for words in (["--objective=byol"], ["--objective.queue=xbm"]):
         with pytest.raises(ValueError, match=r"take model\.chunk_size"):
-            build_objective.objective(run("--optim.accumulate=4", *words), setting)
+            build.objective(run("--optim.accumulate=4", *words), setting)
 
 
 def test_the_log_says_how_many_negatives_a_pair_meets(glyphs: Path, tmp_path: Path) -> None:

@@ -91,12 +91,12 @@ def trained(name: str, case: str) -> dict[str, Any]:
     loaded = build.loaded_towers(run, SimpleNamespace(captions=list), None)  # type: ignore[arg-type]
     if run.model.checkpoint_activations is True:
         loaded.towers.checkpoint_activations()
-    setting = build_objective.setting(run, loaded, torch.arange(100))
+    setting = build.run_context(run, loaded, torch.arange(100))
     model = build.dual_encoder(run, loaded, setting).double().train()
     model.chunk_size = run.model.chunk_size  # type: ignore[assignment]
     fsdp.shard_towers(model, CPU)
-    objective = build_objective.objective(run, setting)
-    columns = build_objective.columns(run)
+    objective = build.objective(run, setting)
+    columns = build_objective.columns(run.objective.exchange)
     optimizer = build.optimizer(run, model)
     for group in optimizer.param_groups:
         # one kernel over whole and sharded tensors, as on a GPU
@@ -276,7 +276,7 @@ def encoded(shards: str, size: int) -> tuple[Tensor, Tensor]:
     torch.manual_seed(0)
     run = config_of(f"{shards}/../towers.json")
     loaded = build.loaded_towers(run, SimpleNamespace(captions=lambda: ["a b c"]), None)  # type: ignore[arg-type]
-    model = build.dual_encoder(run, loaded, build_objective.setting(run, loaded, None))
+    model = build.dual_encoder(run, loaded, build.run_context(run, loaded, None))
     fsdp.shard_towers(model, CPU)
     encoder = Encoder(model, loaded.tokenize, CPU, size)
     images, rows = encoder.images(Spoilt(shards, size), only=range(4 * size))  # type: ignore[arg-type]
