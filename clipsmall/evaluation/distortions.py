@@ -1,5 +1,6 @@
-"""The distortions behind the corruptions: (H, W, 3) pixels from 0 to 1, a strength, and dice ->
-pixels.
+"""The distortions behind the corruptions, each (pixels, strength, random generator) -> pixels.
+
+Pixels are (H, W, 3), from 0 to 1.
 """
 
 from io import BytesIO
@@ -25,9 +26,9 @@ def shot_noise(x: Picture, one_photon: float, random: Generator) -> Picture:
     return random.poisson(x / one_photon) * one_photon
 
 
-def impulse_noise(x: Picture, share: float, random: Generator) -> Picture:
-    """A share of all values turns black or white."""
-    hit = random.random(x.shape) < share
+def impulse_noise(x: Picture, fraction: float, random: Generator) -> Picture:
+    """A fraction of all values turns black or white."""
+    hit = random.random(x.shape) < fraction
     white = random.random(x.shape) < 0.5
     return np.where(hit, white, x)
 
@@ -48,17 +49,19 @@ def _convolved(x: Picture, kernel: Picture) -> Picture:
     up = kernel.shape[0] // 2
     left = kernel.shape[1] // 2
     wide = np.pad(x, ((up, up), (left, left), (0, 0)), mode="edge")
-    found: Picture = signal.fftconvolve(
-        wide, (kernel / kernel.sum())[:, :, None], mode="valid", axes=(0, 1)
-    )
-    return found
+    # sums to 1, the same for all channels
+    weights = (kernel / kernel.sum())[:, :, None]
+    convolved: Picture = signal.fftconvolve(wide, weights, mode="valid", axes=(0, 1))
+    return convolved
 
 
 def defocus_blur(x: Picture, radius: float, random: Generator) -> Picture:
     """A disc, softened by half a pixel."""
     reach = int(np.ceil(radius)) + 1
     rows, columns = np.mgrid[-reach : reach + 1, -reach : reach + 1]
-    return _convolved(x, np.clip(radius + 0.5 - np.hypot(rows, columns), 0, 1))
+    distance = np.hypot(rows, columns)
+    disc = np.clip(radius + 0.5 - distance, 0, 1)
+    return _convolved(x, disc)
 
 
 def motion_blur(x: Picture, sigma: float, random: Generator) -> Picture:
@@ -67,51 +70,51 @@ def motion_blur(x: Picture, sigma: float, random: Generator) -> Picture:
     reach = int(np.ceil(2 * sigma)) + 1
     kernel = np.zeros((2 * reach + 1, 2 * reach + 1))
     along = np.linspace(0, 2 * sigma, 8 * reach)
-    for row, column, weight in zip(
-        along * np.sin(angle),
-        along * np.cos(angle),
-        np.exp(-((along / sigma) ** 2) / 2),
-        strict=True,
-    ):
+    rows = along * np.sin(angle)
+    columns = along * np.cos(angle)
+    weights = np.exp(-((along / sigma) ** 2) / 2)
+    for row, column, weight in zip(rows, columns, weights, strict=True):
+        # shared among the four cells around the point, bilinearly
         r = int(np.floor(row))
         c = int(np.floor(column))
-        kernel[reach + r : reach + r + 2, reach + c : reach + c + 2] += weight * np.outer(
-            [r + 1 - row, row - r], [c + 1 - column, column - c]
-        )
+        fractions = np.outer([r + 1 - row, row - r], [c + 1 - column, column - c])
+        kernel[reach + r : reach + r + 2, reach + c : reach + c + 2] += weight * fractions
     return _convolved(x, kernel)
 
 
 def glass_blur(x: Picture, sigma: float, random: Generator) -> Picture:
-    """Each pixel looks up to 2.5 sigma aside, between two soft lenses."""
+    """Each pixel is taken from up to 2.5 sigma away, with a blur before and after."""
     h, w = x.shape[:2]
     soft = gaussian_blur(x, sigma, random)
-    rows, columns = np.rint(random.uniform(-1, 1, (2, h, w)) * 2.5 * sigma).astype(np.int64)
-    rows = rows + np.arange(h)[:, None]
-    columns = columns + np.arange(w)
-    return gaussian_blur(soft[rows.clip(0, h - 1), columns.clip(0, w - 1)], sigma, random)
+    offsets = random.uniform(-1, 1, (2, h, w)) * 2.5 * sigma
+    down, right = np.rint(offsets).astype(np.int64)
+    rows = (down + np.arange(h)[:, None]).clip(0, h - 1)
+    columns = (right + np.arange(w)).clip(0, w - 1)
+    return gaussian_blur(soft[rows, columns], sigma, random)
 
 
 def zoom_blur(x: Picture, zoom: float, random: Generator) -> Picture:
-    """The mean of the picture and ever larger ones of its middle, up to 1 + `zoom`."""
+    """The mean of the image and of magnifications of its middle, up to 1 + `zoom`."""
     h, w = x.shape[:2]
+    middle_row = (h - 1) / 2
+    middle_column = (w - 1) / 2
     total = np.zeros_like(x)
     factors = np.linspace(1, 1 + zoom, 11)
     for factor in factors:
-        rows = (np.arange(h) - (h - 1) / 2) / factor + (h - 1) / 2
-        columns = (np.arange(w) - (w - 1) / 2) / factor + (w - 1) / 2
-        total += _looked_up(x, *np.meshgrid(rows, columns, indexing="ij"))
+        rows = (np.arange(h) - middle_row) / factor + middle_row
+        columns = (np.arange(w) - middle_column) / factor + middle_column
+        total += _interpolated(x, *np.meshgrid(rows, columns, indexing="ij"))
     return total / len(factors)
 
 
-def _looked_up(x: Picture, rows: Picture, columns: Picture) -> Picture:
-    """Bilinear, edges continued."""
-    return np.stack(
-        [
-            ndimage.map_coordinates(x[..., c], [rows, columns], order=1, mode="nearest")
-            for c in range(3)
-        ],
-        axis=-1,
-    )
+def _interpolated(x: Picture, rows: Picture, columns: Picture) -> Picture:
+    """The values at these places: bilinear, edges continued."""
+    channels = []
+    for channel in range(3):
+        channels.append(
+            ndimage.map_coordinates(x[..., channel], [rows, columns], order=1, mode="nearest")
+        )
+    return np.stack(channels, axis=-1)
 
 
 # ---- weather ----
@@ -124,50 +127,60 @@ def _clouds(shape: tuple[int, ...], roughness: float, random: Generator) -> Pict
     h, w = shape[:2]
     frequency = np.hypot(np.fft.fftfreq(h)[:, None], np.fft.rfftfreq(w))
     frequency[0, 0] = np.inf
-    found: Picture = np.fft.irfft2(
-        np.fft.rfft2(random.standard_normal((h, w))) * frequency**-roughness, s=(h, w)
-    )
-    return (found - found.min()) / max(np.ptp(found), 1e-12)
+    noise = np.fft.rfft2(random.standard_normal((h, w)))
+    clouds: Picture = np.fft.irfft2(noise * frequency**-roughness, s=(h, w))
+    return (clouds - clouds.min()) / max(np.ptp(clouds), 1e-12)
 
 
 def fog(x: Picture, amount: float, random: Generator) -> Picture:
     """Clouds are added, then all is dimmed so far that the brightest stays as it was."""
-    bright = max(float(x.max()), 1e-3)
-    return (x + amount * _clouds(x.shape, 1.7, random)[..., None]) * bright / (bright + amount)
+    brightest = max(float(x.max()), 1e-3)
+    clouds = _clouds(x.shape, 1.7, random)[..., None]
+    return (x + amount * clouds) * brightest / (brightest + amount)
 
 
 def frost(x: Picture, amount: float, random: Generator) -> Picture:
     """Bluish white crystals, thickest where ridges of two cloud fields meet the edges of a
     third.
     """
-    first, second, where = (_clouds(x.shape, power, random) for power in (1.0, 1.3, 1.8))
-    needles = np.clip(1 - 6 * np.minimum(np.abs(first - 0.5), np.abs(second - 0.5)), 0, 1)
-    ice = np.clip(0.35 + 0.65 * needles, 0, 1) * np.clip(0.4 + where, 0, 1)
+    first = _clouds(x.shape, 1.0, random)
+    second = _clouds(x.shape, 1.3, random)
+    where = _clouds(x.shape, 1.8, random)
+    # a ridge is where a field has its middle value
+    to_ridge = np.minimum(np.abs(first - 0.5), np.abs(second - 0.5))
+    needles = np.clip(1 - 6 * to_ridge, 0, 1)
+    thickness = np.clip(0.35 + 0.65 * needles, 0, 1)
+    ice = thickness * np.clip(0.4 + where, 0, 1)
     cover = (amount * ice)[..., None]
-    return x * (1 - cover) + cover * np.array([0.88, 0.94, 1.0])
+    bluish_white = np.array([0.88, 0.94, 1.0])
+    return x * (1 - cover) + cover * bluish_white
 
 
 def snow(x: Picture, amount: float, random: Generator) -> Picture:
     """Flakes that fall aslant in front of a whitened, greyer picture."""
     h, w = x.shape[:2]
     size = max(0.5, min(h, w) / 224 * 1.5)
-    field = ndimage.gaussian_filter(random.standard_normal((h, w)), size, mode="wrap")
-    ranks = field.ravel().argsort().argsort().reshape(h, w) / (h * w)
+    ranks = _smooth_ranks(h, w, size, random)
     flakes = np.clip((ranks - 1 + amount / 4) / 0.02, 0, 1)
     streaks = motion_blur(np.repeat(flakes[..., None], 3, axis=2), 2 * size, random)
     grey = np.maximum(x, x.mean(axis=2, keepdims=True) * 1.5 + 0.25)
     return (1 - amount) * x + amount * grey + streaks
 
 
-def spatter(x: Picture, share: float, random: Generator) -> Picture:
-    """Drops of muddy water on the lens, which cover a share of it."""
+def spatter(x: Picture, fraction: float, random: Generator) -> Picture:
+    """Drops of muddy water on the lens, which cover a fraction of it."""
     h, w = x.shape[:2]
-    field = ndimage.gaussian_filter(
-        random.standard_normal((h, w)), max(0.7, min(h, w) / 224 * 4), mode="wrap"
-    )
-    ranks = field.ravel().argsort().argsort().reshape(h, w) / (h * w)
-    cover = np.clip((ranks - 1 + share) / 0.05, 0, 1)[..., None]
-    return x * (1 - cover) + cover * np.array([0.25, 0.17, 0.08])
+    size = max(0.7, min(h, w) / 224 * 4)
+    ranks = _smooth_ranks(h, w, size, random)
+    cover = np.clip((ranks - 1 + fraction) / 0.05, 0, 1)[..., None]
+    mud = np.array([0.25, 0.17, 0.08])
+    return x * (1 - cover) + cover * mud
+
+
+def _smooth_ranks(h: int, w: int, size: float, random: Generator) -> Picture:
+    """(H, W) of a smooth random field: each pixel's rank, from 0 to 1."""
+    field = ndimage.gaussian_filter(random.standard_normal((h, w)), size, mode="wrap")
+    return field.ravel().argsort().argsort().reshape(h, w) / (h * w)
 
 
 # ---- digital ----
@@ -206,16 +219,18 @@ def elastic_transform(x: Picture, pixels: float, random: Generator) -> Picture:
             random.uniform(-1, 1, (h, w)), 0.04 * min(h, w), mode="reflect"
         )
         moves.append(field / max(np.sqrt((field**2).mean()), 1e-12) * pixels)
-    return _looked_up(x, np.arange(h)[:, None] + moves[0], np.arange(w) + moves[1])
+    rows = np.arange(h)[:, None] + moves[0]
+    columns = np.arange(w) + moves[1]
+    return _interpolated(x, rows, columns)
 
 
 def pixelate(x: Picture, less: float, random: Generator) -> Picture:
     """Sides of 1 − `less` as many pixels, and large again."""
     image = Image.fromarray((x * 255).round().astype(np.uint8))
-    small = image.resize(
-        [max(1, round(length * (1 - less))) for length in image.size], Image.Resampling.BOX
-    )
-    return np.asarray(small.resize(image.size, Image.Resampling.NEAREST), dtype=np.float64) / 255
+    fewer = [max(1, round(length * (1 - less))) for length in image.size]
+    small = image.resize(fewer, Image.Resampling.BOX)
+    large = small.resize(image.size, Image.Resampling.NEAREST)
+    return np.asarray(large, dtype=np.float64) / 255
 
 
 def jpeg_compression(x: Picture, loss: float, random: Generator) -> Picture:
