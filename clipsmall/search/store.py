@@ -49,7 +49,7 @@ def alone(folder: Path) -> Iterator[None]:
         raise ValueError(
             f"{folder}: cannot be written ({error}); give another --embeddings"
         ) from None
-    with locks.alone(folder, "another command embeds there; wait, or give another --embeddings"):
+    with locks.exclusive(folder, "another command embeds there; wait, or give another --embeddings"):
         yield
 
 
