@@ -1,7 +1,7 @@
 """Check shards, make their missing indexes, and show what is in them.
 
-    python -m data_tools.check_shards data/train            # make missing indexes, report
-    python -m data_tools.check_shards data/train --decode   # find broken images, too: training skips them
+    python -m data_tools.check_shards data/train             # make missing indexes, report
+    python -m data_tools.check_shards data/train --decode    # find broken images, which are skipped
     python -m data_tools.check_shards 'laion/{00000..00099}.tar' --rebuild --workers 8
 
 Reads any WebDataset: of make_shards, img2dataset, DataComp, CLIP_benchmark. The report goes to the

@@ -1,7 +1,7 @@
 """Make WebDataset shards of your own images and captions.
 
     python -m data_tools.make_shards photos.csv data/photos
-    python -m data_tools.make_shards emoji.csv data/emoji --images emoji.zip --where 'vendor != "twemoji"'
+    python -m data_tools.make_shards emoji.csv data/emoji --images emoji.zip --where 'size > 9'
     python -m data_tools.make_shards folder_of_class_folders data/classes --resize 256 --format webp
     python -m data_tools.make_shards hf:lambdalabs/naruto-blip-captions data/naruto --split train
 
@@ -32,13 +32,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     made.add_argument(
         "input",
-        help=".csv .tsv .jsonl .parquet; a folder or zip of images (with metadata.csv, class folders, or a "
-        ".txt beside each image, one caption a line); hf:NAME or hf:FOLDER",
+        help=".csv .tsv .jsonl .parquet; a folder or zip of images (with metadata.csv, class "
+        "folders, or a .txt beside each image, one caption per line); hf:NAME or hf:FOLDER",
     )
     made.add_argument("out", type=Path, help="folder for the shards")
     _add_columns(
         made.add_argument_group(
-            "where things are (found by their usual names when not said)"
+            "where things are (found by their usual names if not given)"
         ).add_argument
     )
     _add_output(made.add_argument_group("what is written, and how").add_argument)
@@ -63,7 +63,8 @@ def _add_columns(add: Callable[..., object]) -> None:
     add(
         "--group",
         metavar="COLUMN",
-        help="rows with one value here are one image with several captions (default: rows naming one file)",
+        help="rows with the same value here are one image with several captions (default: rows "
+        "that name the same file)",
     )
     add(
         "--where",
@@ -106,7 +107,7 @@ def _add_output(add: Callable[..., object]) -> None:
         type=float,
         default=0.05,
         metavar="SHARE",
-        help="stop over this share of unusable pairs",
+        help="stop above this fraction of unusable pairs",
     )
     add("--overwrite", action="store_true", help="delete the shards in OUT first")
 
@@ -150,12 +151,15 @@ def main(argv: list[str] | None = None) -> int:
 def _summary(out: Path, tally: Tally, captions: int, seconds: float) -> str:
     """A few lines for the terminal."""
     shards = sorted(out.glob("[!.]*.tar"))
-    size = sum(shard.stat().st_size for shard in shards)
+    megabytes = sum(shard.stat().st_size for shard in shards) / 1e6
+    per_image = captions / max(tally.pairs, 1)
+    # pairs of an earlier run took no time of this one
+    speed = tally.made / seconds
     lines = [
-        ("shards", f"{len(shards)} in {out}, {size / 1e6:,.1f} MB"),
+        ("shards", f"{len(shards)} in {out}, {megabytes:,.1f} MB"),
         ("pairs", f"{tally.written:,} written of {tally.pairs:,}"),
-        ("captions", f"{captions:,}, {captions / max(tally.pairs, 1):.2f} an image"),
-        ("time", f"{seconds:.1f} s, {tally.made / seconds:,.0f} pairs/s"),
+        ("captions", f"{captions:,}, {per_image:.2f} an image"),
+        ("time", f"{seconds:.1f} s, {speed:,.0f} pairs/s"),
     ]
     lines += [("left out", line) for line in tally.lines()]
     lines.append(("look", f"python -m data_tools.check_shards {out}"))
@@ -165,22 +169,25 @@ def _summary(out: Path, tally: Tally, captions: int, seconds: float) -> str:
 def _request(args: argparse.Namespace) -> Request:
     values: dict[str, Any] = {each.name: getattr(args, each.name) for each in fields(Request)}
     for name in ("caption", "keep"):
-        values[name] = tuple(
-            part.strip() for value in values[name] for part in value.split(",") if part.strip()
-        )
+        # options that may be repeated, each with several columns
+        columns = [part.strip() for value in values[name] for part in value.split(",")]
+        values[name] = tuple(column for column in columns if column)
     return Request(**values)
 
 
 def _recipe(args: argparse.Namespace) -> ShardRecipe:
     if args.pairs_per_shard > PAIRS_PER_SHARD:
         raise ValueError(
-            f"--pairs_per_shard {args.pairs_per_shard}: at most {PAIRS_PER_SHARD} (keys have four digits)"
+            f"--pairs_per_shard {args.pairs_per_shard}: at most {PAIRS_PER_SHARD} "
+            "(keys have four digits)"
         )
-    return ShardRecipe(**{each.name: getattr(args, each.name) for each in fields(ShardRecipe)})
+    values = {each.name: getattr(args, each.name) for each in fields(ShardRecipe)}
+    return ShardRecipe(**values)
 
 
 def _positive(text: str) -> int:
-    if (number := int(text)) < 1:
+    number = int(text)
+    if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
     return number
 
@@ -188,7 +195,8 @@ def _positive(text: str) -> int:
 def _seed(text: str) -> int | None:
     if text.lower() == "none":
         return None
-    if (number := int(text)) < 0:
+    number = int(text)
+    if number < 0:
         raise argparse.ArgumentTypeError(f"{text} is negative")
     return number
 

@@ -1,13 +1,12 @@
-"""Mine batches offline: score all pairs once, plan hard batches, and train on the plan, or repack
-the shards.
+"""Mine batches before training: score all pairs, plan hard batches, perhaps repack the shards.
 
-    python -m data_tools.mine_shards score runs/demo --data data/glyphs/train
-    torchrun --nproc_per_node 8 -m data_tools.mine_shards score ViT-B-32 --pretrained openai --data data/train
-    python -m data_tools.mine_shards plan --data data/glyphs/train --out plan.parquet --batch_size 256
-    python -m data_tools.mine_shards repack --data data/glyphs/train --plan plan.parquet --out data/glyphs/mined
+    python -m data_tools.mine_shards score runs/demo --data data/train
+    python -m data_tools.mine_shards plan --data data/train --out plan.parquet --batch_size 256
+    python -m data_tools.mine_shards repack --data data/train --plan plan.parquet --out data/mined
 
-`python -m clipsmall.train --data.plan=plan.parquet` plays a plan. Interrupt `score` and `repack` at
-will: the same command goes on where it stopped.
+Several GPUs score together: torchrun --nproc_per_node 8 -m data_tools.mine_shards score ...
+`python -m clipsmall.train --data.plan=plan.parquet` trains on a plan. Interrupt `score` and
+`repack` at will: the same command goes on where it stopped.
 """
 
 import argparse
@@ -23,19 +22,19 @@ from tqdm import tqdm
 from clipsmall.cli import refuse
 from clipsmall.data import open_catalog
 from clipsmall.data.batch_plan import read_plan, write_plan
-from clipsmall.data.making.repack import repack as repacked
+from clipsmall.data.making.repack import repack_shards
 from clipsmall.data.making.shard_writer import PAIRS_PER_SHARD
 from clipsmall.data.scores import all_scores, write_scores
 from clipsmall.distributed import world
 from clipsmall.evaluation.command import encoder_of, join_ranks
-from clipsmall.evaluation.shard_scores import score_shard, scorer_of, to_do
+from clipsmall.evaluation.shard_scores import needs_scores, score_shard, scorer_of
 from clipsmall.mining import MiningRecipe
 from clipsmall.mining.hard_pairs import draw_hardest
 from clipsmall.mining.plans import plan_batches
 from clipsmall.mining.weights import WEIGHTS
 from clipsmall.model.saved import load_model
 
-# of clipsmall.mining: those that drop no pair
+# those of clipsmall.mining that drop no pair
 METHODS = (
     "groups",
     "chain",
@@ -74,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     score_.add_argument("--pretrained", default="", help="weight tag of an open_clip model")
     score_.add_argument("--batch_size", type=int, default=256)
     score_.add_argument(
-        "--workers", type=int, default=0, help="processes that decode images, a rank"
+        "--workers", type=int, default=0, help="processes per rank that decode images"
     )
     score_.add_argument(
         "--rescore", action="store_true", help="replace the scores of another model"
@@ -97,25 +96,29 @@ def _parser() -> argparse.ArgumentParser:
         "--weights",
         choices=list(WEIGHTS),
         default="softmax",
-        help="the loss that hard is meant for",
+        help="the loss for which batches are to be hard",
     )
     plan_.add_argument(
-        "--swaps", type=int, default=MiningRecipe.swaps, help="sweeps of exchanges that follow"
+        "--swaps", type=int, default=MiningRecipe.swaps, help="rounds of exchanges that follow"
     )
     plan_.add_argument(
         "--near",
         type=float,
         default=MiningRecipe.near,
-        help="cosine of duplicates; 1 = there are none",
+        help="pairs this similar (cosine) are duplicates; 1 = none are",
     )
     plan_.add_argument(
         "--guard",
         type=float,
         default=MiningRecipe.guard,
-        help="share kept apart as too hard; 0 = none",
+        help="fraction of sample pairs treated as likely false negatives and never put in one "
+        "batch; 0 = none",
     )
     plan_.add_argument(
-        "--fraction", type=float, default=0.5, help="share of mined batches; the others are random"
+        "--fraction",
+        type=float,
+        default=0.5,
+        help="fraction of mined batches; the others are random",
     )
     plan_.add_argument(
         "--window",
@@ -151,12 +154,8 @@ def score(args: argparse.Namespace) -> None:
     """Score the shards that have no scores yet, each on one rank."""
     state = join_ranks()
     catalog = open_catalog(args.data)
-    if args.scores and (
-        twice := [n for n, c in Counter(shard.name for shard in catalog.shards).items() if c > 1]
-    ):
-        raise ValueError(
-            f"--scores={args.scores}: two shards are named {twice[0]}; leave the scores beside the shards"
-        )
+    if args.scores:
+        _refuse_equal_names(catalog.shards, args.scores)
     model, loaded = load_model(args.model, args.pretrained)
     scorer = scorer_of(model, args.model, args.pretrained)
     main_rank = world.rank() == 0
@@ -164,37 +163,49 @@ def score(args: argparse.Namespace) -> None:
     encoder = encoder_of(
         model, loaded, state.device, args.batch_size, args.workers, progress=main_rank
     )
-    filled = [place for place, size in enumerate(sizes) if size]
-    left = [
-        place for place in filled if to_do(catalog.shards[place], args.scores, scorer, args.rescore)
-    ]
-    # all have looked before anybody writes: they share the same list
+    # numbers of shards; one without a good pair has nothing to score
+    filled = [number for number, size in enumerate(sizes) if size]
+    missing = []
+    for number in filled:
+        if needs_scores(catalog.shards[number], args.scores, scorer, args.rescore):
+            missing.append(number)
+    # all ranks have looked before one of them writes: their lists are the same
     world.barrier()
     start = time.time()
     broken = 0
-    mine = left[world.rank() :: world.size()]
-    with tqdm(
-        total=sum(sizes[place] for place in mine), unit="pair", desc="score", disable=not main_rank
-    ) as bar:
-        for place in mine:
-            shard = catalog.shards[place]
-            table, bad = score_shard(encoder, catalog, place)
+    mine = missing[world.rank() :: world.size()]
+    total = sum(sizes[number] for number in mine)
+    with tqdm(total=total, unit="pair", desc="score", disable=not main_rank) as bar:
+        for number in mine:
+            shard = catalog.shards[number]
+            table, unreadable = score_shard(encoder, catalog, number)
             write_scores(shard, args.scores, table, scorer)
-            if bad:
-                tqdm.write(
-                    f"{shard}: {bad} images cannot be read, they get no scores", file=sys.stderr
-                )
-            broken += bad
-            bar.update(sizes[place])
+            if unreadable:
+                note = f"{shard}: {unreadable} images cannot be read, they get no scores"
+                tqdm.write(note, file=sys.stderr)
+            broken += unreadable
+            bar.update(sizes[number])
     broken = int(world.sum_over_ranks(torch.tensor([broken], device=state.device)).item())
     if main_rank:
-        pairs = sum(sizes[place] for place in left) - broken
+        pairs = sum(sizes[number] for number in missing) - broken
         seconds = time.time() - start
         print(
-            f"scored {pairs:,} pairs of {len(left)} shards in {seconds:.0f} s, {pairs / seconds:,.0f} pairs/s on "
-            f"{world.size()} ranks; {len(filled) - len(left)} shards had their scores, {broken} images cannot be read"
+            f"scored {pairs:,} pairs of {len(missing)} shards in {seconds:.0f} s, "
+            f"{pairs / seconds:,.0f} pairs/s on {world.size()} ranks; "
+            f"{len(filled) - len(missing)} shards had their scores, "
+            f"{broken} images cannot be read"
         )
     world.leave()
+
+
+def _refuse_equal_names(shards: list[Path], folder: Path) -> None:
+    """In one folder, the scores of two shards of one name would be one file."""
+    counts = Counter(shard.name for shard in shards)
+    name, count = counts.most_common(1)[0]
+    if count > 1:
+        raise ValueError(
+            f"--scores={folder}: two shards are named {name}; leave the scores beside the shards"
+        )
 
 
 def plan(args: argparse.Namespace) -> None:
@@ -218,30 +229,35 @@ def plan(args: argparse.Namespace) -> None:
     sheet = args.out.with_suffix(".png")
     title = f"the hardest groups of {recipe.size} in {args.out.name}, to {table.scorer.model}"
     draw_hardest(sheet, catalog, table, pairs, recipe.size, title)
+    # pairs in no batch
     unscored = len(catalog) - len(table.row)
     over = len(table.row) - pairs.size
-    blocked = numbers["blocked"]
-    together = numbers["unseparated"]
+    left_out = f"{over} pairs fill none"
+    if unscored:
+        left_out += f", {unscored} have no scores"
     print(
-        f"batches       {len(pairs):,} of {args.batch_size}: {numbers['mined_batches']:,} mined, the others random; "
-        f"{over} pairs fill none"
-        + (f", {unscored} have no scores" if unscored else "")
-        + f"\nmean loss     {numbers['mined_loss']:.4f} mined, {numbers['random_loss']:.4f} random ({recipe.weights})"
-        f"\nkept apart    {blocked:.2%} of the pairs of pairs, as too hard or copies; {together:.0f} could not be"
-        f"\nlook at       {sheet}: are these really negatives?"
-        f"\nplan          {args.out}; play it with --data.plan={args.out} --data.batch_size={args.batch_size}"
+        f"batches       {len(pairs):,} of {args.batch_size}: {numbers['mined_batches']:,} mined, "
+        f"the others random; {left_out}\n"
+        f"mean loss     {numbers['mined_loss']:.4f} mined, {numbers['random_loss']:.4f} random "
+        f"({recipe.weights})\n"
+        f"kept apart    {numbers['blocked']:.2%} of sample pairs, as likely false negatives or "
+        f"copies; {numbers['unseparated']:.0f} could not be\n"
+        f"look at       {sheet}: are these really negatives?\n"
+        f"plan          {args.out}; train on it with --data.plan={args.out} "
+        f"--data.batch_size={args.batch_size}"
     )
 
 
 def repack(args: argparse.Namespace) -> None:
     """Write new shards in the order of a plan."""
     catalog = open_catalog(args.data)
-    found = read_plan(args.plan, catalog)
-    shards = repacked(catalog, found, args.out, args.pairs_per_shard)
+    planned = read_plan(args.plan, catalog)
+    rows = planned.rows
+    shards = repack_shards(catalog, planned, args.out, args.pairs_per_shard)
     print(
-        f"{found.rows.size:,} pairs in {shards} shards in {args.out}; {len(catalog) - found.rows.size} "
-        "pairs are in no batch; "
-        f"play them with --data.train={args.out} --data.batch_size={found.rows.shape[1]} --data.shuffle_window=0"
+        f"{rows.size:,} pairs in {shards} shards in {args.out}; {len(catalog) - rows.size} pairs "
+        f"are in no batch; train on them with --data.train={args.out} "
+        f"--data.batch_size={rows.shape[1]} --data.shuffle_window=0"
     )
 
 

@@ -1,6 +1,4 @@
-"""WebDataset shards on local disk: an index for random access, an order, and decoded global
-batches.
-"""
+"""WebDataset shards: an index for random access, an order, and decoded global batches."""
 
 from clipsmall.data.batch_plan import PlannedOrder, read_plan
 from clipsmall.data.captions import caption_hash, captions_of, fields_of

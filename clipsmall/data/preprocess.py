@@ -1,4 +1,4 @@
-"""Bytes to pixels: decode any picture safely to RGB, resize and crop it, as uint8."""
+"""From bytes to pixels: any picture is decoded safely to RGB, resized and cropped, as uint8."""
 
 import warnings
 from collections.abc import Callable
@@ -19,8 +19,8 @@ MAX_ASPECT = 50
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
-# Pillow remarks on broken EXIF blocks and odd MPO headers whose pixels are good: noise, once a
-# worker and file
+# Pillow warns of broken EXIF blocks and odd MPO headers whose pixels are good, for each file and
+# worker
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
@@ -77,15 +77,18 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
+    """Any mode of Pillow -> 8-bit RGB."""
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image).astype(np.float64)
-        scale = 257.0 if values.max(initial=0) > 255 or image.mode.startswith("I;16") else 1.0
-        if image.mode == "F" and 0 < values.max(initial=0) <= 1:
-            # shares, not 0 to 255
+        brightest = values.max(initial=0)
+        scale = 1.0
+        if brightest > 255 or image.mode.startswith("I;16"):
+            scale = 257.0
+        if image.mode == "F" and 0 < brightest <= 1:
+            # fractions, not 0 to 255
             scale = 1 / 255
-        return Image.fromarray((values / scale).round().clip(0, 255).astype(np.uint8)).convert(
-            "RGB"
-        )
+        grey = (values / scale).round().clip(0, 255).astype(np.uint8)
+        return Image.fromarray(grey).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
@@ -98,8 +101,8 @@ class ImageTransform:
 
     Args:
         spec: what the tower expects.
-        crop_scale: share of the area that a random crop keeps at least; 1.0 = the fixed evaluation
-            crop.
+        crop_scale: smallest fraction of the area that a random crop keeps; 1.0 = the fixed
+            evaluation crop.
         max_pixels: larger pictures are refused from their header.
     """
 

@@ -1,4 +1,4 @@
-"""Work spread over processes that need no fork of this one, and that end when it does."""
+"""Work spread over processes that are no forks of this one, and that end when it does."""
 
 import multiprocessing
 import os

@@ -1,7 +1,7 @@
 """Features of one shard, encoded by one rank; images that cannot be read are left out.
 
-Whoever keeps features beside shards (frozen towers, search, scores for mining) deals the shards to
-the ranks and encodes each of its own as if it were the only rank.
+Those who keep features beside shards (frozen towers, search, scores for mining) divide the shards
+among the ranks; each rank then encodes its shards as if it were the only one.
 """
 
 import os
@@ -21,11 +21,11 @@ def _one_shard(catalog: Catalog, shard: int) -> Iterator[Catalog]:
     """One shard as a catalog of its own, whose file is closed at the end: there may be more shards
     than a process may hold open files.
     """
-    alone = catalog.only(shard)
+    of_shard = catalog.only(shard)
     try:
-        yield alone
+        yield of_shard
     finally:
-        os.close(alone.descriptor(0))
+        os.close(of_shard.descriptor(0))
 
 
 def encode_shard_images(encoder: Encoder, catalog: Catalog, shard: int) -> tuple[Tensor, Tensor]:
@@ -41,9 +41,9 @@ def encode_shard_images(encoder: Encoder, catalog: Catalog, shard: int) -> tuple
     Raises:
         ShardError: the shard was cut while in use.
     """
-    with _one_shard(catalog, shard) as alone, world.single_process():
+    with _one_shard(catalog, shard) as of_shard, world.single_process():
         try:
-            return encoder.images(alone)
+            return encoder.images(of_shard)
         except NoReadableImage:
             # nothing to encode: the caption only tells D
             no_features = encoder.texts(["a"])[:0]
@@ -59,10 +59,12 @@ def read_shard_captions(
         ShardError: the shard was cut while in use.
     """
     found = list[list[str]]()
-    with _one_shard(catalog, shard) as alone:
-        for row in range(len(alone)) if rows is None else rows:
-            members = alone.read_text(row)
-            found.append(captions_of(members.text, fields_of(members.json)))
+    with _one_shard(catalog, shard) as of_shard:
+        if rows is None:
+            rows = list(range(len(of_shard)))
+        for row in rows:
+            data = of_shard.read_text(row)
+            found.append(captions_of(data.text, fields_of(data.json)))
     return found
 
 

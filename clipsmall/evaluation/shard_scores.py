@@ -1,4 +1,4 @@
-"""Scoring a shard: what a model makes of each of its pairs."""
+"""Scores of the pairs of one shard, by which batches are mined before training."""
 
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from clipsmall.model.dual_encoder import DualEncoder
 
 
 def scorer_of(model: DualEncoder, name: str, pretrained: str) -> Scorer:
+    """What the sidecars say of the model that made them."""
     digest = model_digest(model.named_modules(), model.state_dict(), model.spec)
     scale = model.logit_scale.exp().item()
     bias = model.logit_bias.item()
@@ -54,19 +55,18 @@ def score_shard(encoder: Encoder, catalog: Catalog, place: int) -> tuple[pa.Tabl
 
 
 def image_hashes(sha256: list[str]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    """(n,) the first 8 bytes of each checksum: `shards.index.image_hash`."""
-    return np.frombuffer(bytes.fromhex("".join(each[:16] for each in sha256)), "<i8").astype(
-        np.int64
-    )
+    """(n,) the first 8 bytes of each checksum: `data.index.image_hash` of the images."""
+    digits = "".join(each[:16] for each in sha256)
+    return np.frombuffer(bytes.fromhex(digits), "<i8").astype(np.int64)
 
 
 def _halves(rows: Tensor) -> pa.Array:
-    return pa.FixedSizeListArray.from_arrays(
-        pa.array(rows.half().numpy().reshape(-1)), rows.shape[1]
-    )
+    """(n, D) rows as a column of n lists of D float16."""
+    numbers = pa.array(rows.half().numpy().reshape(-1))
+    return pa.FixedSizeListArray.from_arrays(numbers, rows.shape[1])
 
 
-def to_do(shard: Path, folder: Path | None, scorer: Scorer, rescore: bool = False) -> bool:
+def needs_scores(shard: Path, folder: Path | None, scorer: Scorer, rescore: bool = False) -> bool:
     """Whether a shard has no usable scores of this scorer yet.
 
     Raises:
@@ -78,8 +78,8 @@ def to_do(shard: Path, folder: Path | None, scorer: Scorer, rescore: bool = Fals
         return True
     if found.digest != scorer.digest and not rescore:
         raise ShardError(
-            f"{sidecar(shard, folder)}: scores of another model ({found.model} {found.pretrained}, weights "
-            f"{found.digest[:8]}; this one's are {scorer.digest[:8]}); replace them with --rescore, or keep both with "
-            "--scores FOLDER"
+            f"{sidecar(shard, folder)}: scores of another model ({found.model} "
+            f"{found.pretrained}, weights {found.digest[:8]}; this one's are {scorer.digest[:8]}); "
+            "replace them with --rescore, or keep both with --scores FOLDER"
         )
     return found.digest != scorer.digest

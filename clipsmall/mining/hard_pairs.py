@@ -1,6 +1,4 @@
-"""A picture of what a plan puts together: its hardest groups, and how close negatives come to
-positives.
-"""
+"""A picture of the hardest groups of a plan, to judge whether its negatives are negatives."""
 
 from pathlib import Path
 
@@ -32,14 +30,17 @@ def draw_hardest(
     groups = pairs.reshape(-1, size)[: max(MEASURED // size, 1)]
     places = order[np.searchsorted(numbers, groups, sorter=order)]
     own, negative = closeness(table, places)
-    shown = min(size, COLUMNS)
-    hardest = np.argsort(-(negative - own).max(axis=1), kind="stable")[: max(SHOWN // shown, 1)]
-    rows = table.row[places[hardest][:, :shown]].reshape(-1)
+    # a group fills a row of the sheet, or as much of it as there is
+    in_row = min(size, COLUMNS)
+    hardness = (negative - own).max(axis=1)
+    hardest = np.argsort(-hardness, kind="stable")[: max(SHOWN // in_row, 1)]
+    rows = table.row[places[hardest][:, :in_row]].reshape(-1)
     spread = {
         "cosine of a pair": own.ravel(),
         "cosine of its hardest negative in the group": negative.ravel(),
     }
-    draw_sheet(path, [cell(catalog, row) for row in rows.tolist()], spread, "pairs", title)
+    cells = [_sheet_cell(catalog, row) for row in rows.tolist()]
+    draw_sheet(path, cells, spread, "pairs", title)
 
 
 def closeness(table: Scores, places: Ints) -> tuple[Floats, Floats]:
@@ -52,12 +53,15 @@ def closeness(table: Scores, places: Ints) -> tuple[Floats, Floats]:
         each = select_scored(table, members)
         cosines = each.image @ each.text.T
         own[number] = cosines.diagonal()
+        # a pair is no negative of itself
         np.fill_diagonal(cosines, -np.inf)
-        negative[number] = np.maximum(cosines.max(axis=0), cosines.max(axis=1))
+        of_text = cosines.max(axis=0)
+        of_image = cosines.max(axis=1)
+        negative[number] = np.maximum(of_text, of_image)
     return own, negative
 
 
-def cell(catalog: Catalog, row: int) -> SheetCell:
+def _sheet_cell(catalog: Catalog, row: int) -> SheetCell:
     members = catalog.read(row)
     caption = captions_of(members.text, fields_of(members.json))[0]
     try:

@@ -1,6 +1,4 @@
-"""Plans from scores: all pairs of a data set routed to windows of similar ones, each window dealt
-out as batches.
-"""
+"""Plans made from scores before training: similar pairs are gathered, then put into batches."""
 
 import math
 from dataclasses import replace
@@ -25,23 +23,24 @@ MEASURED = 65_536
 def plan_batches(
     catalog: Catalog, table: Scores, recipe: MiningRecipe, fraction: float, window: int, seed: int
 ) -> tuple[Ints, dict[str, float]]:
-    """Batches for all scored pairs but those few that fill none; a pair is in one batch at most.
+    """Batches of all scored pairs except the few that do not fill one; no pair is in two batches.
 
-    Hard groups are looked for in windows, and batches put together from the groups of all windows
-    at random: whole batches out of one window would be harder than their groups, the more so the
-    larger the data set. Copies in different groups meet as often as in random batches.
+    Hard groups are mined within windows of similar pairs, and batches are put together from the
+    groups of all windows at random: whole batches from one window would be harder than their
+    groups, the more so the larger the data set. Copies in different groups meet as often as in
+    random batches.
 
     All pairs are mined; `fraction` of the batches, picked at random, stay as they are, and the
-    pairs of the others are shuffled into random batches. So hard partners are looked for among all
+    pairs of the others are shuffled into random batches. So hard partners are searched among all
     pairs, whatever the fraction.
 
     Args:
         window: pairs that are mined together, at most; memory grows with its square.
 
     Returns:
-        (m, B) pairs' numbers in the catalog, and what is to be told: the share of blocked pairs of
-        pairs, how many of those had to stay together, the mean losses of mined and of random
-        batches.
+        (m, B) numbers of pairs in the catalog, and for the report: the fraction of sample pairs
+        that must not meet (`blocked`), how many of those had to stay together (`unseparated`), and
+        the mean losses of mined and of random batches.
 
     Raises:
         ValueError: numbers that do not fit together, or fewer pairs than a batch.
@@ -49,7 +48,9 @@ def plan_batches(
     size = recipe.batch_size
     generator = np.random.default_rng(seed)
     check_plan_sizes(len(table.row), recipe, fraction, window)
-    places = np.sort(generator.permutation(len(table.row))[: len(table.row) // size * size])
+    # those that fill no batch are left out at random
+    whole = len(table.row) // size * size
+    places = np.sort(generator.permutation(len(table.row))[:whole])
     index = catalog.index[table.row]
     captions = catalog.caption_hash[table.row]
     identity = Identity(index, captions, table.image_hash)
@@ -78,7 +79,8 @@ def plan_batches(
         "blocked": blocked,
         "unseparated": together,
     }
-    return index[generator.permutation(np.concatenate([mined[:kept], others]))], numbers
+    batches = generator.permutation(np.concatenate([mined[:kept], others]))
+    return index[batches], numbers
 
 
 def check_plan_sizes(pairs: int, recipe: MiningRecipe, fraction: float, window: int) -> None:
@@ -89,7 +91,8 @@ def check_plan_sizes(pairs: int, recipe: MiningRecipe, fraction: float, window: 
         )
     if not 0 < fraction <= 1:
         raise ValueError(
-            f"--fraction={fraction}: must be above 0 and at most 1; without mining, train without a plan"
+            f"--fraction={fraction}: must be above 0 and at most 1; "
+            "without mining, train without a plan"
         )
     if not 0 <= recipe.group <= size or size % recipe.size or recipe.size < 2:
         raise ValueError(
@@ -104,21 +107,18 @@ def check_plan_sizes(pairs: int, recipe: MiningRecipe, fraction: float, window: 
 
 
 def mean_loss(table: Scores, batches: Ints, kind: str) -> float:
-    return float(
-        np.mean(
-            [
-                batch_losses(select_scored(table, batch), np.arange(len(batch))[None], kind)
-                for batch in batches
-            ]
-        )
-    )
+    """Over batches, (m, B) of the table."""
+    losses = []
+    for batch in batches:
+        own = np.arange(len(batch))[None]
+        losses.append(batch_losses(select_scored(table, batch), own, kind))
+    return float(np.mean(losses))
 
 
 def routed(
     table: Scores, places: Ints, most: int, size: int, generator: np.random.Generator
 ) -> list[Ints]:
-    """Places cut into windows of pairs alike, so that hard partners meet: equally many groups each
-    (or one more).
+    """Pairs divided into windows of similar ones, with equally many groups each (or one more).
 
     Balanced k-means on [image; text]: centres from scikit-learn's MiniBatchKMeans on a sample, then
     `seated`.
@@ -144,28 +144,35 @@ def routed(
 
 
 def seated(table: Scores, places: Ints, centres: Floats, seats: Ints) -> Ints:
-    """(n,) a window for each place, exactly full: all ask for the nearest centre with seats left,
-    the nearest of them get one, the others ask again."""
+    """(n,) a window for each of n pairs, such that every window is exactly full.
+
+    In rounds: every pair without a window asks for the nearest centre that has seats left, the
+    nearest of those that ask get one, the others ask again.
+    """
     assert seats.sum() == len(places)
     window = np.full(len(places), -1)
-    left = np.arange(len(places))
+    waiting = np.arange(len(places))
     seats = seats.copy()
-    while len(left):
-        open_ = np.flatnonzero(seats)
-        nearest = np.empty(len(left), np.int64)
-        distance = np.empty(len(left))
-        for start in range(0, len(left), CHUNK):
+    while len(waiting):
+        open_centres = np.flatnonzero(seats)
+        nearest = np.empty(len(waiting), np.int64)
+        distance = np.empty(len(waiting))
+        squares = (centres[open_centres] ** 2).sum(axis=1)
+        for start in range(0, len(waiting), CHUNK):
             here = slice(start, start + CHUNK)
+            features = table.features(places[waiting[here]])
             # squared distance less the pair's own square, which is 2 for all
-            apart = (centres[open_] ** 2).sum(axis=1) - 2 * table.features(
-                places[left[here]]
-            ) @ centres[open_].T
-            nearest[here], distance[here] = open_[apart.argmin(axis=1)], apart.min(axis=1)
+            apart = squares - 2 * features @ centres[open_centres].T
+            nearest[here] = open_centres[apart.argmin(axis=1)]
+            distance[here] = apart.min(axis=1)
+        # by centre, and for each centre the nearest first
         order = np.lexsort((distance, nearest))
+        centre = nearest[order]
         asked = np.bincount(nearest, minlength=len(seats))
-        turn = np.arange(len(left)) - (np.cumsum(asked) - asked)[nearest[order]]
-        served = order[turn < seats[nearest[order]]]
-        window[left[served]] = nearest[served]
+        first_of_centre = np.cumsum(asked) - asked
+        turn = np.arange(len(waiting)) - first_of_centre[centre]
+        served = order[turn < seats[centre]]
+        window[waiting[served]] = nearest[served]
         seats -= np.bincount(nearest[served], minlength=len(seats))
-        left = np.delete(left, served)
+        waiting = np.delete(waiting, served)
     return window

@@ -55,7 +55,9 @@ def lock_folder(folder: Path) -> Iterator[None]:
             f"{folder}: cannot be written ({error}); give another --embeddings"
         ) from None
 
-    with locks.alone(folder, "another command embeds there; wait, or give another --embeddings"):
+    with locks.exclusive(
+        folder, "another command embeds there; wait, or give another --embeddings"
+    ):
         yield
 
 

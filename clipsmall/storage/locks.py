@@ -33,7 +33,7 @@ def take(file: IO[Any] | int) -> bool:
 
 
 @contextmanager
-def alone(folder: Path, refusal: str) -> Iterator[None]:
+def exclusive(folder: Path, refusal: str) -> Iterator[None]:
     """Hold the lock of a folder for the block.
 
     Raises:

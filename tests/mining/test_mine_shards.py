@@ -111,7 +111,6 @@ def shard_of(*names: str, folder: Path, colour: str = "red") -> Path:
 
 
 # ---- scores
-# ----------------------------------------------------------------------------------------------------
 
 
 def test_a_sidecar_holds_what_the_model_makes_of_each_pair(scored: Path, model: Path) -> None:
@@ -337,7 +336,6 @@ def test_two_ranks_score_each_shard_once_and_alike(
 
 
 # ---- plans
-# -----------------------------------------------------------------------------------------------------
 
 
 def test_a_plan_has_every_pair_once(
@@ -581,7 +579,6 @@ def test_a_plan_that_cannot_be_made(
 
 
 # ---- repacked shards
-# -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

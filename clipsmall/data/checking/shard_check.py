@@ -1,6 +1,4 @@
-"""The check of one shard: whole, indexed and, on request, every image decoded and its checksum
-compared.
-"""
+"""The check of one shard: it is whole and indexed, and, on request, its images decode."""
 
 import json
 import os
@@ -36,31 +34,27 @@ class Problem(NamedTuple):
 
 
 def find_shards(paths: list[str]) -> tuple[list[Path], list[Problem]]:
-    """Folders (of shards, or of split folders of shards), files, globs, brace lists -> shards,
-    missing ones.
+    """All shards that some paths name, and those that ought to be there but are not.
 
-    Missing are shards named here, or that a `_stats.json`, an index or CLIP_benchmark's nshards.txt
-    promises.
+    Args:
+        paths: folders (of shards, or of split folders of shards), files, globs, brace lists.
+
+    Returns:
+        The shards, and the missing ones: those named here, or that a `_stats.json`, an index or
+        CLIP_benchmark's nshards.txt promises.
 
     Raises:
         ValueError: a path that names nothing, or something else than tars.
     """
+    # keys in order: a shard that two paths name is there once
     found = dict[Path, None]()
     missing = dict[Path, str]()
     for path in paths:
         names = list(braceexpand.braceexpand(path))
         for name in names:
-            if Path(name).is_dir():
-                shards, absent = _in_folder(Path(name))
-                missing |= absent
-            else:
-                shards = [Path(p) for p in sorted(glob(name))] or (
-                    [Path(name)] if Path(name).is_file() else []
-                )
-            if odd := [shard for shard in shards if shard.suffix != ".tar"]:
-                raise ValueError(
-                    f"{odd[0]}: not a .tar; compressed shards cannot be read at random, unpack them first"
-                )
+            shards, absent = _shards_named(name)
+            missing |= absent
+            # of a longer list, some may be missing
             if not shards and len(names) == 1 and not missing:
                 raise ValueError(f"{name}: no shards there (*.tar)")
             if not shards and name.endswith(".tar"):
@@ -68,45 +62,83 @@ def find_shards(paths: list[str]) -> tuple[list[Path], list[Problem]]:
             found |= dict.fromkeys(shards)
     if not found and not missing:
         raise ValueError(f"{' '.join(paths)}: no shards there (*.tar)")
-    return list(found), [Problem(shard, f"{shard}: {reason}") for shard, reason in missing.items()]
+    problems = [Problem(shard, f"{shard}: {reason}") for shard, reason in missing.items()]
+    return list(found), problems
+
+
+def _shards_named(name: str) -> tuple[list[Path], dict[Path, str]]:
+    """The shards that a folder, file or glob names, and what is missing in the folder."""
+    path = Path(name)
+    missing = dict[Path, str]()
+    if path.is_dir():
+        shards, missing = _in_folder(path)
+    else:
+        shards = [Path(match) for match in sorted(glob(name))]
+        # a file's name may look like a glob
+        if not shards and path.is_file():
+            shards = [path]
+    for shard in shards:
+        if shard.suffix != ".tar":
+            raise ValueError(
+                f"{shard}: not a .tar; compressed shards cannot be read at random, "
+                "unpack them first"
+            )
+    return shards, missing
 
 
 def _in_folder(folder: Path) -> tuple[list[Path], dict[Path, str]]:
+    """The shards of a folder or, without any, of the folders in it, and what is missing there."""
+    # a leading dot marks what a killed writer left
     shards = sorted(folder.glob("[!.]*.tar"))
-    missing = {}
-    for suffix in ("_stats.json", ".index.parquet"):
-        for side in sorted(folder.glob(f"[!.]*{suffix}")):
-            shard = folder / f"{side.name.removesuffix(suffix)}.tar"
-            if not shard.exists():
-                missing[shard] = f"missing, but {side.name} is there"
-    if lacking := unfinished(folder):
-        missing[folder / RECORD] = lacking
-    count = folder / "nshards.txt"
-    if count.exists() and re.fullmatch(r"\d{1,6}", promised := count.read_text().strip()):
-        for number in range(int(promised)):
-            if not (shard := folder / f"{number}.tar").exists():
-                missing[shard] = f"missing, but nshards.txt says {promised}"
-    if not shards and not missing:
-        for inner in sorted(
-            inner for inner in folder.iterdir() if inner.is_dir() and any(inner.glob("[!.]*.tar"))
-        ):
+    missing = _missing_in(folder)
+    if shards or missing:
+        return shards, missing
+    for inner in sorted(folder.iterdir()):
+        if inner.is_dir() and any(inner.glob("[!.]*.tar")):
             more, absent = _in_folder(inner)
             shards += more
             missing |= absent
     return shards, missing
 
 
+def _missing_in(folder: Path) -> dict[Path, str]:
+    """Shards that other files of a folder promise -> who promises them."""
+    missing = dict[Path, str]()
+    for suffix in ("_stats.json", ".index.parquet"):
+        for side in sorted(folder.glob(f"[!.]*{suffix}")):
+            shard = folder / f"{side.name.removesuffix(suffix)}.tar"
+            if not shard.exists():
+                missing[shard] = f"missing, but {side.name} is there"
+    lacking = unfinished(folder)
+    if lacking:
+        missing[folder / RECORD] = lacking
+    count = folder / "nshards.txt"
+    promised = count.read_text().strip() if count.exists() else ""
+    if re.fullmatch(r"\d{1,6}", promised):
+        for number in range(int(promised)):
+            shard = folder / f"{number}.tar"
+            if not shard.exists():
+                missing[shard] = f"missing, but nshards.txt says {promised}"
+    return missing
+
+
 def check_shard(shard: Path, rebuild: bool, decode_images: bool) -> tuple[Path, Problem | None]:
-    """Make the index that is missing (or every one), decode if asked; say why a shard cannot be
-    used.
+    """Check one shard, and make its index where it is missing or asked for.
+
+    Args:
+        rebuild: make the index even if there is one.
+        decode_images: decode every image, and note the broken ones in the index.
+
+    Returns:
+        The shard, and why it cannot be used (None = it can).
     """
     try:
         if rebuild or decode_images or not index_path(shard).exists():
             table = build_index(shard)
             if decode_images:
-                table = table.set_column(
-                    table.column_names.index("status"), "status", pa.array(_decoded(shard, table))
-                )
+                status = pa.array(_decoded(shard, table))
+                column = table.column_names.index("status")
+                table = table.set_column(column, "status", status)
             write_index(shard, table)
         else:
             check_stats(shard, len(read_index(shard, ["key"])))
@@ -132,15 +164,18 @@ def _decoded(shard: Path, table: pa.Table) -> list[str]:
             status.append(row["status"])
             if row["image_size"] <= 0:
                 continue
-            if (promised := _promised_sha256(file.fileno(), row)) is not None:
-                agree += promised == row["sha256"]
-                differs += [number] if promised != row["sha256"] else []
+            promised = _promised_sha256(file.fileno(), row)
+            if promised == row["sha256"]:
+                agree += 1
+            elif promised is not None:
+                differs.append(number)
             try:
                 decode(os.pread(file.fileno(), row["image_size"], row["image_offset"]))
             except BadImage as reason:
                 status[-1] = status[-1] or str(reason)
-    for number in differs if agree >= len(differs) else []:
-        status[number] = status[number] or SHA_DIFFERS
+    if agree >= len(differs):
+        for number in differs:
+            status[number] = status[number] or SHA_DIFFERS
     return status
 
 
@@ -170,7 +205,9 @@ def pair_captions(row: "pd.Series[Any]") -> list[str]:
 
 
 def _bytes(row: "pd.Series[Any]", member: str) -> bytes:
-    if row[f"{member}_size"] <= 0:
+    size = int(row[f"{member}_size"])
+    offset = int(row[f"{member}_offset"])
+    if size <= 0:
         return b""
     with open(row["shard"], "rb") as file:
-        return os.pread(file.fileno(), int(row[f"{member}_size"]), int(row[f"{member}_offset"]))
+        return os.pread(file.fileno(), size, offset)

@@ -1,4 +1,4 @@
-"""The report on shards: what can be said of a data set from the table of its indexes alone."""
+"""The report on a data set, counted from the indexes of its shards."""
 
 import json
 from collections.abc import Callable
@@ -55,7 +55,7 @@ class Reason:
 
 @dataclass(frozen=True)
 class ShardReport:
-    """All that check_shards says."""
+    """The contents of check.json."""
 
     # usable
     shards: int
@@ -74,10 +74,8 @@ class ShardReport:
     caption_chars: Spread | None
     same_caption: Duplicates
     same_image: Duplicates
-    same_key: (
-        # samples whose key another sample of the shard has: members that do not lie together
-        int
-    )
+    # samples whose key another sample of the shard has: their files do not lie side by side
+    same_key: int
 
     @property
     def title(self) -> str:
@@ -96,7 +94,7 @@ def report_of(
     captions: Callable[["pd.Series[Any]"], list[str]],
     decoded: bool = False,
 ) -> ShardReport:
-    """Count.
+    """Count everything that the report says.
 
     Args:
         frame: the indexes of all usable shards in one table, with the column `shard`.
@@ -139,10 +137,8 @@ def _spread(values: "pd.Series[int]") -> Spread:
 
 
 def _names(rows: pd.DataFrame) -> list[str]:
-    return [
-        f"{shard}:{key}"
-        for shard, key in rows[["shard", "key"]].head(EXAMPLES).itertuples(index=False)
-    ]
+    first = rows[["shard", "key"]].head(EXAMPLES)
+    return [f"{shard}:{key}" for shard, key in first.itertuples(index=False)]
 
 
 def _duplicates(
@@ -155,8 +151,9 @@ def _duplicates(
     largest = []
     for value, count in counts.head(LARGEST).items():
         same = rows[rows[column] == value]
-        text = captions(same.iloc[0])
-        largest.append(Group(int(count), text[0] if text else "", _names(same)))
+        texts = captions(same.iloc[0])
+        caption = texts[0] if texts else ""
+        largest.append(Group(int(count), caption, _names(same)))
     return Duplicates(len(counts), int(counts.sum()), largest)
 
 

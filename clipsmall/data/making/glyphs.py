@@ -30,6 +30,8 @@ SHARD = 5_000
 
 @dataclass(frozen=True)
 class Glyph:
+    """A character of a font."""
+
     face: str
     codepoint: int
     # lower case
@@ -46,33 +48,34 @@ def glyphs_of(face: str) -> list[Glyph]:
     """The named characters of one face, by code point."""
     from matplotlib.ft2font import FT2Font
 
-    named = (
-        (code, unicodedata.name(chr(code), ""))
-        for code in FT2Font(str(fonts_folder() / f"{face}.ttf")).get_charmap()
-    )
-    return sorted(
-        (Glyph(face, code, name.lower()) for code, name in named if name), key=lambda g: g.codepoint
-    )
+    font = FT2Font(str(fonts_folder() / f"{face}.ttf"))
+    found = []
+    for code in sorted(font.get_charmap()):
+        name = unicodedata.name(chr(code), "")
+        if name:
+            found.append(Glyph(face, code, name.lower()))
+    return found
 
 
 def faces() -> list[str]:
-    """DejaVu and STIX, both under free licences; cm* has no Unicode names, LastResort draws
-    placeholders.
-    """
-    return sorted(
-        path.stem
-        for path in fonts_folder().glob("*.ttf")
-        if path.stem.startswith(("DejaVu", "STIX"))
-    )
+    """The faces of DejaVu and STIX, both under free licences."""
+    # of matplotlib's others, cm* has no Unicode names, and LastResort draws placeholders
+    names = [path.stem for path in fonts_folder().glob("*.ttf")]
+    return sorted(name for name in names if name.startswith(("DejaVu", "STIX")))
 
 
 def held_out_captions(names: set[str], trainable: set[str]) -> set[str]:
-    """About a tenth of `names`, by hash, each made only of words that the rest of `trainable` holds
-    too.
-    """
-    wanted = {name for name in names if hashlib.sha256(name.encode()).digest()[0] < 256 * 0.11}
-    words = {word for name in trainable - wanted for word in name.split()}
-    return {name for name in wanted if words.issuperset(name.split())}
+    """About a tenth of `names`, by hash, made only of words that the rest of `trainable` holds."""
+    wanted = set[str]()
+    for name in names:
+        first_byte = hashlib.sha256(name.encode()).digest()[0]
+        # a little over a tenth: those with words of their own are given back
+        if first_byte < 256 * 0.11:
+            wanted.add(name)
+    known_words = set[str]()
+    for name in trainable - wanted:
+        known_words.update(name.split())
+    return {name for name in wanted if known_words.issuperset(name.split())}
 
 
 @lru_cache(maxsize=8)
@@ -89,15 +92,17 @@ def draw_glyph(glyph: Glyph, size: int = SIZE) -> bytes | None:
     """
     character = chr(glyph.codepoint)
     left, top, right, bottom = _font(glyph.face, size).getbbox(character)
-    width = right - left
-    height = bottom - top
-    if width <= 0 or height <= 0:
+    longest = max(right - left, bottom - top)
+    if right <= left or bottom <= top:
         return None
-    font = _font(glyph.face, max(int(size * min(1.0, (size - 4) / max(width, height))), 6))
+    # two pixels of margin on each side
+    scale = min(1.0, (size - 4) / longest)
+    font = _font(glyph.face, max(int(size * scale), 6))
     left, top, right, bottom = font.getbbox(character)
+    x = (size - (right - left)) / 2 - left
+    y = (size - (bottom - top)) / 2 - top
     image = Image.new("L", (size, size), 255)
-    corner = ((size - (right - left)) / 2 - left, (size - (bottom - top)) / 2 - top)
-    ImageDraw.Draw(image).text(corner, character, font=font, fill=0)
+    ImageDraw.Draw(image).text((x, y), character, font=font, fill=0)
     if np.asarray(image).min() > 200:
         return None
     buffer = BytesIO()
@@ -106,11 +111,13 @@ def draw_glyph(glyph: Glyph, size: int = SIZE) -> bytes | None:
 
 
 def letter_case(name: str) -> str:
+    """The case that a Unicode name tells."""
     words = name.split()
-    return next(
-        (f"{word} letter" for word in ("small", "capital") if word in words and "letter" in words),
-        "no case",
-    )
+    if "letter" in words:
+        for case in ("small", "capital"):
+            if case in words:
+                return f"{case} letter"
+    return "no case"
 
 
 def glyph_samples(glyphs: list[Glyph], first: int) -> Iterator[ShardSample]:
@@ -136,9 +143,7 @@ def _write(job: tuple[Path, int, list[Glyph], int]) -> int:
 
 
 def splits(glyphs: list[Glyph]) -> dict[str, list[Glyph]]:
-    """Train, and held-out faces with seen and never-seen captions. A caption no training face draws
-    is unseen.
-    """
+    """The three sets: train, and held-out faces with captions seen and not seen in training."""
     train = [g for g in glyphs if g.face not in HELD_OUT_FACES]
     hidden = held_out_captions({g.name for g in glyphs}, {g.name for g in train})
     train = [g for g in train if g.name not in hidden]
@@ -154,17 +159,22 @@ def splits(glyphs: list[Glyph]) -> dict[str, list[Glyph]]:
 def make_glyph_shards(out: Path, workers: int) -> dict[str, int]:
     """Write all splits; returns the number of pairs of each."""
     with ProcessPoolExecutor(workers) as pool:
-        glyphs = [glyph for face in pool.map(_inked, faces()) for glyph in face]
+        glyphs = list[Glyph]()
+        for of_face in pool.map(_inked, faces()):
+            glyphs += of_face
         jobs = []
         counts = {}
+        # numbers of pairs go on from split to split
         first = 0
         for split, members in splits(glyphs).items():
-            mixed = [members[i] for i in permutation(len(members), 0)]
+            mixed = [members[row] for row in permutation(len(members), 0)]
             counts[split] = len(mixed)
             for number, start in enumerate(range(0, len(mixed), SHARD)):
-                jobs.append((out / split, number, mixed[start : start + SHARD], first + start))
+                part = mixed[start : start + SHARD]
+                jobs.append((out / split, number, part, first + start))
             first += len(mixed)
-        list(tqdm(pool.map(_write, jobs), total=len(jobs), desc="glyph shards", unit="shard"))
+        written = pool.map(_write, jobs)
+        list(tqdm(written, total=len(jobs), desc="glyph shards", unit="shard"))
     names = sorted({glyph.name for glyph in glyphs})
     (out / "classnames.txt").write_text("\n".join(names) + "\n")
     return counts

@@ -52,9 +52,35 @@ def pairs_of(source: Source, request: Request) -> list[SourcePair]:
         ValueError: a column that is not there, a bad query, nothing selected.
     """
     frame = _selected(source.frame, request.where)
-    columns = columns_of(frame)
-    captions = list(request.caption) or [pick(columns, CAPTION_NAMES, None, "--caption")]
+    captions = list(request.caption)
+    if not captions:
+        captions = [pick(columns_of(frame), CAPTION_NAMES, None, "--caption")]
     label = request.label or source.label
+    _refuse_unknown_columns(frame, request, captions, label)
+    places = _places(frame, source.image)
+    keys = _group_keys(frame, request.group, places)
+    fields = _field_columns(frame, request.keep, label)
+    texts = [frame[name].tolist() for name in captions]
+    found: dict[Any, SourcePair] = {}
+    for row, (key, place) in enumerate(zip(keys, places, strict=True)):
+        if key not in found:
+            values = {name: _plain(column[row]) for name, column in fields.items()}
+            found[key] = SourcePair(len(found), place, [], values)
+        mine = found[key].captions
+        for column in texts:
+            # only against other cells: a list may repeat itself
+            mine += [
+                text
+                for text in clean_captions(column[row], request.caption_split)
+                if text not in mine
+            ]
+    return list(found.values())
+
+
+def _refuse_unknown_columns(
+    frame: pd.DataFrame, request: Request, captions: list[str], label: str | None
+) -> None:
+    columns = columns_of(frame)
     asked: dict[str, Iterable[str | None]] = {
         "--caption": captions,
         "--label": [label],
@@ -65,51 +91,63 @@ def pairs_of(source: Source, request: Request) -> list[SourcePair]:
         for name in names:
             if name is not None:
                 pick(columns, (), name, option)
-    places: list[Place] = (
-        frame.index.tolist()
-        if source.image is None
-        else [
-            name if isinstance(name, str) else "" if pd.isna(name) else str(name)
-            for name in frame[source.image]
-        ]
-    )
-    # no name: no common image
-    named = pd.Series([None if place == "" else place for place in places], dtype=object)
-    keys = _group_keys(frame[request.group] if request.group else named)
-    found: dict[Any, SourcePair] = {}
-    kept = {
-        (f"input_{name}" if name in RESERVED else name): _values(frame[name])
-        for name in request.keep
-    }
+
+
+def _places(frame: pd.DataFrame, image: str | None) -> list[Place]:
+    """Where the store has the image of each row; "" for a row without one."""
+    if image is None:
+        places: list[Place] = frame.index.tolist()
+        return places
+    return [_path(cell) for cell in frame[image]]
+
+
+def _path(cell: Any) -> str:
+    if isinstance(cell, str):
+        return cell
+    return "" if pd.isna(cell) else str(cell)
+
+
+def _group_keys(frame: pd.DataFrame, group: str | None, places: list[Place]) -> list[Any]:
+    """What rows of one image have in common; rows without it are not merged."""
+    if group is not None:
+        column = frame[group]
+    else:
+        # without a name there is no common image
+        named = [None if place == "" else place for place in places]
+        column = pd.Series(named, dtype=object)
+    keys = []
+    for row, value in enumerate(column.tolist()):
+        keys.append(("no key", row) if pd.isna(value) else value)
+    return keys
+
+
+def _field_columns(
+    frame: pd.DataFrame, keep: Iterable[str], label: str | None
+) -> dict[str, list[Any]]:
+    """Columns for the json, by the name that they have there."""
+    found = {}
+    for name in keep:
+        field = f"input_{name}" if name in RESERVED else name
+        found[field] = _values(frame[name])
     if label is not None:
-        kept["label"] = _values(frame[label])
-    texts = [frame[name].tolist() for name in captions]
-    for row, (key, place) in enumerate(zip(keys, places, strict=True)):
-        if key not in found:
-            found[key] = SourcePair(
-                len(found), place, [], {name: _plain(values[row]) for name, values in kept.items()}
-            )
-        mine = found[key].captions
-        for column in texts:
-            mine += [
-                text
-                for text in clean_captions(column[row], request.caption_split)
-                if text not in mine
-            ]
-    return list(found.values())
+        found["label"] = _values(frame[label])
+    return found
 
 
 def clean_captions(value: Any, split: str | None = None) -> list[str]:
-    """The captions in one cell: a string (cut at `split`), or a list of them; anything else is
-    none.
+    """The captions in one cell: a string (cut at `split`), or a list of them, else none.
 
-    White space is made single; NUL and lone surrogates, which no tokenizer or UTF-8 file takes, are
-    replaced.
+    Runs of white space become one space. NUL and lone surrogates, which no tokenizer or UTF-8 file
+    takes, are replaced.
     """
     if isinstance(value, str):
-        parts = value.split(split) if split else [value]
-        whole = (part.replace("\0", " ").encode("utf-8", "replace").decode() for part in parts)
-        return [text for part in whole if (text := " ".join(part.split()))]
+        found = []
+        for part in value.split(split) if split else [value]:
+            whole = part.replace("\0", " ").encode("utf-8", "replace").decode()
+            text = " ".join(whole.split())
+            if text:
+                found.append(text)
+        return found
     if isinstance(value, (list, tuple, np.ndarray)):
         return [text for each in value for text in clean_captions(each, split)]
     return []
@@ -138,15 +176,8 @@ def _selected(frame: pd.DataFrame, where: str | None) -> pd.DataFrame:
     return chosen
 
 
-def _group_keys(column: pd.Series) -> list[Any]:
-    """Rows without a value stay alone."""
-    return [
-        ("alone", row) if pd.isna(value) else value for row, value in enumerate(column.tolist())
-    ]
-
-
 def _values(column: pd.Series) -> list[Any]:
-    """Whole numbers beside empty cells, which pandas has made floats, are whole again.
+    """The cells of a column; whole numbers that pandas made floats, beside empty cells, are whole.
 
     Raises:
         ValueError: numbers that a float cannot tell from the next.
@@ -159,13 +190,14 @@ def _values(column: pd.Series) -> list[Any]:
         return column.tolist()
     if (column.abs() >= 2**53).any():
         raise ValueError(
-            f"column {column.name}: long numbers beside empty cells lose their last digits; fill the cells"
+            f"column {column.name}: long numbers beside empty cells lose their last digits; "
+            "fill the cells"
         )
     return [None if pd.isna(value) else int(value) for value in column]
 
 
 def _plain(value: Any) -> Any:
-    """What JSON can say; missing values are null."""
+    """A value that JSON can hold; missing ones become None."""
     if isinstance(value, dict):
         return {str(key): _plain(each) for key, each in value.items()}
     if isinstance(value, np.ndarray | np.generic):

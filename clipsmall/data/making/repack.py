@@ -1,6 +1,4 @@
-"""Shards whose pairs lie in the order of a plan: for loaders that read along, whole batches in each
-shard.
-"""
+"""Shards whose pairs lie in the order of a plan, for loaders that read shards front to back."""
 
 import json
 from collections.abc import Iterator
@@ -21,12 +19,12 @@ from clipsmall.storage import atomic
 RECORD = "repacked.json"
 
 
-def repack(catalog: Catalog, plan: BatchPlan, out: Path, pairs_per_shard: int) -> int:
-    """Write the plan's batches into new shards, but for those that a run with the same plan has
-    finished.
+def repack_shards(catalog: Catalog, plan: BatchPlan, out: Path, pairs_per_shard: int) -> int:
+    """Write the plan's batches into new shards, except for those that a run with the same plan has
+    finished. Each shard holds whole batches.
 
     Images, captions, json fields and numbers of the pairs stay as they are; keys are new, and a
-    `.cls` is left behind.
+    `.cls` is not copied.
 
     Args:
         pairs_per_shard: rounded down to whole batches, one at least.
@@ -38,10 +36,16 @@ def repack(catalog: Catalog, plan: BatchPlan, out: Path, pairs_per_shard: int) -
         ValueError: `out` holds other shards.
     """
     batches = max(pairs_per_shard // plan.rows.shape[1], 1)
-    _claim(out, {"plan": plan.digest, "data": catalog.fingerprint, "batches_per_shard": batches})
+    record = {
+        "plan": plan.digest,
+        "data": catalog.fingerprint,
+        "batches_per_shard": batches,
+    }
+    _claim(out, record)
     suffixes = _suffixes(catalog)
     starts = range(0, len(plan.rows), batches)
-    for number, start in enumerate(tqdm(starts, desc="repack", unit="shard", disable=None)):
+    bar = tqdm(starts, desc="repack", unit="shard", disable=None)
+    for number, start in enumerate(bar):
         rows = plan.rows[start : start + batches].reshape(-1)
         if not _finished(out, number, len(rows)):
             write_shard(out, number, _samples(catalog, rows, suffixes[rows]))
@@ -64,21 +68,24 @@ def _claim(out: Path, record: dict[str, object]) -> None:
 
 
 def _finished(out: Path, number: int, pairs: int) -> bool:
-    """`_stats.json` is written last."""
+    """Whether an earlier run has written a whole shard."""
+    # its stats are written last
+    if not (out / f"{number:05d}_stats.json").exists():
+        return False
     try:
-        return (out / f"{number:05d}_stats.json").exists() and len(
-            read_index(out / f"{number:05d}.tar")
-        ) == pairs
+        index = read_index(out / f"{number:05d}.tar")
     except ShardError:
         return False
+    return len(index) == pairs
 
 
 def _suffixes(catalog: Catalog) -> np.ndarray[tuple[int], np.dtype[np.str_]]:
-    """(N,) of the image files."""
+    """(N,) suffixes of the image files."""
     found = []
     for shard in catalog.shards:
         index = read_index(shard, ["image_suffix", "status"])
-        found.append(index["image_suffix"].to_numpy()[good_rows(index)].astype("U4"))
+        suffixes = index["image_suffix"].to_numpy()[good_rows(index)]
+        found.append(suffixes.astype("U4"))
     return np.concatenate(found)
 
 

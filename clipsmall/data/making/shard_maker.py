@@ -1,6 +1,4 @@
-"""One shard from its pairs: each image read, verified, perhaps re-encoded, and what failed
-counted.
-"""
+"""One shard from its pairs: each image is read, verified and perhaps encoded again."""
 
 import json
 import warnings
@@ -25,6 +23,8 @@ NO_CAPTION = "empty caption"
 SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 # of jpg and webp made here
 QUALITY = 95
+# names kept for each reason
+EXAMPLES = 3
 
 
 @dataclass(frozen=True)
@@ -58,25 +58,33 @@ class Tally:
     examples: dict[str, list[str]] = field(default_factory=dict)
 
     def fail(self, reason: str, name: str) -> None:
+        """Count a pair that cannot be used; the first few names are kept."""
         self.failures[reason] += 1
-        self.examples.setdefault(reason, []).append(name)
-        del self.examples[reason][3:]
+        names = self.examples.setdefault(reason, [])
+        if len(names) < EXAMPLES:
+            names.append(name)
 
     def lines(self) -> list[str]:
-        """A line for each reason, commonest first."""
-        return [
-            f"{count:,} {reason}"
-            + (f", e.g. {', '.join(names)}" if (names := self.examples.get(reason)) else "")
-            for reason, count in self.failures.most_common()
-        ]
+        """One line per reason, most common first."""
+        found = []
+        for reason, count in self.failures.most_common():
+            line = f"{count:,} {reason}"
+            # shards of an earlier run have counts without names
+            names = self.examples.get(reason)
+            if names:
+                line += f", e.g. {', '.join(names)}"
+            found.append(line)
+        return found
 
     def add(self, other: "Tally") -> None:
-        self.pairs = self.pairs + other.pairs
-        self.written = self.written + other.written
+        """Add the counts of another shard."""
+        self.pairs += other.pairs
+        self.written += other.written
         self.made += other.made
         self.failures.update(other.failures)
         for reason, names in other.examples.items():
-            self.examples[reason] = (self.examples.get(reason, []) + names)[:3]
+            both = self.examples.get(reason, []) + names
+            self.examples[reason] = both[:EXAMPLES]
 
 
 def stored(data: bytes, recipe: ShardRecipe) -> tuple[bytes, str, int, int]:
@@ -104,13 +112,10 @@ def stored(data: bytes, recipe: ShardRecipe) -> tuple[bytes, str, int, int]:
     out = BytesIO()
     # a CMYK picture's colour profile does not fit its RGB copy
     picture.info = {}
-    # longer than the format can say: 16,383 pixels of webp, 65,535 of jpg
     try:
         picture.save(out, "JPEG" if wanted == "jpg" else wanted, quality=QUALITY)
-    except (
-        OSError,
-        ValueError,
-    ):
+    except (OSError, ValueError):
+        # too long for the format: 16,383 pixels of webp, 65,535 of jpg
         raise BadImage(f"cannot be written as {wanted}") from None
     return out.getvalue(), wanted, *size
 
@@ -141,18 +146,25 @@ def make_shard(job: Job, store: ImageStore, recipe: ShardRecipe, out: Path) -> T
 
 
 def finished(out: Path, job: Job, store: ImageStore) -> Tally | None:
-    """What a former run counted for a shard that is whole; None when it has to be made, or files
-    that could not be read then can be read now."""
+    """What an earlier run counted for a shard that is whole.
+
+    None when the shard has to be made, or when files that could not be read then can be read now.
+    """
     try:
         stats = json.loads((out / f"{job.number:05d}_stats.json").read_text())
-        written = set(read_index(out / f"{job.number:05d}.tar", ["index"])["index"].to_pylist())
-        if (stats["count"], stats["successes"]) != (len(job.pairs), len(written)):
+        index = read_index(out / f"{job.number:05d}.tar", ["index"])
+        written = set(index["index"].to_pylist())
+        if stats["count"] != len(job.pairs) or stats["successes"] != len(written):
             return None
-        failures = Counter({why: n for why, n in stats["status_dict"].items() if why != "success"})
-        absent = [pair for pair in job.pairs if pair.index not in written and pair.captions]
-        before = failures[MISSING] + failures[UNREADABLE]
-        if before and sum(_unreadable(pair, store) for pair in absent) < before:
-            return None
+        failures = Counter(stats["status_dict"])
+        del failures["success"]
+        # an image may have been copied there since
+        unreadable_before = failures[MISSING] + failures[UNREADABLE]
+        if unreadable_before:
+            absent = [pair for pair in job.pairs if pair.index not in written and pair.captions]
+            unreadable_now = sum(_unreadable(pair, store) for pair in absent)
+            if unreadable_now < unreadable_before:
+                return None
         return Tally(len(job.pairs), len(written), failures=failures)
     except (OSError, KeyError, TypeError, ValueError):
         return None

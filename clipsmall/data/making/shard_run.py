@@ -1,10 +1,7 @@
-"""A run that makes all shards of a data set: over processes, and going on where a former one
-stopped.
-"""
+"""A run that makes all shards of a data set, and continues where an earlier one stopped."""
 
 import hashlib
 import json
-import math
 import re
 from dataclasses import asdict
 from functools import partial
@@ -36,69 +33,72 @@ def make_shards(
     overwrite: bool = False,
     max_error_rate: float = 0.05,
 ) -> Tally:
-    """Write all pairs into `out`, but for shards that a run with the same input and recipe has
+    """Write all pairs into `out`, except for shards that a run with the same input and recipe has
     finished.
 
     Args:
         arguments: written into make_shards.json, and compared to say what has changed.
-        max_error_rate: share of all pairs that may be unusable.
+        max_error_rate: fraction of all pairs that may be unusable.
 
     Raises:
         ValueError: `out` holds other shards, or another command makes shards there.
         TooManyErrors: finished shards stay.
     """
-    content = hashlib.sha256(
-        json.dumps([asdict(recipe), pairs_hash(pairs), store.fingerprint()]).encode()
-    ).hexdigest()
-    order = (
-        list(range(len(pairs)))
-        if recipe.shuffle is None
-        else permutation(len(pairs), recipe.shuffle).tolist()
-    )
-    size = recipe.pairs_per_shard
-    jobs = [
-        Job(number, [pairs[row] for row in order[number * size : (number + 1) * size]])
-        for number in range(math.ceil(len(pairs) / size))
-    ]
+    content = json.dumps([asdict(recipe), pairs_hash(pairs), store.fingerprint()])
+    record = {
+        "arguments": arguments,
+        "pairs": len(pairs),
+        "fingerprint": hashlib.sha256(content.encode()).hexdigest(),
+    }
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out}: is a file, not a folder")
     out.mkdir(parents=True, exist_ok=True)
-    with locks.alone(out, "another command makes shards there; wait, or choose another folder"):
-        _prepare(
-            out, {"arguments": arguments, "pairs": len(pairs), "fingerprint": content}, overwrite
-        )
+    with locks.exclusive(out, "another command makes shards there; wait, or choose another folder"):
+        _prepare(out, record, overwrite)
         total = Tally()
-        left = list[Job]()
-        for job in jobs:
-            if tally := finished(out, job, store):
-                total.add(tally)
+        to_make = list[Job]()
+        for job in _jobs(pairs, recipe):
+            tally = finished(out, job, store)
+            if tally is None:
+                to_make.append(job)
             else:
-                left.append(job)
-        _check(total, len(pairs), max_error_rate)
+                total.add(tally)
+        _refuse_many_errors(total, len(pairs), max_error_rate)
+        make = partial(make_shard, store=store, recipe=recipe, out=out)
         with tqdm(
             total=len(pairs), initial=total.pairs, unit="pair", desc="shards", disable=None
         ) as bar:
-            for tally in in_processes(
-                partial(make_shard, store=store, recipe=recipe, out=out), left, workers
-            ):
+            for tally in in_processes(make, to_make, workers):
                 total.add(tally)
                 bar.update(tally.pairs)
-                _check(total, len(pairs), max_error_rate)
+                _refuse_many_errors(total, len(pairs), max_error_rate)
     return total
 
 
-def _check(total: Tally, pairs: int, max_error_rate: float) -> None:
-    if (bad := total.failures.total()) > max_error_rate * pairs:
+def _jobs(pairs: list[SourcePair], recipe: ShardRecipe) -> list[Job]:
+    """Which pairs each shard gets."""
+    order = list(range(len(pairs)))
+    if recipe.shuffle is not None:
+        order = permutation(len(pairs), recipe.shuffle).tolist()
+    jobs = list[Job]()
+    for number, first in enumerate(range(0, len(pairs), recipe.pairs_per_shard)):
+        rows = order[first : first + recipe.pairs_per_shard]
+        jobs.append(Job(number, [pairs[row] for row in rows]))
+    return jobs
+
+
+def _refuse_many_errors(total: Tally, pairs: int, max_error_rate: float) -> None:
+    bad = total.failures.total()
+    if bad > max_error_rate * pairs:
+        reasons = "; ".join(total.lines())
         raise TooManyErrors(
             f"{bad} of {total.pairs} pairs read so far cannot be used, more than --max_error_rate "
-            f"{max_error_rate} of all {pairs}: {'; '.join(total.lines())}; once repaired, the same command goes on"
+            f"{max_error_rate} of all {pairs}: {reasons}; once repaired, the same command goes on"
         )
 
 
 def _prepare(out: Path, record: dict[str, Any], overwrite: bool) -> None:
-    """Make `out` ready: refuse other shards, sweep what a killed run left, note what is made
-    here.
-    """
+    """Refuse a folder of other shards, delete what a killed run left, and write the record."""
     # tuples become lists, as in the file
     record = json.loads(json.dumps(record))
     path = out / RECORD
@@ -113,7 +113,8 @@ def _prepare(out: Path, record: dict[str, Any], overwrite: bool) -> None:
         _compare(path, record)
     elif any(out.glob("*.tar")):
         raise ValueError(
-            f"{out}: holds shards that make_shards did not make; choose another folder, or --overwrite"
+            f"{out}: holds shards that make_shards did not make; choose another folder, "
+            "or --overwrite"
         )
     # the lock says that no other command is writing here
     atomic.sweep(out)
@@ -128,17 +129,13 @@ def _compare(path: Path, record: dict[str, Any]) -> None:
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{path}: unreadable; choose another folder, or --overwrite") from None
     if not same:
-        now = record["arguments"]
-        changed = [
-            f"{name} {before.get(name)!r} -> {value!r}"
-            for name, value in now.items()
-            if before.get(name) != value
-        ]
-        reason = (
-            f"made with other arguments: {', '.join(changed)}"
-            if changed
-            else "its input has changed since"
-        )
+        changed = []
+        for name, value in record["arguments"].items():
+            if before.get(name) != value:
+                changed.append(f"{name} {before.get(name)!r} -> {value!r}")
+        reason = "its input has changed since"
+        if changed:
+            reason = f"made with other arguments: {', '.join(changed)}"
         raise ValueError(
             f"{path.parent}: {reason}; choose another folder, or --overwrite to make it anew"
         )

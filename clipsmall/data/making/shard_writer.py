@@ -1,6 +1,4 @@
-"""One tar shard, written whole or not at all, in img2dataset's layout with an index and a
-`_stats.json` beside it.
-"""
+"""One tar shard in img2dataset's layout, with an index and a `_stats.json` beside it."""
 
 import hashlib
 import json

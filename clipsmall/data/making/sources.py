@@ -73,7 +73,8 @@ def open_source(request: Request) -> Source:
     path = Path(request.input)
     if path.suffix == ".tar" or (path.is_dir() and any(path.glob("*.tar"))):
         raise ValueError(
-            f"{path}: holds shards already; look at them with: python -m data_tools.check_shards {path}"
+            f"{path}: holds shards already; look at them with: "
+            f"python -m data_tools.check_shards {path}"
         )
     if path.is_file() and path.suffix.lower() in TABLES:
         return _table_source(path, Path(request.images) if request.images else path.parent, request)
@@ -94,13 +95,12 @@ def open_source(request: Request) -> Source:
 
 
 def _metadata_source(origin: str, store: ImageStore, tables: list[str], request: Request) -> Source:
-    """Of a table among the images, whose paths are relative to it: at the top, or the only one
-    there is.
-    """
+    """A store with a table inside, at the top or the only one; its paths are relative to it."""
     top = [name for name in METADATA if name in tables]
     if not top and len(tables) > 1:
         raise ValueError(
-            f"{origin}: several tables ({', '.join(tables[:3])}); open one of their folders at a time"
+            f"{origin}: several tables ({', '.join(tables[:3])}); "
+            "open one of their folders at a time"
         )
     name = (top or tables)[0]
     try:
@@ -140,30 +140,36 @@ def _files_source(origin: str, store: ImageStore, names: list[str]) -> Source:
     """A table of image files: `image`, `class` (its folder), `caption` (the .txt beside it, else
     class).
     """
-    images = [
-        PurePosixPath(name)
-        for name in names
-        if PurePosixPath(name).suffix[1:].lower() in IMAGE_SUFFIXES
-    ]
+    images = list[PurePosixPath]()
+    for name in names:
+        path = PurePosixPath(name)
+        if path.suffix[1:].lower() in IMAGE_SUFFIXES:
+            images.append(path)
     if not images:
         raise ValueError(f"{origin}: no image files there (*.{', *.'.join(IMAGE_SUFFIXES)})")
     texts = {name for name in names if name.endswith(".txt")}
     beside = [str(path.with_suffix(".txt")) for path in images]
-    frame = pd.DataFrame(
-        {"image": [str(path) for path in images], "class": [path.parent.name for path in images]}
-    )
+    columns = {
+        "image": [str(path) for path in images],
+        "class": [path.parent.name for path in images],
+    }
+    frame = pd.DataFrame(columns)
     if texts & set(beside):
-        lines = _lines(origin, store, [text if text in texts else "" for text in beside])
+        # "" for an image without a text
+        files = [text if text in texts else "" for text in beside]
+        lines = _lines(origin, store, files)
         return Source(frame.assign(caption=pd.Series(lines, dtype=object)), store, "image")
     if not frame["class"].any():
         raise ValueError(
-            f"{origin}: no captions: neither a .txt beside an image, class folders, metadata.csv nor --table"
+            f"{origin}: no captions: neither a .txt beside an image, class folders, metadata.csv "
+            "nor --table"
         )
     if frame["class"].nunique() == 1 and len(frame) > 1:
         stray = [name for name in names if PurePosixPath(name).suffix.lower() in TABLES]
+        hint = f" ({stray[0]}?)" if stray else ""
         raise ValueError(
-            f"{origin}: the name of the only folder, {frame['class'][0]!r}, would be every caption; "
-            f"give a table by --table{f' ({stray[0]}?)' if stray else ''}, or a folder for each class"
+            f"{origin}: the name of the only folder, {frame['class'][0]!r}, would be every "
+            f"caption; give a table by --table{hint}, or a folder for each class"
         )
     captions = frame["class"].str.replace(r"[_\s]+", " ", regex=True)
     return Source(frame.assign(caption=captions), store, "image", label="class")
@@ -174,15 +180,19 @@ def _lines(origin: str, store: ImageStore, texts: list[str]) -> list[list[str]]:
     found = list[list[str]]()
     broken = list[str]()
     for text in texts:
+        lines = list[str]()
         try:
-            found.append(store.read(text).decode("utf-8-sig").splitlines() if text else [])
-        except (UnicodeDecodeError, BadImage) as error:
-            broken.append(
-                f"{text}: {'not UTF-8' if isinstance(error, UnicodeDecodeError) else error}"
-            )
+            if text:
+                lines = store.read(text).decode("utf-8-sig").splitlines()
+        except UnicodeDecodeError:
+            broken.append(f"{text}: not UTF-8")
+        except BadImage as error:
+            broken.append(f"{text}: {error}")
+        found.append(lines)
     if broken:
         raise ValueError(
-            f"{origin}: {len(broken)} captions cannot be read, as {broken[0]}; convert (iconv -t utf-8) or remove them"
+            f"{origin}: {len(broken)} captions cannot be read, as {broken[0]}; "
+            "convert (iconv -t utf-8) or remove them"
         )
     return found
 
@@ -221,10 +231,8 @@ def _dataset_source(dataset: "Dataset", request: Request) -> Source:
     def binary(kind: Any) -> bool:
         if isinstance(kind, dict):
             return "bytes" in kind
-        return isinstance(kind, datasets.Image) or getattr(kind, "dtype", "") in (
-            "binary",
-            "large_binary",
-        )
+        dtype = getattr(kind, "dtype", "")
+        return isinstance(kind, datasets.Image) or dtype in ("binary", "large_binary")
 
     inside = [name for name, kind in dataset.features.items() if binary(kind)]
     others = [name for name in dataset.column_names if name not in inside]
@@ -232,19 +240,25 @@ def _dataset_source(dataset: "Dataset", request: Request) -> Source:
         raise ValueError(f"{request.input}: has no column beside the images ({', '.join(inside)})")
     frame: pd.DataFrame = dataset.select_columns(others).with_format(None).to_pandas()
     for name in others:
-        if isinstance(classes := dataset.features[name], datasets.ClassLabel):
-            frame[name] = [
-                classes.int2str(i) if i is not None and i >= 0 else None for i in dataset[name]
-            ]
+        classes = dataset.features[name]
+        if isinstance(classes, datasets.ClassLabel):
+            frame[name] = [_class_name(classes, number) for number in dataset[name]]
     if request.image in others or (request.image is None and not inside):
         image = pick(others, IMAGE_NAMES, request.image, "--image")
-        return Source(
-            frame, open_store(Path(request.images or request.input.removeprefix("hf:"))), image
-        )
-    column = pick(
-        inside, [*IMAGE_NAMES, *(name.lower() for name in inside)], request.image, "--image"
-    )
+        folder = request.images or request.input.removeprefix("hf:")
+        return Source(frame, open_store(Path(folder)), image)
+    # without a usual name, the first column of images is taken
+    names = [*IMAGE_NAMES, *(name.lower() for name in inside)]
+    column = pick(inside, names, request.image, "--image")
     pictures = dataset.select_columns([column])
     if isinstance(dataset.features[column], datasets.Image):
         pictures = pictures.cast_column(column, datasets.Image(decode=False))
     return Source(frame, DatasetStore(pictures, column), None)
+
+
+def _class_name(classes: Any, number: int | None) -> str | None:
+    """None for a row without a class, which some data sets number -1."""
+    if number is None or number < 0:
+        return None
+    name: str = classes.int2str(number)
+    return name

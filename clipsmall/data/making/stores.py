@@ -1,6 +1,4 @@
-"""Where image bytes come from: a folder, a zip that is never unpacked, or the rows of a `datasets`
-table.
-"""
+"""Where image bytes come from: a folder, a zip (never unpacked), or a `datasets` table."""
 
 import hashlib
 import os
@@ -41,7 +39,8 @@ class ImageStore(Protocol):
         ...
 
 
-def _shown(name: str) -> bool:
+def _is_visible(name: str) -> bool:
+    """Neither hidden nor what macOS adds to a zip."""
     return not any(part.startswith((".", "__MACOSX")) for part in PurePosixPath(name).parts)
 
 
@@ -56,12 +55,13 @@ class FolderStore:
         seen = set[str]()
         for at, folders, files in os.walk(self.root, followlinks=True):
             # a link that leads back, or twice to one place
-            if (real := os.path.realpath(at)) in seen:
+            real = os.path.realpath(at)
+            if real in seen:
                 folders.clear()
                 continue
             seen.add(real)
             found += (Path(at, name).relative_to(self.root).as_posix() for name in files)
-        return sorted(filter(_shown, found))
+        return sorted(filter(_is_visible, found))
 
     def read(self, place: Place) -> bytes:
         path = self.root / str(place)
@@ -84,7 +84,7 @@ class FolderStore:
 
 @lru_cache(maxsize=2)
 def _open_zip(path: Path, size: int, changed: int) -> zipfile.ZipFile:
-    """One handle a process: reading the directory of a large zip takes seconds."""
+    """One handle per process: reading the directory of a large zip takes seconds."""
     return zipfile.ZipFile(path)
 
 
@@ -102,9 +102,8 @@ class ZipStore:
             raise ValueError(f"{self.path}: not a whole zip ({error}); copy it again") from None
 
     def names(self) -> list[str]:
-        return sorted(
-            i.filename for i in self._zip().infolist() if not i.is_dir() and _shown(i.filename)
-        )
+        files = [member.filename for member in self._zip().infolist() if not member.is_dir()]
+        return sorted(filter(_is_visible, files))
 
     def read(self, place: Place) -> bytes:
         archive = self._zip()
@@ -128,9 +127,8 @@ class ZipStore:
             raise BadImage(UNREADABLE) from None
 
     def fingerprint(self) -> str:
-        listing = [
-            (member.filename, member.file_size, member.CRC) for member in self._zip().infolist()
-        ]
+        members = self._zip().infolist()
+        listing = [(member.filename, member.file_size, member.CRC) for member in members]
         return f"zip {hashlib.sha256(repr(listing).encode()).hexdigest()}"
 
 
@@ -149,9 +147,11 @@ class DatasetStore:
     def read(self, place: Place) -> bytes:
         value: Any = self.dataset[int(place)][self.column]
         if isinstance(value, dict):
-            data = value.get("bytes")
             path = value.get("path")
-            value = data if data is not None or not path else FolderStore(Path()).read(path)
+            value = value.get("bytes")
+            # of a data set that keeps its images in files
+            if value is None and path:
+                value = FolderStore(Path()).read(path)
         if not isinstance(value, bytes):
             raise BadImage(MISSING)
         if len(value) > MAX_FILE_BYTES:
@@ -172,6 +172,5 @@ def open_store(path: Path) -> FolderStore | ZipStore:
         return FolderStore(path)
     if path.is_file() and zipfile.is_zipfile(path):
         return ZipStore(path)
-    raise ValueError(
-        f"{path}: " + ("neither a folder nor a zip" if path.exists() else "no such file or folder")
-    )
+    reason = "neither a folder nor a zip" if path.exists() else "no such file or folder"
+    raise ValueError(f"{path}: {reason}")

@@ -1,6 +1,4 @@
-"""Tables of images and captions (CSV, TSV, JSON lines, Parquet) and the usual names of their
-columns.
-"""
+"""Tables of images and captions (CSV, TSV, JSON lines, Parquet) and their usual columns."""
 
 import json
 from collections.abc import Iterable, Sequence

@@ -369,7 +369,7 @@ def test_two_commands_do_not_make_shards_in_one_folder(
     out = tmp_path / "out"
     out.mkdir()
     (out / ".tmp-1-00000_stats.json").touch()
-    with locks.alone(out, "this one"):
+    with locks.exclusive(out, "this one"):
         assert run(photos / "photos.csv", out) == 2
     assert f"error: {out}: another command makes shards there; wait" in capsys.readouterr().err
     # not swept
