@@ -141,7 +141,7 @@ def run_training(config: Config, stop: Stop) -> int:
         train(
             accelerator,
             model,
-            build_objective.columns(config.objective.exchange),
+            build_objective.columns_of_exchange(config.objective.exchange),
             state.objective,
             state.feed,
             guard,
@@ -237,11 +237,11 @@ def print_description(config: Config, state: RunState) -> None:
         f"{config.objective.title}: {trainable / 1e6:.2f}M parameters train",
         f"; {state.data_description}",
         f"; {ranks} ranks x {size // ranks} = batch {size}",
-        fsdp.description(state.model),
+        fsdp.sharding_description(state.model),
     ]
     if config.compared < size:
         parts.append(f", compared in {config.optim.accumulate} parts (naive accumulation)")
-    parts.append(build_queue.description(state.objective))
+    parts.append(build_queue.queue_description(state.objective))
     if state.model.chunk_size:
         parts.append(f", {state.model.chunk_size} at a time through the towers")
     if state.progress.step:

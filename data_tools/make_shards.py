@@ -22,7 +22,7 @@ from clipsmall.data.making.pairs import pairs_of
 from clipsmall.data.making.shard_maker import ShardRecipe, Tally
 from clipsmall.data.making.shard_run import TooManyErrors, make_shards
 from clipsmall.data.making.shard_writer import PAIRS_PER_SHARD
-from clipsmall.data.making.sources import Request, open_source
+from clipsmall.data.making.sources import SourceRequest, open_source
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -166,13 +166,13 @@ def _summary(out: Path, tally: Tally, captions: int, seconds: float) -> str:
     return "\n".join(f"{name:<10}{text}" for name, text in lines)
 
 
-def _request(args: argparse.Namespace) -> Request:
-    values: dict[str, Any] = {each.name: getattr(args, each.name) for each in fields(Request)}
+def _request(args: argparse.Namespace) -> SourceRequest:
+    values: dict[str, Any] = {each.name: getattr(args, each.name) for each in fields(SourceRequest)}
     for name in ("caption", "keep"):
         # options that may be repeated, each with several columns
         columns = [part.strip() for value in values[name] for part in value.split(",")]
         values[name] = tuple(column for column in columns if column)
-    return Request(**values)
+    return SourceRequest(**values)
 
 
 def _recipe(args: argparse.Namespace) -> ShardRecipe:

@@ -70,6 +70,23 @@ def _renames(node: ast.AST) -> bool:
     return name in ("replace", "rename") and len(node.args) == 1
 
 
+def test_only_build_run_and_the_commands_know_a_whole_config() -> None:
+    """Every other builder takes its section of the config and plain values."""
+    knowing = set()
+    for path in FILES:
+        imported = _imports(path)
+        if {"clipsmall.config.Config", "clipsmall.config.schema.Config"} & imported:
+            knowing.add(_module(path).removesuffix(".__main__"))
+    of_commands = ("clipsmall.compare", "clipsmall.plan", "clipsmall.selfcheck")
+    others = {name for name in knowing if not name.startswith(of_commands)}
+    assert others == {
+        "clipsmall.build.run",
+        "clipsmall.config",
+        "clipsmall.config.reader",
+        "clipsmall.train",
+    }
+
+
 def test_no_module_hides_a_library() -> None:
     """`accelerate launch clipsmall/train.py` puts that folder first on sys.path."""
     entries = (ROOT / "clipsmall").glob("*")

@@ -13,7 +13,7 @@ from clipsmall.config.schema import EvaluateSection, TaskSection
 from clipsmall.distributed import world
 from clipsmall.evaluation import Encoder, Result, results_text
 from clipsmall.evaluation.sets import given_set
-from clipsmall.evaluation.suite import Request, measure, option_values, requests, write_result
+from clipsmall.evaluation.suite import TaskRequest, measure, option_values, requests, write_result
 from clipsmall.evaluation.tasks import TASKS
 from clipsmall.evaluation.view import DataView
 from clipsmall.storage.run_folder import RunFolder
@@ -21,7 +21,7 @@ from clipsmall.training.metrics_log import MetricsLog
 from clipsmall.training.state import RunState
 
 
-def evaluation_requests(section: EvaluateSection) -> list[Request]:
+def evaluation_requests(section: EvaluateSection) -> list[TaskRequest]:
     """Everything that the run evaluates, with its data sets opened.
 
     Before training, so that a missing shard or a wrong option shows at once, not hours later.
@@ -29,7 +29,7 @@ def evaluation_requests(section: EvaluateSection) -> list[Request]:
     Raises:
         ValueError: no such task or option, or a data set that cannot be opened.
     """
-    found: list[Request] = []
+    found: list[TaskRequest] = []
     for number, each in enumerate(section.tasks):
         _refuse_unknown(each, f"evaluate.tasks.{number}")
     for each in section.all:
@@ -91,7 +91,7 @@ def save_job(
 
 
 def evaluate_job(
-    asked: list[Request],
+    asked: list[TaskRequest],
     state: RunState,
     report: MetricsLog,
     folder: RunFolder,
@@ -140,7 +140,7 @@ def evaluate_job(
     return run
 
 
-def _measured(encoder: Encoder, asked: list[Request]) -> list[Result]:
+def _measured(encoder: Encoder, asked: list[TaskRequest]) -> list[Result]:
     """The results of the model as it is now; tasks in a row on one data set share its features."""
     results = []
     view: DataView | None = None

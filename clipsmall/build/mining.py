@@ -98,7 +98,7 @@ def batches(
     )
 
 
-def fixed_options(mining: MiningSection) -> tuple[str, ...]:
+def fixed_mining_options(mining: MiningSection) -> tuple[str, ...]:
     """Options that a resumed run cannot change, in addition to those of every run.
 
     Pools lie at fractions of a run's length, so a mined run cannot be made longer.

@@ -21,7 +21,7 @@ from clipsmall.objectives.accumulated import Accumulated
 from clipsmall.objectives.options import FOR_ALL, Options, given_to_heads
 
 
-def run_context(
+def context_of_run(
     loaded: Loaded, ids: Tensor | None, *, batch_size: int, steps: int, seed: int
 ) -> RunContext:
     """Facts of the run for heads and objectives with a memory.
@@ -68,7 +68,7 @@ def specs(section: ObjectiveSection) -> list[ObjectiveSpec]:
     return [OBJECTIVES[name] for name in section.mix]
 
 
-def options(section: ObjectiveSection, spec: ObjectiveSpec) -> Options:
+def objective_options(section: ObjectiveSection, spec: ObjectiveSpec) -> Options:
     """The values of the section that an objective reads."""
     return section.options(spec.section)
 
@@ -107,8 +107,8 @@ def head_options(section: ObjectiveSection) -> dict[str, dict[str, Any]]:
     """
     asked = []
     for spec in specs(section):
-        asked.append(given_to_heads(spec.heads, options(section, spec)))
-    asked.append(build_queue.head_options(section))
+        asked.append(given_to_heads(spec.heads, objective_options(section, spec)))
+    asked.append(build_queue.queue_head_options(section))
 
     heads: dict[str, dict[str, Any]] = {}
     for each in asked:
@@ -140,7 +140,7 @@ def retrieval_head(section: ObjectiveSection) -> str:
     """
     matched = set()
     for spec in specs(section):
-        head = spec.retrieval_head(options(section, spec))
+        head = spec.retrieval_head(objective_options(section, spec))
         if head is not None:
             matched.add(head)
 
@@ -155,7 +155,7 @@ def retrieval_head(section: ObjectiveSection) -> str:
 
 def least_batch(section: ObjectiveSection) -> int:
     """The smallest batch that the options of the mix allow."""
-    return max(spec.least_batch(options(section, spec)) for spec in specs(section))
+    return max(spec.least_batch(objective_options(section, spec)) for spec in specs(section))
 
 
 def mining_weights(section: ObjectiveSection) -> str:
@@ -177,12 +177,12 @@ def learns_bias(section: ObjectiveSection) -> bool:
 
 
 def _learns_scale(section: ObjectiveSection, spec: ObjectiveSpec) -> bool:
-    return spec.scale is not None and spec.learns_scale(options(section, spec))
+    return spec.scale is not None and spec.learns_scale(objective_options(section, spec))
 
 
 def relative_bias(section: ObjectiveSection) -> bool:
     """Whether the bias is in units of the scale."""
-    return any(spec.relative_bias(options(section, spec)) for spec in specs(section))
+    return any(spec.relative_bias(objective_options(section, spec)) for spec in specs(section))
 
 
 def initial_scale(section: ObjectiveSection, given: float | str, loaded: Loaded) -> float:
@@ -223,14 +223,14 @@ def initial_bias(
     else:
         learned = [spec.bias for spec in specs(section) if spec.bias is not None]
         if learned:
-            bias = learned[0](build_queue.columns(section, context))
+            bias = learned[0](build_queue.count_columns(section, context))
     return bias / scale if relative_bias(section) else bias
 
 
 # ---- the objective itself
 
 
-def objective(
+def objective_of_mix(
     section: ObjectiveSection, context: RunContext, *, pairs: int, accumulate: int = 1
 ) -> Callable[..., dict[str, Tensor]]:
     """One objective, or several by weight, with their options, and the queue around them.
@@ -266,7 +266,7 @@ def _built(
     section: ObjectiveSection, spec: ObjectiveSpec, context: RunContext
 ) -> Callable[..., Any]:
     """One objective of the mix, with its options."""
-    given = dict(options(section, spec))
+    given = dict(objective_options(section, spec))
     given[FOR_ALL] = section.mask_duplicates
     taken = spec.taken(given)
 
@@ -287,7 +287,7 @@ def _refuse_ring(section: ObjectiveSection) -> None:
 
 
 def _refuse_one_tower(section: ObjectiveSection) -> None:
-    if any(spec.trains_both_towers(options(section, spec)) for spec in specs(section)):
+    if any(spec.trains_both_towers(objective_options(section, spec)) for spec in specs(section)):
         return
     first = next(iter(section.mix))
     raise ValueError(
@@ -312,7 +312,7 @@ def _refuse_accumulation(section: ObjectiveSection, batch_size: int, parts: int)
         )
 
 
-def columns(exchange: str) -> Callable[[Embeddings], Embeddings]:
+def columns_of_exchange(exchange: str) -> Callable[[Embeddings], Embeddings]:
     """How the embeddings of all ranks come to my rows: `objective.exchange`."""
     known = {
         "gather": world.gathered_columns,

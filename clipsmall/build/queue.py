@@ -21,14 +21,14 @@ def spec(section: ObjectiveSection) -> QueueSpec | None:
     return QUEUES.get(section.queue)
 
 
-def options(section: ObjectiveSection) -> Options:
+def queue_options(section: ObjectiveSection) -> Options:
     """The values of the queue's section; none without a queue."""
     if section.queue == "none":
         return {}
     return section.options(section.queue)
 
 
-def size(section: ObjectiveSection, batch_size: int, pairs: int | None) -> int:
+def queue_size(section: ObjectiveSection, batch_size: int, pairs: int | None) -> int:
     """K, the pairs a queue holds; 0 without one.
 
     `auto` is what the queue thinks best (see `queued.longest` for moco; 4 batches for xbm), at most
@@ -42,17 +42,17 @@ def size(section: ObjectiveSection, batch_size: int, pairs: int | None) -> int:
     queue = spec(section)
     if queue is None:
         return 0
-    given: Any = options(section)["size"]
+    given: Any = queue_options(section)["size"]
     if given != "auto":
         return int(given)
 
-    wanted = queue.auto_size(options(section), batch_size)
+    wanted = queue.auto_size(queue_options(section), batch_size)
     most = min(wanted, LONGEST, pairs or LONGEST)
     batches = max(most // batch_size, 1)
     return batches * batch_size
 
 
-def columns(section: ObjectiveSection, context: RunContext) -> int:
+def count_columns(section: ObjectiveSection, context: RunContext) -> int:
     """How many columns a row meets, its own pair included, once a queue is full.
 
     A queue that is used only later in the run does not count: this is for the start.
@@ -62,7 +62,7 @@ def columns(section: ObjectiveSection, context: RunContext) -> int:
         return context.batch_size
 
     pairs = None if context.ids is None else len(context.ids)
-    queued = size(section, context.batch_size, pairs)
+    queued = queue_size(section, context.batch_size, pairs)
     # of the batch all pairs, or the row's own
     of_batch = context.batch_size if in_batch(section) else 1
     return queued + of_batch
@@ -70,10 +70,10 @@ def columns(section: ObjectiveSection, context: RunContext) -> int:
 
 def in_batch(section: ObjectiveSection) -> bool:
     """Whether the batch's other pairs are negatives beside a queue."""
-    return bool(options(section).get("in_batch", True))
+    return bool(queue_options(section).get("in_batch", True))
 
 
-def description(objective: object) -> str:
+def queue_description(objective: object) -> str:
     """The queue in the opening line of a run; "" without one."""
     return f", {objective.past.size:,} pairs in the queue" if isinstance(objective, Queued) else ""
 
@@ -98,14 +98,14 @@ def warnings(
             "streamed pairs have no number of their own: a queue may hold older copies of a row's "
             "pair"
         )
-    found.append(queue.warning(options(section), batch_size, fresh))
+    found.append(queue.warning(queue_options(section), batch_size, fresh))
     return [each for each in found if each]
 
 
-def head_options(section: ObjectiveSection) -> dict[str, dict[str, Any]]:
+def queue_head_options(section: ObjectiveSection) -> dict[str, dict[str, Any]]:
     """The heads that the queue asks for, with their options."""
     queue = spec(section)
-    return {} if queue is None else given_to_heads(queue.heads, options(section))
+    return {} if queue is None else given_to_heads(queue.heads, queue_options(section))
 
 
 def softened(
@@ -116,7 +116,7 @@ def softened(
     Raises:
         ValueError: no objective of the mix takes soft targets with its options.
     """
-    given = options(section)
+    given = queue_options(section)
     alpha = given.get("alpha", 0.0)
     if not alpha:
         return built
@@ -169,12 +169,12 @@ def queued(
         takes_more = OBJECTIVES[name].queue
         given[name] = each if takes_more else InBatch(each)
 
-    fraction = options(section).get("start", 0.0)
+    fraction = queue_options(section).get("start", 0.0)
     of_data_set = None if context.ids is None else len(context.ids)
     return Queued(
         joined(section.mix, given),
         kind,
-        size=size(section, context.batch_size, of_data_set),
+        size=queue_size(section, context.batch_size, of_data_set),
         width=context.width,
         in_batch=in_batch(section),
         start=round(fraction * pairs),

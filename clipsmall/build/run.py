@@ -98,7 +98,7 @@ def run_state(
 def fixed_options(config: Config) -> tuple[str, ...]:
     """What a resumed run must not change, beside what no run may."""
     of_objective = build_objective.used_sections(config.objective)
-    return of_objective + build_mining.fixed_options(config.mining)
+    return of_objective + build_mining.fixed_mining_options(config.mining)
 
 
 def accelerator(run: RunSection, out: str, chunk_size: int | str) -> Accelerator:
@@ -198,7 +198,7 @@ def run_context(config: Config, loaded: Loaded, ids: Tensor | None) -> RunContex
     Args:
         ids: (n,) ascending `index` of all training pairs; None for a stream.
     """
-    return build_objective.run_context(
+    return build_objective.context_of_run(
         loaded,
         ids,
         batch_size=config.compared,
@@ -209,7 +209,7 @@ def run_context(config: Config, loaded: Loaded, ids: Tensor | None) -> RunContex
 
 def objective(config: Config, context: RunContext) -> Callable[..., dict[str, Tensor]]:
     """What the run minimises: one objective or a mix, and the queue around them."""
-    return build_objective.objective(
+    return build_objective.objective_of_mix(
         config.objective,
         context,
         pairs=config.optim.pairs,

@@ -169,7 +169,7 @@ def read(words: list[str]) -> Config:
     tree: dict[str, Any] = {}
     for path in known.config:
         tree = lay_over(tree, spelled_out(read_yaml(path)))
-    for name, value in options_of(rest):
+    for name, value in options_in_words(rest):
         tree = lay_over(tree, option_tree(name, value))
     config = validated(tree)
     if known.print_config:
@@ -203,7 +203,7 @@ def command_parser() -> argparse.ArgumentParser:
     return made
 
 
-def options_of(words: list[str]) -> list[tuple[str, Any]]:
+def options_in_words(words: list[str]) -> list[tuple[str, Any]]:
     """`--section.field=value` or `--section.field value` as pairs of name and parsed value.
 
     Raises:

@@ -14,7 +14,7 @@ from clipsmall.distributed import world
 from clipsmall.evaluation.features import Encoder
 from clipsmall.evaluation.results import check_folder, results_text
 from clipsmall.evaluation.sets import DataSet, set_name
-from clipsmall.evaluation.suite import NamedModel, Request, measure, option_values, write_result
+from clipsmall.evaluation.suite import NamedModel, TaskRequest, measure, option_values, write_result
 from clipsmall.evaluation.view import DataView
 from clipsmall.model.dual_encoder import DualEncoder
 from clipsmall.model.saved import load_model
@@ -119,7 +119,7 @@ def run_single_task(
             progress=True,
         )
         data = open_data(options.name or set_name(options.data[0]))
-        request = Request(task, data, option_values(empty_classes=True))
+        request = TaskRequest(task, data, option_values(empty_classes=True))
         result = measure(DataView(encoder, data, empty_classes=True), request)
         source = Path(options.model)
         name = source.resolve().name if source.exists() else options.model

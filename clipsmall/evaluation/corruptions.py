@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from clipsmall.evaluation import distortions as d
-from clipsmall.evaluation.task import Option
+from clipsmall.evaluation.task import TaskOption
 
 Five = tuple[float, float, float, float, float]
 
@@ -66,10 +66,10 @@ COMMON = tuple(FAMILIES)[:15]
 SEVERITIES = (1, 2, 3, 4, 5)
 # of the tasks that corrupt images
 OPTIONS = {
-    "corruptions": Option(
+    "corruptions": TaskOption(
         COMMON, "corruptions by name; default: ImageNet-C's fifteen", choices=tuple(FAMILIES)
     ),
-    "severities": Option(SEVERITIES, "of the corruptions: 1 to 5", choices=SEVERITIES),
+    "severities": TaskOption(SEVERITIES, "of the corruptions: 1 to 5", choices=SEVERITIES),
 }
 
 

@@ -25,7 +25,7 @@ VERSION = 2
 
 
 @dataclass(frozen=True)
-class Request:
+class TaskRequest:
     """One result that is asked for: a task on a data set."""
 
     task: str
@@ -53,18 +53,18 @@ def option_values(**given: Any) -> dict[str, Any]:
     return {**found, "empty_classes": empty_classes}
 
 
-def requests(data: DataSet, tasks: Sequence[str], options: Mapping[str, Any]) -> list[Request]:
+def requests(data: DataSet, tasks: Sequence[str], options: Mapping[str, Any]) -> list[TaskRequest]:
     """The tasks on a data set, each once; of no tasks, those the set is made for."""
     made_for = [name for name, task in TASKS.items() if task.default_for(data)]
     repeatable = sorted({name for name in tasks if TASKS[name].repeatable}) or made_for
     found = []
     for name in dict.fromkeys(tasks or made_for):
         repeated = tuple(repeatable) if TASKS[name].repeats else ()
-        found.append(Request(name, data, options, repeated))
+        found.append(TaskRequest(name, data, options, repeated))
     return found
 
 
-def measure(view: DataView, request: Request) -> Result:
+def measure(view: DataView, request: TaskRequest) -> Result:
     """The result of a task on the data set of `view`.
 
     Raises:
@@ -89,7 +89,7 @@ def _main_metric(task: Task, options: Mapping[str, Any]) -> Callable[[DataView],
     return lambda view: float(np.mean(task.main_values(run(view).metrics)))
 
 
-def key_of(model_digest: str, request: Request) -> str:
+def key_of(model_digest: str, request: TaskRequest) -> str:
     """The digest of all that a result depends on: its file is done if it has this key.
 
     Keys are in the files of everybody's results: what goes in, and in which order, stays.
@@ -112,7 +112,9 @@ def key_of(model_digest: str, request: Request) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def write_result(request: Request, result: Result, folder: Path, model: str, weights: str) -> Path:
+def write_result(
+    request: TaskRequest, result: Result, folder: Path, model: str, weights: str
+) -> Path:
     """Write a result's file, and first what else its task writes beside it."""
     path = cell_path(folder, result.dataset, weights, model, result.task)
     if request.entry.write_files:
@@ -176,7 +178,7 @@ def evaluate(
     return failures
 
 
-def _keys_to_do(model: NamedModel, asked: Sequence[Request], out: Path) -> list[str]:
+def _keys_to_do(model: NamedModel, asked: Sequence[TaskRequest], out: Path) -> list[str]:
     """For each request its key, or "" if its result is there.
 
     As the first rank finds it, so that all ranks measure the same.

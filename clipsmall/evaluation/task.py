@@ -12,7 +12,7 @@ from clipsmall.evaluation.sets import DataSet
 
 
 @dataclass(frozen=True)
-class Option:
+class TaskOption:
     """An option of a task: a flag of `evaluate`, a key of a run's config, part of a result's key.
 
     Its type is that of `default`; a tuple takes several values. `choices` and `least` limit it.
@@ -96,7 +96,7 @@ class Task:
     result_name: str
     measure: Callable[..., Result]
     # of `measure`, by name; two tasks with an option of one name share one `Option`
-    options: Mapping[str, Option] = field(default_factory=dict)
+    options: Mapping[str, TaskOption] = field(default_factory=dict)
     # what it matches images with: the classes of a data set, or captions (images without a
     # caption do not count); "" = neither
     matches: Literal["classes", "captions", ""] = ""

@@ -26,8 +26,8 @@ def softmax_weights(scored: ScoredPairs, size: int) -> Floats:
     own = scored.scale * own_cosines + np.float32(scored.bias)
 
     # image i is compared with text j on row i, text j with image i on column j
-    from_image = softplus(z - own[:, None])
-    from_text = softplus(z - own[None, :])
+    from_image = softplus_of_array(z - own[:, None])
+    from_text = softplus_of_array(z - own[None, :])
     return _both_anchors(from_image + from_text)
 
 
@@ -37,7 +37,7 @@ def sigmoid_weights(scored: ScoredPairs, size: int) -> Floats:
     A batch's sigmoid loss is *exactly* the sum of it over the unordered pairs, plus the pairs' own
     terms, divided by B.
     """
-    return _both_anchors(softplus(scored.logits))
+    return _both_anchors(softplus_of_array(scored.logits))
 
 
 def _both_anchors(half: Floats) -> Floats:
@@ -46,7 +46,7 @@ def _both_anchors(half: Floats) -> Floats:
     return whole
 
 
-def softplus(x: Floats) -> Floats:
+def softplus_of_array(x: Floats) -> Floats:
     """log(1 + exp(x)), by torch.
 
     It takes a tenth of the time of numpy's logaddexp, which was most of the time of a pool.

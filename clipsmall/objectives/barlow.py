@@ -98,7 +98,7 @@ def _standardised(x: Tensor) -> Tensor:
     return centred * factor
 
 
-def retrieval_head(options: Options) -> str:
+def projectors_if_any(options: Options) -> str:
     """With projectors only their outputs match."""
     return "projectors" if options["widths"] else ""
 
@@ -108,5 +108,5 @@ SPEC = ObjectiveSpec(
     section="barlow",
     heads={"projectors": {}},
     scale=None,
-    retrieval_head=retrieval_head,
+    retrieval_head=projectors_if_any,
 )

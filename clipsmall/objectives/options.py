@@ -34,7 +34,7 @@ class Section(BaseModel):
     )
 
 
-class Option(NamedTuple):
+class DeclaredOption(NamedTuple):
     """One option: its type with range and help, and its default."""
 
     # Annotated[type, Field(...)]
@@ -54,7 +54,7 @@ def required_parameters(function: Callable[..., Any]) -> list[str]:
     return [each.name for each in parameters if each.default is inspect.Parameter.empty]
 
 
-def options_of(function: Callable[..., Any]) -> dict[str, Option]:
+def options_of(function: Callable[..., Any]) -> dict[str, DeclaredOption]:
     """The options of a function, or of a class (those of its `__init__`), by name."""
     constructed: Any = function
     declared = constructed.__init__ if isinstance(function, type) else function
@@ -63,11 +63,11 @@ def options_of(function: Callable[..., Any]) -> dict[str, Option]:
     found = {}
     for name in parameters_with_default(function):
         if name != FOR_ALL:
-            found[name] = Option(hints.get(name), parameters[name].default)
+            found[name] = DeclaredOption(hints.get(name), parameters[name].default)
     return found
 
 
-def options_of_heads(heads: Mapping[str, Mapping[str, Any]]) -> dict[str, Option]:
+def options_of_heads(heads: Mapping[str, Mapping[str, Any]]) -> dict[str, DeclaredOption]:
     """The options of some heads, by name.
 
     Args:
@@ -76,7 +76,7 @@ def options_of_heads(heads: Mapping[str, Mapping[str, Any]]) -> dict[str, Option
     Raises:
         TypeError: a default for an option that the head does not take.
     """
-    found: dict[str, Option] = {}
+    found: dict[str, DeclaredOption] = {}
     for head, defaults in heads.items():
         options = options_of(HEADS[head])
         for name, default in defaults.items():
@@ -146,13 +146,13 @@ def _is_number(annotation: Any) -> bool:
     return False
 
 
-def merged(parts: list[dict[str, Option]], section: str) -> dict[str, Option]:
+def merged(parts: list[dict[str, DeclaredOption]], section: str) -> dict[str, DeclaredOption]:
     """All options of several owners that share a section.
 
     Raises:
         TypeError: two of them declare one option differently.
     """
-    found: dict[str, Option] = {}
+    found: dict[str, DeclaredOption] = {}
     for part in parts:
         for name, option in part.items():
             known = found.setdefault(name, option)
@@ -162,7 +162,9 @@ def merged(parts: list[dict[str, Option]], section: str) -> dict[str, Option]:
     return found
 
 
-def in_order(options: dict[str, Option], first: tuple[str, ...], section: str) -> dict[str, Option]:
+def in_order(
+    options: dict[str, DeclaredOption], first: tuple[str, ...], section: str
+) -> dict[str, DeclaredOption]:
     """The options, those named `first` before the others.
 
     Raises:
@@ -178,7 +180,7 @@ def in_order(options: dict[str, Option], first: tuple[str, ...], section: str) -
 
 
 def section_model(
-    section: str, options: Mapping[str, Option], check: Callable[[Any], Any] | None = None
+    section: str, options: Mapping[str, DeclaredOption], check: Callable[[Any], Any] | None = None
 ) -> type[Section]:
     """The config section of these options.
 

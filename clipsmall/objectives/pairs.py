@@ -146,7 +146,7 @@ def whole_batch(rows: Embeddings, columns: Embeddings) -> bool:
     return columns.live is None and len(columns.index) == len(rows.index) * world.size()
 
 
-class Comparison(NamedTuple):
+class ComparedFeatures(NamedTuple):
     """My rows of one modality, and what they are compared with in the other."""
 
     # (b, D) my rows
@@ -159,12 +159,12 @@ class Comparison(NamedTuple):
 
 def comparisons(
     rows: Embeddings, columns: Embeddings, layout: Layout, both_directions: bool = False
-) -> list[Comparison]:
+) -> list[ComparedFeatures]:
     """Images among texts; and texts among images for a queue, or with `both_directions`.
 
     Where the columns are the batch itself, the second matrix is the first one's transpose.
     """
-    images_among_texts = Comparison(
+    images_among_texts = ComparedFeatures(
         x=rows.image,
         y=columns.text,
         own=own_features(rows.text, columns.text, layout),
@@ -172,7 +172,7 @@ def comparisons(
     if not both_directions and whole_batch(rows, columns):
         return [images_among_texts]
 
-    texts_among_images = Comparison(
+    texts_among_images = ComparedFeatures(
         x=rows.text,
         y=columns.image,
         own=own_features(rows.image, columns.image, layout),

@@ -14,7 +14,7 @@ from clipsmall.distributed import world
 from clipsmall.model.dual_encoder import unit
 from clipsmall.objectives.fifo import Fifo
 from clipsmall.objectives.options import (
-    Option,
+    DeclaredOption,
     Options,
     Section,
     in_order,
@@ -195,13 +195,13 @@ STALE = 0.5
 
 Size = Annotated[int, Field(ge=1, le=10_000_000)] | Literal["auto"]
 MOCO_OPTIONS = {
-    "size": Option(
+    "size": DeclaredOption(
         Annotated[
             Size, Field(description="pairs in the queue; auto: 0.5 · batch_size / (1 - momentum)")
         ],
         "auto",
     ),
-    "in_batch": Option(
+    "in_batch": DeclaredOption(
         Annotated[
             bool,
             Field(
@@ -212,8 +212,8 @@ MOCO_OPTIONS = {
     ),
 }
 XBM_OPTIONS = {
-    "size": Option(Annotated[Size, Field(description="pairs; auto: 4 batches")], "auto"),
-    "start": Option(
+    "size": DeclaredOption(Annotated[Size, Field(description="pairs; auto: 4 batches")], "auto"),
+    "start": DeclaredOption(
         Annotated[
             float,
             Field(ge=0, lt=1, description="fraction of the run before the queue is used"),
@@ -229,7 +229,7 @@ class QueueSpec:
 
     features: Features
     # of the queue itself
-    own_options: Mapping[str, Option]
+    own_options: Mapping[str, DeclaredOption]
     # (options, batch size) -> pairs that `size: auto` asks for
     auto_size: Callable[[Options, int], int]
     # (options, batch size, whether the weights are fresh) -> what to say of a size that will not
@@ -246,7 +246,7 @@ class QueueSpec:
     # as of ObjectiveSpec
     by_second_step: Callable[[int], Mapping[str, float]] = lambda pairs: {}
 
-    def options(self, name: str) -> dict[str, Option]:
+    def options(self, name: str) -> dict[str, DeclaredOption]:
         """Of the queue, of the heads it asks for and of its soft targets, with their defaults.
 
         Raises:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import model_validator
 
 from clipsmall.objectives.options import (
-    Option,
+    DeclaredOption,
     Options,
     Section,
     in_order,
@@ -85,7 +85,7 @@ class ObjectiveSpec:
     # what the first has left in memory; for the self-check
     by_second_step: Callable[[int], Mapping[str, float]] = lambda pairs: {}
 
-    def options(self) -> dict[str, Option]:
+    def options(self) -> dict[str, DeclaredOption]:
         """Its own options, then its heads', each with its default.
 
         Raises:

@@ -10,7 +10,7 @@ from torch import Tensor
 from clipsmall.batch import Embeddings
 from clipsmall.distributed import similarity, world
 from clipsmall.distributed.batch_norm import moments
-from clipsmall.objectives.barlow import retrieval_head
+from clipsmall.objectives.barlow import projectors_if_any
 from clipsmall.objectives.spec import ObjectiveSpec
 
 
@@ -126,5 +126,5 @@ SPEC = ObjectiveSpec(
     section="vicreg",
     heads={"projectors": {}},
     scale=None,
-    retrieval_head=retrieval_head,
+    retrieval_head=projectors_if_any,
 )

@@ -80,7 +80,9 @@ def rows_per_rank(config: Config, ranks: int) -> int:
     return rows
 
 
-def run(config: Config, machine: Machine, memory: int, reserved: int, file: Path | None) -> int:
+def print_plan(
+    config: Config, machine: Machine, memory: int, reserved: int, file: Path | None
+) -> int:
     """Print the plan, write it to `file` if there is one, and return the exit code."""
     rows = rows_per_rank(config, machine.ranks)
     budget = memory - reserved
@@ -94,11 +96,11 @@ def run(config: Config, machine: Machine, memory: int, reserved: int, file: Path
     print(breakdown(own, reserved))
     print(verdict(planned, machine, budget, memory))
     if file:
-        write_plan(file, planned, own.bytes, machine, memory, reserved)
+        write_plan_json(file, planned, own.bytes, machine, memory, reserved)
     return 0 if planned[0].peak <= budget else 1
 
 
-def write_plan(
+def write_plan_json(
     file: Path,
     rows: list[PlanRow],
     parts: dict[str, int],
@@ -151,7 +153,7 @@ def main(words: list[str] | None = None) -> int:
                 f"--memory {options.memory}: the reserve of {gib(reserved)} takes all of it"
             )
 
-        return run(read(rest), machine, memory, reserved, options.json)
+        return print_plan(read(rest), machine, memory, reserved, options.json)
     except ValueError as error:
         refuse(error)
 

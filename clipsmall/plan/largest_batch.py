@@ -11,7 +11,7 @@ from typing import NamedTuple
 from clipsmall.config import Config
 from clipsmall.config.reader import validated
 from clipsmall.distributed.similarity import TILE
-from clipsmall.plan.step import Machine, Step, measure
+from clipsmall.plan.step import Machine, Step, measure_step
 
 # pairs of one device beyond which no answer is looked for
 MOST = 32_768
@@ -46,7 +46,7 @@ class Planner:
         """`measure`, once for each config and number of rows."""
         key = config.model_dump_json(), rows, hollow
         if key not in self._known:
-            self._known[key] = measure(config, self.machine, rows, hollow)
+            self._known[key] = measure_step(config, self.machine, rows, hollow)
         return self._known[key]
 
     def fits(self, config: Config, rows: int) -> bool:

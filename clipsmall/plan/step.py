@@ -60,7 +60,7 @@ class Abstract(FakeTensorMode):  # type: ignore[no-untyped-call]
         return self
 
 
-def measure(config: Config, machine: Machine, rows: int, hollow: bool = False) -> Step:
+def measure_step(config: Config, machine: Machine, rows: int, hollow: bool = False) -> Step:
     """The second of two steps of `rows` pairs on each rank.
 
     In the second step the optimizer has its state, and queues are full.
@@ -194,7 +194,7 @@ class Stage:
         accelerator: Any = SimpleNamespace(
             backward=self.backward, unscale_gradients=lambda: None, scaler=None
         )
-        columns = build_objective.columns(self.config.objective.exchange)
+        columns = build_objective.columns_of_exchange(self.config.objective.exchange)
         batch = self.pairs(rows)
         schedule = build.scheduler(self.config, self.optimizer)
         guard = Guard(None, self.config.run.max_bad_steps, encoder)

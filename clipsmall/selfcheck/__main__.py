@@ -39,7 +39,7 @@ from clipsmall.selfcheck.comparison import checked_chunk_size, compare_gradients
 from clipsmall.selfcheck.gradients import GradientRow, faults_of_exchange, gradient_table
 
 
-def run(config: Config, pairs: int, dtype: str | None) -> int:
+def print_selfcheck(config: Config, pairs: int, dtype: str | None) -> int:
     """Compare, print the table on the first rank, and return the exit code."""
     started = time.perf_counter()
     subject = make_subject(config, pairs)
@@ -113,7 +113,7 @@ def main(words: list[str] | None = None) -> int:
     )
     options, rest = parser.parse_known_args(words)
     try:
-        return run(read(rest), options.pairs, options.dtype)
+        return print_selfcheck(read(rest), options.pairs, options.dtype)
     except ValueError as error:
         refuse(error)
     except torch.OutOfMemoryError:

@@ -81,7 +81,7 @@ class Subject:
         # training leaves the pixels of chunks in host memory
         if chunk_size:
             batches = [pairs._replace(image=pairs.image.cpu()) for pairs in batches]
-        columns = build_objective.columns(self.config.objective.exchange)
+        columns = build_objective.columns_of_exchange(self.config.objective.exchange)
         result = run_steps(model, encoder, objective, columns, batches, self.accelerator.backward)
         self.accelerator.free_memory()
 
@@ -199,7 +199,7 @@ def compare_gradients(subject: Subject, dtype: torch.dtype, chunk: int) -> list[
     Every rank must call. chunk: pairs; 0 = no chunks.
     """
     few_pairs = Pairs(*(field[:2] for field in subject.batches[0]))
-    named = gradient_check.parameter_groups(copy.deepcopy(subject.encoder), few_pairs)
+    named = gradient_check.gradient_groups(copy.deepcopy(subject.encoder), few_pairs)
     device = subject.accelerator.device
     precision = subject.accelerator.mixed_precision
     ranks = "1 rank" if world.size() == 1 else f"{world.size()} ranks"

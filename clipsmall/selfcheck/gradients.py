@@ -102,7 +102,7 @@ def faults_of_exchange(device: torch.device) -> list[str]:
     return faults
 
 
-def parameter_groups(model: DualEncoder, pairs: Pairs) -> dict[str, list[str]]:
+def gradient_groups(model: DualEncoder, pairs: Pairs) -> dict[str, list[str]]:
     """Names of trainable parameters by tower, head, or their own name; and the "loss".
 
     What the images' outputs depend on is the image tower, whatever its library calls it; what the

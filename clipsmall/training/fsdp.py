@@ -151,7 +151,7 @@ def scattered_moments(moments: Tensors, groups: list[dict[str, Any]]) -> Tensors
     return found
 
 
-def description(model: nn.Module) -> str:
+def sharding_description(model: nn.Module) -> str:
     """A phrase for the opening lines of a run; empty if nothing is sharded."""
     parameters = list(model.parameters())
     mine = sum(local_part(parameter).numel() for parameter in parameters)

@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 from clipsmall.config import Config
 from clipsmall.config.reader import read
 from clipsmall.plan.meter import Meter
-from clipsmall.plan.step import Machine, Stage, measure, of_batch
+from clipsmall.plan.step import Machine, Stage, measure_step, of_batch
 from tests.bench.sides import ROOT
 
 ALONE = Machine("cpu", 1)
@@ -74,7 +74,7 @@ def true_peak(config: Config, rows: int) -> int:
 
 def compared(words: list[str], rows: int) -> dict[str, Any]:
     config = read(["--config", str(ROOT / "configs" / "demo.yaml"), *words])
-    planned = measure(config, ALONE, rows)
+    planned = measure_step(config, ALONE, rows)
     true = true_peak(config, rows)
     return {
         "options": words,

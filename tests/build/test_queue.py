@@ -64,7 +64,7 @@ def run(*words: str) -> Any:
     ],
 )
 def test_the_size_of_a_queue(words: list[str], pairs: int | None, size: int) -> None:
-    assert build_queue.size(run(*words).objective, 32, pairs) == size
+    assert build_queue.queue_size(run(*words).objective, 32, pairs) == size
 
 
 def test_a_queue_of_stale_keys_is_told_and_what_would_do() -> None:

@@ -94,7 +94,7 @@ def trained(
     model = build.dual_encoder(run, loaded, setting).double().train()
     model.chunk_size = chunk_size
     objective = build.objective(run, setting)
-    columns = build_objective.columns(run.objective.exchange)
+    columns = build_objective.columns_of_exchange(run.objective.exchange)
     memory = objective if isinstance(objective, torch.nn.Module) else torch.nn.Module()
     memory.double()
     wrapped = DDP(model) if world.size() > 1 else model
@@ -195,7 +195,7 @@ def test_columns_in_host_memory_go_back_in_one_thread() -> None:
             run = validated(
                 {"data": {"train": ["x"], "batch_size": B}, "objective": {"exchange": exchange}}
             )
-            build_objective.columns(run.objective.exchange)
+            build_objective.columns_of_exchange(run.objective.exchange)
             assert torch._C._is_multithreading_enabled() == threads
 
 

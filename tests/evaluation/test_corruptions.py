@@ -27,7 +27,7 @@ from clipsmall.evaluation.distortions import (
 )
 from clipsmall.evaluation.features import Encoder
 from clipsmall.evaluation.sets import open_set
-from clipsmall.evaluation.suite import Request, measure, option_values
+from clipsmall.evaluation.suite import TaskRequest, measure, option_values
 from clipsmall.evaluation.tasks import linear_probe
 from clipsmall.evaluation.tasks.robustness import robustness
 from clipsmall.evaluation.view import DataView
@@ -184,11 +184,11 @@ def test_robustness_is_the_mean_of_the_tasks_on_corrupted_pictures(tmp_path: Pat
     severities = (2, 5)
     tasks = ("zero_shot", "retrieval", "knn")
     options = option_values(k=3, corruptions=names, severities=severities)
-    cell = measure(view, Request("robustness", view.data, options, repeated=tasks))
+    cell = measure(view, TaskRequest("robustness", view.data, options, repeated=tasks))
     for task in tasks:
 
         def main(there: DataView, task: str = task) -> float:
-            metrics = measure(there, Request(task, view.data, options)).metrics
+            metrics = measure(there, TaskRequest(task, view.data, options)).metrics
             if task != "retrieval":
                 return metrics["acc1"]
             return (metrics["image_retrieval_recall@1"] + metrics["text_retrieval_recall@1"]) / 2
@@ -224,7 +224,7 @@ def test_the_probe_is_learned_once_and_from_clean_pictures(
     real_fit = linear_probe.fit
     monkeypatch.setattr(linear_probe, "fit", lambda *a: fitted.append(a) or real_fit(*a))
     options = option_values(corruptions=("fog",), severities=(1, 3))
-    measure(view, Request("robustness", view.data, options, repeated=("linear_probe",)))
+    measure(view, TaskRequest("robustness", view.data, options, repeated=("linear_probe",)))
     train = [k for a, k in seen if a[1] is view.data.training]
     assert train == [{}]
     assert len(seen) == 4

@@ -332,7 +332,7 @@ def test_potentials_are_pots(n: int, m: int, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(matching, "chunk_rows", lambda columns: 5)
     x = unit_rows(n, 6, seed=n)
     y = unit_rows(m, 6, seed=m + 50)
-    f, g, error = matching.potentials(x, y, 8.0, 2000, 1e-10)
+    f, g, error = matching.dual_potentials(x, y, 8.0, 2000, 1e-10)
     logits = x.double() @ y.double().T * 8
     plan = (logits + f[:, None] + g).exp()
     assert error < 1e-9
@@ -401,7 +401,7 @@ def test_matching_a_hub_away(view: DataView) -> None:
     assert cell.metrics["argmax_image_to_text"] < 0.8
     assert cell.metrics["sinkhorn_image_to_text"] > cell.metrics["argmax_image_to_text"] + 0.2
     assert cell.metrics["hungarian"] > cell.metrics["argmax_image_to_text"] + 0.2
-    f, g, _ = matching.potentials(images, texts, 30.0, 50, 1e-3)
+    f, g, _ = matching.dual_potentials(images, texts, 30.0, 50, 1e-3)
     plan = images.double() @ texts.double().T * 30 + f[:, None] + g
     for task, values in (("text", plan), ("image", plan.T)):
         right = (values.argsort(dim=1, descending=True)[:, :5] == torch.arange(43)[:, None]).any(

@@ -17,8 +17,8 @@ from clipsmall.compare.grid import Comparison, check
 from clipsmall.config.reader import ConfigError, validated
 from clipsmall.evaluation.results import Result
 from clipsmall.evaluation.sets import DataSet
-from clipsmall.evaluation.suite import Request, key_of, option_values
-from clipsmall.evaluation.task import Option, Task
+from clipsmall.evaluation.suite import TaskRequest, key_of, option_values
+from clipsmall.evaluation.task import Task, TaskOption
 from clipsmall.evaluation.tasks import TASKS, task_options
 from clipsmall.evaluation.view import DataView
 from clipsmall.report_page import __main__ as report_page
@@ -78,7 +78,7 @@ class NamedData:
 def test_keys_of_finished_results_stay(which: tuple[str, str, tuple[str, ...]]) -> None:
     options, task, repeated = which
     values = option_values(**(GIVEN if options == "given" else {}))
-    request = Request(task, NamedData(), values, repeated)  # type: ignore[arg-type]
+    request = TaskRequest(task, NamedData(), values, repeated)  # type: ignore[arg-type]
     assert key_of("model", request)[:16] == KEYS[which]
 
 
@@ -96,17 +96,17 @@ def test_digests_of_data_sets_stay() -> None:
 
 
 def test_an_option_takes_what_it_says() -> None:
-    count = Option(20, "", least=1)
+    count = TaskOption(20, "", least=1)
     assert count.value("k", 1) == 1
     for odd in (0, True, 1.5, "3", None):
         with pytest.raises(ValueError, match=f"^k={odd}: must be "):
             count.value("k", odd)
-    fraction = Option(0.07, "", least=0)
+    fraction = TaskOption(0.07, "", least=0)
     assert isinstance(fraction.value("t", 1), float)
     for odd in (-0.1, math.nan, math.inf, False, "0.1"):
         with pytest.raises(ValueError, match=f"^t={odd}: must be "):
             fraction.value("t", odd)
-    several = Option((1, 2), "", choices=(1, 2, 3))
+    several = TaskOption((1, 2), "", choices=(1, 2, 3))
     assert several.value("s", [3, 1]) == (3, 1)
     assert several.value("s", 2) == (2,)
     with pytest.raises(ValueError, match=r"^s=4: must be one of 1, 2, 3"):
@@ -116,7 +116,7 @@ def test_an_option_takes_what_it_says() -> None:
 
 
 def test_two_tasks_with_one_option_mean_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    other = Task("other", toy, options={"k": Option(3, "another k")})
+    other = Task("other", toy, options={"k": TaskOption(3, "another k")})
     monkeypatch.setitem(TASKS, "other", other)
     with pytest.raises(TypeError, match=r"option k of other"):
         task_options()
@@ -245,7 +245,7 @@ def toy(view: DataView, factor: float = 1.0) -> Result:
 
 @pytest.fixture
 def toy_task(monkeypatch: pytest.MonkeyPatch) -> Task:
-    option = Option(1.0, "multiplies the length", least=0)
+    option = TaskOption(1.0, "multiplies the length", least=0)
     task = Task("toy", toy, options={"factor": option}, metrics=("length",))
     monkeypatch.setitem(TASKS, "toy", task)
     return task

@@ -23,7 +23,7 @@ from clipsmall.plan.cuda_kernels import as_on_cuda
 from clipsmall.plan.fake_ranks import fake_ranks
 from clipsmall.plan.largest_batch import MOST, Planner
 from clipsmall.plan.meter import Meter
-from clipsmall.plan.step import Machine, Step, measure
+from clipsmall.plan.step import Machine, Step, measure_step
 from tests.bench.plan import true_peak
 from tests.bench.sides import ROOT
 from tests.local_clip import local_clip
@@ -128,11 +128,11 @@ def test_the_peak_is_what_the_allocator_gives_out(
     clip: str, model: str, rows: int, words: list[str]
 ) -> None:
     given = config(*words, model=clip if model == "hf" else "")
-    assert measure(given, CPU, rows).total == pytest.approx(true_peak(given, rows), rel=0.1)
+    assert measure_step(given, CPU, rows).total == pytest.approx(true_peak(given, rows), rel=0.1)
 
 
 def test_all_that_a_step_holds_is_told_apart() -> None:
-    step = measure(config("--objective.queue=moco", "--objective.moco.size=4096"), GPU, 32)
+    step = measure_step(config("--objective.queue=moco", "--objective.moco.size=4096"), GPU, 32)
     weights = parts(step, "weights")
     assert parts(step, "optimizer") == pytest.approx(2 * weights, rel=0.01)
     assert parts(step, "averaged towers") == pytest.approx(weights, rel=0.01)
@@ -142,14 +142,14 @@ def test_all_that_a_step_holds_is_told_apart() -> None:
 
 
 def test_adapters_need_little_beside_the_weights(clip: str) -> None:
-    full, adapted = (measure(config(*words, model=clip), GPU, 2) for words in ([], LORA))
+    full, adapted = (measure_step(config(*words, model=clip), GPU, 2) for words in ([], LORA))
     assert parts(adapted, "optimizer", "gradients") < 0.2 * parts(full, "optimizer")
     assert parts(adapted, "weights") > parts(full, "weights")
 
 
 def test_lean_attention_checkpoints_and_chunks_save_what_they_promise(clip: str) -> None:
     def activations(*words: str) -> int:
-        return parts(measure(config(*words, model=clip), GPU, 16), "activations")
+        return parts(measure_step(config(*words, model=clip), GPU, 16), "activations")
 
     eager = activations("--model.attention=eager")
     lean = activations()
@@ -162,21 +162,23 @@ def test_lean_attention_checkpoints_and_chunks_save_what_they_promise(clip: str)
 
 def test_recomputation_costs_flops_as_it_should(clip: str) -> None:
     whole, cut = (
-        measure(config(f"--model.chunk_size={n}", model=clip), GPU, 8).flops for n in (0, 4)
+        measure_step(config(f"--model.chunk_size={n}", model=clip), GPU, 8).flops for n in (0, 4)
     )
     assert cut / whole == pytest.approx(4 / 3, rel=0.03)
 
 
 def test_ranks_bring_columns_and_buckets() -> None:
-    alone, eight = (measure(config(), Machine("cuda", ranks), 64, hollow=True) for ranks in (1, 8))
+    alone, eight = (
+        measure_step(config(), Machine("cuda", ranks), 64, hollow=True) for ranks in (1, 8)
+    )
     assert parts(eight, "loss") > 4 * parts(alone, "loss")
-    step = measure(config(), Machine("cuda", 8), 32)
+    step = measure_step(config(), Machine("cuda", 8), 32)
     assert parts(step, "DDP's buckets") == pytest.approx(parts(step, "optimizer") / 2, rel=0.01)
 
 
 def test_columns_of_the_host_are_not_on_the_device() -> None:
     there, here = (
-        measure(config(f"--objective.exchange={name}"), Machine("cuda", 64), 64, hollow=True)
+        measure_step(config(f"--objective.exchange={name}"), Machine("cuda", 64), 64, hollow=True)
         for name in ("host", "gather")
     )
     columns = 64 * 64 * 128 * 4
@@ -184,7 +186,9 @@ def test_columns_of_the_host_are_not_on_the_device() -> None:
 
 
 def test_pixels_that_travel_stay_in_the_host() -> None:
-    one, eight = (measure(config("--model.chunk_size=8"), Machine("cuda", n), 32) for n in (1, 8))
+    one, eight = (
+        measure_step(config("--model.chunk_size=8"), Machine("cuda", n), 32) for n in (1, 8)
+    )
     assert parts(eight, "pixels") - parts(one, "pixels") == 32 * 3 * 32 * 32
 
 
@@ -197,7 +201,7 @@ def test_every_objective_is_planned(name: str) -> None:
     )
     words = ["--objective=softmax"] if name == "softmax" else words
     small = ["--objective.swav.prototypes=16", "--optim.pairs=4096"]
-    assert measure(config(*words, *small), Machine("cuda", 2), 16).total > 0
+    assert measure_step(config(*words, *small), Machine("cuda", 2), 16).total > 0
 
 
 def test_no_weights_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,7 +213,7 @@ def test_no_weights_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
         return real(name, tag, weights)
 
     monkeypatch.setattr(open_clip_towers, "load_open_clip", watched)
-    measure(config("--model.pretrained=openai", model="RN50"), GPU, 2)
+    measure_step(config("--model.pretrained=openai", model="RN50"), GPU, 2)
     assert asked == [False]
 
 
@@ -237,12 +241,12 @@ def test_cuda_drops_attention_without_its_matrix() -> None:
 
 
 def test_a_run_that_is_shorter_than_a_batch_is_planned_all_the_same() -> None:
-    assert measure(config("--optim.pairs=256"), GPU, 512).rows == 512
+    assert measure_step(config("--optim.pairs=256"), GPU, 512).rows == 512
 
 
 def test_tiles_are_those_of_the_device() -> None:
     before = dict(TILE)
-    step = measure(config(), GPU, 4096, hollow=True)
+    step = measure_step(config(), GPU, 4096, hollow=True)
     assert parts(step, "loss") > 4096 * 4096 * 4
     assert before == TILE
     assert world.size() == 1
@@ -270,7 +274,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, bytes_of: Any) -> list[int]:
         tried.append(rows)
         return Step(rows, {"weights": 1000, "activations": bytes_of(rows) - 1000}, rows)
 
-    monkeypatch.setattr(search, "measure", made)
+    monkeypatch.setattr(search, "measure_step", made)
     return tried
 
 
@@ -297,7 +301,7 @@ def test_nothing_fits_and_everything_fits(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_batch_in_chunks_is_as_predicted(clip: str) -> None:
     planner = Planner(GPU, 2**40)
     given = config("--model.chunk_size=4", model=clip)
-    assert planner.peak(given, 24) == pytest.approx(measure(given, GPU, 24).total, rel=0.05)
+    assert planner.peak(given, 24) == pytest.approx(measure_step(given, GPU, 24).total, rel=0.05)
 
 
 def test_rows_differ_and_the_first_is_the_configs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -320,7 +324,7 @@ def test_rows_differ_and_the_first_is_the_configs(monkeypatch: pytest.MonkeyPatc
             rows * (1 + (once < rows)),
         )
 
-    monkeypatch.setattr(search, "measure", made)
+    monkeypatch.setattr(search, "measure_step", made)
     rows = list(plan_rows(Planner(GPU, 16_000), config(*LORA), 8))
     assert [(row.title, row.largest.rows) for row in rows if "chunks" not in row.title] == [
         ("as configured: LoRA r=16, SDPA", 21),

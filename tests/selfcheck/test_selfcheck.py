@@ -42,9 +42,9 @@ from clipsmall.selfcheck.gradients import (
     Judge,
     differences,
     disable_randomness,
+    gradient_groups,
     gradient_table,
     low_precision_verdict,
-    parameter_groups,
 )
 from tests.shards_for_tests import config
 
@@ -425,7 +425,7 @@ def test_parameters_are_grouped_by_what_depends_on_them() -> None:
         numbers,
         numbers,
     )
-    assert parameter_groups(model, pairs) == {
+    assert gradient_groups(model, pairs) == {
         "loss": ["loss"],
         "image tower": [
             "towers.a.weight",
@@ -440,7 +440,7 @@ def test_parameters_are_grouped_by_what_depends_on_them() -> None:
         "logit_scale": ["logit_scale"],
     }
     model.towers.requires_grad_(False)
-    assert set(parameter_groups(model, pairs)) == {"loss", "head tokens", "logit_scale"}
+    assert set(gradient_groups(model, pairs)) == {"loss", "head tokens", "logit_scale"}
 
 
 def test_random_layers_are_off_and_batch_norms_see_the_batch() -> None:

@@ -96,7 +96,7 @@ def trained(name: str, case: str) -> dict[str, Any]:
     model.chunk_size = run.model.chunk_size  # type: ignore[assignment]
     fsdp.shard_towers(model, CPU)
     objective = build.objective(run, setting)
-    columns = build_objective.columns(run.objective.exchange)
+    columns = build_objective.columns_of_exchange(run.objective.exchange)
     optimizer = build.optimizer(run, model)
     for group in optimizer.param_groups:
         # one kernel over whole and sharded tensors, as on a GPU

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from clipsmall.data.making.sources import Request, Source
+from clipsmall.data.making.sources import Source, SourceRequest
 from clipsmall.data.making.stores import Place
 from clipsmall.data.making.tables import CAPTION_NAMES, columns_of, pick
 
@@ -41,7 +41,7 @@ class SourcePair:
     fields: dict[str, Any]
 
 
-def pairs_of(source: Source, request: Request) -> list[SourcePair]:
+def pairs_of(source: Source, request: SourceRequest) -> list[SourcePair]:
     """The rows that `--where` selects, those of one image merged, numbered in the order of the
     table.
 
@@ -78,7 +78,7 @@ def pairs_of(source: Source, request: Request) -> list[SourcePair]:
 
 
 def _refuse_unknown_columns(
-    frame: pd.DataFrame, request: Request, captions: list[str], label: str | None
+    frame: pd.DataFrame, request: SourceRequest, captions: list[str], label: str | None
 ) -> None:
     columns = columns_of(frame)
     asked: dict[str, Iterable[str | None]] = {

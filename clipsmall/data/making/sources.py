@@ -28,7 +28,7 @@ METADATA = tuple(f"metadata{suffix}" for suffix in TABLES)
 
 
 @dataclass(frozen=True)
-class Request:
+class SourceRequest:
     """What the user asked for; `make_shards --help` says what each field means."""
 
     input: str
@@ -62,7 +62,7 @@ class Source(NamedTuple):
     label: str | None = None
 
 
-def open_source(request: Request) -> Source:
+def open_source(request: SourceRequest) -> Source:
     """Open `request.input`, reading texts but no images.
 
     Raises:
@@ -94,7 +94,9 @@ def open_source(request: Request) -> Source:
     return _files_source(str(path), store, names)
 
 
-def _metadata_source(origin: str, store: ImageStore, tables: list[str], request: Request) -> Source:
+def _metadata_source(
+    origin: str, store: ImageStore, tables: list[str], request: SourceRequest
+) -> Source:
     """A store with a table inside, at the top or the only one; its paths are relative to it."""
     top = [name for name in METADATA if name in tables]
     if not top and len(tables) > 1:
@@ -114,7 +116,7 @@ def _metadata_source(origin: str, store: ImageStore, tables: list[str], request:
     return Source(frame.assign(**{image: places}), store, image)
 
 
-def _table_source(table: Path, images: Path, request: Request) -> Source:
+def _table_source(table: Path, images: Path, request: SourceRequest) -> Source:
     if not table.is_file():
         raise ValueError(f"{table}: no such file")
     if table.suffix.lower() not in TABLES:
@@ -197,7 +199,7 @@ def _lines(origin: str, store: ImageStore, texts: list[str]) -> list[list[str]]:
     return found
 
 
-def _load_dataset(request: Request, parquet: Path | None = None) -> "Dataset":
+def _load_dataset(request: SourceRequest, parquet: Path | None = None) -> "Dataset":
     import datasets
 
     name = request.input.removeprefix("hf:")
@@ -225,7 +227,7 @@ def _load_dataset(request: Request, parquet: Path | None = None) -> "Dataset":
     return found[request.split or next(iter(found))]
 
 
-def _dataset_source(dataset: "Dataset", request: Request) -> Source:
+def _dataset_source(dataset: "Dataset", request: SourceRequest) -> Source:
     import datasets
 
     def binary(kind: Any) -> bool:

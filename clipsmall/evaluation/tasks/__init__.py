@@ -1,6 +1,6 @@
 """All evaluation tasks by name: one file each, which ends with the task's entry."""
 
-from clipsmall.evaluation.task import Option, Task
+from clipsmall.evaluation.task import Task, TaskOption
 from clipsmall.evaluation.tasks import (
     calibration,
     candidates,
@@ -28,9 +28,9 @@ TASKS: dict[str, Task] = {
 }
 
 
-def task_options() -> dict[str, Option]:
+def task_options() -> dict[str, TaskOption]:
     """The options of all tasks by name."""
-    found: dict[str, Option] = {}
+    found: dict[str, TaskOption] = {}
     for name, task in TASKS.items():
         for key, option in task.options.items():
             if found.setdefault(key, option) != option:

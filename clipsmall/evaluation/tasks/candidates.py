@@ -6,7 +6,7 @@ from torch import Tensor
 
 from clipsmall.evaluation.recall import Relevance, one_to_one
 from clipsmall.evaluation.results import Result
-from clipsmall.evaluation.task import Option, Task
+from clipsmall.evaluation.task import Task, TaskOption
 from clipsmall.evaluation.top_k import in_top_k, scores
 from clipsmall.evaluation.view import DataView
 from clipsmall.mining.initial_groups import grow_groups
@@ -139,7 +139,7 @@ TASK = Task(
     NAME,
     measure_candidates,
     options={
-        "candidates": Option(32, "pairs of a hard set of the task candidates", least=2),
+        "candidates": TaskOption(32, "pairs of a hard set of the task candidates", least=2),
     },
     matches="captions",
     metrics=tuple(

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from clipsmall.evaluation.results import Result
-from clipsmall.evaluation.task import Option, Task
+from clipsmall.evaluation.task import Task, TaskOption
 from clipsmall.evaluation.top_k import chunk_rows, scores
 from clipsmall.evaluation.trained import classified
 from clipsmall.evaluation.view import DataView
@@ -66,8 +66,8 @@ TASK = Task(
     NAME,
     knn,
     options={
-        "k": Option(20, "neighbours of kNN", least=1),
-        "temperature": Option(0.07, "of kNN's votes; 0 = majority", least=0),
+        "k": TaskOption(20, "neighbours of kNN", least=1),
+        "temperature": TaskOption(0.07, "of kNN's votes; 0 = majority", least=0),
     },
     learns=True,
     main=(("acc1",),),

@@ -16,7 +16,7 @@ NAME = "matching"
 SQUARE = 2000
 
 
-def potentials(
+def dual_potentials(
     x: Tensor, y: Tensor, scale: float, iterations: int, tolerance: float
 ) -> tuple[Tensor, Tensor, float]:
     """(n, D), (m, D) -> f (n,), g (m,) and the largest error of a row sum.
@@ -70,13 +70,13 @@ def matching(view: DataView, iterations: int = 50, tolerance: float = 1e-3) -> R
     texts = view.texts
     belongs = view.captions[1]
     scale = view.encoder.model.logit_scale.exp().item()
-    f, g, error = potentials(images, texts, scale, iterations, tolerance)
+    f, g, error = dual_potentials(images, texts, scale, iterations, tolerance)
     result = _normalised_recalls(view, images, texts, scale, f, g)
 
     mine, own = one_to_one(belongs, SQUARE)
     x = images[mine]
     y = texts[own]
-    f, g, square_error = potentials(x, y, scale, iterations, tolerance)
+    f, g, square_error = dual_potentials(x, y, scale, iterations, tolerance)
     plain = scores(x, y)
     normalised = plain.double() * scale + f[:, None] + g
     truth = torch.eye(len(mine), dtype=torch.bool)
