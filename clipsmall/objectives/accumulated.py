@@ -25,7 +25,7 @@ class Accumulated(nn.Module):
     Returns:
         What the objective returns, its mean over the parts.
 
-    Example:
+    Examples:
         >>> from clipsmall.objectives.softmax import softmax
         >>> pairs = Embeddings.of(torch.eye(4), torch.eye(4), logit_scale=2.0)
         >>> Accumulated(softmax, parts=2)(pairs, pairs)["effective_negatives"].item()

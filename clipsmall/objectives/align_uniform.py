@@ -73,7 +73,7 @@ def align_uniform(
         ValueError: cross with align < t · uniform: in the optimum all images sit opposite all
             texts.
 
-    Example:
+    Examples:
         >>> import torch
         >>> pairs = Embeddings.of(torch.eye(4), torch.eye(4))
         >>> align_uniform(pairs, pairs)["loss"].item()  # −t ‖X_i − X_j‖² = −2 · 2

@@ -57,7 +57,7 @@ def barlow(
     Raises:
         ValueError: a batch of one pair, which has no variance.
 
-    Example:
+    Examples:
         >>> features = torch.tensor([[1.0, 1], [1, -1], [-1, 1], [-1, -1]])
         >>> pairs = Embeddings.of(
         ...     features, features, image_projected=features, text_projected=-features

@@ -73,7 +73,7 @@ class Bce(nn.Module):
     Raises:
         ValueError: an unknown mode, a negative weight, a batch of one pair.
 
-    Example:
+    Examples:
         >>> pairs = Embeddings.of(torch.eye(4), torch.eye(4), logit_scale=10.0, logit_bias=-5.0)
         >>> loss = Bce(RunContext(width=4, batch_size=4, steps=10))
         >>> round(loss(pairs, pairs)["loss"].item(), 4)  # twice log(1 + e^−5)

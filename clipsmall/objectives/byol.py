@@ -44,7 +44,7 @@ def byol(rows: Embeddings, columns: Embeddings) -> dict[str, Tensor]:
     Returns:
         `loss` () mean over my rows, from 0 to 8; `spread` () over all ranks, see `simsiam.spread`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> eye = torch.eye(4)
         >>> outputs = {"image_predicted": eye, "text_predicted": eye, "image_target": eye}

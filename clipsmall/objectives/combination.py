@@ -23,7 +23,7 @@ class Combination(nn.Module):
         `loss` (); each part's loss by its name, and its terms as `name/term`, without gradient;
         `effective_negatives` () the largest of the parts'.
 
-    Example:
+    Examples:
         >>> from clipsmall.objectives.softmax import softmax
         >>> from clipsmall.objectives.spectral import spectral
         >>> pairs = Embeddings.of(torch.eye(4), torch.eye(4), logit_scale=2.0)

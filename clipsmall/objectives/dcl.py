@@ -63,7 +63,7 @@ def dcl(
     Raises:
         ValueError: a batch of one pair, which has no negative.
 
-    Example:
+    Examples:
         >>> import torch
         >>> pairs = Embeddings.of(torch.eye(4), torch.eye(4), logit_scale=2.0)
         >>> round(dcl(pairs, pairs)["loss"].item(), 4)  # log 3 − 2

@@ -52,7 +52,7 @@ def dclw(
     Raises:
         ValueError: a batch of one pair, which has no negative.
 
-    Example:
+    Examples:
         >>> import torch
         >>> pairs = Embeddings.of(torch.eye(4), torch.eye(4), logit_scale=2.0)
         >>> round(dclw(pairs, pairs)["loss"].item(), 4)  # equal pairs weigh 1: dcl's loss

@@ -126,7 +126,7 @@ class Gcl(nn.Module):
         ValueError: a stream (no ids), a pair that is not among the ids, a batch of one pair; an
             unknown variant, an option out of range or of another variant.
 
-    Example:
+    Examples:
         >>> pairs = Embeddings.of(torch.eye(4), torch.eye(4), logit_scale=2.0)
         >>> context = RunContext(width=4, batch_size=4, steps=10, ids=torch.arange(4))
         >>> loss = Gcl(context, variant="fastclip_v0")

@@ -62,7 +62,7 @@ def hsic(
     Raises:
         ValueError: columns are not as many as all ranks' rows (a queue).
 
-    Example:
+    Examples:
         >>> pairs = Embeddings.of(torch.eye(2), torch.eye(2))
         >>> terms = hsic(pairs, pairs)
         >>> round(terms["dependence"].item(), 4)  # 1 − ½ (1 + 1/√3)

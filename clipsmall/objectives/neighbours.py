@@ -99,7 +99,7 @@ class Neighbours(nn.Module):
         ValueError: columns are not exactly all ranks' rows, or a single one; `size` or `start`
             below 2.
 
-    Example:
+    Examples:
         >>> pairs = Embeddings.of(torch.eye(4), torch.eye(4), logit_scale=2.0)
         >>> loss = Neighbours(RunContext(width=4, batch_size=4, steps=10), size=8, start=4)
         >>> [round(loss(pairs, pairs)["neighbour_cosine"].item(), 4) for _ in range(2)]

@@ -82,7 +82,7 @@ class Queued(nn.Module):
     Returns:
         What the objective does, and `queue` () the pairs in it.
 
-    Example:
+    Examples:
         >>> from clipsmall.objectives.softmax import softmax
         >>> pairs = Embeddings.of(torch.eye(4), torch.eye(4))
         >>> loss = Queued(softmax, "xbm", size=8, width=4)

@@ -56,7 +56,7 @@ def sigmoid(
         `loss` () mean over my rows; its parts `positive` and `negative` (); `effective_negatives`
         ().
 
-    Example:
+    Examples:
         >>> import torch
         >>> pairs = Embeddings.of(torch.eye(4), torch.eye(4), logit_scale=10.0, logit_bias=-5.0)
         >>> round(sigmoid(pairs, pairs)["loss"].item(), 4)  # four times log(1 + e^−5)

@@ -46,7 +46,7 @@ def simsiam(rows: Embeddings, columns: Embeddings) -> dict[str, Tensor]:
     Returns:
         `loss` () mean over my rows, −1 at best; `spread` () over all ranks, see `spread`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> eye = torch.eye(4)
         >>> pairs = Embeddings.of(eye, eye, image_predicted=eye, text_predicted=eye)

@@ -78,7 +78,7 @@ def sinkhorn(
     Raises:
         ValueError: columns are not as many as all ranks' rows (a queue).
 
-    Example:
+    Examples:
         >>> import torch
         >>> pairs = Embeddings.of(torch.eye(4), torch.eye(4), logit_scale=2.0)
         >>> round(sinkhorn(pairs, pairs)["loss"].item(), 4)  # symmetric: softmax's loss

@@ -68,7 +68,7 @@ def sinkhorn_targets(
     Raises:
         ValueError: columns that are a queue, or travel in a ring.
 
-    Example:
+    Examples:
         >>> import torch
         >>> eye = torch.eye(4)
         >>> heads = {"image_target": eye, "text_target": eye, "soft_scale": torch.tensor(2.0)}

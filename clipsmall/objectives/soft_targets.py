@@ -53,7 +53,7 @@ class SoftTargets(nn.Module):
         `loss` () mean over my rows; `softmax` () the plain loss; `accuracy` ();
         `effective_negatives` ().
 
-    Example:
+    Examples:
         >>> eye = torch.eye(4)
         >>> pairs = Embeddings.of(eye, eye, logit_scale=2.0, image_target=eye, text_target=eye)
         >>> context = RunContext(width=4, batch_size=4, steps=10)

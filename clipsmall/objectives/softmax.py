@@ -61,7 +61,7 @@ def softmax(
         among the other modality, mean of both directions; `effective_negatives` () columns that a
         row is compared with.
 
-    Example:
+    Examples:
         >>> import torch
         >>> pairs = Embeddings.of(torch.eye(4), torch.eye(4), logit_scale=2.0)
         >>> terms = softmax(pairs, pairs)

@@ -52,7 +52,7 @@ def spectral(
         `loss` () mean over my rows; its parts `positive` and `negative` (); `effective_negatives`
         ().
 
-    Example:
+    Examples:
         >>> import torch
         >>> pairs = Embeddings.of(torch.eye(4), torch.eye(4))
         >>> spectral(pairs, pairs)["loss"].item()  # all others at right angles: the optimum

@@ -51,7 +51,7 @@ class Superclass(nn.Module):
     Raises:
         ValueError: the vocabulary's size is not known.
 
-    Example:
+    Examples:
         >>> eye = torch.eye(4)
         >>> ids = torch.arange(4)[:, None]
         >>> pairs = Embeddings.of(eye, eye, token_logits=10 * eye, token_ids=ids)

@@ -66,7 +66,7 @@ class Swav(nn.Module):
     Raises:
         ValueError: fewer pairs in batch and queue together than prototypes.
 
-    Example:
+    Examples:
         >>> pairs = Embeddings.of(torch.eye(4), torch.eye(4), prototypes=torch.eye(4))
         >>> loss = Swav(RunContext(width=4, batch_size=4, steps=10), queue=0)
         >>> round(loss(pairs, pairs)["prototypes_used"].item(), 3)

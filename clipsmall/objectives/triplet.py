@@ -54,7 +54,7 @@ def triplet(
     Returns:
         `loss` () mean over my rows; `effective_negatives` ().
 
-    Example:
+    Examples:
         >>> import torch
         >>> pairs = Embeddings.of(torch.eye(4), torch.eye(4).roll(1, 0))
         >>> # both ways one wrong partner leads by 1 and costs 1.2, two are level and cost 0.2

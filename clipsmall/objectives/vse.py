@@ -59,7 +59,7 @@ class VsePlusPlus(nn.Module):
     Raises:
         ValueError: columns that travel in a ring.
 
-    Example:
+    Examples:
         >>> import torch
         >>> pairs = Embeddings.of(torch.eye(4), torch.eye(4).roll(1, 0))
         >>> loss = VsePlusPlus(RunContext(width=4, batch_size=4, steps=10), warmup=0.0)

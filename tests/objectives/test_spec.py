@@ -211,7 +211,7 @@ SECTION_TITLES = (
     "When not:",
     "Related:",
     "Returns:",
-    "Example:",
+    "Examples:",
 )
 DOCUMENTED = {spec.make.__name__: spec.make for spec in OBJECTIVES.values()}
 DOCUMENTED["SoftTargets"] = objectives.softmax.SoftTargets
