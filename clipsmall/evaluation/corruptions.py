@@ -77,9 +77,9 @@ def strength(name: str, severity: int, side: int) -> float:
     """How strong a corruption is on images whose short side is `side` pixels."""
     _, small, large = FAMILIES[name]
     # 0 at 32 pixels, 1 at 224
-    octaves = np.log(side / 32)
-    all_octaves = np.log(224 / 32)
-    position = float(np.clip(octaves / all_octaves, 0, 1))
+    log_ratio = np.log(side / 32)
+    log_range = np.log(224 / 32)
+    position = float(np.clip(log_ratio / log_range, 0, 1))
 
     at_32 = small[severity - 1]
     at_224 = large[severity - 1]

@@ -120,10 +120,7 @@ class Encoder:
         Raises:
             NoReadableImage: every image is broken.
         """
-        if only is None:
-            wanted = torch.arange(len(catalog))
-        else:
-            wanted = torch.tensor(only)
+        wanted = torch.arange(len(catalog)) if only is None else torch.tensor(only)
         batches = list(torch.split(wanted, self.batch_size))
 
         transform = ImageTransform(self.model.spec, max_pixels=self.max_pixels)
@@ -282,10 +279,7 @@ def class_indices(labels: Sequence[str | int], classes: Sequence[str]) -> Tensor
 
     numbers = []
     for label in labels:
-        if isinstance(label, int):
-            number = label
-        else:
-            number = number_of.get(label.casefold(), -1)
+        number = label if isinstance(label, int) else number_of.get(label.casefold(), -1)
         if not 0 <= number < len(classes):
             raise ValueError(
                 f"label {label!r} is none of the {len(classes)} classes; check classes and label"
