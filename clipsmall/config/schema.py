@@ -321,7 +321,7 @@ class RetrievalSection(Section):
 
 
 class TaskSection(Section):
-    """Any task of `python -m clipsmall.evaluate`; its options are further keys, as `k: 5` of knn."""
+    """Any task of `clipsmall.evaluate`; its options are further keys, such as `k: 5` of knn."""
 
     # which options there are, the task knows
     model_config = ConfigDict(extra="allow")

@@ -20,9 +20,16 @@ def class_features(
 
     Radford et al. 2021, arXiv 2103.00020, §3.1.4.
     """
-    texts = [template(name) for name in classes for template in templates]
-    features = encoder.texts(texts).view(len(classes), len(templates), -1)
-    return F.normalize(features.mean(dim=1), dim=-1)
+    texts = []
+    for name in classes:
+        for template in templates:
+            texts.append(template(name))
+
+    # (C · T, D) -> (C, T, D)
+    features = encoder.texts(texts)
+    by_class = features.view(len(classes), len(templates), -1)
+    means = by_class.mean(dim=1)
+    return F.normalize(means, dim=-1)
 
 
 def accuracies(images: Tensor, classes: Tensor, labels: Tensor) -> dict[str, float]:
@@ -31,10 +38,16 @@ def accuracies(images: Tensor, classes: Tensor, labels: Tensor) -> dict[str, flo
     The last is the mean over the classes that have an image.
     """
     size = chunk_rows(len(classes))
+    chunks_of_images = torch.split(images, size)
+    chunks_of_labels = torch.split(labels, size)
     parts = []
-    for features, truth in zip(torch.split(images, size), torch.split(labels, size), strict=True):
-        parts.append(class_in_top_k(scores(features, classes), truth))
-    return class_accuracies(torch.cat(parts), labels, len(classes))
+    for features, truth in zip(chunks_of_images, chunks_of_labels, strict=True):
+        # (size, C)
+        cosines = scores(features, classes)
+        parts.append(class_in_top_k(cosines, truth))
+
+    right = torch.cat(parts)
+    return class_accuracies(right, labels, len(classes))
 
 
 def class_in_top_k(values: Tensor, labels: Tensor) -> Tensor:
@@ -44,18 +57,28 @@ def class_in_top_k(values: Tensor, labels: Tensor) -> Tensor:
     """
     classes = values.shape[1]
     ks = tuple(k for k in KS if k == 1 or k < classes)
-    return in_top_k(values, F.one_hot(labels, classes).bool(), ks)
+    # (n, C)
+    right = F.one_hot(labels, classes).bool()
+    return in_top_k(values, right, ks)
 
 
 def class_accuracies(right: Tensor, labels: Tensor, classes: int) -> dict[str, float]:
     """What `class_in_top_k` found -> CLIP_benchmark's metrics."""
-    metrics = {
-        f"acc{KS[column]}": right[:, column].mean().item() for column in range(right.shape[1])
-    }
+    metrics = {}
+    for column in range(right.shape[1]):
+        accuracy = right[:, column].mean()
+        metrics[f"acc{KS[column]}"] = accuracy.item()
+
+    # (C,) images of each class, and how many of them were right
     counts = torch.bincount(labels, minlength=classes)
-    per_class = torch.zeros(classes, dtype=torch.float64).index_add_(0, labels, right[:, 0])
-    recall = (per_class / counts)[counts > 0].mean().item()
-    return {**metrics, "mean_per_class_recall": recall}
+    per_class = torch.zeros(classes, dtype=torch.float64)
+    per_class.index_add_(0, labels, right[:, 0])
+
+    recalls = per_class / counts
+    # a class without an image has no recall
+    with_image = recalls[counts > 0]
+    metrics["mean_per_class_recall"] = with_image.mean().item()
+    return metrics
 
 
 def class_chance(classes: int) -> dict[str, float]:

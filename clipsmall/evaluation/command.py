@@ -121,6 +121,7 @@ def run_single_task(
         data = open_data(options.name or set_name(options.data[0]))
         request = TaskRequest(task, data, option_values(empty_classes=True))
         result = measure(DataView(encoder, data, empty_classes=True), request)
+        # of a path its last part
         source = Path(options.model)
         name = source.resolve().name if source.exists() else options.model
         # without a tag the weights' digest: two runs' checkpoints may have one name

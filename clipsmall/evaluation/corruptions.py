@@ -77,8 +77,13 @@ def strength(name: str, severity: int, side: int) -> float:
     """How strong a corruption is on images whose short side is `side` pixels."""
     _, small, large = FAMILIES[name]
     # 0 at 32 pixels, 1 at 224
-    position = float(np.clip(np.log(side / 32) / np.log(224 / 32), 0, 1))
-    return (1 - position) * small[severity - 1] + position * large[severity - 1]
+    log_ratio = np.log(side / 32)
+    log_range = np.log(224 / 32)
+    position = float(np.clip(log_ratio / log_range, 0, 1))
+
+    at_32 = small[severity - 1]
+    at_224 = large[severity - 1]
+    return (1 - position) * at_32 + position * at_224
 
 
 @dataclass(frozen=True)
@@ -108,14 +113,21 @@ class Corruption:
     def __call__(self, image: Image.Image, number: int) -> Image.Image:
         short = min(image.size)
         if short > self.side:
-            reduced = [max(1, round(length * self.side / short)) for length in image.size]
-            image = image.resize(reduced, Image.Resampling.BICUBIC)
+            width, height = image.size
+            new_width = max(1, round(width * self.side / short))
+            new_height = max(1, round(height * self.side / short))
+            image = image.resize((new_width, new_height), Image.Resampling.BICUBIC)
         # The same seed for all severities of an image, so that a higher one is the same damage,
         # only more of it.
         family = zlib.crc32(self.name.encode())
-        random = np.random.default_rng([number & 0xFFFFFFFFFFFFFFFF, family])
+        # as an unsigned number, which seeds must be
+        unsigned = number & 0xFFFFFFFFFFFFFFFF
+        random = np.random.default_rng([unsigned, family])
+
         distort, _, _ = FAMILIES[self.name]
         pixels: NDArray[Any] = np.asarray(image, dtype=np.float64) / 255
         strong = strength(self.name, self.severity, min(image.size))
         corrupted = distort(pixels, strong, random)
-        return Image.fromarray((corrupted.clip(0, 1) * 255).round().astype(np.uint8))
+
+        levels = (corrupted.clip(0, 1) * 255).round()
+        return Image.fromarray(levels.astype(np.uint8))

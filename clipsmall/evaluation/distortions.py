@@ -18,39 +18,52 @@ Picture = Any
 
 
 def gaussian_noise(x: Picture, sigma: float, random: Generator) -> Picture:
-    return x + sigma * random.standard_normal(x.shape)
+    noise = random.standard_normal(x.shape)
+    return x + sigma * noise
 
 
 def shot_noise(x: Picture, one_photon: float, random: Generator) -> Picture:
     """Photons are counted, each worth `one_photon` of white."""
-    return random.poisson(x / one_photon) * one_photon
+    expected = x / one_photon
+    photons = random.poisson(expected)
+    return photons * one_photon
 
 
 def impulse_noise(x: Picture, fraction: float, random: Generator) -> Picture:
     """A fraction of all values turns black or white."""
-    hit = random.random(x.shape) < fraction
-    white = random.random(x.shape) < 0.5
+    # of each value: is it hit, and does it turn white?
+    chances = random.random(x.shape)
+    hit = chances < fraction
+    colours = random.random(x.shape)
+    white = colours < 0.5
     return np.where(hit, white, x)
 
 
 def speckle_noise(x: Picture, sigma: float, random: Generator) -> Picture:
-    return x + x * sigma * random.standard_normal(x.shape)
+    noise = random.standard_normal(x.shape)
+    # in proportion to the value
+    return x + x * sigma * noise
 
 
 # ---- blur ----
 
 
 def gaussian_blur(x: Picture, sigma: float, random: Generator) -> Picture:
-    return ndimage.gaussian_filter(x, (sigma, sigma, 0), mode="nearest")
+    # not across the channels
+    sigmas = (sigma, sigma, 0)
+    return ndimage.gaussian_filter(x, sigmas, mode="nearest")
 
 
 def _convolved(x: Picture, kernel: Picture) -> Picture:
     """With a kernel of odd sides, edges continued."""
     up = kernel.shape[0] // 2
     left = kernel.shape[1] // 2
-    wide = np.pad(x, ((up, up), (left, left), (0, 0)), mode="edge")
+    margins = ((up, up), (left, left), (0, 0))
+    wide = np.pad(x, margins, mode="edge")
+
     # sums to 1, the same for all channels
-    weights = (kernel / kernel.sum())[:, :, None]
+    weights = kernel / kernel.sum()
+    weights = weights[:, :, None]
     convolved: Picture = signal.fftconvolve(wide, weights, mode="valid", axes=(0, 1))
     return convolved
 
@@ -58,27 +71,44 @@ def _convolved(x: Picture, kernel: Picture) -> Picture:
 def defocus_blur(x: Picture, radius: float, random: Generator) -> Picture:
     """A disc, softened by half a pixel."""
     reach = int(np.ceil(radius)) + 1
-    rows, columns = np.mgrid[-reach : reach + 1, -reach : reach + 1]
+    end = reach + 1
+    rows, columns = np.mgrid[-reach:end, -reach:end]
+    # 1 inside, 0 outside, and between them over one pixel
     distance = np.hypot(rows, columns)
-    disc = np.clip(radius + 0.5 - distance, 0, 1)
+    inside = radius + 0.5 - distance
+    disc = np.clip(inside, 0, 1)
     return _convolved(x, disc)
 
 
 def motion_blur(x: Picture, sigma: float, random: Generator) -> Picture:
     """A line at an angle within 45° of the horizontal, fading as a Gaussian to one side."""
     angle = random.uniform(-np.pi / 4, np.pi / 4)
-    reach = int(np.ceil(2 * sigma)) + 1
-    kernel = np.zeros((2 * reach + 1, 2 * reach + 1))
-    along = np.linspace(0, 2 * sigma, 8 * reach)
+    # the kernel reaches two sigmas from its middle
+    length = 2 * sigma
+    reach = int(np.ceil(length)) + 1
+    side = 2 * reach + 1
+    kernel = np.zeros((side, side))
+
+    # points of the line, and their weights
+    along = np.linspace(0, length, 8 * reach)
     rows = along * np.sin(angle)
     columns = along * np.cos(angle)
-    weights = np.exp(-((along / sigma) ** 2) / 2)
+    distances = along / sigma
+    weights = np.exp(-(distances**2) / 2)
+
     for row, column, weight in zip(rows, columns, weights, strict=True):
         # shared among the four cells around the point, bilinearly
         r = int(np.floor(row))
         c = int(np.floor(column))
-        fractions = np.outer([r + 1 - row, row - r], [c + 1 - column, column - c])
-        kernel[reach + r : reach + r + 2, reach + c : reach + c + 2] += weight * fractions
+        of_rows = [r + 1 - row, row - r]
+        of_columns = [c + 1 - column, column - c]
+        # (2, 2)
+        fractions = np.outer(of_rows, of_columns)
+
+        top = reach + r
+        left = reach + c
+        kernel[top : top + 2, left : left + 2] += weight * fractions
+
     return _convolved(x, kernel)
 
 
@@ -86,11 +116,18 @@ def glass_blur(x: Picture, sigma: float, random: Generator) -> Picture:
     """Each pixel is taken from up to 2.5 sigma away, with a blur before and after."""
     h, w = x.shape[:2]
     soft = gaussian_blur(x, sigma, random)
+    # (H, W) whole pixels down and to the right
     offsets = random.uniform(-1, 1, (2, h, w)) * 2.5 * sigma
-    down, right = np.rint(offsets).astype(np.int64)
-    rows = (down + np.arange(h)[:, None]).clip(0, h - 1)
-    columns = (right + np.arange(w)).clip(0, w - 1)
-    return gaussian_blur(soft[rows, columns], sigma, random)
+    whole = np.rint(offsets)
+    down, right = whole.astype(np.int64)
+
+    # where each pixel is taken from, not beyond the edges
+    own_rows = np.arange(h)[:, None]
+    own_columns = np.arange(w)
+    rows = (down + own_rows).clip(0, h - 1)
+    columns = (right + own_columns).clip(0, w - 1)
+    moved = soft[rows, columns]
+    return gaussian_blur(moved, sigma, random)
 
 
 def zoom_blur(x: Picture, zoom: float, random: Generator) -> Picture:
@@ -98,12 +135,18 @@ def zoom_blur(x: Picture, zoom: float, random: Generator) -> Picture:
     h, w = x.shape[:2]
     middle_row = (h - 1) / 2
     middle_column = (w - 1) / 2
+    # distances from the middle
+    from_row = np.arange(h) - middle_row
+    from_column = np.arange(w) - middle_column
+
     total = np.zeros_like(x)
     factors = np.linspace(1, 1 + zoom, 11)
     for factor in factors:
-        rows = (np.arange(h) - middle_row) / factor + middle_row
-        columns = (np.arange(w) - middle_column) / factor + middle_column
-        total += _interpolated(x, *np.meshgrid(rows, columns, indexing="ij"))
+        # a magnified image takes its pixels from nearer to the middle
+        rows = from_row / factor + middle_row
+        columns = from_column / factor + middle_column
+        row_grid, column_grid = np.meshgrid(rows, columns, indexing="ij")
+        total += _interpolated(x, row_grid, column_grid)
     return total / len(factors)
 
 
@@ -125,18 +168,31 @@ def _clouds(shape: tuple[int, ...], roughness: float, random: Generator) -> Pict
     `roughness`.
     """
     h, w = shape[:2]
-    frequency = np.hypot(np.fft.fftfreq(h)[:, None], np.fft.rfftfreq(w))
+    # (H, W/2 + 1): length of the frequency vector; the mean, of frequency 0, is dropped
+    down = np.fft.fftfreq(h)[:, None]
+    across = np.fft.rfftfreq(w)
+    frequency = np.hypot(down, across)
     frequency[0, 0] = np.inf
-    noise = np.fft.rfft2(random.standard_normal((h, w)))
-    clouds: Picture = np.fft.irfft2(noise * frequency**-roughness, s=(h, w))
-    return (clouds - clouds.min()) / max(np.ptp(clouds), 1e-12)
+
+    white = random.standard_normal((h, w))
+    noise = np.fft.rfft2(white)
+    amplitudes = frequency**-roughness
+    clouds: Picture = np.fft.irfft2(noise * amplitudes, s=(h, w))
+
+    # from 0 to 1; an image of one pixel has no range
+    above_least = clouds - clouds.min()
+    value_range = max(np.ptp(clouds), 1e-12)
+    return above_least / value_range
 
 
 def fog(x: Picture, amount: float, random: Generator) -> Picture:
     """Clouds are added, then all is dimmed so far that the brightest stays as it was."""
     brightest = max(float(x.max()), 1e-3)
-    clouds = _clouds(x.shape, 1.7, random)[..., None]
-    return (x + amount * clouds) * brightest / (brightest + amount)
+    clouds = _clouds(x.shape, 1.7, random)
+    # (H, W, 1), the same for all channels
+    clouds = clouds[..., None]
+    foggy = x + amount * clouds
+    return foggy * brightest / (brightest + amount)
 
 
 def frost(x: Picture, amount: float, random: Generator) -> Picture:
@@ -147,10 +203,16 @@ def frost(x: Picture, amount: float, random: Generator) -> Picture:
     second = _clouds(x.shape, 1.3, random)
     where = _clouds(x.shape, 1.8, random)
     # a ridge is where a field has its middle value
-    to_ridge = np.minimum(np.abs(first - 0.5), np.abs(second - 0.5))
+    to_first = np.abs(first - 0.5)
+    to_second = np.abs(second - 0.5)
+    to_ridge = np.minimum(to_first, to_second)
+
     needles = np.clip(1 - 6 * to_ridge, 0, 1)
     thickness = np.clip(0.35 + 0.65 * needles, 0, 1)
-    ice = thickness * np.clip(0.4 + where, 0, 1)
+    density = np.clip(0.4 + where, 0, 1)
+    ice = thickness * density
+
+    # (H, W, 1), the same for all channels
     cover = (amount * ice)[..., None]
     bluish_white = np.array([0.88, 0.94, 1.0])
     return x * (1 - cover) + cover * bluish_white
@@ -159,28 +221,47 @@ def frost(x: Picture, amount: float, random: Generator) -> Picture:
 def snow(x: Picture, amount: float, random: Generator) -> Picture:
     """Flakes that fall aslant in front of a whitened, greyer picture."""
     h, w = x.shape[:2]
+    # 1.5 pixels of an image whose short side has 224
     size = max(0.5, min(h, w) / 224 * 1.5)
+
+    # a quarter of `amount` is flakes
     ranks = _smooth_ranks(h, w, size, random)
-    flakes = np.clip((ranks - 1 + amount / 4) / 0.02, 0, 1)
-    streaks = motion_blur(np.repeat(flakes[..., None], 3, axis=2), 2 * size, random)
-    grey = np.maximum(x, x.mean(axis=2, keepdims=True) * 1.5 + 0.25)
+    above_threshold = ranks - 1 + amount / 4
+    flakes = np.clip(above_threshold / 0.02, 0, 1)
+    white_flakes = np.repeat(flakes[..., None], 3, axis=2)
+    streaks = motion_blur(white_flakes, 2 * size, random)
+
+    # (H, W, 1), lighter than the picture
+    mean = x.mean(axis=2, keepdims=True)
+    whitened = mean * 1.5 + 0.25
+    grey = np.maximum(x, whitened)
     return (1 - amount) * x + amount * grey + streaks
 
 
 def spatter(x: Picture, fraction: float, random: Generator) -> Picture:
     """Drops of muddy water on the lens, which cover a fraction of it."""
     h, w = x.shape[:2]
+    # 4 pixels of an image whose short side has 224
     size = max(0.7, min(h, w) / 224 * 4)
+
+    # the highest ranks, with a soft edge
     ranks = _smooth_ranks(h, w, size, random)
-    cover = np.clip((ranks - 1 + fraction) / 0.05, 0, 1)[..., None]
+    above_threshold = ranks - 1 + fraction
+    drops = np.clip(above_threshold / 0.05, 0, 1)
+    cover = drops[..., None]
     mud = np.array([0.25, 0.17, 0.08])
     return x * (1 - cover) + cover * mud
 
 
 def _smooth_ranks(h: int, w: int, size: float, random: Generator) -> Picture:
     """(H, W) of a smooth random field: each pixel's rank, from 0 to 1."""
-    field = ndimage.gaussian_filter(random.standard_normal((h, w)), size, mode="wrap")
-    return field.ravel().argsort().argsort().reshape(h, w) / (h * w)
+    noise = random.standard_normal((h, w))
+    field = ndimage.gaussian_filter(noise, size, mode="wrap")
+
+    # the order of the order is the rank
+    order = field.ravel().argsort()
+    ranks = order.argsort()
+    return ranks.reshape(h, w) / (h * w)
 
 
 # ---- digital ----
@@ -192,7 +273,10 @@ def brightness(x: Picture, more: float, random: Generator) -> Picture:
     """
     value = x.max(axis=2, keepdims=True)
     lighter = np.clip(value + more, 0, 1)
-    return np.where(value > 0, x * lighter / np.maximum(value, 1e-9), lighter)
+    # black has no hue to keep, and must not divide by 0
+    not_zero = np.maximum(value, 1e-9)
+    scaled = x * lighter / not_zero
+    return np.where(value > 0, scaled, lighter)
 
 
 def saturate(x: Picture, more: float, random: Generator) -> Picture:
@@ -200,8 +284,13 @@ def saturate(x: Picture, more: float, random: Generator) -> Picture:
     value = x.max(axis=2, keepdims=True)
     low = x.min(axis=2, keepdims=True)
     saturation = (value - low) / np.maximum(value, 1e-9)
-    factor = np.clip(saturation * (1 + more), 0, 1) / np.maximum(saturation, 1e-9)
-    return value - (value - x) * np.where(saturation > 0, factor, 1)
+
+    # how much further from the brightest channel the others go
+    wanted = np.clip(saturation * (1 + more), 0, 1)
+    factor = wanted / np.maximum(saturation, 1e-9)
+    # grey stays grey
+    factor = np.where(saturation > 0, factor, 1)
+    return value - (value - x) * factor
 
 
 def contrast(x: Picture, less: float, random: Generator) -> Picture:
@@ -213,28 +302,49 @@ def contrast(x: Picture, less: float, random: Generator) -> Picture:
 def elastic_transform(x: Picture, pixels: float, random: Generator) -> Picture:
     """Pixels are pulled about by a smooth field of `pixels` on average."""
     h, w = x.shape[:2]
+    smoothness = 0.04 * min(h, w)
+    # (H, W) down, and to the right
     moves: list[Any] = []
     for _ in range(2):
-        field = ndimage.gaussian_filter(
-            random.uniform(-1, 1, (h, w)), 0.04 * min(h, w), mode="reflect"
-        )
-        moves.append(field / max(np.sqrt((field**2).mean()), 1e-12) * pixels)
-    rows = np.arange(h)[:, None] + moves[0]
-    columns = np.arange(w) + moves[1]
+        noise = random.uniform(-1, 1, (h, w))
+        field = ndimage.gaussian_filter(noise, smoothness, mode="reflect")
+        root_mean_square = np.sqrt((field**2).mean())
+        unit = field / max(root_mean_square, 1e-12)
+        moves.append(unit * pixels)
+
+    own_rows = np.arange(h)[:, None]
+    own_columns = np.arange(w)
+    rows = own_rows + moves[0]
+    columns = own_columns + moves[1]
     return _interpolated(x, rows, columns)
 
 
 def pixelate(x: Picture, less: float, random: Generator) -> Picture:
     """Sides of 1 − `less` as many pixels, and large again."""
-    image = Image.fromarray((x * 255).round().astype(np.uint8))
-    fewer = [max(1, round(length * (1 - less))) for length in image.size]
+    image = _as_image(x)
+    left = 1 - less
+    fewer = []
+    for length in image.size:
+        fewer.append(max(1, round(length * left)))
     small = image.resize(fewer, Image.Resampling.BOX)
     large = small.resize(image.size, Image.Resampling.NEAREST)
-    return np.asarray(large, dtype=np.float64) / 255
+    pixels = np.asarray(large, dtype=np.float64)
+    return pixels / 255
 
 
 def jpeg_compression(x: Picture, loss: float, random: Generator) -> Picture:
     """JPEG of quality 100 − `loss`."""
-    out = BytesIO()
-    Image.fromarray((x * 255).round().astype(np.uint8)).save(out, "JPEG", quality=round(100 - loss))
-    return np.asarray(Image.open(out), dtype=np.float64) / 255
+    file = BytesIO()
+    image = _as_image(x)
+    quality = round(100 - loss)
+    image.save(file, "JPEG", quality=quality)
+
+    decoded = Image.open(file)
+    pixels = np.asarray(decoded, dtype=np.float64)
+    return pixels / 255
+
+
+def _as_image(x: Picture) -> Image.Image:
+    """Pixels from 0 to 1 as an image of whole numbers to 255."""
+    levels = (x * 255).round()
+    return Image.fromarray(levels.astype(np.uint8))

@@ -36,16 +36,31 @@ class _Images(Dataset[tuple[int, Tensor | None]]):
             data = self.catalog.read(row).image
             if self.change is None:
                 return row, self.transform(data)
-            changed = self.change(decode(data), int(self.catalog.index[row]))
-            return row, torch.from_numpy(np.array(self.transform.steps(changed))).permute(2, 0, 1)
+
+            image = decode(data)
+            number = int(self.catalog.index[row])
+            changed = self.change(image, number)
+            # (H, W, 3) uint8 -> (3, H, W)
+            pixels = np.array(self.transform.steps(changed))
+            return row, torch.from_numpy(pixels).permute(2, 0, 1)
         except BadImage:
             return row, None
 
 
 def _collate(samples: list[tuple[int, Tensor | None]]) -> tuple[Tensor, Tensor]:
-    good = [(row, image) for row, image in samples if image is not None]
-    images = torch.stack([image for _, image in good]) if good else torch.empty(0)
-    return torch.tensor([row for row, _ in good], dtype=torch.int64), images
+    """(n,) rows of the images that can be read, and (n, 3, side, side) the images."""
+    rows = []
+    images = []
+    for row, image in samples:
+        # None: it cannot be read
+        if image is not None:
+            rows.append(row)
+            images.append(image)
+
+    row_numbers = torch.tensor(rows, dtype=torch.int64)
+    if not images:
+        return row_numbers, torch.empty(0)
+    return row_numbers, torch.stack(images)
 
 
 def _dummy_passes(batches: list[Any], encoded: int) -> int:
@@ -107,8 +122,10 @@ class Encoder:
         """
         wanted = torch.arange(len(catalog)) if only is None else torch.tensor(only)
         batches = list(torch.split(wanted, self.batch_size))
+
+        transform = ImageTransform(self.model.spec, max_pixels=self.max_pixels)
         loader = DataLoader(
-            _Images(catalog, ImageTransform(self.model.spec, max_pixels=self.max_pixels), change),
+            _Images(catalog, transform, change),
             batch_sampler=[batch.tolist() for batch in _of_this_rank(batches)],
             num_workers=self.workers,
             collate_fn=_collate,
@@ -116,16 +133,20 @@ class Encoder:
             # the global one belongs to training
             generator=torch.Generator(),
         )
+        # a rank without an image still has D columns to gather
         rows = [torch.empty(0, dtype=torch.int64)]
         parts = [torch.empty(0, self._width())]
         for batch_rows, images in self._bar(loader, "images"):
+            # nothing to encode where a whole batch is broken
             if len(batch_rows):
                 rows.append(batch_rows)
                 parts.append(self._encode(self.model.encode_image, images))
         side = self.model.spec.size
         blank = torch.zeros(1, 3, side, side, dtype=torch.uint8)
-        for _ in range(_dummy_passes(batches, len(parts) - 1)):
+        encoded = len(parts) - 1
+        for _ in range(_dummy_passes(batches, encoded)):
             self._encode(self.model.encode_image, blank)
+
         features, found = self._gathered(torch.cat(rows), torch.cat(parts))
         if not len(found):
             raise NoReadableImage(
@@ -137,24 +158,33 @@ class Encoder:
         """(n, D) unit features of n captions."""
         batches = list[Tensor]()
         if captions:
-            batches = list(torch.split(torch.arange(len(captions)), self.batch_size))
+            all_rows = torch.arange(len(captions))
+            batches = list(torch.split(all_rows, self.batch_size))
+
+        # a rank without a batch still has D columns to gather
         rows = [torch.empty(0, dtype=torch.int64)]
         parts = [torch.empty(0, self._width())]
         for batch_rows in self._bar(_of_this_rank(batches), "texts"):
-            tokens = self.tokenize([captions[row] for row in batch_rows.tolist()])
+            batch_captions = [captions[row] for row in batch_rows.tolist()]
+            tokens = self.tokenize(batch_captions)
             rows.append(batch_rows)
             parts.append(self._encode(self.model.encode_text, tokens))
-        for _ in range(_dummy_passes(batches, len(parts) - 1)):
+
+        encoded = len(parts) - 1
+        for _ in range(_dummy_passes(batches, encoded)):
             self._width()
+
         features, _ = self._gathered(torch.cat(rows), torch.cat(parts))
         return features
 
     @torch.no_grad()
     def _encode(self, encode: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
-        training = self.model.training
+        was_training = self.model.training
         self.model.eval()
-        features = encode(inputs.to(self.device)).float().cpu()
-        self.model.train(training)
+        on_device = inputs.to(self.device)
+        features = encode(on_device).float().cpu()
+        # as it was
+        self.model.train(was_training)
         return features
 
     def digest(self) -> str:
@@ -166,13 +196,21 @@ class Encoder:
         )
 
     def _width(self) -> int:
-        return int(self._encode(self.model.encode_text, self.tokenize(["a"])).shape[1])
+        """D, as a text shows it."""
+        tokens = self.tokenize(["a"])
+        features = self._encode(self.model.encode_text, tokens)
+        return int(features.shape[1])
 
     def _gathered(self, rows: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
-        rows = world.gather_uneven(rows.to(self.device)).cpu()
-        features = world.gather_uneven(features.to(self.device)).cpu()
-        order = rows.argsort()
-        return features[order], rows[order]
+        """Every rank's rows and their features, in ascending order of the rows."""
+        local_rows = rows.to(self.device)
+        all_rows = world.gather_uneven(local_rows).cpu()
+
+        local_features = features.to(self.device)
+        all_features = world.gather_uneven(local_features).cpu()
+
+        order = all_rows.argsort()
+        return all_features[order], all_rows[order]
 
     def _bar(self, batches: Any, what: str) -> Any:
         return tqdm(
@@ -192,9 +230,11 @@ def read_texts(catalog: Catalog, label: str = "", rows: Sequence[int] | None = N
     Raises:
         ValueError: a pair without a label, or with one that is neither a name nor a whole number.
     """
+    if rows is None:
+        rows = range(len(catalog))
     captions = []
     labels = list[str | int]()
-    for row in range(len(catalog)) if rows is None else rows:
+    for row in rows:
         members = catalog.read_text(row)
         fields = fields_of(members.json)
         own_captions = captions_of(members.text, fields)
@@ -233,7 +273,10 @@ def class_indices(labels: Sequence[str | int], classes: Sequence[str]) -> Tensor
     Raises:
         ValueError: a label that is no class.
     """
-    number_of = {name.casefold(): number for number, name in reversed(list(enumerate(classes)))}
+    number_of = dict[str, int]()
+    for class_number, name in enumerate(classes):
+        number_of.setdefault(name.casefold(), class_number)
+
     numbers = []
     for label in labels:
         number = label if isinstance(label, int) else number_of.get(label.casefold(), -1)

@@ -26,12 +26,16 @@ def average_precisions(images: Tensor, classes: Tensor, targets: Tensor) -> Tens
     from sklearn.metrics import average_precision_score
 
     found = torch.full((len(classes),), torch.nan, dtype=torch.float64)
-    with_positive = targets.any(dim=0).nonzero()[:, 0]
-    for part in torch.split(with_positive, chunk_rows(len(images))):
+    has_positive = targets.any(dim=0)
+    with_positive = has_positive.nonzero()[:, 0]
+    size = chunk_rows(len(images))
+    for part in torch.split(with_positive, size):
+        # (n, size)
         values = scores(images, classes[part]).numpy()
         for column, number in enumerate(part.tolist()):
             truth = targets[:, number].numpy()
-            found[number] = average_precision_score(truth, values[:, column])
+            class_scores = values[:, column]
+            found[number] = average_precision_score(truth, class_scores)
     return found
 
 
@@ -52,7 +56,8 @@ def read_targets(catalog: Catalog, classes: int) -> Tensor:
         for _, group in group_members(tar_members(shard)):
             for member in group.values():
                 npy_beside[member.offset] = group.get("npy")
-        for row in np.flatnonzero(catalog.shard == number).tolist():
+        rows = np.flatnonzero(catalog.shard == number)
+        for row in rows.tolist():
             image_offset = int(catalog.spans[row, 0, 0])
             npy = npy_beside[image_offset]
             try:
@@ -77,7 +82,8 @@ def _target(file: int, member: Member | None, classes: int) -> NDArray[np.bool_]
     if values.shape != (classes,):
         raise ValueError(f"has shape {values.shape} for {classes} classes")
     # NaN is neither
-    odd = values[(values != 0) & (values != 1)].tolist()
+    is_odd = (values != 0) & (values != 1)
+    odd = values[is_odd].tolist()
     if odd:
         raise ValueError(f"holds {odd[0]!r}, neither 0 nor 1")
     return values.astype(np.bool_)

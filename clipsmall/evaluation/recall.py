@@ -35,9 +35,13 @@ class Relevance:
             query, answer, answers = self.image, self.text, self.texts
         else:
             query, answer, answers = self.text, self.image, self.images
+        # the pairs whose query is in these rows
         inside = (query >= start) & (query < stop)
+        rows = query[inside] - start
+        columns = answer[inside]
+
         block = torch.zeros(stop - start, answers, dtype=torch.bool)
-        block[query[inside] - start, answer[inside]] = True
+        block[rows, columns] = True
         return block
 
     def counts(self, side: str) -> Tensor:
@@ -57,12 +61,19 @@ def relevance(captions: list[list[str]]) -> tuple[list[str], Relevance]:
     pairs = set[tuple[int, int]]()
     for image, its_captions in enumerate(captions):
         for caption in its_captions:
-            number = number_of.setdefault(caption_hash(caption), len(texts))
-            if number == len(texts):
+            # a new text gets the next number
+            next_number = len(texts)
+            number = number_of.setdefault(caption_hash(caption), next_number)
+            if number == next_number:
                 texts.append(caption)
             pairs.add((image, number))
-    columns = torch.tensor(sorted(pairs), dtype=torch.int64).reshape(-1, 2)
-    return texts, Relevance(columns[:, 0], columns[:, 1], len(captions), len(texts))
+
+    # (pairs, 2), also where there are none
+    columns = torch.tensor(sorted(pairs), dtype=torch.int64)
+    columns = columns.reshape(-1, 2)
+    image_column = columns[:, 0]
+    text_column = columns[:, 1]
+    return texts, Relevance(image_column, text_column, len(captions), len(texts))
 
 
 def one_to_one(belongs: Relevance, limit: int) -> tuple[Tensor, Tensor]:
@@ -72,10 +83,14 @@ def one_to_one(belongs: Relevance, limit: int) -> tuple[Tensor, Tensor]:
     """
     text_of = dict[int, int]()
     taken = set[int]()
-    for image, text in zip(belongs.image.tolist(), belongs.text.tolist(), strict=True):
+    all_images = belongs.image.tolist()
+    all_texts = belongs.text.tolist()
+    for image, text in zip(all_images, all_texts, strict=True):
+        # the first text of each image that no other image has taken
         if image not in text_of and text not in taken:
             text_of[image] = text
             taken.add(text)
+
     # rounded up
     step = -(-len(text_of) // limit)
     chosen = list(text_of.items())[::step]
@@ -104,9 +119,15 @@ def recalls(queries: Tensor, answers: Tensor, belongs: Relevance, side: str) -> 
     )
     for start in bar:
         part = queries[start : start + size]
-        right = belongs.block(side, start, start + len(part))
-        total += in_top_k(scores(part, answers), right, ks).sum(dim=0)
-    return dict(zip(ks, (total / len(queries)).tolist(), strict=True))
+        stop = start + len(part)
+        # (rows, n) both
+        right = belongs.block(side, start, stop)
+        cosines = scores(part, answers)
+        found = in_top_k(cosines, right, ks)
+        total += found.sum(dim=0)
+
+    fractions = total / len(queries)
+    return dict(zip(ks, fractions.tolist(), strict=True))
 
 
 def both_recalls(
@@ -125,14 +146,18 @@ def both_recalls(
     refuse_non_finite(texts, "text")
     result = Result(name, task, {})
     result.counts = {"images": len(images), "captions": len(texts), "skipped": skipped}
+
+    # what is found, what is given, queries, answers
     ways = (
         ("image_retrieval", "text", texts, images),
         ("text_retrieval", "image", images, texts),
     )
     for way, side, queries, answers in ways:
         found = recalls(queries, answers, belongs, side)
+        # (queries,) all answers, and the right ones
         number_of_answers = torch.full((len(queries),), len(answers))
-        guess = chance_in_top_k(number_of_answers, belongs.counts(side), tuple(found))
+        number_of_right = belongs.counts(side)
+        guess = chance_in_top_k(number_of_answers, number_of_right, tuple(found))
         for k, level in zip(found, guess.tolist(), strict=True):
             result.metrics[f"{way}_recall@{k}"] = found[k]
             result.chance[f"{way}_recall@{k}"] = level

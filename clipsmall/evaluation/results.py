@@ -35,20 +35,25 @@ class Result:
 
 def check_folder(folder: Path) -> None:
     """Raises ValueError if results could not be written there. Makes nothing."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+    # the folder, or what it would be made in
+    candidates = (folder, *folder.absolute().parents)
+    there = next(path for path in candidates if path.exists())
+    can_write = os.access(there, os.W_OK | os.X_OK)
+    if not there.is_dir() or not can_write:
         raise ValueError(f"--out={folder}: nothing can be written to {there}; give another folder")
 
 
 def safe(name: str) -> str:
     """The name as part of a file name."""
-    return re.sub(r"[^\w.@-]+", "-", name).strip("-")
+    words = re.sub(r"[^\w.@-]+", "-", name)
+    return words.strip("-")
 
 
 def cell_path(folder: Path, dataset: str, pretrained: str, model: str, task: str) -> Path:
     """`{dataset}_{pretrained}_{model}_{language}_{task}.json`."""
     parts = (dataset, pretrained, model, "en", task)
-    return folder / ("_".join(map(safe, parts)) + ".json")
+    stem = "_".join(safe(part) for part in parts)
+    return folder / f"{stem}.json"
 
 
 def write_cell(cell: Result, folder: Path, model: str, pretrained: str) -> Path:
@@ -75,9 +80,14 @@ def results_text(results: list[Result]) -> str:
     lines = []
     for result in results:
         counts = ", ".join(f"{value:,} {name}" for name, value in result.counts.items())
-        lines.append(f"{result.dataset} · {result.task.removeprefix('zeroshot_')} ({counts})")
+        task = result.task.removeprefix("zeroshot_")
+        lines.append(f"{result.dataset} · {task} ({counts})")
+
+        number_format = "8.2%" if result.fractions else "8.4f"
         for name, value in result.metrics.items():
-            number = f"{value:8.2%}" if result.fractions else f"{value:8.4f}"
-            guess = f"   chance {result.chance[name]:8.3%}" if name in result.chance else ""
+            number = format(value, number_format)
+            guess = ""
+            if name in result.chance:
+                guess = f"   chance {result.chance[name]:8.3%}"
             lines.append(f"  {name:<28}{number}{guess}")
     return "\n".join(lines)

@@ -185,7 +185,10 @@ def set_name(path: str) -> str:
 
 
 def _has_test(root: Path) -> bool:
-    return root.is_dir() and not any(root.glob("*.tar")) and (root / "test").is_dir()
+    """Is it a folder in CLIP_benchmark's layout, and not one of shards?"""
+    if not root.is_dir() or any(root.glob("*.tar")):
+        return False
+    return (root / "test").is_dir()
 
 
 def _word(path: Path) -> str:
@@ -218,7 +221,13 @@ def _holds_images(folder: Path) -> bool:
     """A folder of images, at any depth, and of no tars."""
     if not folder.is_dir() or any(folder.glob("*.tar")):
         return False
-    return any(path.suffix[1:].lower() in IMAGE_SUFFIXES for path in folder.rglob("*"))
+
+    for path in folder.rglob("*"):
+        # without the dot
+        suffix = path.suffix[1:].lower()
+        if suffix in IMAGE_SUFFIXES:
+            return True
+    return False
 
 
 def _check_count(shards: str) -> None:
@@ -234,7 +243,8 @@ def _check_count(shards: str) -> None:
 def _indexed(shards: Sequence[str], only_captioned: bool = False) -> Catalog:
     """The catalog; tars that nobody has indexed yet are indexed now, by one rank."""
     try:
-        for shard in shard_paths(list(shards)) if world.rank() == 0 else []:
+        paths = shard_paths(list(shards)) if world.rank() == 0 else []
+        for shard in paths:
             if not index_path(shard).exists():
                 write_index(shard, build_index(shard))
     except OSError as error:

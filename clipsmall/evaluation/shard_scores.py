@@ -20,10 +20,12 @@ from clipsmall.model.dual_encoder import DualEncoder
 
 def scorer_of(model: DualEncoder, name: str, pretrained: str) -> Scorer:
     """What the sidecars say of the model that made them."""
-    digest = model_digest(model.named_modules(), model.state_dict(), model.spec)
+    spec = model.spec
+    digest = model_digest(model.named_modules(), model.state_dict(), spec)
+    # plain numbers: they are written as JSON
     scale = model.logit_scale.exp().item()
     bias = model.logit_bias.item()
-    return Scorer(name, pretrained, digest, model.spec.size, scale, bias)
+    return Scorer(name, pretrained, digest, spec.size, scale, bias)
 
 
 def score_shard(encoder: Encoder, catalog: Catalog, place: int) -> tuple[pa.Table, int]:
@@ -37,7 +39,10 @@ def score_shard(encoder: Encoder, catalog: Catalog, place: int) -> tuple[pa.Tabl
     shard = catalog.shards[place]
     image, found = encode_shard_images(encoder, catalog, place)
     captions = read_shard_captions(catalog, place, found.tolist())
-    text = encode_shard_texts(encoder, [each[0] for each in captions])
+    first_captions = [its_captions[0] for its_captions in captions]
+    text = encode_shard_texts(encoder, first_captions)
+
+    # the rows of the index whose images can be read
     table = read_index(shard, ["key", "index", "caption_hash", "sha256", "status"])
     rows = good_rows(table)[found.numpy()]
     named = table.take(rows)
@@ -51,18 +56,22 @@ def score_shard(encoder: Encoder, catalog: Catalog, place: int) -> tuple[pa.Tabl
         "text": _halves(text),
         "similarity": (image * text).sum(dim=1).numpy(),
     }
-    return pa.table(scores), catalog.sizes[place] - len(found)
+    unreadable = catalog.sizes[place] - len(found)
+    return pa.table(scores), unreadable
 
 
 def image_hashes(sha256: list[str]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
     """(n,) the first 8 bytes of each checksum: `data.index.image_hash` of the images."""
+    # two hexadecimal digits a byte
     digits = "".join(each[:16] for each in sha256)
-    return np.frombuffer(bytes.fromhex(digits), "<i8").astype(np.int64)
+    raw = bytes.fromhex(digits)
+    return np.frombuffer(raw, "<i8").astype(np.int64)
 
 
 def _halves(rows: Tensor) -> pa.Array:
     """(n, D) rows as a column of n lists of D float16."""
-    numbers = pa.array(rows.half().numpy().reshape(-1))
+    flat = rows.half().numpy().reshape(-1)
+    numbers = pa.array(flat)
     return pa.FixedSizeListArray.from_arrays(numbers, rows.shape[1])
 
 

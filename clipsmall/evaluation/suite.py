@@ -46,20 +46,29 @@ def option_values(**given: Any) -> dict[str, Any]:
     Raises:
         ValueError: a value that an option cannot have; the message names the option.
     """
-    empty_classes = bool(given.get("empty_classes", False))
     found = {}
     for name, option in task_options().items():
-        found[name] = option.value(name, given.get(name, option.default))
-    return {**found, "empty_classes": empty_classes}
+        value = given.get(name, option.default)
+        found[name] = option.value(name, value)
+
+    # of the view, not of a task
+    empty_classes = given.get("empty_classes", False)
+    found["empty_classes"] = bool(empty_classes)
+    return found
 
 
 def requests(data: DataSet, tasks: Sequence[str], options: Mapping[str, Any]) -> list[TaskRequest]:
     """The tasks on a data set, each once; of no tasks, those the set is made for."""
     made_for = [name for name, task in TASKS.items() if task.default_for(data)]
-    repeatable = sorted({name for name in tasks if TASKS[name].repeatable}) or made_for
+    # what a task like robustness repeats: of those asked for, the ones that can be repeated
+    can_repeat = {name for name in tasks if TASKS[name].repeatable}
+    repeatable = sorted(can_repeat) or made_for
+
     found = []
     for name in dict.fromkeys(tasks or made_for):
-        repeated = tuple(repeatable) if TASKS[name].repeats else ()
+        repeated: tuple[str, ...] = ()
+        if TASKS[name].repeats:
+            repeated = tuple(repeatable)
         found.append(TaskRequest(name, data, options, repeated))
     return found
 
@@ -72,21 +81,30 @@ def measure(view: DataView, request: TaskRequest) -> Result:
     """
     task = request.entry
     if view.data.kind == "multilabel" and not task.multilabel:
-        fitting = " and ".join(name for name, other in TASKS.items() if other.multilabel)
+        names = [name for name, other in TASKS.items() if other.multilabel]
+        fitting = " and ".join(names)
         raise ValueError(f"a multi-label set has no such cell, only {fitting}")
     arguments = task.chosen(request.options)
     if task.repeats:
-        arguments["tasks"] = {
-            name: _main_metric(TASKS[name], request.options) for name in request.repeated
-        }
+        repeated = {}
+        for name in request.repeated:
+            repeated[name] = _main_metric(TASKS[name], request.options)
+        arguments["tasks"] = repeated
     result = task.measure(view, **arguments)
     assert result.task == task.result_name, f"{request.task} returns a result of {result.task}"
     return result
 
 
 def _main_metric(task: Task, options: Mapping[str, Any]) -> Callable[[DataView], float]:
+    """A function of a view that returns the task's main metric on it."""
     run = partial(task.measure, **task.chosen(options))
-    return lambda view: float(np.mean(task.main_values(run(view).metrics)))
+
+    def main_metric(view: DataView) -> float:
+        result = run(view)
+        values = task.main_values(result.metrics)
+        return float(np.mean(values))
+
+    return main_metric
 
 
 def key_of(model_digest: str, request: TaskRequest) -> str:
@@ -151,7 +169,9 @@ def evaluate(
     options. One that fails is reported and left out, the others go on. Every rank must call; the
     first one writes.
     """
-    asked = [request for data in sets for request in requests(data, tasks, options)]
+    asked = list[TaskRequest]()
+    for data in sets:
+        asked += requests(data, tasks, options)
     keys = _keys_to_do(model, asked, out)
     failures = list[str]()
     view: DataView | None = None
@@ -188,14 +208,19 @@ def _keys_to_do(model: NamedModel, asked: Sequence[TaskRequest], out: Path) -> l
         key = key_of(model.digest, request)
         name = request.entry.result_name
         path = cell_path(out, request.data.name, model.pretrained, model.name, name)
-        keys.append("" if _written_key(path) == key else key)
-    gathered = world.gather_bytes(json.dumps(keys).encode(), model.encoder.device)
+        is_there = _written_key(path) == key
+        keys.append("" if is_there else key)
+
+    own = json.dumps(keys).encode()
+    gathered = world.gather_bytes(own, model.encoder.device)
     first: list[str] = json.loads(gathered[0])
     return first
 
 
 def _written_key(path: Path) -> str:
     try:
-        return str(json.loads(path.read_text(encoding="utf-8")).get("key", ""))
+        text = path.read_text(encoding="utf-8")
+        cell = json.loads(text)
+        return str(cell.get("key", ""))
     except (OSError, ValueError):
         return ""

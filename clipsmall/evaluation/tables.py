@@ -86,16 +86,22 @@ def write_tables(folder: Path) -> None:
     cells = read_cells(folder)
     if not cells:
         return
-    atomic.write_text(folder / "benchmark.csv", benchmark_table(cells).to_csv(index=False))
+    csv = benchmark_table(cells).to_csv(index=False)
+    atomic.write_text(folder / "benchmark.csv", csv)
+    # model and weights -> their cells
     models: dict[str, list[dict[str, Any]]] = {}
     for cell in cells:
-        models.setdefault(f"{safe(cell['model'])}_{safe(cell['pretrained'])}", []).append(cell)
+        model = safe(cell["model"])
+        pretrained = safe(cell["pretrained"])
+        own_cells = models.setdefault(f"{model}_{pretrained}", [])
+        own_cells.append(cell)
+
     for name, own in models.items():
-        if lines := eval_results(own):
-            atomic.write_text(
-                folder / name / "eval_results.jsonl",
-                "".join(json.dumps(line) + "\n" for line in lines),
-            )
+        lines = eval_results(own)
+        # DataComp knows none of some models' cells
+        if lines:
+            text = "".join(json.dumps(line) + "\n" for line in lines)
+            atomic.write_text(folder / name / "eval_results.jsonl", text)
 
 
 def tables_text(cells: list[dict[str, Any]]) -> str:
@@ -103,15 +109,24 @@ def tables_text(cells: list[dict[str, Any]]) -> str:
     parts = []
     for task in dict.fromkeys(cell["task"] for cell in cells):
         own = [cell for cell in cells if cell["task"] == task]
-        index = pd.MultiIndex.from_tuples(
-            [(cell["dataset"], cell["model"], cell["pretrained"]) for cell in own],
-            names=["dataset", "model", "pretrained"],
-        )
-        table = pd.DataFrame([cell["metrics"] for cell in own], index=index).sort_index()
+
+        names = ["dataset", "model", "pretrained"]
+        labels = []
+        for cell in own:
+            labels.append(tuple(cell[name] for name in names))
+        index = pd.MultiIndex.from_tuples(labels, names=names)
+
+        metrics = [cell["metrics"] for cell in own]
+        table = pd.DataFrame(metrics, index=index).sort_index()
         if len(table.columns) > WIDE:
             table = table.T
         numbers = table.to_string(float_format="{:.4f}".format, na_rep="")
-        missed = sum(cell.get("counts", {}).get("skipped", 0) for cell in own)
+
+        # CLIP_benchmark's own cells have no counts
+        missed = 0
+        for cell in own:
+            counts = cell.get("counts", {})
+            missed += counts.get("skipped", 0)
         note = ""
         if missed:
             note = f" ({missed:,} images could not be used: see counts.skipped of its cells)"

@@ -50,6 +50,7 @@ class TaskOption:
         """`given` as this option's value. Raises ValueError, with `name`, if it cannot be that."""
         if not isinstance(self.default, tuple):
             return self._one(name, given)
+        # a single value may stand without a list around it
         many = given if isinstance(given, list | tuple) else [given]
         if not many:
             raise ValueError(f"{name}: must hold one value at least")
@@ -59,13 +60,17 @@ class TaskOption:
         kind = self.type
         # in YAML, 1 is a float, too, but `true` is no number
         allowed = (int, float) if kind is float else (kind,)
-        if not isinstance(given, allowed) or (isinstance(given, bool) and kind is not bool):
+        is_odd_bool = isinstance(given, bool) and kind is not bool
+        if is_odd_bool or not isinstance(given, allowed):
             raise ValueError(f"{name}={given}: must be of type {kind.__name__}")
+
         value = kind(given)
         if self.choices and given not in self.choices:
             words = ", ".join(str(choice) for choice in self.choices)
             raise ValueError(f"{name}={given}: must be one of {words}")
-        if self.least > -math.inf and not self.least <= value < math.inf:
+        # names have no least value, and do not compare with one
+        is_limited = self.least > -math.inf
+        if is_limited and not self.least <= value < math.inf:
             number = "a finite number of at least" if kind is float else "at least"
             raise ValueError(f"{name}={given}: must be {number} {self.least:g}")
         return value
@@ -130,7 +135,8 @@ class Task:
     def main_values(self, metrics: Mapping[str, float]) -> list[float]:
         """The values of the main metrics; [] if a result does not have them."""
         for group in self.main:
-            if all(name in metrics for name in group):
+            is_complete = all(name in metrics for name in group)
+            if is_complete:
                 return [metrics[name] for name in group]
         return []
 

@@ -11,7 +11,9 @@ def scores(queries: Tensor, answers: Tensor) -> Tensor:
     BLAS sums the columns of a one-row product, or of a block's edge, in another order than the
     rest; in float64, rounded to float32, the order no longer shows.
     """
-    return (queries.double() @ answers.double().T).float()
+    columns = answers.double().T
+    cosines = queries.double() @ columns
+    return cosines.float()
 
 
 def tied_in_top_k(slots: Tensor, right: Tensor, wrong: Tensor) -> Tensor:
@@ -21,13 +23,22 @@ def tied_in_top_k(slots: Tensor, right: Tensor, wrong: Tensor) -> Tensor:
     give 0. One factor per slot: accurate to 1e-14 for any number of answers, where log-gamma loses
     all digits.
     """
+    # probability that all draws so far were wrong
     miss = torch.ones(slots.shape, dtype=torch.float64)
-    most = max(int(slots.max()), 0) if slots.numel() else 0
+    most = 0
+    if slots.numel():
+        most = max(int(slots.max()), 0)
+
+    tied = right + wrong
     for taken in range(most):
+        # without replacement: of both, those drawn are gone
         wrong_left = (wrong - taken).clamp(min=0).double()
-        left = (right + wrong - taken).clamp(min=1)
+        left = (tied - taken).clamp(min=1)
         still_wrong = wrong_left / left
-        miss = torch.where(slots > taken, miss * still_wrong, miss)
+        has_slot = slots > taken
+        miss = torch.where(has_slot, miss * still_wrong, miss)
+
+    # without a right answer nothing is found
     return torch.where(right > 0, 1 - miss, 0.0)
 
 
@@ -37,26 +48,38 @@ def in_top_k(scores: Tensor, right: Tensor, ks: tuple[int, ...]) -> Tensor:
     Ties are broken at random, and the answer is the probability: a model whose features are all
     equal gets the chance level k/n, neither 0 nor 1. Without ties every entry is 0 or 1.
     """
-    best = scores.masked_fill(~right, -torch.inf).max(dim=1, keepdim=True).values
-    # answers above the best right one are all wrong
+    # (q, 1) the score of the best right answer
+    of_right = scores.masked_fill(~right, -torch.inf)
+    best = of_right.max(dim=1, keepdim=True).values
+
+    # (q,) answers above the best right one are all wrong
     above = _count(scores > best)
     tied = scores == best
     tied_right = _count(tied & right)
     tied_wrong = _count(tied & ~right)
-    return torch.stack([tied_in_top_k(k - above, tied_right, tied_wrong) for k in ks], dim=1)
+    columns = []
+    for k in ks:
+        # places among the k best that are left for the tied ones
+        slots = k - above
+        columns.append(tied_in_top_k(slots, tied_right, tied_wrong))
+    return torch.stack(columns, dim=1)
 
 
 def _count(mask: Tensor) -> Tensor:
     """(q, n) -> (q,) how many are True; NumPy counts ten times as fast as a sum in torch."""
-    return torch.from_numpy(np.count_nonzero(mask.numpy(), axis=1))
+    counts = np.count_nonzero(mask.numpy(), axis=1)
+    return torch.from_numpy(counts)
 
 
 def chance_in_top_k(answers: Tensor, right: Tensor, ks: tuple[int, ...]) -> Tensor:
     """(q,) numbers of answers and of right ones -> (len(ks),) what a random ranking reaches."""
+    wrong = answers - right
     levels = []
     for k in ks:
+        # to a random ranking all answers are tied
         slots = torch.full_like(answers, k)
-        levels.append(tied_in_top_k(slots, right, answers - right).mean())
+        found = tied_in_top_k(slots, right, wrong)
+        levels.append(found.mean())
     return torch.stack(levels)
 
 

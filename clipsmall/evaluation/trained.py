@@ -13,14 +13,21 @@ def classified(view: DataView, task: str, scores: Tensor, counts: dict[str, int]
     """(n, C) scores of the classes for each image -> the result of `task`."""
     train, _, labels, classes = view.training
     size = chunk_rows(classes)
+    chunks_of_scores = torch.split(scores, size)
+    chunks_of_labels = torch.split(labels, size)
     parts = []
-    for some, truth in zip(torch.split(scores, size), torch.split(labels, size), strict=True):
+    for some, truth in zip(chunks_of_scores, chunks_of_labels, strict=True):
         parts.append(class_in_top_k(some, truth))
-    metrics = class_accuracies(torch.cat(parts), labels, classes)
-    sizes = {
+
+    right = torch.cat(parts)
+    metrics = class_accuracies(right, labels, classes)
+    chance = class_chance(classes)
+    all_counts = {
         "images": len(labels),
         "train": len(train),
         "classes": classes,
         "skipped": view.skipped,
     }
-    return Result(view.data.name, task, metrics, class_chance(classes), {**sizes, **counts})
+    # those that only some tasks have come last
+    all_counts |= counts
+    return Result(view.data.name, task, metrics, chance, all_counts)

@@ -41,7 +41,9 @@ class DataView:
     @cached_property
     def encoded(self) -> tuple[Tensor, Tensor]:
         """(n, D) features of the images that can be read, and (n,) their rows in the catalog."""
-        features, rows = self.encoder.images(self.data.catalog, change=self.change)
+        catalog = self.data.catalog
+        features, rows = self.encoder.images(catalog, change=self.change)
+        # NaN would pass for a bad model
         refuse_non_finite(features, "image")
         return features, rows
 
@@ -71,7 +73,11 @@ class DataView:
     def captioned(self) -> Tensor:
         """Which of `images` have a caption: their positions."""
         captions = self.words.captions
-        positions = [i for i, row in enumerate(self.encoded[1].tolist()) if captions[row]]
+        rows = self.encoded[1].tolist()
+        positions = []
+        for position, row in enumerate(rows):
+            if captions[row]:
+                positions.append(position)
         if not positions:
             raise ValueError(f"{self.data.name}: no image has a caption; this task needs some")
         return torch.tensor(positions)
@@ -117,9 +123,13 @@ class DataView:
         """`names`; raises ValueError (without `empty_classes`) where one has no image."""
         names = self.names
         if self.data.kind == "multilabel":
-            with_image = set(self.all_targets.any(dim=0).nonzero()[:, 0].tolist())
+            # (C,)
+            is_shown = self.all_targets.any(dim=0)
+            numbers = is_shown.nonzero()[:, 0]
         else:
-            with_image = set(class_indices(self.words.labels, names).tolist())
+            numbers = class_indices(self.words.labels, names)
+
+        with_image = set(numbers.tolist())
         empty = [name for number, name in enumerate(names) if number not in with_image]
         if empty and not self.empty_classes and self.data.classes != "captions":
             raise ValueError(
@@ -165,8 +175,9 @@ class DataView:
         features, rows = self.encoder.images(catalog)
         refuse_non_finite(features, "train image")
         # label of each training image, and of each image to classify, blind to letter case
-        of_catalog = [str(label) for label in read_texts(catalog, self.data.label).labels]
-        learned = [of_catalog[row].casefold() for row in rows.tolist()]
+        words = read_texts(catalog, self.data.label)
+        all_learned = [str(label) for label in words.labels]
+        learned = [all_learned[row].casefold() for row in rows.tolist()]
         all_asked = [str(label) for label in self.words.labels]
         asked = [all_asked[row] for row in self.encoded[1].tolist()]
         names = sorted(set(learned))
@@ -178,9 +189,11 @@ class DataView:
                 f"as {unknown[0]!r}; learn from other shards than {', '.join(self.data.train)} "
                 "(--train)"
             )
+        learned_numbers = [number_of[name] for name in learned]
+        asked_numbers = [number_of[name.casefold()] for name in asked]
         return (
             features,
-            torch.tensor([number_of[name] for name in learned]),
-            torch.tensor([number_of[name.casefold()] for name in asked]),
+            torch.tensor(learned_numbers),
+            torch.tensor(asked_numbers),
             len(names),
         )

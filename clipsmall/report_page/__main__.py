@@ -41,14 +41,23 @@ def metrics_table(folder: RunFolder) -> pd.DataFrame:
 
 def result_tables(folder: RunFolder, names: list[str]) -> list[Table]:
     """The results of a run as one table per task, data sets in the order of `names`."""
-    results = [json.loads(path.read_text()) for path in folder.evaluations.glob("[!.]*.json")]
+    results = []
+    # not the parts of files that a kill left behind
+    for path in folder.evaluations.glob("[!.]*.json"):
+        text = path.read_text()
+        results.append(json.loads(text))
 
     def position(result: dict[str, Any]) -> int:
-        return names.index(result["dataset"]) if result["dataset"] in names else len(names)
+        dataset = result["dataset"]
+        if dataset in names:
+            return names.index(dataset)
+        # sets that the config does not name come last
+        return len(names)
 
     results.sort(key=position)
     tables = []
     for task in TASKS.values():
+        # one table for all data sets of a task
         own = [result for result in results if result["task"] == task.result_name]
         if own and task.page_table:
             tables.append(_wide_table(task.page_table, own))
@@ -60,11 +69,15 @@ def result_tables(folder: RunFolder, names: list[str]) -> list[Table]:
 def _wide_table(layout: PageTable, results: list[dict[str, Any]]) -> Table:
     """One row per data set, each metric beside the value of a guess."""
     several_rows = len(layout.rows) > 1
-    columns = ["data", *(["query"] if several_rows else []), *layout.counts]
+    columns = ["data"]
+    if several_rows:
+        columns.append("query")
+    columns += layout.counts
     for metric in layout.metrics:
         columns.append(metric)
         if metric in layout.with_chance:
             columns.append(f"chance of {metric}")
+
     rows = []
     for result in results:
         for prefix, query in layout.rows.items():
@@ -72,10 +85,13 @@ def _wide_table(layout: PageTable, results: list[dict[str, Any]]) -> Table:
             if several_rows:
                 row.append(query)
             row += [result["counts"].get(name) for name in layout.counts]
+
             for metric in layout.metrics:
-                row.append(result["metrics"].get(prefix + metric))
+                # as the result names it
+                full_name = prefix + metric
+                row.append(result["metrics"].get(full_name))
                 if metric in layout.with_chance:
-                    row.append(result["chance"].get(prefix + metric))
+                    row.append(result["chance"].get(full_name))
             rows.append(row)
     note = "Fractions of right answers, beside those of a guess."
     return Table(layout.title, note, columns, rows)
@@ -86,35 +102,51 @@ def _long_table(title: str, results: list[dict[str, Any]]) -> Table:
     rows = []
     for result in results:
         for metric, value in result["metrics"].items():
-            rows.append([result["dataset"], metric, value, result["chance"].get(metric)])
+            # not every metric has the value of a guess
+            guess = result["chance"].get(metric)
+            row = [result["dataset"], metric, value, guess]
+            rows.append(row)
+
     note = "As python -m clipsmall.evaluate measures it."
-    return Table(title, note, ["data", "metric", "value", "of a guess"], rows)
+    columns = ["data", "metric", "value", "of a guess"]
+    return Table(title, note, columns, rows)
 
 
 def run_report(folder: RunFolder) -> RunReport:
     """Everything the page shows. Raises ValueError for a folder that holds no run."""
     config = validated(read_yaml(str(folder.path / "run.yaml")))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(device_type)
     encoder = load_encoder(str(folder.path), "", device, config.evaluate.batch_size)
     model = encoder.model
     table = metrics_table(folder)
     queries = []
     for data, name, classes in gallery_sets(config.evaluate):
-        queries += gallery(encoder, open_catalog(data), name, classes)
+        shown = open_catalog(data)
+        queries += gallery(encoder, shown, name, classes)
+
     matrix = None
     labels = list[str]()
     # of a stream no pair can be read again
     if not config.data.streaming:
         catalog = open_catalog(config.data.train)
-        rows = first_batch(catalog, config.seed, config.data.shuffle_window, config.data.batch_size)
-        made, labels = logit_matrix(encoder, catalog, rows, model.logit_scale.exp())
+        window = config.data.shuffle_window
+        rows = first_batch(catalog, config.seed, window, config.data.batch_size)
+        scale = model.logit_scale.exp()
+        made, labels = logit_matrix(encoder, catalog, rows, scale)
         matrix = made.numpy()
+
+    # rows of evaluations have no loss
     trained = table.dropna(subset="loss")
     last = trained.iloc[-1]
-    pairs_of_row = trained["pairs"].diff().fillna(trained["pairs"])
-    seconds = (pairs_of_row / trained["pairs_per_second"]).sum()
+    # pairs seen since the row before; of the first row, since the start
+    pairs = trained["pairs"]
+    pairs_of_row = pairs.diff().fillna(pairs)
+    seconds_of_row = pairs_of_row / trained["pairs_per_second"]
+    seconds = seconds_of_row.sum()
     parameters = sum(parameter.numel() for parameter in model.parameters())
     names = [each.name for each in config.evaluate.all]
+
     return RunReport(
         title=f"{folder.path.name}: {config.objective.title} at batch {config.data.batch_size}",
         subtitle=f"{int(last['pairs']):,} pairs seen from {', '.join(config.data.train)}",

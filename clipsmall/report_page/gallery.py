@@ -27,10 +27,13 @@ def gallery_sets(section: EvaluateSection) -> list[tuple[list[str], str, str]]:
     captioned = []
     for each in section.all:
         matches = TASKS[each.task].matches
+        # labels of other kinds are not captions, by which the gallery knows a right answer
         if matches == "classes" and not each.label and not each.kind:
             named.append((each.data, each.name, each.classes))
         elif matches == "captions":
             captioned.append((each.data, each.name, "captions"))
+
+    # several tasks may be measured on one data set
     found: list[tuple[list[str], str, str]] = []
     for one in named or captioned:
         if one not in found:
@@ -46,36 +49,56 @@ def gallery(encoder: Encoder, catalog: Catalog, name: str, class_file: str) -> l
     # rounded up
     step = -(-len(catalog) // CANDIDATES)
     candidates = list(range(0, len(catalog), step))
-    captions = dict(zip(candidates, read_texts(catalog, rows=candidates).captions, strict=True))
+    words = read_texts(catalog, rows=candidates)
+
+    # row -> its captions, and their hashes, by which a right answer is known
+    captions = dict(zip(candidates, words.captions, strict=True))
     hashes = {}
     for row, its_captions in captions.items():
         hashes[row] = {caption_hash(caption) for caption in its_captions}
-    features, rows = encoder.images(catalog, candidates)
-    shown = permutation(len(rows), 0)[:QUERIES].tolist()
 
+    features, rows = encoder.images(catalog, candidates)
+    # some at random, the same ones every time
+    order_shown = permutation(len(rows), 0)
+    shown = order_shown[:QUERIES].tolist()
+
+    # images that look for names
     names = class_names(class_file, list(captions.values()), [])
     names_features = encoder.texts(names)
+    names_shown = min(ANSWERS, len(names))
     queries = []
     for position in shown:
         row = int(rows[position])
-        best, order = (features[position] @ names_features.T).topk(min(ANSWERS, len(names)))
+        # (names,)
+        cosines = features[position] @ names_features.T
+        best, order = cosines.topk(names_shown)
         texts = []
         for score, number in zip(best.tolist(), order.tolist(), strict=True):
             name_found = names[number]
-            texts.append((name_found, score, caption_hash(name_found) in hashes[row]))
+            right = caption_hash(name_found) in hashes[row]
+            texts.append((name_found, score, right))
+
         image = catalog.read(row).image
         queries.append(Query(image, captions[row][0], "image_to_text", name, texts=texts))
 
-    asked = encoder.texts([captions[int(rows[position])][0] for position in shown])
+    # captions that look for images
+    shown_rows = [int(rows[position]) for position in shown]
+    first_captions = [captions[row][0] for row in shown_rows]
+    asked = encoder.texts(first_captions)
+    images_shown = min(ANSWERS, len(features))
     for position, text in zip(shown, asked, strict=True):
         row = int(rows[position])
         caption = captions[row][0]
         wanted = caption_hash(caption)
-        best, order = (text @ features.T).topk(min(ANSWERS, len(features)))
+        # (images,)
+        cosines = text @ features.T
+        best, order = cosines.topk(images_shown)
         images = []
         for score, other in zip(best.tolist(), rows[order].tolist(), strict=True):
             right = wanted in hashes[other]
-            images.append((catalog.read(other).image, captions[other][0], score, right))
+            other_image = catalog.read(other).image
+            images.append((other_image, captions[other][0], score, right))
+
         image = catalog.read(row).image
         queries.append(Query(image, caption, "text_to_image", name, images=images))
     return queries
@@ -84,8 +107,11 @@ def gallery(encoder: Encoder, catalog: Catalog, name: str, class_file: str) -> l
 def first_batch(catalog: Catalog, seed: int, shuffle_window: int, batch_size: int) -> list[int]:
     """The first MATRIX rows of a run's first global batch."""
     shuffled = Order(catalog.sizes, seed, shuffle_window)
-    positions = torch.arange(min(MATRIX, batch_size)).numpy()
-    rows: list[int] = shuffled.rows(0, positions).tolist()
+    count = min(MATRIX, batch_size)
+    positions = torch.arange(count).numpy()
+    # of epoch 0
+    first = shuffled.rows(0, positions)
+    rows: list[int] = first.tolist()
     return rows
 
 
@@ -97,9 +123,19 @@ def logit_matrix(
 
     In the order of `rows`. Pairs whose image cannot be read are left out.
     """
+    # the encoder returns ascending rows; `position_of` leads back to the order asked for
     images, found = encoder.images(catalog, sorted(rows))
-    position_of = {row: position for position, row in enumerate(found.tolist())}
+    position_of: dict[int, int] = {}
+    for position, row in enumerate(found.tolist()):
+        position_of[row] = position
+
     good = [row for row in rows if row in position_of]
-    captions = [its_captions[0] for its_captions in read_texts(catalog, rows=good).captions]
-    in_order = images[[position_of[row] for row in good]]
-    return scale.cpu() * in_order @ encoder.texts(captions).T, captions
+    words = read_texts(catalog, rows=good)
+    captions = [its_captions[0] for its_captions in words.captions]
+
+    # (n, D), (n, D)
+    positions = [position_of[row] for row in good]
+    in_order = images[positions]
+    texts = encoder.texts(captions)
+    logits = scale.cpu() * in_order @ texts.T
+    return logits, captions

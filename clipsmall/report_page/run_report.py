@@ -109,8 +109,11 @@ def _curve_and_median(name: str, curve: "pd.Series[float]") -> list[Line]:
     """A noisy curve, faint, below its running median."""
     # a fortieth of the run; learning rates and logit scales are smooth as they are
     is_smooth = name.startswith(("lr", "logit"))
-    window = 1 if is_smooth else 1 + len(curve) // 40
-    median = curve.rolling(window, center=True, min_periods=1).median()
+    window = 1
+    if not is_smooth:
+        window += len(curve) // 40
+    windows = curve.rolling(window, center=True, min_periods=1)
+    median = windows.median()
 
     # few points are marked: a line alone hides how few there are
     marker = "o" if len(curve) < 20 else ""
@@ -184,13 +187,15 @@ def finite_series(frame: pd.DataFrame, name: str) -> "pd.Series[float]":
     """
     part = frame.reindex(columns=["pairs", name])
     # text, None and infinity are no points of a curve
-    part = part.apply(pd.to_numeric, errors="coerce").astype(float)
+    part = part.apply(pd.to_numeric, errors="coerce")
+    part = part.astype(float)
     is_finite = np.isfinite(part).all(axis=1)
     part = part[is_finite]
 
     part = part.drop_duplicates("pairs", keep="last")
     values = part[name].to_numpy()
-    return pd.Series(values, index=part["pairs"]).sort_index()
+    series = pd.Series(values, index=part["pairs"])
+    return series.sort_index()
 
 
 def draw_curves(lines: list[Line], fraction: bool) -> str:

@@ -260,13 +260,13 @@ def test_what_is_chosen() -> None:
 
 def test_clusters_are_made_again_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
     weights = []
-    spectral = free_embeddings.spectral
+    spectral = free_embeddings.spectral_groups
 
     def seen(*arguments: object) -> object:
         weights.append(arguments[-1])
         return spectral(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(free_embeddings, "spectral", seen)
+    monkeypatch.setattr(free_embeddings, "spectral_groups", seen)
     curve(begun(6, 4), "sc_even", steps=4)
     assert len(weights) == 4
     assert np.abs(weights[0] - weights[1]).max() > 1e-3

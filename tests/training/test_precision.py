@@ -17,6 +17,7 @@ import json
 import math
 import shutil
 from contextlib import redirect_stderr
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from clipsmall.build import run as build
 from clipsmall.distributed import world
 from clipsmall.model.dual_encoder import DualEncoder
 from clipsmall.model.momentum import MovingAverage
-from clipsmall.objectives import OBJECTIVES, ObjectiveSpec
+from clipsmall.objectives import OBJECTIVES
 from clipsmall.objectives.softmax import softmax
 from clipsmall.storage import checkpoint
 from clipsmall.storage.run_folder import RunFolder
@@ -107,7 +108,8 @@ def breaking(patch: pytest.MonkeyPatch, faults: Faults) -> None:
         return found
 
     patch.setattr(DualEncoder, "outputs", broken)
-    patch.setitem(OBJECTIVES, "softmax", ObjectiveSpec(loss, "softmax", queue=True))
+    # all else that builders ask of softmax stays: it takes queues and soft targets
+    patch.setitem(OBJECTIVES, "softmax", replace(OBJECTIVES["softmax"], make=loss))
 
 
 def digest(tensors: dict[str, Tensor]) -> str:

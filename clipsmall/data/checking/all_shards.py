@@ -38,7 +38,8 @@ def check_shards(
     found: dict[Path, Problem | None] = {}
     check = partial(check_shard, rebuild=rebuild, decode_images=decode)
     with tqdm(total=len(shards), unit="shard", desc="check", disable=None) as bar:
-        for shard, problem in in_processes(check, shards, workers):
+        checked = in_processes(check, shards, workers)
+        for shard, problem in checked:
             found[shard] = problem
             bar.update()
     # in the order of the shards, whichever was ready first
@@ -50,10 +51,20 @@ def check_shards(
             good.append(shard)
         else:
             problems.append(problem)
-    tables = [read_index(shard).to_pandas().assign(shard=str(shard)) for shard in good]
-    frame = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame({"status": []})
-    size = sum(shard.stat().st_size for shard in good)
-    return report_of(frame, problems, len(good), size, pair_captions, decoded=decode), frame
+    tables = []
+    size = 0
+    for shard in good:
+        index = read_index(shard).to_pandas()
+        tables.append(index.assign(shard=str(shard)))
+        size += shard.stat().st_size
+
+    # the report asks every table for its status
+    frame = pd.DataFrame({"status": []})
+    if tables:
+        frame = pd.concat(tables, ignore_index=True)
+
+    report = report_of(frame, problems, len(good), size, pair_captions, decoded=decode)
+    return report, frame
 
 
 def sample_cells(frame: pd.DataFrame, most: int) -> list[SheetCell]:
@@ -68,8 +79,15 @@ def sample_cells(frame: pd.DataFrame, most: int) -> list[SheetCell]:
     good = pictures[pictures["status"] == ""]
     if good.empty:
         good = pictures
-    rows = np.unique(np.linspace(0, len(good) - 1, min(most, len(good))).round().astype(int))
-    return [_cell(row) for _, row in good.iloc[rows].iterrows()]
+    # evenly spread, each once
+    count = min(most, len(good))
+    places = np.linspace(0, len(good) - 1, count)
+    rows = np.unique(places.round().astype(int))
+
+    cells = []
+    for _, row in good.iloc[rows].iterrows():
+        cells.append(_cell(row))
+    return cells
 
 
 def _cell(row: pd.Series) -> SheetCell:

@@ -139,21 +139,26 @@ def _histogram(axes: "Axes", values: NDArray[np.number], name: str, what: str) -
 
     low = float(values.min())
     high = float(values.max())
-    wide = low > 0 and high > 50 * low
-    if wide:
+    is_wide = low > 0 and high > 50 * low
+    is_float = values.dtype.kind == "f"
+    if is_wide:
         bins = np.geomspace(low, high, 41)
         axes.set_xscale("log")
-    elif values.dtype.kind == "f":
-        bins = np.linspace(low, max(high, low + 1e-6), 41)
+    elif is_float:
+        # equal values still need a bin of some width
+        upper = max(high, low + 1e-6)
+        bins = np.linspace(low, upper, 41)
     else:
-        step = max(-(-(high - low + 1) // 40), 1)
+        # whole numbers: at most 40 bins of equally many, with edges between numbers
+        count = high - low + 1
+        step = max(-(-count // 40), 1)
         bins = np.arange(low - 0.5, high + step + 0.5, step)
+
     axes.hist(values, bins=bins.tolist(), color=BAR)
     axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=7, colors=QUIET)
     axes.set_ylabel(what, fontsize=8, color=QUIET)
-    middle = (
-        f"{np.median(values):,.2f}" if values.dtype.kind == "f" else f"{np.median(values):,.0f}"
-    )
+    median = np.median(values)
+    middle = f"{median:,.2f}" if is_float else f"{median:,.0f}"
     axes.set_xlabel(f"{name} (median {middle})", fontsize=8, color=INK)

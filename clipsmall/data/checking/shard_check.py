@@ -62,7 +62,9 @@ def find_shards(paths: list[str]) -> tuple[list[Path], list[Problem]]:
             found |= dict.fromkeys(shards)
     if not found and not missing:
         raise ValueError(f"{' '.join(paths)}: no shards there (*.tar)")
-    problems = [Problem(shard, f"{shard}: {reason}") for shard, reason in missing.items()]
+    problems = []
+    for shard, reason in missing.items():
+        problems.append(Problem(shard, f"{shard}: {reason}"))
     return list(found), problems
 
 
@@ -106,14 +108,20 @@ def _missing_in(folder: Path) -> dict[Path, str]:
     missing = dict[Path, str]()
     for suffix in ("_stats.json", ".index.parquet"):
         for side in sorted(folder.glob(f"[!.]*{suffix}")):
-            shard = folder / f"{side.name.removesuffix(suffix)}.tar"
+            stem = side.name.removesuffix(suffix)
+            shard = folder / f"{stem}.tar"
             if not shard.exists():
                 missing[shard] = f"missing, but {side.name} is there"
+    # a making of shards that was cut short
     lacking = unfinished(folder)
     if lacking:
         missing[folder / RECORD] = lacking
+
+    # CLIP_benchmark's layout
     count = folder / "nshards.txt"
-    promised = count.read_text().strip() if count.exists() else ""
+    promised = ""
+    if count.exists():
+        promised = count.read_text().strip()
     if re.fullmatch(r"\d{1,6}", promised):
         for number in range(int(promised)):
             shard = folder / f"{number}.tar"
@@ -136,14 +144,18 @@ def check_shard(shard: Path, rebuild: bool, decode_images: bool) -> tuple[Path, 
         if rebuild or decode_images or not index_path(shard).exists():
             table = build_index(shard)
             if decode_images:
+                # the column is replaced where it stands
                 status = pa.array(_decoded(shard, table))
                 column = table.column_names.index("status")
                 table = table.set_column(column, "status", status)
             write_index(shard, table)
         else:
-            check_stats(shard, len(read_index(shard, ["key"])))
+            pairs = len(read_index(shard, ["key"]))
+            check_stats(shard, pairs)
     except (ValueError, AttributeError, OSError, OverflowError) as error:
-        reason = str(error) if str(shard) in str(error) else f"{shard}: {error}"
+        reason = str(error)
+        if str(shard) not in reason:
+            reason = f"{shard}: {reason}"
         return shard, Problem(shard, reason)
     return shard, None
 
@@ -180,14 +192,23 @@ def _decoded(shard: Path, table: pa.Table) -> list[str]:
 
 
 def _promised_sha256(descriptor: int, row: dict[str, Any]) -> str | None:
-    if row["json_size"] <= 0 or row["status"] in ("broken json", "caption or json over 1 MiB"):
+    is_unreadable = row["status"] in ("broken json", "caption or json over 1 MiB")
+    if row["json_size"] <= 0 or is_unreadable:
         return None
+
     try:
-        fields = json.loads(os.pread(descriptor, row["json_size"], row["json_offset"]))
+        text = os.pread(descriptor, row["json_size"], row["json_offset"])
+        fields = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    value = fields.get("sha256") if isinstance(fields, dict) else None
-    return value.lower() if isinstance(value, str) and value else None
+
+    # foreign json may be anything
+    if not isinstance(fields, dict):
+        return None
+    value = fields.get("sha256")
+    if not isinstance(value, str) or not value:
+        return None
+    return value.lower()
 
 
 def pair_image(row: "pd.Series[Any]") -> bytes:
@@ -199,7 +220,11 @@ def pair_captions(row: "pd.Series[Any]") -> list[str]:
     """The captions of a row of the index, with its `shard`; [] when they cannot be read."""
     try:
         fields = json.loads(_bytes(row, "json") or b"{}")
-        return captions_of(_bytes(row, "text"), fields if isinstance(fields, dict) else {})
+        # foreign json may be anything
+        if not isinstance(fields, dict):
+            fields = {}
+        text = _bytes(row, "text")
+        return captions_of(text, fields)
     except (ValueError, RecursionError):
         return []
 
@@ -207,7 +232,11 @@ def pair_captions(row: "pd.Series[Any]") -> list[str]:
 def _bytes(row: "pd.Series[Any]", member: str) -> bytes:
     size = int(row[f"{member}_size"])
     offset = int(row[f"{member}_offset"])
+    # the pair has no such member
     if size <= 0:
         return b""
-    with open(row["shard"], "rb") as file:
-        return os.pread(file.fileno(), size, offset)
+
+    shard = row["shard"]
+    with open(shard, "rb") as file:
+        descriptor = file.fileno()
+        return os.pread(descriptor, size, offset)

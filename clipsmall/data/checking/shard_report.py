@@ -105,24 +105,41 @@ def report_of(
     """
     good = frame[frame["status"] == ""]
     bad = frame[frame["status"] != ""]
-    pictures = frame[frame["image_size"] > 0] if len(frame) else frame
+    pictures = frame
+    labelled = 0
+    same_key = 0
+    # the table of no shard has no such columns
+    if len(frame):
+        pictures = frame[frame["image_size"] > 0]
+        has_label = frame["label_size"] > 0
+        labelled = int(has_label.sum())
+        is_repeated = frame.duplicated(["shard", "key"], keep=False)
+        same_key = int(is_repeated.sum())
+
+    # the most frequent reason first
+    reasons = sorted(bad.groupby("status"), key=lambda each: -len(each[1]))
+    left_out = {}
+    for reason, rows in reasons:
+        left_out[str(reason)] = Reason(len(rows), _names(rows))
+
+    unusable = {}
+    for problem in problems:
+        unusable[str(problem.shard)] = problem.reason
+
     return ShardReport(
         shards=shards,
-        unusable={str(problem.shard): problem.reason for problem in problems},
+        unusable=unusable,
         bytes=size,
         pairs=len(frame),
         good=len(good),
         decoded=decoded,
-        left_out={
-            str(reason): Reason(len(rows), _names(rows))
-            for reason, rows in sorted(bad.groupby("status"), key=lambda each: -len(each[1]))
-        },
-        labelled=int((frame["label_size"] > 0).sum()) if len(frame) else 0,
+        left_out=left_out,
+        labelled=labelled,
         image_bytes=_spread(pictures["image_size"]) if len(pictures) else None,
         caption_chars=_spread(good["caption_chars"]) if len(good) else None,
         same_caption=_duplicates(good, "caption_hash", captions),
         same_image=_duplicates(good, "sha256", captions),
-        same_key=int(frame.duplicated(["shard", "key"], keep=False).sum()) if len(frame) else 0,
+        same_key=same_key,
     )
 
 
@@ -146,32 +163,39 @@ def _duplicates(
 ) -> Duplicates:
     if rows.empty:
         return Duplicates(0, 0, [])
+    # value -> how many pairs have it, most first
     counts = rows[column].value_counts()
     counts = counts[counts > 1]
+
     largest = []
     for value, count in counts.head(LARGEST).items():
-        same = rows[rows[column] == value]
+        has_value = rows[column] == value
+        same = rows[has_value]
         texts = captions(same.iloc[0])
         caption = texts[0] if texts else ""
-        largest.append(Group(int(count), caption, _names(same)))
-    return Duplicates(len(counts), int(counts.sum()), largest)
+        examples = _names(same)
+        largest.append(Group(int(count), caption, examples))
+
+    pairs = int(counts.sum())
+    return Duplicates(len(counts), pairs, largest)
 
 
 def as_text(report: ShardReport) -> str:
     """The report for a terminal."""
+    pairs = f"{report.pairs:,}, {report.good:,} good"
+    if not report.decoded:
+        pairs += " (images not decoded)"
+    megabytes = report.bytes / 1e6
     lines = [
-        ("shards", f"{report.shards:,} usable, {report.bytes / 1e6:,.1f} MB"),
-        (
-            "pairs",
-            f"{report.pairs:,}, {report.good:,} good"
-            + ("" if report.decoded else " (images not decoded)"),
-        ),
+        ("shards", f"{report.shards:,} usable, {megabytes:,.1f} MB"),
+        ("pairs", pairs),
     ]
-    lines += [("UNUSABLE", reason) for reason in report.unusable.values()]
+
+    for reason in report.unusable.values():
+        lines.append(("UNUSABLE", reason))
     for name, why in report.left_out.items():
-        lines.append(
-            ("left out", f"{why.pairs:,} {name}, e.g. {', '.join(_short(e) for e in why.examples)}")
-        )
+        examples = ", ".join(_short(example) for example in why.examples)
+        lines.append(("left out", f"{why.pairs:,} {name}, e.g. {examples}"))
     if report.labelled:
         lines.append(("labels", f"{report.labelled:,} pairs have a class (.cls)"))
     for name, spread in (("image bytes", report.image_bytes), ("caption", report.caption_chars)):
@@ -181,19 +205,25 @@ def as_text(report: ShardReport) -> str:
                 f"{spread.least:,} least, {spread.median:,.0f} median, {spread.mean:,.0f} mean, "
             )
             lines.append((name, f"{middle}{spread.p95:,.0f} at 95 %, {spread.most:,} most{unit}"))
+
     for name, same in (("captions", report.same_caption), ("images", report.same_image)):
         if same.groups:
-            lines.append(
-                (f"same {name}", f"{same.pairs:,} pairs in {same.groups:,} groups; the largest:")
-            )
-            lines += [
-                ("", f"{group.pairs:>7,} times {group.caption[:70]}") for group in same.largest[:5]
-            ]
+            lines += _duplicate_lines(name, same)
+
     if report.same_key:
         lines.append(
             ("same key", f"{report.same_key:,} samples; their members may not lie side by side")
         )
     return "\n".join(f"{name:<14}{text}" for name, text in lines)
+
+
+def _duplicate_lines(name: str, same: Duplicates) -> list[tuple[str, str]]:
+    """The heading of some duplicates, and their five largest groups."""
+    heading = f"{same.pairs:,} pairs in {same.groups:,} groups; the largest:"
+    lines = [(f"same {name}", heading)]
+    for group in same.largest[:5]:
+        lines.append(("", f"{group.pairs:>7,} times {group.caption[:70]}"))
+    return lines
 
 
 def _short(name: str) -> str:

@@ -33,6 +33,8 @@ def task_options() -> dict[str, TaskOption]:
     found: dict[str, TaskOption] = {}
     for name, task in TASKS.items():
         for key, option in task.options.items():
-            if found.setdefault(key, option) != option:
+            # tasks may share an option, but then it is the same one
+            first = found.setdefault(key, option)
+            if first != option:
                 raise TypeError(f"option {key} of {name}: another task has one of that name")
     return found

@@ -24,7 +24,9 @@ Bins = list[dict[str, float]]
 
 def equal_width(confidence: NDArray[Any], right: NDArray[Any], bins: int = BINS) -> Bins:
     """(n,) probabilities and (n,) whether they came true, in bins (0, 1/15], (1/15, 2/15], ..."""
-    bin_of = np.ceil(confidence * bins).clip(1, bins).astype(np.int64) - 1
+    # bins are open below and closed above; a probability of 0 is in the first
+    upper_edge = np.ceil(confidence * bins).clip(1, bins)
+    bin_of = upper_edge.astype(np.int64) - 1
     return _binned(confidence, right, bin_of)
 
 
@@ -34,21 +36,29 @@ def equal_mass(confidence: NDArray[Any], right: NDArray[Any], bins: int = BINS) 
     Nixon et al. 2019, arXiv 1904.01685.
     """
     count = len(confidence)
-    bin_of = np.empty(count, dtype=np.int64)
     ascending = np.argsort(confidence, kind="stable")
-    bin_of[ascending] = np.arange(count) * bins // count
+    ranks = np.arange(count)
+
+    bin_of = np.empty(count, dtype=np.int64)
+    bin_of[ascending] = ranks * bins // count
     return _binned(confidence, right, bin_of)
 
 
 def _binned(confidence: NDArray[Any], right: NDArray[Any], bin_of: NDArray[Any]) -> Bins:
+    # (bins,) sums
     counts = np.bincount(bin_of)
     confidences = np.bincount(bin_of, confidence)
     rights = np.bincount(bin_of, right)
+
     bins: Bins = []
     for b in np.flatnonzero(counts):
-        mean_confidence = confidences[b] / counts[b]
-        accuracy = rights[b] / counts[b]
-        bins.append({"confidence": mean_confidence, "accuracy": accuracy, "count": int(counts[b])})
+        count = counts[b]
+        one_bin = {
+            "confidence": confidences[b] / count,
+            "accuracy": rights[b] / count,
+            "count": int(count),
+        }
+        bins.append(one_bin)
     return bins
 
 
@@ -67,12 +77,18 @@ def most_confident(
     """
     values = []
     indices = []
-    for part in torch.split(images, chunk_rows(len(answers))):
-        probabilities = (scores(part, answers).double() * scale).softmax(dim=1)
+    rows = chunk_rows(len(answers))
+    for part in torch.split(images, rows):
+        # (rows, C)
+        logits = scores(part, answers).double() * scale
+        probabilities = logits.softmax(dim=1)
         best = probabilities.max(dim=1)
         values.append(best.values)
         indices.append(best.indices)
-    return torch.cat(values).numpy(), torch.cat(indices).numpy()
+
+    confidence = torch.cat(values)
+    answer = torch.cat(indices)
+    return confidence.numpy(), answer.numpy()
 
 
 def calibration(view: DataView) -> Result:
@@ -86,6 +102,7 @@ def calibration(view: DataView) -> Result:
     model = view.encoder.model
     scale = model.logit_scale.exp().item()
     bias = model.logit_bias.item()
+
     if view.data.has_classes:
         confidence, best = most_confident(view.images, view.class_features, scale)
         right = best == view.labels.numpy()
@@ -93,12 +110,17 @@ def calibration(view: DataView) -> Result:
         images = view.images[view.captioned]
         belongs = view.captions[1]
         confidence, best = most_confident(images, view.texts, scale)
-        pairs = set(zip(belongs.image.tolist(), belongs.text.tolist(), strict=True))
+        belonging_images = belongs.image.tolist()
+        belonging_texts = belongs.text.tolist()
+        pairs = set(zip(belonging_images, belonging_texts, strict=True))
+        # is an image's most probable caption one of its own?
         right = np.array([pair in pairs for pair in enumerate(best.tolist())])
+
     result = Result(view.data.name, NAME, {}, counts={"images": len(right)})
     _report(result, "softmax", confidence, right)
     if bias:
-        _report(result, "sigmoid", *_all_pairs(view, scale, bias))
+        probabilities, together = _all_pairs(view, scale, bias)
+        _report(result, "sigmoid", probabilities, together)
     return result
 
 
@@ -108,19 +130,35 @@ def _all_pairs(view: DataView, scale: float, bias: float) -> tuple[NDArray[Any],
     belongs = view.captions[1]
     # rounded up
     step = -(-len(images) // PAIRS_OF)
+    # (i,) images, and (t,) all texts that belong to one of them
     chosen = torch.arange(len(images))[::step]
-    texts = torch.unique(belongs.text[torch.isin(belongs.image, chosen)])
-    logits = scores(images[chosen], view.texts[texts]).double() * scale + bias
-    together = [belongs.block("image", image, image + 1)[:, texts] for image in chosen.tolist()]
-    return logits.sigmoid().flatten().numpy(), torch.cat(together).flatten().numpy()
+    of_chosen = torch.isin(belongs.image, chosen)
+    texts = torch.unique(belongs.text[of_chosen])
+
+    # (i, t)
+    cosines = scores(images[chosen], view.texts[texts])
+    logits = cosines.double() * scale + bias
+    probabilities = logits.sigmoid()
+
+    # (i, t), row by row: a block of all texts would be too large
+    rows = []
+    for image in chosen.tolist():
+        row = belongs.block("image", image, image + 1)
+        rows.append(row[:, texts])
+    together = torch.cat(rows)
+    return probabilities.flatten().numpy(), together.flatten().numpy()
 
 
 def _report(result: Result, name: str, confidence: NDArray[Any], right: NDArray[Any]) -> None:
     bins = equal_width(confidence, right)
-    result.metrics[f"{name}_ece"] = ece(bins)
-    result.metrics[f"{name}_ece_adaptive"] = ece(equal_mass(confidence, right))
-    result.metrics[f"{name}_confidence"] = float(confidence.mean())
-    result.metrics[f"{name}_accuracy"] = float(right.mean())
+    adaptive_bins = equal_mass(confidence, right)
+
+    metrics = result.metrics
+    metrics[f"{name}_ece"] = ece(bins)
+    metrics[f"{name}_ece_adaptive"] = ece(adaptive_bins)
+    metrics[f"{name}_confidence"] = float(confidence.mean())
+    metrics[f"{name}_accuracy"] = float(right.mean())
+    # the diagram is drawn from these
     result.details[f"{name}_reliability"] = bins
 
 

@@ -48,13 +48,19 @@ def measure_candidates(view: DataView, candidates: int = 32) -> Result:
     texts = view.texts
     belongs = view.captions[1]
     mine, own = one_to_one(belongs, PAIRS)
+
     if not 2 <= size <= len(mine):
         raise ValueError(
             f"--candidates={size}: must be 2 to {len(mine)}, "
             "the pairs with a caption of their own here"
         )
-    words = word_cosines([view.captions[0][text] for text in own.tolist()])
-    hard, random = candidate_sets(words, confusable(belongs, mine, own), size)
+    distinct = view.captions[0]
+    own_captions = [distinct[text] for text in own.tolist()]
+
+    # (p, p), (p, p)
+    words = word_cosines(own_captions)
+    cannot = confusable(belongs, mine, own)
+    hard, random = candidate_sets(words, cannot, size)
     if not len(hard) or not len(random):
         raise ValueError(
             f"--candidates={size}: images share so many captions that no set can do without; "
@@ -62,7 +68,8 @@ def measure_candidates(view: DataView, candidates: int = 32) -> Result:
         )
     result = Result(view.data.name, NAME, {}, details={"word_cosine": {}})
     for name, groups in (("hard", hard), ("random", random)):
-        image_finds, text_finds = recalls_within(images[mine], texts[own], torch.from_numpy(groups))
+        sets = torch.from_numpy(groups)
+        image_finds, text_finds = recalls_within(images[mine], texts[own], sets)
         result.metrics[f"{name}_image_retrieval_recall@1"] = text_finds
         result.metrics[f"{name}_text_retrieval_recall@1"] = image_finds
         inside = [words[np.ix_(members, members)].sum() for members in groups]
@@ -95,11 +102,19 @@ def confusable(belongs: Relevance, images: Tensor, texts: Tensor) -> Bools:
     pair_of_text[texts] = torch.arange(len(texts))
     pair_of_image = torch.full((belongs.images,), -1)
     pair_of_image[images] = torch.arange(len(images))
+
+    # (belonging,) the pair of each image and of each text that belong together
     one = pair_of_image[belongs.image]
     other = pair_of_text[belongs.text]
-    two_pairs = (one >= 0) & (other >= 0) & (one != other)
-    found = np.zeros((len(images),) * 2, dtype=bool)
-    found[one[two_pairs].numpy(), other[two_pairs].numpy()] = True
+    both_in_pairs = (one >= 0) & (other >= 0)
+    two_pairs = both_in_pairs & (one != other)
+
+    rows = one[two_pairs].numpy()
+    columns = other[two_pairs].numpy()
+    pairs = len(images)
+    found = np.zeros((pairs, pairs), dtype=bool)
+    found[rows, columns] = True
+    # confusion counts both ways
     return found | found.T
 
 
@@ -114,10 +129,17 @@ def candidate_sets(words: Floats, cannot: Bools, size: int) -> tuple[Ints, Ints]
     pairs = ScoredPairs(words, words)
     groups = grow_groups(pairs, quotas, cannot, random, words)
     hard = improve_by_swaps(words, groups, quotas.owner, cannot, SWEEPS, random)
-    hard = hard[count_conflicts(hard, cannot) == 0]
-    shuffled = random.permutation(hard.ravel()).reshape(hard.shape)
+    # sets that still hold a conflict are left out
+    conflicts = count_conflicts(hard, cannot)
+    hard = hard[conflicts == 0]
+
+    # the same pairs, shuffled among the sets
+    shuffled = random.permutation(hard.ravel())
+    shuffled = shuffled.reshape(hard.shape)
     others = separate_conflicts(shuffled, quotas.owner, cannot, random)
-    return hard, others[count_conflicts(others, cannot) == 0]
+    conflicts = count_conflicts(others, cannot)
+    others = others[conflicts == 0]
+    return hard, others
 
 
 def recalls_within(images: Tensor, texts: Tensor, groups: Tensor) -> tuple[float, float]:
@@ -125,13 +147,21 @@ def recalls_within(images: Tensor, texts: Tensor, groups: Tensor) -> tuple[float
 
     Ties count as a random order.
     """
-    own = torch.eye(groups.shape[1], dtype=torch.bool)
+    size = groups.shape[1]
+    # the k-th image of a set belongs to its k-th text
+    own = torch.eye(size, dtype=torch.bool)
     found = []
     for members in groups:
+        # (C, C)
         cosines = scores(images[members], texts[members])
-        both = torch.cat([in_top_k(cosines, own, (1,)), in_top_k(cosines.T, own, (1,))], dim=1)
+        of_images = in_top_k(cosines, own, (1,))
+        of_texts = in_top_k(cosines.T, own, (1,))
+        # (C, 2): both ways
+        both = torch.cat([of_images, of_texts], dim=1)
         found.append(both.mean(dim=0))
-    image_finds, text_finds = torch.stack(found).mean(dim=0).tolist()
+
+    means = torch.stack(found).mean(dim=0)
+    image_finds, text_finds = means.tolist()
     return image_finds, text_finds
 
 

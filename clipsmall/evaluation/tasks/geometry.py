@@ -16,7 +16,9 @@ NAME = "geometry"
 
 def modality_gap(images: Tensor, texts: Tensor) -> float:
     """(n, D), (m, D) -> ‖mean image − mean text‖ (Liang et al. 2022, arXiv 2203.02053, §2)."""
-    return float((images.double().mean(dim=0) - texts.double().mean(dim=0)).norm())
+    mean_image = images.double().mean(dim=0)
+    mean_text = texts.double().mean(dim=0)
+    return float((mean_image - mean_text).norm())
 
 
 def alignment(images: Tensor, texts: Tensor) -> float:
@@ -24,7 +26,10 @@ def alignment(images: Tensor, texts: Tensor) -> float:
 
     Wang & Isola 2020, arXiv 2005.10242, §4.1, with α = 2.
     """
-    return (images.double() - texts.double()).square().sum(dim=1).mean().item()
+    difference = images.double() - texts.double()
+    # (p,)
+    squared_distances = difference.square().sum(dim=1)
+    return squared_distances.mean().item()
 
 
 def uniformity(rows: Tensor, t: float = 2.0) -> float:
@@ -37,11 +42,19 @@ def uniformity(rows: Tensor, t: float = 2.0) -> float:
         return 0.0
     total = 0.0
     for part in torch.split(x, chunk_rows(len(x))):
-        # ‖x − y‖² = 2 − 2 x·y
-        total += (2 * t * (part @ x.T - 1)).exp().sum().item()
-    with_itself = (2 * t * (x.square().sum(dim=1) - 1)).exp().sum().item()
-    mean = max(total - with_itself, 1e-300) / (len(x) * (len(x) - 1))
-    return math.log(mean)
+        # −t ‖x − y‖², as ‖x − y‖² = 2 − 2 x·y for unit rows
+        exponents = 2 * t * (part @ x.T - 1)
+        total += exponents.exp().sum().item()
+
+    # the same for each row with itself, which is no pair
+    squared_lengths = x.square().sum(dim=1)
+    own_exponents = 2 * t * (squared_lengths - 1)
+    with_itself = own_exponents.exp().sum().item()
+
+    # log 0 must not be asked for where all is lost to rounding
+    of_pairs = max(total - with_itself, 1e-300)
+    pairs = len(x) * (len(x) - 1)
+    return math.log(of_pairs / pairs)
 
 
 def effective_rank(rows: Tensor) -> float:
@@ -50,18 +63,32 @@ def effective_rank(rows: Tensor) -> float:
     Roy & Vetterli 2007, eq. 3 and 4.
     """
     values = torch.linalg.svdvals(rows.double())
-    fractions = values[values > 0] / values.sum()
-    return float((-(fractions * fractions.log()).sum()).exp())
+    # 0 log 0 counts as 0
+    positive = values[values > 0]
+    fractions = positive / values.sum()
+    surprise = fractions * fractions.log()
+    entropy = -surprise.sum()
+    return float(entropy.exp())
 
 
 def mean_cosines(images: Tensor, texts: Tensor, belongs: Relevance) -> tuple[float, float]:
     """The mean cosine of the pairs that belong together, and of all the others (NaN for none)."""
     x = images.double()
     y = texts.double()
-    own = (x[belongs.image] * y[belongs.text]).sum().item()
-    everything = (x.sum(dim=0) @ y.sum(dim=0)).item()
-    others = len(x) * len(y) - len(belongs.image)
-    return own / len(belongs.image), (everything - own) / others if others else math.nan
+    pairs = len(belongs.image)
+    products = x[belongs.image] * y[belongs.text]
+    own = products.sum().item()
+    mean_of_pairs = own / pairs
+
+    others = len(x) * len(y) - pairs
+    if not others:
+        return mean_of_pairs, math.nan
+
+    # the sum of all n · m cosines, without making them
+    image_sum = x.sum(dim=0)
+    text_sum = y.sum(dim=0)
+    everything = (image_sum @ text_sum).item()
+    return mean_of_pairs, (everything - own) / others
 
 
 def geometry(view: DataView) -> Result:

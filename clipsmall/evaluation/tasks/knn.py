@@ -24,19 +24,26 @@ def votes(
         ValueError: k is not between 1 and N.
     """
     refuse_k(k, len(train))
-    parts = []
     # once, not in every chunk
     train = train.double()
-    for part in torch.split(test, chunk_rows(len(train))):
-        near = scores(part, train).double().topk(k, dim=1)
+    size = chunk_rows(len(train))
+    parts = []
+    for part in torch.split(test, size):
+        # (rows, k) cosines and places of the nearest
+        cosines = scores(part, train).double()
+        near = cosines.topk(k, dim=1)
         if temperature:
             # only ratios of votes matter; at a small temperature votes would overflow
             best = near.values[:, :1]
             worth = ((near.values - best) / temperature).exp()
         else:
             worth = torch.ones_like(near.values)
+
+        # (rows, C)
         counted = torch.zeros(len(part), classes, dtype=torch.float64)
-        parts.append(counted.scatter_add_(1, labels[near.indices], worth))
+        near_labels = labels[near.indices]
+        counted.scatter_add_(1, near_labels, worth)
+        parts.append(counted)
     return torch.cat(parts)
 
 
@@ -57,9 +64,9 @@ def knn(view: DataView, k: int = 20, temperature: float = 0.07) -> Result:
     # before anything is encoded
     refuse_k(k, len(view.data.training))
     train, labels, _, classes = view.training
-    return classified(
-        view, NAME, votes(train, labels, view.images, classes, k, temperature), {"k": k}
-    )
+    # (n, C)
+    class_votes = votes(train, labels, view.images, classes, k, temperature)
+    return classified(view, NAME, class_votes, {"k": k})
 
 
 TASK = Task(

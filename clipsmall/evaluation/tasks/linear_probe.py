@@ -39,20 +39,31 @@ def fit(features: Tensor, labels: Tensor, seed: int = 0) -> tuple[Any, float]:
         raise ValueError(
             f"a linear probe needs two classes at least; all {len(y)} train images are of one"
         )
-    # rounded up
+    # a fifth judges, rounded up
     held_out = -(-len(y) // 5)
-    can_stratify = sizes.min() > 1 and min(held_out, len(y) - held_out) >= len(sizes)
+    smaller_part = min(held_out, len(y) - held_out)
+    # scikit-learn stratifies only where each part can hold all classes
+    can_stratify = sizes.min() > 1 and smaller_part >= len(sizes)
+    strata = y if can_stratify else None
     x_fit, x_held, y_fit, y_held = train_test_split(
-        x, y, test_size=held_out, random_state=seed, stratify=y if can_stratify else None
+        x,
+        y,
+        test_size=held_out,
+        random_state=seed,
+        stratify=strata,
     )
+    # nothing to search with
     if len(set(y_fit.tolist())) < 2:
         return _fitted(x, y, 1.0), 1.0
     accuracy_at = dict[int, float]()
 
     def accuracy(position: int) -> float:
+        # the search comes to some positions twice
         if position not in accuracy_at:
-            model = _fitted(x_fit, y_fit, STRENGTHS[position])
-            accuracy_at[position] = float(model.score(x_held, y_held))
+            strength = STRENGTHS[position]
+            model = _fitted(x_fit, y_fit, strength)
+            score = model.score(x_held, y_held)
+            accuracy_at[position] = float(score)
         return accuracy_at[position]
 
     def accurate_and_simple(position: int) -> tuple[float, int]:
@@ -61,9 +72,12 @@ def fit(features: Tensor, labels: Tensor, seed: int = 0) -> tuple[Any, float]:
 
     best = max(range(0, 97, 16), key=accuracy)
     for step in (8, 4, 2, 1):
-        around = [p for p in (best - step, best, best + step) if 0 <= p < 97]
+        near = (best - step, best, best + step)
+        around = [position for position in near if 0 <= position < 97]
         best = max(around, key=accurate_and_simple)
-    return _fitted(x, y, STRENGTHS[best]), float(STRENGTHS[best])
+
+    strength = STRENGTHS[best]
+    return _fitted(x, y, strength), float(strength)
 
 
 def _fitted(x: Any, y: Any, strength: float) -> Any:
@@ -79,10 +93,15 @@ def _fitted(x: Any, y: Any, strength: float) -> Any:
 def linear_probe(view: DataView) -> Result:
     """Classify images by a logistic regression on the training images' unit features; see `fit`."""
     train, labels, _, _ = view.training
+    # fitted once: changed images are classified by the same model
     if NAME not in view.learned:
         view.learned[NAME] = fit(train, labels)
     model, strength = view.learned[NAME]
-    log_probabilities = torch.from_numpy(model.predict_log_proba(view.images.double().numpy()))
+
+    features = view.images.double().numpy()
+    # (n, C); they rank as probabilities do
+    predicted = model.predict_log_proba(features)
+    log_probabilities = torch.from_numpy(predicted)
     result = classified(view, NAME, log_probabilities, {})
     result.details["C"] = strength
     return result

@@ -26,11 +26,14 @@ def dual_potentials(
     """
     g = torch.zeros(len(y), dtype=torch.float64)
     f = -_log_sums(x, y, g, scale)
+    log_column_sum = math.log(len(x) / len(y))
     error = math.inf
     for _ in range(iterations):
-        g = math.log(len(x) / len(y)) - _log_sums(y, x, f, scale)
+        # columns first, then see how far the rows have gone from 1
+        g = log_column_sum - _log_sums(y, x, f, scale)
         row = _log_sums(x, y, g, scale)
-        error = ((row + f).exp() - 1).abs().max().item()
+        row_sums = (row + f).exp()
+        error = (row_sums - 1).abs().max().item()
         if error <= tolerance:
             break
         f = -row
@@ -39,8 +42,14 @@ def dual_potentials(
 
 def _log_sums(x: Tensor, y: Tensor, offset: Tensor, scale: float) -> Tensor:
     """(n,) log Σ_j exp(scale · x_i·y_j + offset_j), in blocks of rows."""
-    parts = torch.split(x.double() * scale, chunk_rows(len(y)))
-    return torch.cat([(part @ y.double().T + offset).logsumexp(dim=1) for part in parts])
+    scaled = x.double() * scale
+    columns = y.double()
+    sums = []
+    for part in torch.split(scaled, chunk_rows(len(y))):
+        # (rows, m)
+        logits = part @ columns.T + offset
+        sums.append(logits.logsumexp(dim=1))
+    return torch.cat(sums)
 
 
 def assigned(x: Tensor, y: Tensor) -> Tensor:
@@ -51,10 +60,14 @@ def assigned(x: Tensor, y: Tensor) -> Tensor:
     """
     from scipy.optimize import linear_sum_assignment
 
-    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
+    # the same order every time
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(len(y), generator=generator)
+    # (p, p)
     shuffled = scores(x, y[order]).numpy()
     _, columns = linear_sum_assignment(shuffled, maximize=True)
-    return order[torch.from_numpy(columns)]
+    assigned_columns = torch.from_numpy(columns)
+    return order[assigned_columns]
 
 
 def matching(view: DataView, iterations: int = 50, tolerance: float = 1e-3) -> Result:
@@ -70,21 +83,30 @@ def matching(view: DataView, iterations: int = 50, tolerance: float = 1e-3) -> R
     texts = view.texts
     belongs = view.captions[1]
     scale = view.encoder.model.logit_scale.exp().item()
+
     f, g, error = dual_potentials(images, texts, scale, iterations, tolerance)
     result = _normalised_recalls(view, images, texts, scale, f, g)
 
+    # the one-to-one part: p pairs, the k-th image with the k-th text
     mine, own = one_to_one(belongs, SQUARE)
     x = images[mine]
     y = texts[own]
     f, g, square_error = dual_potentials(x, y, scale, iterations, tolerance)
+
+    # (p, p) scores, without and with the potentials
     plain = scores(x, y)
     normalised = plain.double() * scale + f[:, None] + g
     truth = torch.eye(len(mine), dtype=torch.bool)
     for way, values in (("argmax", plain), ("sinkhorn", normalised)):
-        result.metrics[f"{way}_image_to_text"] = in_top_k(values, truth, (1,)).mean().item()
-        result.metrics[f"{way}_text_to_image"] = in_top_k(values.T, truth, (1,)).mean().item()
-    right = assigned(x, y) == torch.arange(len(mine))
+        of_images = in_top_k(values, truth, (1,))
+        of_texts = in_top_k(values.T, truth, (1,))
+        result.metrics[f"{way}_image_to_text"] = of_images.mean().item()
+        result.metrics[f"{way}_text_to_image"] = of_texts.mean().item()
+
+    columns = assigned(x, y)
+    right = columns == torch.arange(len(mine))
     result.metrics["hungarian"] = right.double().mean().item()
+
     result.counts["matched"] = len(mine)
     result.details = {
         "iterations": iterations,
@@ -102,11 +124,24 @@ def _normalised_recalls(
     # coordinates: (x · scale, f, 1) · (y, 1, g)
     image_ones = torch.ones(len(images), 1)
     text_ones = torch.ones(len(texts), 1)
-    lifted_images = torch.cat([images * scale, f[:, None].float(), image_ones], dim=1)
-    lifted_texts = torch.cat([texts, text_ones, g[:, None].float()], dim=1)
+    f_column = f[:, None].float()
+    g_column = g[:, None].float()
+
+    # (n, D + 2) and (m, D + 2)
+    lifted_images = torch.cat([images * scale, f_column, image_ones], dim=1)
+    lifted_texts = torch.cat([texts, text_ones, g_column], dim=1)
+
+    belongs = view.captions[1]
     result = both_recalls(
-        lifted_images, lifted_texts, view.captions[1], view.data.name, NAME, view.uncaptioned
+        lifted_images,
+        lifted_texts,
+        belongs,
+        view.data.name,
+        NAME,
+        view.uncaptioned,
     )
+
+    # plain retrieval has the names without a prefix
     result.metrics = {f"sinkhorn_{name}": value for name, value in result.metrics.items()}
     result.chance = {f"sinkhorn_{name}": value for name, value in result.chance.items()}
     return result

@@ -62,7 +62,8 @@ def robustness(
     )
     for task in tasks:
         table = {name: [metrics[task] for metrics in corrupted[name]] for name in corruptions}
-        mean = float(np.mean([np.mean(row) for row in table.values()]))
+        means = [np.mean(row) for row in table.values()]
+        mean = float(np.mean(means))
         result.metrics[f"{task}_clean"] = clean[task]
         result.metrics[f"{task}_corrupted"] = mean
         if clean[task]:

@@ -105,7 +105,11 @@ def top1(
 
     def corrupted(damage: list[Corruption], number: int) -> Tensor:
         """(images, corruptions, D)"""
-        return torch.stack([augmented(some, number, each) for each in damage], dim=1)
+        parts = []
+        for corruption in damage:
+            features = augmented(some, number, corruption)
+            parts.append(features)
+        return torch.stack(parts, dim=1)
 
     result = Result(view.data.name, NAME, {})
     result.counts = {
@@ -113,14 +117,18 @@ def top1(
         "skipped": view.skipped,
         "corruptions": len(corruptions),
     }
-    result.metrics["top1_accuracy"] = both_ways(augmented(rows, 0), augmented(rows, 1))
+    first_views = augmented(rows, 0)
+    second_views = augmented(rows, 1)
+    result.metrics["top1_accuracy"] = both_ways(first_views, second_views)
     result.chance["top1_accuracy"] = 1 / len(view.images)
+
     with_captions = bool(catalog.caption_hash.any())
     if with_captions:
         images = view.images[view.captioned]
         result.metrics["cross_modal_top1_accuracy"] = cross_modal(
             images, view.texts, view.captions[1]
         )
+
     for severity in severities:
         name = f"corrupted_top1_accuracy/{severity}"
         damage = [Corruption(corruption, severity, side) for corruption in corruptions]
@@ -146,9 +154,11 @@ def both_ways(first: Tensor, second: Tensor) -> float:
 
 def cross_modal(images: Tensor, texts: Tensor, belongs: Relevance) -> float:
     """(n, D), (m, D) -> the mean of both directions' R@1."""
-    image_finds = recalls(images, texts, belongs, "image")[1]
-    text_finds = recalls(texts, images, belongs, "text")[1]
-    return sum((image_finds, text_finds)) / 2
+    of_images = recalls(images, texts, belongs, "image")
+    of_texts = recalls(texts, images, belongs, "text")
+    # recall@1 of each
+    both = (of_images[1], of_texts[1])
+    return sum(both) / 2
 
 
 def among_corruptions(first: Tensor, second: Tensor) -> float:
@@ -156,14 +166,22 @@ def among_corruptions(first: Tensor, second: Tensor) -> float:
 
     The mean over images and both directions.
     """
-    own = torch.eye(first.shape[1], dtype=torch.bool)
-    found = []
+    corruptions = first.shape[1]
+    # a view of a corruption is to find the other view of the same one
+    own = torch.eye(corruptions, dtype=torch.bool)
     unit_first = F.normalize(first, dim=-1)
     unit_second = F.normalize(second, dim=-1)
+
+    found = []
     for one, other in zip(unit_first, unit_second, strict=True):
-        there = in_top_k(scores(one, other), own, (1,)).mean().item()
-        back = in_top_k(scores(other, one), own, (1,)).mean().item()
-        found.append(there + back)
+        # (C, C) cosines of the views of one image, both ways
+        forth_cosines = scores(one, other)
+        back_cosines = scores(other, one)
+        forth = in_top_k(forth_cosines, own, (1,)).mean().item()
+        back = in_top_k(back_cosines, own, (1,)).mean().item()
+        found.append(forth + back)
+
+    # each image counts two directions
     return sum(found) / len(found) / 2
 
 
