@@ -312,7 +312,7 @@ def load_comparison(path: str) -> Comparison:
     first_with = dict[str, str]()
     for setting in settings:
         try:
-            _check_run(comparison, validated(setting.tree))
+            check_run(comparison, validated(setting.tree))
         except ConfigError as error:
             wrong.setdefault(str(error), setting.title)
 
@@ -327,7 +327,7 @@ def load_comparison(path: str) -> Comparison:
     return comparison
 
 
-def _check_run(comparison: Comparison, config: Config) -> None:
+def check_run(comparison: Comparison, config: Config) -> None:
     """Refuse a metric that the run's evaluations do not give, and a budget below one batch.
 
     Raises:

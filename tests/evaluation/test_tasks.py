@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from clipsmall import evaluate, train
-from clipsmall.compare.grid import Comparison, check
+from clipsmall.compare.grid import Comparison, check_run
 from clipsmall.config.reader import ConfigError, validated
 from clipsmall.evaluation.results import Result
 from clipsmall.evaluation.sets import DataSet
@@ -282,7 +282,7 @@ def test_a_comparison_may_ask_for_any_tasks_metrics(toy_task: Task) -> None:
     def asks_for(metric: str) -> None:
         budget = {"pairs": 10_000}
         tree = {**comparison, "budget": budget, "metrics": {"m": metric}}
-        check(Comparison.model_validate(tree), run)
+        check_run(Comparison.model_validate(tree), run)
 
     asks_for("toy/set/length")
     asks_for("robustness/set/zero_shot_relative")
