@@ -1,4 +1,4 @@
-"""What flows through training: decoded pairs, their embeddings, and the progress of a run."""
+"""The data types of training: decoded pairs, their embeddings, and a run's progress."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -19,16 +19,16 @@ class Pairs(NamedTuple):
     text: Tensor
     # (B,) int64, the pair's stable number in the data set, unique within a global batch
     index: Tensor  # type: ignore[assignment]
-    # (B,) int64, hash of the normalised caption: pairs with equal captions are no negatives
+    # (B,) int64, hash of the normalised caption; pairs with equal captions are no negatives
     caption_hash: Tensor
 
     def to(self, device: torch.device, images: bool = True) -> "Pairs":
         """A copy on the device.
 
         Args:
-            device: where to.
-            images: False leaves the images where they are: a model that works in chunks moves them
-                chunk by chunk.
+            device: the target device.
+            images: False leaves the images where they are, for a model that encodes a batch in
+                chunks and moves the images chunk by chunk.
         """
         return Pairs(
             image=self.image.to(device, non_blocking=True) if images else self.image,
@@ -39,16 +39,16 @@ class Pairs(NamedTuple):
 
 
 class Embeddings(NamedTuple):
-    """What the towers make of pairs: unit embeddings, scale, bias, and the heads' outputs.
+    """Unit embeddings of image-text pairs, with logit scale, logit bias and the heads' outputs.
 
     Objectives are called with two of these, `objective(rows, columns)`:
 
-    - **rows** are *local*: the b pairs of this rank, over which its loss is a mean.
-    - **columns** are *gathered*: all N pairs that a row is compared with, the global batch of all
-      ranks, and with a queue those of former steps, too.
+    - **rows** are *local*: the b pairs of this rank. The loss on a rank is the mean over its rows.
+    - **columns** are *gathered*: all N pairs that a row is compared with. These are the global
+      batch (the pairs of all ranks) and, with a queue, pairs of earlier steps as well.
 
-    Row i of one process is column i as well; with more ranks `index` says which column is a row's
-    own pair, its positive. So no objective needs to know a rank or the number of ranks.
+    In a single process the positive of row i is column i. With several ranks it is the column with
+    the same `index` as the row, so no objective needs to know a rank or the number of ranks.
     """
 
     # (B, D), unit length
@@ -63,11 +63,11 @@ class Embeddings(NamedTuple):
     logit_scale: Tensor
     # () added to every scaled cosine
     logit_bias: Tensor
-    # entries by name, which the model's heads deliver
+    # further outputs of the model's heads, by name
     extra: Mapping[str, Tensor] = MappingProxyType({})
-    # columns with a queue: the columns of the batch alone, through which gradients flow
+    # set on columns when there is a queue: the batch's own columns, which carry gradients
     live: "Embeddings | None" = None
-    # columns: the first `own_only` are used as positives, never as negatives
+    # set on columns: the first `own_only` of them serve as positives only, never as negatives
     own_only: int = 0
 
     @classmethod
@@ -82,11 +82,11 @@ class Embeddings(NamedTuple):
         """Embeddings of different pairs with different captions, for a single process.
 
         Args:
-            image: (B, D) image features, of any length: they are normalised.
+            image: (B, D) image features; they are normalised here.
             text: (B, D) text features; row i belongs to image i.
-            logit_scale: factor of the cosines.
+            logit_scale: the cosines are multiplied by it.
             logit_bias: added to the scaled cosines.
-            extra: what the heads of an objective deliver.
+            extra: outputs of an objective's heads, by name.
         """
         numbers = torch.arange(len(image), device=image.device)
         return cls(
@@ -102,16 +102,16 @@ class Embeddings(NamedTuple):
 
 @dataclass
 class Progress:
-    """How far a run has come, in steps and in pairs seen.
+    """How far a run has come, in steps and in samples (pairs) seen.
 
-    Pairs seen are the unit of everything; an epoch is never inferred from a length.
+    The length of a run and its schedules are counted in pairs seen, not in epochs.
     """
 
     step: int = 0
     pairs: int = 0
 
     def advance(self, pairs: int) -> None:
-        """One step, over so many pairs."""
+        """Count one step over `pairs` pairs."""
         self.step += 1
         self.pairs += pairs
 
@@ -121,18 +121,18 @@ class Progress:
 
 @dataclass(frozen=True)
 class RunContext:
-    """What heads and objectives with a memory may know of the run they are built for."""
+    """Facts about the run, given to heads and to stateful objectives when they are built."""
 
-    # D of the embeddings
+    # D, the width of the embeddings
     width: int
-    # pairs that are compared with one another: a step's over all ranks, or a part of them
+    # pairs compared with one another: the global batch, or one part of it under `accumulate`
     batch_size: int
-    # how often the objective is called in the whole run
+    # number of calls of the objective in the whole run
     steps: int
     seed: int = 0
-    # the model's, to be copied by a head that keeps a moving average of them
+    # the model's towers, which a head with a moving average copies
     towers: Any = None
-    # token ids are below it; 0 = unknown
+    # size of the vocabulary: every token id is smaller; 0 = unknown
     vocabulary: int = 0
-    # (n,) ascending `index` of all training pairs; None where they are not known (a stream)
+    # (n,) `index` of all training pairs, ascending; None for streamed data
     ids: Tensor | None = None

@@ -6,7 +6,7 @@
 
 Exit codes: 0 done; 2 bad input, or a loss or gradient that is not finite (see bad_batch.json); 143
 or 130 stopped by SIGTERM or Ctrl-C, state saved, continue with --resume=auto.
-(`accelerate launch` and `torchrun` report any failure of theirs as 1.)
+(`accelerate launch` and `torchrun` exit with 1 when any of their processes fails.)
 """
 
 import json
@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import Any
 
 if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
-    # started as a script: the folder that holds the package must be searched, not its inside
+    # Started as a script, Python searches the package's own folder; it must search the parent.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-# Both must be set before torch is imported. Threads that wait by spinning take the cores from
-# loader workers and other programs: on two busy cores training went at 370 pairs/s, and at 1,310
-# with threads that sleep.
+# Both variables must be set before torch is imported. Threads that wait by spinning take cores from
+# loader workers and other programs: on two busy cores training ran at 370 pairs/s with spinning
+# threads and at 1,310 with sleeping ones.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-# loader workers are forked: there must be no threads before that
+# Loader workers are forked, and no threads may be running before the fork.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from accelerate import Accelerator
@@ -50,7 +50,7 @@ from clipsmall.training.metrics_log import MetricsLog
 from clipsmall.training.optim import Guard, NonFiniteError, clipped_norm, skipped_steps
 from clipsmall.training.state import RunState
 
-# called on every rank, every so many steps
+# a function called on every rank every few steps
 Job = Callable[[Progress, dict[str, Tensor]], None]
 
 
@@ -70,21 +70,21 @@ def train(
     """The whole training loop: pairs -> towers -> columns -> objective -> optimizer -> jobs.
 
     Args:
-        model: this rank's pairs -> their embeddings (the rows), in training mode.
-        columns: rows -> what they are compared with: the embeddings of all ranks.
-        objective: (rows, columns) -> `loss`, the mean over this rank's rows, and terms to report.
-        clip: largest norm of the gradient.
-        jobs: (every, job): called after each step whose number `every` divides.
+        model: maps this rank's pairs to their embeddings (the rows); in training mode.
+        columns: maps rows to the embeddings they are compared with, those of all ranks.
+        objective: maps (rows, columns) to `loss`, the mean over this rank's rows, and terms to log.
+        clip: maximum norm of the gradient.
+        jobs: pairs (every, job); a job is called after every `every` steps.
 
     Raises:
-        NonFiniteError: a loss or gradient that is not finite, as `guard` judges it.
+        NonFiniteError: `guard` ended the run because a loss or gradient was not finite.
     """
     for pairs in batches:
         rows = model(pairs)
         losses = objective(rows, columns(rows))
         accelerator.backward(losses["loss"])
         losses["grad_norm"] = clipped_norm(accelerator, model.parameters(), clip)
-        # finite only if it is on all ranks, so that all take the step or none does
+        # finite only if loss and gradient are finite on all ranks, so all ranks decide alike
         together = world.mean_over_ranks(losses["loss"] + losses["grad_norm"])
         guard.step(optimizer, losses, together, rows)
         scheduler.step()
@@ -98,7 +98,7 @@ def train(
 def run_training(config: Config, stop: Stop) -> int:
     """Build everything, train, evaluate; returns the exit code.
 
-    Nothing is written before all is built, so that a run that cannot start leaves no folder.
+    Nothing is written until everything is built, so a run that cannot start leaves no folder.
     """
     accelerator = build.accelerator(config.run, config.out, config.model.chunk_size)
     folder = RunFolder(config.out)
@@ -126,10 +126,10 @@ def run_training(config: Config, stop: Stop) -> int:
         batch_size=config.evaluate.batch_size,
         workers=config.data.workers,
     )
-    # a run shorter than log_every logs its last step
+    # a run shorter than log_every still logs its last step
     log_every = min(config.run.log_every, config.steps)
     jobs: list[tuple[int, Job]] = [(log_every, report)]
-    # evaluated before it is saved: a run that goes on from a checkpoint has all lines up to it
+    # Evaluate before saving: the log then has every result up to the checkpoint it resumes from.
     if config.run.evaluate_every:
         jobs.append((config.run.evaluate_every, evaluate))
     jobs.append((config.run.checkpoint_every, save))
@@ -159,7 +159,7 @@ def run_training(config: Config, stop: Stop) -> int:
         raise ValueError(f"step {step}: {error}, {where}") from None
 
     save(state.progress, {})
-    # all is saved: from here on a signal may end the process at once
+    # everything is saved; from here on a signal may end the process immediately
     stop.end()
     stopped = state.feed.stopped and state.progress.step < config.steps
     if not stopped:
@@ -175,13 +175,13 @@ def run_training(config: Config, stop: Stop) -> int:
 def write_bad_batch(
     catalog: Catalog | None, error: NonFiniteError, step: int, folder: RunFolder
 ) -> str:
-    """Write `bad_batch.json`: all ranks' pairs of the batch that ended the run.
+    """Write `bad_batch.json`, which lists all pairs of the global batch that ended the run.
 
-    Every rank must call. Returns the end of an error message: where to look.
+    Every rank must call. Returns the end of the error message, which says where to look.
 
     Args:
-        catalog: of the training data, for the pairs' names; None for a stream, whose pairs have
-            numbers only.
+        catalog: the catalog of the training data, for the names of pairs; None for streamed data,
+            whose pairs have only numbers.
     """
     index = error.index.cpu()
     # JSON has no NaN and no infinity
@@ -202,13 +202,13 @@ def write_bad_batch(
         path.write_text(json.dumps(content, indent=2) + "\n")
     broken = [number for rank in ranks for number in rank["not_finite"]]
     everyone = [number for rank in ranks for number in rank["index"]]
-    # if all features are finite, any pair may be at fault
+    # if all features are finite, any pair of the batch may be the cause
     first = (broken or everyone)[:8]
     return f"or look at the pairs with index {first} …: {path} names all of that batch"
 
 
 def names_of(catalog: Catalog, index: Tensor) -> list[str]:
-    """Names of pairs, `shard:key`, by their numbers."""
+    """The names (`shard:key`) of pairs, given their numbers."""
     numbers = catalog.index
     order = numbers.argsort()
     found = numbers.searchsorted(index.numpy(), sorter=order)
@@ -218,18 +218,21 @@ def names_of(catalog: Catalog, index: Tensor) -> list[str]:
 def start_trackers(accelerator: Accelerator, config: str) -> None:
     """Start TensorBoard and the like, or warn.
 
-    A tracker that cannot start (no login, no network) costs its curves, not the run: metrics.jsonl
-    has the same numbers.
+    A tracker that cannot start (no login, no network) does not end the run: metrics.jsonl has the
+    same numbers.
     """
     try:
         accelerator.init_trackers("clipsmall", config={"run": config})
     except Exception as error:
-        # each tracker has exceptions of its own
-        print(f"warning: trackers not started ({error}); metrics.jsonl goes on", file=sys.stderr)
+        # every tracker raises its own exception types
+        print(
+            f"warning: trackers not started ({error}); metrics.jsonl is still written",
+            file=sys.stderr,
+        )
 
 
 def print_description(config: Config, state: RunState) -> None:
-    """Print the opening lines: what trains on what, and options that will have no effect."""
+    """Print the opening lines: model, data, batch, and options that have no effect."""
     size = config.data.batch_size
     trainable = sum(p.numel() for p in state.model.parameters() if p.requires_grad)
     ranks = world.size()
@@ -265,7 +268,7 @@ def print_description(config: Config, state: RunState) -> None:
 def print_summary(
     state: RunState, skips: Skips, bad_steps: int, folder: RunFolder, stopped: bool
 ) -> None:
-    """Print the closing lines: how far the run came, what was skipped, where the results are."""
+    """Print the closing lines: pairs seen, skipped pairs and steps, and the results folder."""
     if skips.total:
         print(f"replaced by other pairs, as they could not be read: {skips}", file=sys.stderr)
     if bad_steps:
@@ -290,10 +293,10 @@ def main(words: list[str] | None = None) -> int:
         except OSError as error:
             if not error.errno:
                 raise ValueError(str(error)) from error
-            # a full disk in the middle of a file gives no name
+            # when the disk is full in the middle of a file, the error has no file name
             file = error.filename or config.out
             raise ValueError(
-                f"{file}: {error.strerror}; once repaired, continue with --resume=auto"
+                f"{file}: {error.strerror}; fix this, then continue with --resume=auto"
             ) from error
     except ValueError as error:
         refuse(error)

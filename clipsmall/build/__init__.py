@@ -1,1 +1,1 @@
-"""Builds the objects of a run; a builder takes its section of the config and plain values."""
+"""Builders of a run's objects; each takes its own config section and plain values."""

@@ -1,4 +1,4 @@
-"""Builds the features of frozen towers: computed once per shard, then read instead of raw data."""
+"""Cached features of frozen towers: computed once per shard, then read instead of raw data."""
 
 import sys
 from dataclasses import dataclass
@@ -36,15 +36,15 @@ def cacheable_towers(
     augmented: bool,
     reads_tokens: bool,
 ) -> list[str]:
-    """Frozen towers (`image`, `text`) with unaugmented input: their features can be cached.
+    """The towers (`image`, `text`) whose features can be cached: frozen, with unaugmented input.
 
-    None if the cache is off, if pairs have no numbers to file features under, or if no pair comes
-    twice in the run, so that a cache would save nothing.
+    Empty if the cache is off, if pairs have no stable numbers, or if no pair is seen twice in the
+    run, so that a cache would save nothing.
 
     Args:
-        steps: of the whole run.
+        steps: number of steps of the whole run.
         augmented: whether images are cropped at random.
-        reads_tokens: whether a head needs the token ids, which features would stand in place of.
+        reads_tokens: whether a head needs token ids, which cached text features would replace.
     """
     if not tune.cache or data.catalog is None or steps <= data.per_epoch:
         return []
@@ -72,14 +72,14 @@ def frozen_features(
     workers: int,
     max_pixels: int,
 ) -> dict[str, Features]:
-    """Features of these towers, by tower. Every rank must call.
+    """The cached features of the given towers, by tower. Every rank must call.
 
-    Files that are there and whole are read; every rank computes some of the missing shards.
+    Complete files are read; the shards that lack one are divided among the ranks and computed.
 
     Args:
-        towers: as `cacheable_towers` finds them; the model has its final weights already.
-        folder: to write to; "" = next to the shards.
-        batch_size: images or captions that go through a tower at a time.
+        towers: the result of `cacheable_towers`; their weights must already be the final ones.
+        folder: where the features are written; "" = next to the shards.
+        batch_size: images or captions encoded at a time.
         workers: loader processes per rank.
         max_pixels: larger images count as unreadable.
 
@@ -88,8 +88,7 @@ def frozen_features(
     """
     found = {}
     encoder = Encoder(
-        # an Encoder calls encode_image and encode_text, and reads the spec: all that TowerOutputs
-        # has
+        # TowerOutputs has all that an Encoder uses: encode_image, encode_text and the spec
         TowerOutputs(model),  # type: ignore[arg-type]
         loaded.tokenize,
         accelerator.device,
@@ -105,14 +104,14 @@ def frozen_features(
 
 
 def tower_features(tower: str, digest: str, folder: Path | None, maker: "FeatureMaker") -> Features:
-    """The features of one tower over all shards, with missing files computed first."""
+    """The features of one tower over all shards; missing files are computed first."""
     shards = maker.catalog.shards
     files = [feature_file(shard, tower, digest, folder) for shard in shards]
     missing = []
     for number, (file, shard) in enumerate(zip(files, shards, strict=True)):
         if not usable(file, shard, digest):
             missing.append(number)
-    # all ranks have looked before one of them writes: so all divide the same list
+    # every rank lists the missing files before any rank writes, so all divide the same list
     world.barrier()
     mine = missing[world.rank() :: world.size()]
     for number in tqdm(mine, desc=f"{tower} features", disable=world.rank() > 0):
@@ -129,9 +128,9 @@ def tower_features(tower: str, digest: str, folder: Path | None, maker: "Feature
 
 
 def load_towers_of(folder: Path, model: DualEncoder) -> None:
-    """Give the model the weights of a checkpoint, ahead of the rest of a resumed run's state.
+    """Load the weights of a checkpoint, before the rest of a resumed run's state.
 
-    A rebuilt model has fresh weights until then, and features must be those of the trained ones.
+    A rebuilt model starts with fresh weights, but features must come from the trained ones.
 
     Raises:
         CheckpointError: the checkpoint holds a model of another size.
@@ -143,7 +142,7 @@ def load_towers_of(folder: Path, model: DualEncoder) -> None:
 
 
 class TowerOutputs(nn.Module):
-    """A dual encoder whose features are its towers' outputs, which training goes on from."""
+    """A dual encoder whose features are the raw outputs of its towers, as training needs them."""
 
     def __init__(self, model: DualEncoder) -> None:
         super().__init__()
@@ -159,10 +158,10 @@ class TowerOutputs(nn.Module):
 
 @dataclass
 class FeatureMaker:
-    """Computes the features of one shard after another, on this rank independently of others.
+    """Computes features shard by shard, on this rank and without exchange with other ranks.
 
-    `images` and `texts` return what `write_features` takes: (m, D) features, and (n + 1,) offsets,
-    where row i of the shard's index has the features `first[i] : first[i + 1]`.
+    `images` and `texts` return the arguments of `write_features`: (m, D) features and (n + 1,)
+    offsets `first`; the features of row i of the shard's index are `first[i] : first[i + 1]`.
     """
 
     catalog: Catalog
@@ -170,7 +169,7 @@ class FeatureMaker:
     accelerator: Accelerator
 
     def images(self, shard: int) -> tuple[Tensor, Tensor]:
-        """One feature per image; NaN for those that are left out or cannot be read."""
+        """One feature per image; NaN for an image that is left out or cannot be read."""
         rows, total = self._index_rows(shard)
         with self.accelerator.autocast():
             made, readable = encode_shard_images(self.encoder, self.catalog, shard)
@@ -191,9 +190,9 @@ class FeatureMaker:
         return features, first
 
     def _index_rows(self, shard: int) -> tuple[Tensor, int]:
-        """The rows of a shard's index that hold its good pairs, and how many rows it has.
+        """The rows of a shard's index that hold usable pairs, and the number of all its rows.
 
-        They differ where the index knows pairs that are bad: a catalog leaves them out.
+        The catalog leaves out the other rows, whose pairs the index marks as bad.
         """
         table = read_index(self.catalog.shards[shard], ["status"])
         return torch.from_numpy(good_rows(table)), len(table)
@@ -202,8 +201,9 @@ class FeatureMaker:
 def tower_digest(
     tower: str, loaded: Loaded, model: DualEncoder, precision: str, max_pixels: int
 ) -> str:
-    """A digest of all that features depend on: weights, layers, preprocessing, precision."""
-    # a sentence with capitals, a number, an accent and punctuation stands for the tokenizer
+    """A digest of everything the features depend on: weights, layers, preprocessing, precision."""
+    # The tokenizer enters the digest by its output for one sentence with capitals, a number, an
+    # accent and punctuation.
     probe = (
         loaded.tokenize(["A photo of 2 cats, é!"]).tolist()
         if tower == "text"
@@ -213,7 +213,7 @@ def tower_digest(
     for name, tensor in model.towers.state_dict().items():
         if model.towers.locate(name).tower == tower:
             weights[name] = tensor
-    # modules, too: an activation function has no weights
+    # modules as well as weights, because activation functions have no weights
     layers = (
         (name, part)
         for name, part in model.towers.named_modules()

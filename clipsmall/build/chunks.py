@@ -1,4 +1,4 @@
-"""Builds two ways to save activation memory: chunks of a batch, and activation checkpointing."""
+"""Sets up the two ways to save activation memory: chunks and activation checkpointing."""
 
 from typing import Literal
 
@@ -12,7 +12,7 @@ from clipsmall.model.dual_encoder import DualEncoder, frozen
 from clipsmall.model.towers import Loaded
 from clipsmall.training import fsdp
 
-# bytes that the loss needs in addition: two tiles of 4,096 x 8,192 in float32, with masks
+# bytes of memory for the loss: two tiles of 4,096 x 8,192 in float32, with masks
 LOSS_BYTES = 512 << 20
 
 
@@ -24,33 +24,35 @@ def chunk_size(
     loaded: Loaded,
     model: DualEncoder,
 ) -> int:
-    """Pairs that go through the towers at a time; 0 = all of a rank's pairs at once.
+    """Number of pairs encoded at a time; 0 = all of a rank's pairs at once.
 
     Args:
-        asked: model.chunk_size. `auto` finds the most that a GPU holds by trying forward and
-            backward passes; all ranks take the smallest answer.
-        rows: pairs of a rank.
-        parts: parts of a batch that naive accumulation compares within themselves; 1 = the whole.
+        asked: model.chunk_size. `auto` finds the largest chunk that fits the GPU by trying forward
+            and backward passes; all ranks use the smallest result.
+        rows: pairs per rank.
+        parts: number of parts into which naive accumulation cuts the batch; 1 = no accumulation.
 
     Raises:
-        ValueError: BatchNorm, whose statistics would be a chunk's; or not even one pair fits.
+        ValueError: the model has BatchNorm, whose statistics would be those of a chunk; or not
+            even one pair fits.
     """
     norms = trains_batch_norm(model)
     given = asked
     if not given and parts > 1 and not norms:
-        # who accumulates has memory for a part of the batch only
+        # with accumulation, a part of the batch has to fit, not all of it
         given = rows // parts
     if given and norms:
         raise ValueError(
-            "model.chunk_size: this model has BatchNorm, which would see a chunk for the batch; "
-            "take one with LayerNorm (a ViT, a ConvNeXt), or model.chunk_size=0"
+            "model.chunk_size: this model has BatchNorm, whose statistics would be those of a "
+            "chunk; use a model with LayerNorm (a ViT, a ConvNeXt), or model.chunk_size=0"
         )
     if given != "auto":
         return given
     if accelerator.device.type != "cuda":
-        # a host starts to swap where a GPU refuses: a try would answer nothing
+        # a CPU host swaps instead of running out of memory, so trying tells nothing
         return 0
-    # DDP moves all of a rank's pixels to the GPU before the forward pass; one GPU takes a chunk's
+    # DDP moves all of a rank's pixels to the GPU before the forward pass; a single GPU moves them
+    # chunk by chunk
     waiting = rows if world.size() > 1 else 0
     largest = largest_chunk(rows, lambda size: fits(size, accelerator, loaded, model, waiting))
     # 0 = all fit at once
@@ -60,8 +62,8 @@ def chunk_size(
 
 
 def trains_batch_norm(model: DualEncoder) -> bool:
-    """Whether the towers have a BatchNorm layer that computes statistics of its batch."""
-    # the base class of all of torch's, synchronised ones included
+    """Whether the towers have a BatchNorm layer that computes batch statistics."""
+    # the base class of all BatchNorm layers in torch, SyncBatchNorm included
     kind = torch.nn.modules.batchnorm._BatchNorm
     return any(isinstance(part, kind) and not frozen(part) for part in model.towers.modules())
 
@@ -74,23 +76,23 @@ def checkpoint_blocks(
     loaded: Loaded,
     model: DualEncoder,
 ) -> None:
-    """Turn activation checkpointing on if it is asked for, on all ranks alike.
+    """Turn activation checkpointing on if the config asks for it; all ranks decide alike.
 
-    `auto` turns it on where a rank's pairs do not fit a GPU at once and no chunks are asked for:
+    `auto` turns it on if a rank's pairs do not fit the GPU at once and model.chunk_size is 0:
     chunks cost as much time and save more memory.
 
     Args:
         asked: model.checkpoint_activations.
         chunk_size: model.chunk_size.
-        rows: pairs of a rank.
+        rows: pairs per rank.
 
     Raises:
-        ValueError: asked of towers that cannot.
+        ValueError: these towers do not support activation checkpointing.
     """
     on_gpu = accelerator.device.type == "cuda"
     if asked == "auto" and on_gpu and not chunk_size and loaded.towers.can_checkpoint:
-        # Towers that FSDP will shard are still whole here, so nothing can be tried; who shards
-        # them is short of memory.
+        # Towers that FSDP will shard are still whole here, so nothing can be tried; with FSDP
+        # memory is assumed to be short.
         short = fsdp.asked() or not fits(rows, accelerator, loaded, model)
         asked = bool(world.max_over_ranks(torch.tensor(float(short), device=accelerator.device)))
     if asked is True:
@@ -101,12 +103,12 @@ def checkpoint_blocks(
 def fits(
     size: int, accelerator: Accelerator, loaded: Loaded, model: DualEncoder, waiting: int = 0
 ) -> bool:
-    """Whether a forward and backward pass of `size` pairs fits the GPU, tried out.
+    """Try whether a forward and backward pass over `size` pairs fits the GPU.
 
-    Memory for what else a step holds is allocated first: the optimizer's moments, DDP's copy of
-    the gradients, the loss, and the pixels of `waiting` pairs. The model is left as it was.
+    The other memory of a step is allocated first: the optimizer's moments, DDP's copy of the
+    gradients, the loss, and the pixels of `waiting` pairs. The model is left unchanged.
     """
-    # BatchNorm counts every batch it sees, this one of zeros, too
+    # the trial batch of zeros changes BatchNorm's running statistics: restore them
     kept = [buffer.clone() for buffer in model.buffers()]
     try:
         try_step(size, accelerator, loaded, model, waiting)
@@ -123,7 +125,7 @@ def fits(
 def try_step(
     size: int, accelerator: Accelerator, loaded: Loaded, model: DualEncoder, waiting: int
 ) -> None:
-    """One pass as in `fits`. Raises torch.OutOfMemoryError."""
+    """One forward and backward pass for `fits`. Raises torch.OutOfMemoryError."""
     device = accelerator.device
     side = loaded.spec.size
     # AdamW keeps two moments of each weight; DDP copies the gradients into buckets

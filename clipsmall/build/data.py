@@ -1,4 +1,4 @@
-"""Builds the training data: indexed local shards in an exact order, or a stream without one."""
+"""Builds the training data: indexed local shards in an exact order, or a stream."""
 
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
@@ -27,33 +27,33 @@ from clipsmall.data.preprocess import ImageSpec, ImageTransform
 from clipsmall.distributed import world
 from clipsmall.model.towers import Loaded
 
-# numbers of global batches -> this rank's slices of them
+# maps numbers of global batches to this rank's slices of them
 ReadBatches = Callable[[range], Iterable[LoadedBatch]]
-# a stream never ends: pairs of its data set, and batches of an epoch
+# stands for the number of pairs, and of batches per epoch, of an endless stream
 ENDLESS = 10**9
 
 
 class TrainingData(Protocol):
-    """What a run trains on."""
+    """The training data of a run."""
 
-    # identifies shards and plan: a resumed run must find the same
+    # identifies shards and plan; it must be the same when a run is resumed
     fingerprint: str
     # one phrase for the opening lines
     description: str
     pairs: int
-    # batches until a pair may come again
+    # batches per epoch; only after an epoch may a pair come again
     per_epoch: int
-    # (n,) ascending `index` of all pairs; None where they are not known beforehand
+    # (n,) `index` of all pairs, ascending; None if they are not known beforehand
     ids: Tensor | None
-    # `image` or `text` -> a frozen tower's features, read in place of pixels or tokens
+    # by tower, `image` or `text`: cached features, read in place of pixels or tokens
     features: dict[str, Features]
 
     @property
     def catalog(self) -> Catalog | None:
-        """None where pairs have no numbers of their own."""
+        """The catalog of all pairs; None if pairs have no stable numbers."""
 
     def captions(self) -> Iterator[str]:
-        """Every training caption, for vocabularies. Raises ValueError where they cannot be had."""
+        """Every training caption, to learn a vocabulary. Raises ValueError for streamed data."""
 
     def reader(self, loaded: Loaded, pin: bool, hash_images: bool = False) -> ReadBatches:
         """A function that reads this rank's slices of global batches.
@@ -61,9 +61,9 @@ class TrainingData(Protocol):
         Batches are numbered from the start of the run, over all epochs.
 
         Args:
-            loaded: towers, whose image size and tokenizer the batches are made for.
-            pin: put batches into page-locked memory, from which a GPU copies faster.
-            hash_images: also hash each image, so that mining can tell copies.
+            loaded: the towers; batches get their image size and tokenizer.
+            pin: put batches into pinned memory, from which a GPU copies faster.
+            hash_images: also hash each image, so that mining can recognise copies.
         """
 
 
@@ -71,7 +71,7 @@ def training_data(data: DataSection, seed: int) -> TrainingData:
     """The training data of a run; its order depends on `seed`.
 
     Raises:
-        ValueError: no shards, no index, fewer pairs than a batch, or a plan for other shards.
+        ValueError: no shards, no index, fewer pairs than a batch, or a plan made for other shards.
     """
     if data.streaming:
         return StreamedData(data, seed)
@@ -79,7 +79,7 @@ def training_data(data: DataSection, seed: int) -> TrainingData:
 
 
 class IndexedData:
-    """Local shards with an index: every pair has a number, and a run's order is exact."""
+    """Local shards with an index: every pair has a number, and the order is reproducible."""
 
     def __init__(self, data: DataSection, seed: int) -> None:
         self.data = data
@@ -99,7 +99,8 @@ class IndexedData:
 
         bad = self.catalog.left_out
         known_bad = f" ({sum(bad.values())} known to be bad are left out: {bad})" if bad else ""
-        # an epoch's last pairs that fill no batch are not lost: each epoch is shuffled differently
+        # the last pairs of an epoch that do not fill a batch are not lost: every epoch has another
+        # order
         waiting = f" and {rest} pairs that wait for another epoch" if rest else ""
         self.description = (
             f"{self.pairs:,} pairs in {len(self.catalog.shards)} shards{known_bad}{planned}"
@@ -128,7 +129,7 @@ class IndexedData:
 
 
 class StreamedData:
-    """Shards that are only read from front to back, remote ones, too: no exact order or resume."""
+    """Local or remote shards read from front to back: no reproducible order, no exact resume."""
 
     catalog = None
     fingerprint = "streaming"
@@ -145,8 +146,8 @@ class StreamedData:
 
     def captions(self) -> Iterator[str]:
         raise ValueError(
-            "data.streaming: our own towers learn their vocabulary from indexed shards; "
-            "name another model"
+            "data.streaming: clipsmall's small towers learn their vocabulary from indexed shards; "
+            "choose another model"
         )
 
     def reader(self, loaded: Loaded, pin: bool, hash_images: bool = False) -> ReadBatches:
@@ -162,7 +163,7 @@ class StreamedData:
         )
 
         def read(numbers: range) -> Iterable[LoadedBatch]:
-            # a stream cannot skip to a batch: the number only seeds its random order
+            # a stream cannot skip to a batch; the number only seeds its random order
             dataset.start = numbers.start
             endless = batch_loader(dataset, None, self.data.workers, pin=pin)
             return islice(endless, len(numbers))
@@ -171,5 +172,5 @@ class StreamedData:
 
 
 def image_transform(data: DataSection, spec: ImageSpec) -> ImageTransform:
-    """Resizing and cropping for a tower's input, with the augmentation that the run asks for."""
+    """Resizing and cropping for an image tower, with the run's augmentation."""
     return ImageTransform(spec, data.crop_scale, data.max_pixels)

@@ -1,4 +1,4 @@
-"""Builds the jobs: the side work of a run, which every rank calls at the same step."""
+"""Builds the jobs of a run (saving, evaluation), which every rank calls at the same step."""
 
 import time
 from collections.abc import Callable
@@ -22,9 +22,9 @@ from clipsmall.training.state import RunState
 
 
 def evaluation_requests(section: EvaluateSection) -> list[TaskRequest]:
-    """Everything that the run evaluates, with its data sets opened.
+    """All evaluations of the run, with their data sets opened.
 
-    Before training, so that a missing shard or a wrong option shows at once, not hours later.
+    Called before training, so that a missing shard or a wrong option shows at once.
 
     Raises:
         ValueError: no such task or option, or a data set that cannot be opened.
@@ -45,9 +45,9 @@ def evaluation_requests(section: EvaluateSection) -> list[TaskRequest]:
             only_captioned=task.matches == "captions",
         )
         if task.learns:
-            # opened, or refused if there are no training images
+            # opens the labelled training images; an error if there are none
             assert len(data.training)
-        # a class without an image is no reason to end a run
+        # a class without images must not end a training run
         options = option_values(**each.options, empty_classes=True)
         found += requests(data, [each.task], options)
     return found
@@ -77,7 +77,7 @@ def save_job(
 
     Args:
         resumed: the checkpoint that the run continues from.
-        keep: how many checkpoints stay.
+        keep: number of checkpoints to keep.
     """
     ours = resumed is not None and folder.holds(resumed)
     saved = {state.progress.step} if ours else set[int]()
@@ -100,19 +100,19 @@ def evaluate_job(
     batch_size: int,
     workers: int,
 ) -> Callable[[Progress, Any], None]:
-    """A job that measures all results, at most once per step.
+    """A job that runs all evaluations, at most once per step.
 
-    It writes their files and one line in metrics.jsonl, and prints a table.
+    It writes the result files and one line in metrics.jsonl, and prints a table.
 
     Args:
-        asked: what `evaluation_requests` returns.
-        model_name: of the model in file names.
-        batch_size: images or captions that go through a tower at a time.
-        workers: processes of each rank that decode images.
+        asked: the result of `evaluation_requests`.
+        model_name: name of the model in file names.
+        batch_size: images or captions encoded at a time.
+        workers: image-decoding processes per rank.
     """
     device = state.accelerator.device
     encoder = Encoder(state.model, state.loaded.tokenize, device, batch_size, workers)
-    # agreed on by all ranks: a job that some of them skip would leave the others waiting
+    # all ranks must agree: if some skipped the job, the others would wait for them
     last = torch.tensor(folder.last_evaluation(), device=device)
     done = {int(world.max_over_ranks(last))}
     is_main = state.accelerator.is_main_process
@@ -141,7 +141,7 @@ def evaluate_job(
 
 
 def _measured(encoder: Encoder, asked: list[TaskRequest]) -> list[Result]:
-    """The results of the model as it is now; tasks in a row on one data set share its features."""
+    """Results with the current weights; consecutive tasks on one data set share its features."""
     results = []
     view: DataView | None = None
     for request in asked:

@@ -525,7 +525,7 @@ def test_a_full_disk_is_told_and_spoils_nothing(
         train.main([*config(glyphs, out), "--resume=auto"])
     assert left.value.code == 2
     assert (
-        f"\nerror: {out}: No space left on device; once repaired, continue with"
+        f"\nerror: {out}: No space left on device; fix this, then continue with"
         in capsys.readouterr().err
     )
     assert {path: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
