@@ -1,4 +1,4 @@
-"""Builds the batches of a run: as the data has them, or mined."""
+"""Builds the batches of a run: in the order of the data, or mined."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -23,15 +23,15 @@ from clipsmall.mining.scored_pairs import select_scored
 from clipsmall.model.dual_encoder import DualEncoder
 from clipsmall.model.towers import Loaded
 
-# mutually hard pairs in a batch of the method `groups`, with mining.group=auto; measured in
+# group size of the method `groups` with mining.group=auto; measured in
 # docs/pages/guides/mining.md
 GROUP = 4
 
 
 class PlainBatches:
-    """The batches of the data's own order, from the one after `progress` to the run's last.
+    """The run's batches after `progress`, in the order of the data.
 
-    `progress` is read when iteration starts: a resumed run knows it only then.
+    `progress` is read when iteration starts, because a resumed run has not loaded it before.
     """
 
     def __init__(self, read: ReadBatches, progress: Progress, steps: int) -> None:
@@ -59,13 +59,13 @@ def batches(
     """This rank's slices of the run's batches after `progress`.
 
     Args:
-        batch_size: pairs of a step over all ranks.
-        steps: of the whole run.
-        objective_weights: `softmax` or `sigmoid`, how the run's objective weighs negatives.
+        batch_size: pairs per step, over all ranks.
+        steps: number of steps of the whole run.
+        objective_weights: `softmax` or `sigmoid`, how the run's objective weights negatives.
 
     Raises:
-        ValueError: groups that do not fit the method or the batch, a run too short for a pool, or
-            no scores where the method needs them.
+        ValueError: the group size does not fit the method or the batch, the run is too short for
+            a pool, or the method needs scores and there are none.
     """
     on_gpu = accelerator.device.type == "cuda"
     if mining.method == "none":
@@ -76,7 +76,7 @@ def batches(
         score_pairs,
         encoder,
         accelerator,
-        # as many at a time as training has on the device
+        # as many pairs at a time as in training
         encoder.chunk_size or batch_size // world.size(),
         bool(loaded.description.get("relative_bias")),
     )
@@ -84,14 +84,14 @@ def batches(
     if recipe.method == "learnability":
         reference = reference_scores(mining.reference, data.catalog)
     return MinedBatches(
-        # a pool stays in ordinary memory; its batches are pinned as they are handed out
+        # a pool stays in ordinary memory; its batches are pinned when they are returned
         data.reader(loaded, pin=False, hash_images=True),
         stretches,
         score,
         recipe,
         seed,
         progress,
-        # a stream does not bring the pairs of a plan again
+        # after a restart, a stream does not deliver the pairs of a saved plan again
         keep_plans=data.catalog is not None,
         reference=reference,
         pin=on_gpu,
@@ -99,18 +99,18 @@ def batches(
 
 
 def fixed_mining_options(mining: MiningSection) -> tuple[str, ...]:
-    """Options that a resumed run cannot change, in addition to those of every run.
+    """Options that a resumed run with mining cannot change, in addition to those of every run.
 
-    Pools lie at fractions of a run's length, so a mined run cannot be made longer.
+    Pools are placed at fractions of the run's length, so a mined run cannot be made longer.
     """
     return ("mining.method",) if mining.method == "none" else ("mining", "optim.pairs")
 
 
 def mining_recipe(mining: MiningSection, batch_size: int, objective_weights: str) -> MiningRecipe:
-    """How pools are turned into batches; `auto` options are decided here.
+    """How pools are turned into batches, with the `auto` options resolved.
 
     Raises:
-        ValueError: groups for a method that selects whole batches.
+        ValueError: a group size is set for a method that selects whole batches.
     """
     group = group_size(mining, batch_size)
     if group and mining.method in SELECTIONS:
@@ -131,12 +131,12 @@ def mining_recipe(mining: MiningSection, batch_size: int, objective_weights: str
 
 
 def group_size(mining: MiningSection, batch_size: int) -> int:
-    """Pairs of a group; 0 = the whole batch is one group."""
+    """Number of pairs in a group; 0 = the whole batch is one group."""
     if mining.group != "auto":
         return mining.group
     if mining.method != "groups":
         return 0
-    # a batch is cut into equal groups: fewer pairs where GROUP does not divide it
+    # a batch is cut into equal groups; they are smaller if GROUP does not divide the batch
     for size in (GROUP, 3, 2):
         if batch_size % size == 0:
             return size
@@ -151,7 +151,7 @@ def mined_stretches(
     Raises:
         ValueError: not one pool fits into the run.
     """
-    # a selection needs batches that it can drop, an arrangement two to move pairs between
+    # a selection must be able to drop a batch; other methods move pairs between two batches
     least = math.ceil(1 / mining.keep) if recipe.method in SELECTIONS else 2
     pool = max(mining.pool // recipe.batch_size, least)
     plan = Schedule(
@@ -166,34 +166,34 @@ def mined_stretches(
     stretches = plan.stretches()
     if not any(stretch.pool for stretch in stretches):
         raise ValueError(
-            f"mining: no pool of {plan.pool} batches, {plan.kept} of them trained on, and the "
-            f"plain ones that mining.fraction={plan.fraction} asks for fit between the fractions "
-            f"{plan.start} and {plan.end} of {plan.steps} steps, and into an epoch of "
-            f"{plan.per_epoch} batches: take a smaller mining.pool, a larger fraction, or a "
-            "longer run"
+            f"mining: not one pool of {plan.pool} batches ({plan.kept} of them trained on), with "
+            f"the plain batches that mining.fraction={plan.fraction} asks for, fits between the "
+            f"fractions {plan.start} and {plan.end} of {plan.steps} steps and into an epoch of "
+            f"{plan.per_epoch} batches: take a smaller mining.pool, a larger mining.fraction, or "
+            "a longer run"
         )
     return stretches
 
 
 def reference_scores(folder: str, catalog: Catalog | None) -> Callable[[Identity], ScoredPairs]:
-    """A function that finds pairs, by their numbers, as the reference model sees them.
+    """A function that looks up the reference model's embeddings of pairs, by their numbers.
 
     Args:
-        folder: of the score sidecars; "" = next to the shards.
+        folder: folder of the score sidecars; "" = next to the shards.
 
     Raises:
-        ValueError: streamed pairs have no numbers; a shard or a pair has no scores.
+        ValueError: the data is streamed (no pair numbers), or a shard or a pair has no scores.
     """
     if catalog is None:
         raise ValueError(
             "mining.method=learnability looks scores up by a pair's number, "
-            "which streamed pairs lack"
+            "which streamed pairs do not have"
         )
     scores = all_scores(catalog, Path(folder) if folder else None)
     if missing := len(catalog) - len(scores.row):
         raise ValueError(
             f"{missing} of {len(catalog)} pairs have no scores, as their images could not be read: "
-            "have them left out with data_tools.check_shards --decode"
+            "run data_tools.check_shards --decode, which leaves such pairs out"
         )
     numbers = catalog.index[scores.row]
     order = np.argsort(numbers)
@@ -214,13 +214,13 @@ def score_pairs(
     relative_bias: bool,
     pairs: Pairs,
 ) -> PoolView:
-    """Pairs as the model sees them now: in eval mode and the run's precision.
+    """Embed pairs with the current weights, in eval mode and in the run's precision.
 
-    The model is left as it was: same mode, and no random numbers are drawn.
+    The model's mode is restored afterwards, and no random numbers are drawn.
 
     Args:
-        rows: pairs that go through the towers at a time.
-        relative_bias: the model's bias is in units of its scale.
+        rows: pairs encoded at a time.
+        relative_bias: whether logit_bias is in units of logit_scale.
     """
     training = encoder.training
     encoder.eval()

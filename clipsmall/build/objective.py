@@ -1,6 +1,6 @@
-"""Build the objective of a run: the losses, the heads they need, and how columns are gathered.
+"""Builds the objective of a run: the losses, the heads they need, and how columns are gathered.
 
-Whatever depends on a particular objective is asked of its `ObjectiveSpec`, never of its name.
+Whatever is specific to one objective comes from its `ObjectiveSpec`; no name is tested here.
 """
 
 from collections.abc import Callable
@@ -24,17 +24,17 @@ from clipsmall.objectives.options import FOR_ALL, Options, given_to_heads
 def context_of_run(
     loaded: Loaded, ids: Tensor | None, *, batch_size: int, steps: int, seed: int
 ) -> RunContext:
-    """Facts of the run for heads and objectives with a memory.
+    """Facts about the run for heads and stateful objectives.
 
     Args:
         loaded: the towers.
-        ids: (n,) ascending `index` of all training pairs; None for a stream.
-        batch_size: pairs that are compared with one another, over all ranks.
-        steps: times that the objective is called in the whole run.
-        seed: of the run.
+        ids: (n,) `index` of all training pairs, ascending; None for streamed data.
+        batch_size: pairs compared with one another, over all ranks.
+        steps: number of calls of the objective in the whole run.
+        seed: seed of the run.
     """
     embeddings = [part for part in loaded.towers.modules() if isinstance(part, nn.Embedding)]
-    # the largest table is that of tokens; positions are fewer
+    # the largest embedding table is that of the tokens; there are fewer positions
     vocabulary = max((part.num_embeddings for part in embeddings), default=0)
     return RunContext(
         width=width(loaded),
@@ -49,7 +49,7 @@ def context_of_run(
 
 @torch.no_grad()
 def width(loaded: Loaded) -> int:
-    """D of the embeddings, found by running the text tower on one word."""
+    """D, the width of the embeddings, found by running the text tower on one word."""
     towers = loaded.towers
     training = towers.training
 
@@ -60,21 +60,18 @@ def width(loaded: Loaded) -> int:
     return embedding.shape[1]
 
 
-# ---- what the mix asks for
-
-
 def specs(section: ObjectiveSection) -> list[ObjectiveSpec]:
-    """The specs of the mix, in its order."""
+    """The specs of the objectives in the mix, in order."""
     return [OBJECTIVES[name] for name in section.mix]
 
 
 def objective_options(section: ObjectiveSection, spec: ObjectiveSpec) -> Options:
-    """The values of the section that an objective reads."""
+    """The config values of an objective's options."""
     return section.options(spec.section)
 
 
 def used_sections(section: ObjectiveSection) -> tuple[str, ...]:
-    """The sections of the config that this run's loss depends on."""
+    """The config sections that this run's loss depends on."""
     used = {spec.section for spec in specs(section)}
     queue = section.queue
     if queue != "none":
@@ -85,7 +82,7 @@ def used_sections(section: ObjectiveSection) -> tuple[str, ...]:
 
 
 def without_effect(section: ObjectiveSection) -> list[str]:
-    """Sections that were changed for an objective or a queue that this run does not have."""
+    """Sections set in the config whose objective or queue this run does not use."""
     used = used_sections(section)
     defaults = type(section)()
 
@@ -100,10 +97,10 @@ def without_effect(section: ObjectiveSection) -> list[str]:
 
 
 def head_options(section: ObjectiveSection) -> dict[str, dict[str, Any]]:
-    """The heads that the objectives of the mix and the queue ask for, with their options.
+    """The heads that the objectives and the queue need, with their options.
 
     Raises:
-        ValueError: two of them ask for one head with different options.
+        ValueError: two of them need the same head with different options.
     """
     asked = []
     for spec in specs(section):
@@ -116,8 +113,8 @@ def head_options(section: ObjectiveSection) -> dict[str, dict[str, Any]]:
             known = heads.setdefault(name, its)
             if known != its:
                 raise ValueError(
-                    f"objective: two of {section.title} ask for {name}, with {known} and "
-                    f"{its}; give them the same options"
+                    f"objective: two parts of {section.title} need the head {name}, with {known} "
+                    f"and with {its}; give both the same options"
                 )
     return heads
 
@@ -128,15 +125,15 @@ def heads(section: ObjectiveSection, context: RunContext) -> dict[str, nn.Module
 
 
 def reads_token_ids(section: ObjectiveSection) -> bool:
-    """Whether a head needs the token ids of every pair, so cached text features do not suffice."""
+    """Whether a head needs every pair's token ids, so that cached text features are not enough."""
     return any(HEADS[name].reads_token_ids for name in head_options(section))
 
 
 def retrieval_head(section: ObjectiveSection) -> str:
-    """The head that retrieval goes through; "" if an objective matches the towers' own features.
+    """The head whose outputs are used for retrieval; "" = the towers' own features.
 
     Raises:
-        ValueError: the objectives match different heads, and nothing in common.
+        ValueError: the objectives align the outputs of different heads.
     """
     matched = set()
     for spec in specs(section):
@@ -146,33 +143,30 @@ def retrieval_head(section: ObjectiveSection) -> str:
 
     if len(matched) > 1 and "" not in matched:
         raise ValueError(
-            f"objective.name: {section.title} aligns {' and '.join(sorted(matched))}, and "
-            "nothing to retrieve by; add an objective that aligns the towers' own features, such "
-            "as softmax"
+            f"objective.name: {section.title} aligns {' and '.join(sorted(matched))}, but "
+            "no common embedding for retrieval; add an objective that aligns the towers' own "
+            "features, such as softmax"
         )
     return matched.pop() if len(matched) == 1 else ""
 
 
 def least_batch(section: ObjectiveSection) -> int:
-    """The smallest batch that the options of the mix allow."""
+    """The smallest batch size that the options of the mix allow."""
     return max(spec.least_batch(objective_options(section, spec)) for spec in specs(section))
 
 
 def mining_weights(section: ObjectiveSection) -> str:
-    """How mining weighs negatives by default: as the first objective of the mix does."""
+    """Mining's default weights of negatives: those of the first objective in the mix."""
     return specs(section)[0].mining_weights
 
 
-# ---- scale and bias
-
-
 def learns_scale(section: ObjectiveSection) -> bool:
-    """Whether an objective of the mix learns the scale."""
+    """Whether an objective in the mix learns logit_scale."""
     return any(_learns_scale(section, spec) for spec in specs(section))
 
 
 def learns_bias(section: ObjectiveSection) -> bool:
-    """Whether an objective of the mix learns the bias."""
+    """Whether an objective in the mix learns logit_bias."""
     return any(spec.bias is not None for spec in specs(section))
 
 
@@ -181,16 +175,16 @@ def _learns_scale(section: ObjectiveSection, spec: ObjectiveSpec) -> bool:
 
 
 def relative_bias(section: ObjectiveSection) -> bool:
-    """Whether the bias is in units of the scale."""
+    """Whether logit_bias is in units of logit_scale."""
     return any(spec.relative_bias(objective_options(section, spec)) for spec in specs(section))
 
 
 def initial_scale(section: ObjectiveSection, given: float | str, loaded: Loaded) -> float:
-    """logit_scale at the start.
+    """Initial logit_scale.
 
     Args:
-        given: model.logit_scale; "auto" takes the scale the weights were trained with, else that of
-            the first objective that learns one.
+        given: model.logit_scale; "auto" is the scale that the weights were trained with, or for
+            fresh weights the initial scale of the first objective that learns one.
     """
     if not isinstance(given, str):
         return given
@@ -209,11 +203,11 @@ def initial_bias(
     context: RunContext,
     scale: float,
 ) -> float:
-    """logit_bias at the start, in units of the scale where the objective wants that.
+    """Initial logit_bias, in units of logit_scale if the objective defines it so.
 
     Args:
-        given: model.logit_bias, taken as it is; "auto" as in `initial_scale`.
-        scale: logit_scale at the start.
+        given: model.logit_bias; a number is used unchanged, "auto" works as in `initial_scale`.
+        scale: initial logit_scale.
     """
     if not isinstance(given, str):
         return given
@@ -227,21 +221,18 @@ def initial_bias(
     return bias / scale if relative_bias(section) else bias
 
 
-# ---- the objective itself
-
-
 def objective_of_mix(
     section: ObjectiveSection, context: RunContext, *, pairs: int, accumulate: int = 1
 ) -> Callable[..., dict[str, Tensor]]:
-    """One objective, or several by weight, with their options, and the queue around them.
+    """One objective, or a weighted sum of several, with their options and the queue, if any.
 
     Args:
-        pairs: of the whole run, optim.pairs.
-        accumulate: parts of a batch that are compared within themselves.
+        pairs: samples seen in the whole run, optim.pairs.
+        accumulate: number of parts that the batch is cut into, each compared only within itself.
 
     Raises:
-        ValueError: none of them trains both towers; one needs all columns at once in a ring; a
-            queue, or accumulation, that does not fit.
+        ValueError: no objective trains both towers; one does not work with exchange=ring; or the
+            queue or the accumulation does not fit.
     """
     _refuse_ring(section)
     _refuse_one_tower(section)
@@ -252,7 +243,7 @@ def objective_of_mix(
         built[name] = _built(section, OBJECTIVES[name], context)
 
     whole = build_queue.queued(section, built, context, pairs)
-    # there is no queue
+    # no queue
     if whole is None:
         whole = build_queue.joined(mix, built)
 
@@ -265,7 +256,7 @@ def objective_of_mix(
 def _built(
     section: ObjectiveSection, spec: ObjectiveSpec, context: RunContext
 ) -> Callable[..., Any]:
-    """One objective of the mix, with its options."""
+    """One objective of the mix, built with its options."""
     given = dict(objective_options(section, spec))
     given[FOR_ALL] = section.mask_duplicates
     taken = spec.taken(given)
@@ -297,30 +288,31 @@ def _refuse_one_tower(section: ObjectiveSection) -> None:
 
 
 def _refuse_accumulation(section: ObjectiveSection, batch_size: int, parts: int) -> None:
-    """Raises ValueError where naive accumulation cannot compare parts within themselves.
+    """Raises ValueError where naive accumulation is impossible.
 
-    A rank's pairs cannot be cut so, or something would see the whole batch all the same.
+    Either a rank's pairs cannot be cut into that many parts, or the run uses something that needs
+    the whole batch.
     """
     local = batch_size // world.size()
     if local % parts:
         raise ValueError(f"optim.accumulate={parts} does not divide the {local} pairs of a rank")
     if section.queue != "none" or head_options(section):
         raise ValueError(
-            "optim.accumulate is a baseline for objectives that need nothing but pairs; "
-            f"{section.title} asks for more: take model.chunk_size, which gives the whole "
-            "batch's gradient"
+            "optim.accumulate is a baseline for objectives without heads, queue or memory; "
+            f"{section.title} needs more: use model.chunk_size, which gives the gradient of the "
+            "whole batch"
         )
 
 
 def columns_of_exchange(exchange: str) -> Callable[[Embeddings], Embeddings]:
-    """How the embeddings of all ranks come to my rows: `objective.exchange`."""
+    """The function that exchanges embeddings between ranks, chosen by `objective.exchange`."""
     known = {
         "gather": world.gathered_columns,
         "ring": world.ring_columns,
         "host": world.host_columns,
     }
     if exchange == "host":
-        # a backward pass over two devices runs in two threads, and ranks would start their
-        # collectives in different orders; one thread keeps the order of the forward pass
+        # A backward pass over two devices uses two threads, so ranks could start collectives in
+        # different orders. A single thread keeps the order of the forward pass.
         torch.autograd.set_multithreading_enabled(False)
     return known[exchange]

@@ -1,6 +1,6 @@
-"""Build the queue around an objective: its size, and what it asks of the model.
+"""Builds the queue of an objective: its size, and the heads it needs.
 
-Whatever depends on the kind of queue is asked of its `QueueSpec`, never of its name.
+Whatever is specific to one kind of queue comes from its `QueueSpec`; no name is tested here.
 """
 
 from collections.abc import Callable
@@ -17,27 +17,27 @@ from clipsmall.objectives.queued import LONGEST, InBatch, Queued
 
 
 def spec(section: ObjectiveSection) -> QueueSpec | None:
-    """Of the run's queue; None without one."""
+    """The spec of the run's queue; None without a queue."""
     return QUEUES.get(section.queue)
 
 
 def queue_options(section: ObjectiveSection) -> Options:
-    """The values of the queue's section; none without a queue."""
+    """The config values of the queue's options; empty without a queue."""
     if section.queue == "none":
         return {}
     return section.options(section.queue)
 
 
 def queue_size(section: ObjectiveSection, batch_size: int, pairs: int | None) -> int:
-    """K, the pairs a queue holds; 0 without one.
+    """K, the number of pairs in the queue; 0 without a queue.
 
-    `auto` is what the queue thinks best (see `queued.longest` for moco; 4 batches for xbm), at most
-    65,536 and the data set, a multiple of the batch.
+    `auto` depends on the kind of queue (moco: see `queued.longest`; xbm: 4 batches). It is a
+    multiple of the batch size, at most 65,536 and at most the size of the data set.
 
     Args:
         section: config.objective.
-        batch_size: over all ranks.
-        pairs: of the data set; None for a stream.
+        batch_size: pairs per step, over all ranks.
+        pairs: size of the data set; None for streamed data.
     """
     queue = spec(section)
     if queue is None:
@@ -53,9 +53,9 @@ def queue_size(section: ObjectiveSection, batch_size: int, pairs: int | None) ->
 
 
 def count_columns(section: ObjectiveSection, context: RunContext) -> int:
-    """How many columns a row meets, its own pair included, once a queue is full.
+    """Number of columns that a row is compared with, its positive included, with a full queue.
 
-    A queue that is used only later in the run does not count: this is for the start.
+    Used for initial values, so a queue that starts later in the run is not counted.
     """
     queue = spec(section)
     if queue is None or not queue.from_start:
@@ -63,31 +63,31 @@ def count_columns(section: ObjectiveSection, context: RunContext) -> int:
 
     pairs = None if context.ids is None else len(context.ids)
     queued = queue_size(section, context.batch_size, pairs)
-    # of the batch all pairs, or the row's own
+    # all pairs of the batch, or only the row's positive
     of_batch = context.batch_size if in_batch(section) else 1
     return queued + of_batch
 
 
 def in_batch(section: ObjectiveSection) -> bool:
-    """Whether the batch's other pairs are negatives beside a queue."""
+    """Whether the other pairs of the batch are negatives in addition to the queue."""
     return bool(queue_options(section).get("in_batch", True))
 
 
 def queue_description(objective: object) -> str:
-    """The queue in the opening line of a run; "" without one."""
+    """The phrase about the queue in the opening line of a run; "" without a queue."""
     return f", {objective.past.size:,} pairs in the queue" if isinstance(objective, Queued) else ""
 
 
 def warnings(
     section: ObjectiveSection, batch_size: int, *, fresh: bool, streaming: bool
 ) -> list[str]:
-    """What to say of a queue that will not do what it is there for.
+    """Warnings about a queue that is likely to work badly.
 
     Args:
         section: config.objective.
-        batch_size: over all ranks.
-        fresh: the weights have not been trained yet.
-        streaming: pairs come from a stream.
+        batch_size: pairs per step, over all ranks.
+        fresh: whether the weights are randomly initialised.
+        streaming: whether the data is streamed.
     """
     queue = spec(section)
     if queue is None:
@@ -95,15 +95,15 @@ def warnings(
     found = []
     if streaming:
         found.append(
-            "streamed pairs have no number of their own: a queue may hold older copies of a row's "
-            "pair"
+            "streamed pairs have no stable number: older copies of a row's own pair in the queue "
+            "are not recognised"
         )
     found.append(queue.warning(queue_options(section), batch_size, fresh))
     return [each for each in found if each]
 
 
 def queue_head_options(section: ObjectiveSection) -> dict[str, dict[str, Any]]:
-    """The heads that the queue asks for, with their options."""
+    """The heads that the queue needs, with their options."""
     queue = spec(section)
     return {} if queue is None else given_to_heads(queue.heads, queue_options(section))
 
@@ -111,10 +111,10 @@ def queue_head_options(section: ObjectiveSection) -> dict[str, dict[str, Any]]:
 def softened(
     section: ObjectiveSection, built: dict[str, Callable[..., Any]], context: RunContext
 ) -> dict[str, Callable[..., Any]]:
-    """The objectives of the mix, with soft targets if the queue's `alpha` asks for them.
+    """The objectives of the mix, with soft targets if the queue's `alpha` is above 0.
 
     Raises:
-        ValueError: no objective of the mix takes soft targets with its options.
+        ValueError: no objective of the mix supports soft targets with its options.
     """
     given = queue_options(section)
     alpha = given.get("alpha", 0.0)
@@ -128,7 +128,7 @@ def softened(
             replaced[name] = make(context, alpha, given["ramp"], section.mask_duplicates)
     if replaced == built:
         raise ValueError(
-            f"objective.{section.queue}.alpha: soft targets serve "
+            f"objective.{section.queue}.alpha: soft targets work with "
             f"{', '.join(_takers_of_soft_targets())} with default options, not "
             f"{section.title}"
         )
@@ -152,18 +152,18 @@ def queued(
     """The objectives of the mix with a queue around them; None if there is no queue.
 
     Args:
-        pairs: of the whole run, a fraction of which may pass before the queue is used.
+        pairs: samples seen in the whole run; the queue may be used only after a fraction of them.
 
     Raises:
-        ValueError: no objective of the mix takes more columns than the batch; columns that are not
-            gathered; negatives drawn from a batch that gives none.
+        ValueError: no objective of the mix supports a queue; objective.exchange is not gather; or
+            in_batch is false for an objective that needs negatives from the batch.
     """
     kind: Any = section.queue
     if kind == "none":
         return None
     _refuse(section)
 
-    # those that take no more columns than the batch compare within it all the same
+    # objectives without queue support compare within the batch only
     given: dict[str, Callable[..., Any]] = {}
     for name, each in softened(section, built, context).items():
         takes_more = OBJECTIVES[name].queue
@@ -187,7 +187,7 @@ def _refuse(section: ObjectiveSection) -> None:
         takers = ", ".join(name for name, each in OBJECTIVES.items() if each.queue)
         raise ValueError(
             f"objective.queue={section.queue}: {', '.join(section.mix)} compares exactly the "
-            f"batch; a queue serves {takers}, or a mix with one of them"
+            f"batch; a queue works with {takers}, or a mix with one of them"
         )
     if not in_batch(section):
         for name in section.mix:
@@ -204,7 +204,7 @@ def _refuse(section: ObjectiveSection) -> None:
 def joined(
     mix: dict[str, float], built: dict[str, Callable[..., Any]]
 ) -> Callable[..., dict[str, Tensor]]:
-    """One objective as it is, several by weight."""
+    """A single objective unchanged; several as a weighted sum."""
     weights = list(mix.values())
     if weights == [1.0]:
         return next(iter(built.values()))

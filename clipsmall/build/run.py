@@ -1,4 +1,4 @@
-"""Builds a run from its whole config: hands every other builder its section and plain values."""
+"""Builds a run from its config: calls every other builder with its section and plain values."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -33,11 +33,11 @@ from clipsmall.training.state import RunState
 def run_state(
     config: Config, accelerator: Accelerator, resumed: Path | None, stop: Stop
 ) -> tuple[torch.nn.Module, RunState]:
-    """The model as Accelerate wraps it, and all state of the run.
+    """The model as wrapped by Accelerate, and all state of the run.
 
     Args:
-        resumed: the checkpoint to continue from; None = a fresh run.
-        stop: how the run is asked to end.
+        resumed: the checkpoint to continue from; None = a new run.
+        stop: listens for signals that end the run.
     """
     set_seed(config.seed)
     device = accelerator.device
@@ -45,7 +45,7 @@ def run_state(
     data = training_data(config.data, config.seed)
     loaded = loaded_towers(config, data, resumed)
     context = run_context(config, loaded, data.ids)
-    # from_pretrained leaves towers in eval mode
+    # from_pretrained returns the towers in eval mode
     encoder = dual_encoder(config, loaded, context).to(device).train()
     save_memory(config, accelerator, loaded, encoder)
     losses = objective(config, context)
@@ -55,14 +55,14 @@ def run_state(
     batches = training_batches(config, data, loaded, encoder, accelerator, progress)
 
     encoder = synchronised(encoder)
-    # only now: what was tried out and cached above, each rank did by itself, with whole towers
+    # Shard only now: above, each rank tries sizes and computes cached features with whole towers.
     if fsdp.asked():
         fsdp.shard_towers(encoder, device)
     adamw = optimizer(config, encoder)
-    # before prepare_optimizer: LambdaLR wraps the step function that it finds
+    # before prepare_optimizer, because LambdaLR wraps the optimizer's step function
     schedule = scheduler(config, adamw)
-    # sharded towers average their gradients themselves: all that they need of Accelerate is
-    # autocast, as in evaluation mode
+    # Sharded towers average their gradients themselves and need only autocast from Accelerate,
+    # which is what evaluation_mode gives.
     model = accelerator.prepare_model(encoder, evaluation_mode=fsdp.asked())
     adamw = accelerator.prepare_optimizer(adamw)
     feed = Feed(
@@ -71,7 +71,7 @@ def run_state(
         stop,
         config.data.max_error_rate,
         data.pairs,
-        # towers that work in chunks fetch a chunk's images at a time
+        # with chunks, the model moves the images chunk by chunk
         images=not encoder.chunk_size,
     )
     state = RunState(
@@ -88,7 +88,7 @@ def run_state(
         data_description=data.description,
         fixed_options=fixed_options(config),
     )
-    # weights are equal on all ranks, but each draws dropout of its own
+    # initial weights are equal on all ranks, but dropout differs from rank to rank
     set_seed(config.seed + world.rank())
     if resumed is not None:
         state.load(resumed)
@@ -96,21 +96,21 @@ def run_state(
 
 
 def fixed_options(config: Config) -> tuple[str, ...]:
-    """What a resumed run must not change, beside what no run may."""
+    """Options that this run cannot change when resumed, in addition to FIXED_OPTIONS."""
     of_objective = build_objective.used_sections(config.objective)
     return of_objective + build_mining.fixed_mining_options(config.mining)
 
 
 def accelerator(run: RunSection, out: str, chunk_size: int | str) -> Accelerator:
-    """Devices and ranks.
+    """The Accelerator, with its device and ranks checked.
 
     Args:
         out: folder of the run, for trackers that write files.
-        chunk_size: model.chunk_size, to refuse what FSDP does not go with.
+        chunk_size: model.chunk_size, some values of which do not work with FSDP.
 
     Raises:
-        ValueError: a precision that the device lacks, ranks that are not joined, a tracker that is
-            not installed, or a launcher's setting that this loop does not follow.
+        ValueError: the device lacks the precision, the ranks are not one process group, a tracker
+            is not installed, or the launcher has a setting that this training loop ignores.
     """
     devices.check_kernels()
     gpu = torch.accelerator.is_available()
@@ -122,19 +122,19 @@ def accelerator(run: RunSection, out: str, chunk_size: int | str) -> Accelerator
         kwargs_handlers=[InitProcessGroupKwargs(timeout=world.PATIENCE)],
     )
     world.check_ranks(made.num_processes)
-    # Accelerate leaves out trackers that are not installed
+    # Accelerate silently drops trackers that are not installed
     available = {str(tracker) for tracker in made.log_with}
     for name in run.trackers:
         if name not in available:
             raise ValueError(
                 f"run.trackers: {name} is not installed; pip install 'clipsmall[{name}]'"
             )
-    # Accelerate would divide the loss by it, and this loop adds nothing up
+    # Accelerate would divide the loss by it, but this loop accumulates no gradients
     if made.gradient_accumulation_steps != 1:
         raise ValueError(
             f"gradient_accumulation_steps={made.gradient_accumulation_steps} of Accelerate: "
-            "leave it out; a large batch on a small device is model.chunk_size, "
-            "small batches added up are optim.accumulate"
+            "not supported; set model.chunk_size for a large batch on a small device, or "
+            "optim.accumulate for naive gradient accumulation"
         )
     if made.mixed_precision == "fp16" and not gpu:
         raise ValueError(
@@ -151,12 +151,12 @@ def accelerator(run: RunSection, out: str, chunk_size: int | str) -> Accelerator
 
 
 def resumed_folder(config: Config, folder: RunFolder, device: torch.device) -> Path | None:
-    """The checkpoint to continue from; None for a fresh run.
+    """The checkpoint to continue from; None for a new run.
 
-    `resume=auto` takes the newest good one of `folder`, and starts fresh if there is none yet.
+    `resume=auto` takes the newest complete checkpoint of `folder`, or starts anew if there is none.
 
     Raises:
-        CheckpointError: the named one is not whole, or none of those there is.
+        CheckpointError: the named checkpoint is incomplete, or every checkpoint in `folder` is.
         ValueError: ranks see different checkpoints.
     """
     if not config.resume:
@@ -165,7 +165,7 @@ def resumed_folder(config: Config, folder: RunFolder, device: torch.device) -> P
         checkpoint.verify(Path(config.resume))
         return Path(config.resume)
     found = checkpoint.newest(folder.checkpoints)
-    # a network disk may show some machines an older state
+    # on a network disk, some machines may still see an older state
     names = world.gather_bytes(str(found).encode(), device)
     if len(set(names)) > 1:
         listed = b", ".join(names).decode()
@@ -174,16 +174,16 @@ def resumed_folder(config: Config, folder: RunFolder, device: torch.device) -> P
 
 
 def loaded_towers(config: Config, data: TrainingData, resumed: Path | None) -> Loaded:
-    """The towers: of the checkpoint if the run continues (same vocabulary), else by name.
+    """The towers: those of the checkpoint (with its vocabulary) when resuming, else by name.
 
-    What of them trains, and how attention is computed, is set as the config says.
+    Also applies the config's choice of trainable parts and of the attention implementation.
     """
     if resumed is not None:
         loaded = tower_loading.rebuild(resumed)
     else:
         model = config.model
         loaded = tower_loading.load_towers(model.name, model.pretrained, data.captions)
-        # only trained weights have a scale: the model card names them as its base
+        # only trained weights have a scale; the model card names them as the base model
         if loaded.logit_scale is not None:
             loaded.description |= {"base": model.name, "pretrained": model.pretrained}
     build_tuning.tune(config.tune, loaded)
@@ -193,10 +193,10 @@ def loaded_towers(config: Config, data: TrainingData, resumed: Path | None) -> L
 
 
 def run_context(config: Config, loaded: Loaded, ids: Tensor | None) -> RunContext:
-    """Facts of the run for heads and objectives with a memory.
+    """Facts about the run for heads and stateful objectives.
 
     Args:
-        ids: (n,) ascending `index` of all training pairs; None for a stream.
+        ids: (n,) `index` of all training pairs, ascending; None for streamed data.
     """
     return build_objective.context_of_run(
         loaded,
@@ -208,7 +208,7 @@ def run_context(config: Config, loaded: Loaded, ids: Tensor | None) -> RunContex
 
 
 def objective(config: Config, context: RunContext) -> Callable[..., dict[str, Tensor]]:
-    """What the run minimises: one objective or a mix, and the queue around them."""
+    """The objective of the run: one or a weighted sum of several, with the queue, if any."""
     return build_objective.objective_of_mix(
         config.objective,
         context,
@@ -218,11 +218,11 @@ def objective(config: Config, context: RunContext) -> Callable[..., dict[str, Te
 
 
 def dual_encoder(config: Config, loaded: Loaded, context: RunContext) -> DualEncoder:
-    """Towers with the scale, bias and heads that the objective asks for."""
+    """The towers with the logit_scale, logit_bias and heads that the objective needs."""
     section = config.objective
     scale = build_objective.initial_scale(section, config.model.logit_scale, loaded)
     bias = build_objective.initial_bias(section, config.model.logit_bias, loaded, context, scale)
-    # a checkpoint says so, or nobody could evaluate it
+    # stored in the checkpoint, because evaluation needs it
     retrieval_head = build_objective.retrieval_head(section)
     if retrieval_head:
         loaded.description["retrieval"] = {
@@ -231,9 +231,9 @@ def dual_encoder(config: Config, loaded: Loaded, context: RunContext) -> DualEnc
             "options": build_objective.head_options(section)[retrieval_head],
         }
     if build_objective.relative_bias(section):
-        # in units of the scale: others want the product
+        # the bias is in units of the scale; other programs expect the product
         loaded.description["relative_bias"] = True
-    # SigLIP's are around 117
+    # SigLIP's trained scales are around 117
     largest = loaded.description.setdefault("largest_scale", max(100.0, scale))
     return DualEncoder(
         loaded.towers,
@@ -251,7 +251,7 @@ def dual_encoder(config: Config, loaded: Loaded, context: RunContext) -> DualEnc
 def save_memory(
     config: Config, accelerator: Accelerator, loaded: Loaded, encoder: DualEncoder
 ) -> None:
-    """Set up activation checkpointing and chunks, in this order: `auto` tries what is set up."""
+    """Set up activation checkpointing, then chunks, whose `auto` tries the model as it is then."""
     rows = config.data.batch_size // world.size()
     build_chunks.checkpoint_blocks(
         config.model.checkpoint_activations,
@@ -279,7 +279,7 @@ def cache_frozen_towers(
     accelerator: Accelerator,
     resumed: Path | None,
 ) -> None:
-    """Let the data deliver the features of towers that give the same ones in every epoch."""
+    """Make the data return cached features of towers whose outputs are the same in every epoch."""
     towers = build_cache.cacheable_towers(
         config.tune,
         data,
@@ -313,7 +313,7 @@ def training_batches(
     accelerator: Accelerator,
     progress: Progress,
 ) -> Iterable[LoadedBatch]:
-    """This rank's slices of the run's batches, in the data's order or mined."""
+    """This rank's slices of the run's batches, in the order of the data or mined."""
     return build_mining.batches(
         config.mining,
         data,
@@ -329,10 +329,10 @@ def training_batches(
 
 
 def synchronised(model: DualEncoder) -> DualEncoder:
-    """The model with BatchNorm over all ranks, as one process would compute it.
+    """The model with BatchNorm statistics over all ranks, as a single process would compute them.
 
     Raises:
-        ValueError: on CPU ranks, where torch cannot; with FSDP, where it is not tested.
+        ValueError: several CPU ranks, where torch has no SyncBatchNorm; or FSDP, which is untested.
     """
     kind = torch.nn.modules.batchnorm._BatchNorm
     norms = any(isinstance(part, kind) and not frozen(part) for part in model.modules())
@@ -340,12 +340,12 @@ def synchronised(model: DualEncoder) -> DualEncoder:
         return model
     if fsdp.asked():
         raise ValueError(
-            "this model has BatchNorm, which FSDP does not take here; launch without it"
+            "this model has BatchNorm, which is not supported with FSDP; launch without FSDP"
         )
     if not next(model.parameters()).is_cuda:
         raise ValueError(
-            "this model has BatchNorm, which several CPU ranks would each compute for themselves: "
-            "run one"
+            "this model has BatchNorm, which torch cannot synchronise over CPU ranks; start one "
+            "process"
         )
     convert = torch.nn.SyncBatchNorm.convert_sync_batchnorm
     model.towers = convert(model.towers)  # type: ignore[no-untyped-call]

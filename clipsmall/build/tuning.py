@@ -1,4 +1,4 @@
-"""What of the towers trains: all of it, adapters, the last blocks, or nothing."""
+"""Which parts of the towers train: everything, adapters, the last blocks, or nothing."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,14 +15,14 @@ from clipsmall.training.state import RunState
 
 
 def tune(options: TuneSection, loaded: Loaded) -> None:
-    """Put adapters into the towers, unless a checkpoint brought them, and say what trains.
+    """Insert adapters, unless a checkpoint has them already, and set which parameters train.
 
     Raises:
-        ValueError: adapters asked of towers that take none, or matching nothing; more blocks than a
-            tower has.
+        ValueError: the towers do not support adapters, the targets match nothing, or a tower has
+            fewer blocks than the config names.
     """
     towers = loaded.towers
-    # a checkpoint that the run continues has them already
+    # the towers of a resumed checkpoint have them already
     if "lora" in (options.image, options.text) and "lora" not in loaded.description:
         insert_adapters(options, loaded)
     blocks = block_counts(towers)
@@ -34,14 +34,14 @@ def tune(options: TuneSection, loaded: Loaded) -> None:
             )
     trained = []
     for name, parameter in towers.named_parameters():
-        # adapters always train, and what the library keeps frozen never does
+        # adapters always train; parameters that the library froze never do
         if not parameter.requires_grad or ".lora_" in name:
             continue
         parameter.requires_grad_(trains(options, towers.locate(name), blocks))
         if parameter.requires_grad:
             trained.append(name)
     if "lora" in loaded.description:
-        # what trains beside the adapters: an export of the adapters alone would lose it
+        # what trains besides the adapters; an export of only the adapters would lose it
         loaded.description["lora"]["others"] = trained
 
 
@@ -51,14 +51,14 @@ def block_counts(towers: Towers) -> dict[str, int]:
 
 
 def trains(options: TuneSection, where: Location, blocks: dict[str, int]) -> bool:
-    """Whether a parameter of a tower trains that is no adapter's.
+    """Whether a tower parameter that does not belong to an adapter trains.
 
     Args:
-        where: it stands.
-        blocks: of each tower.
+        where: location of the parameter.
+        blocks: number of blocks of each tower.
     """
     amount = options.image if where.tower == "image" else options.text
-    # a projection goes with its tower, unless the user says otherwise
+    # a projection trains with its tower, unless the config says otherwise
     if where.projection and options.projections != "auto":
         return options.projections
     if isinstance(amount, int):
@@ -67,10 +67,10 @@ def trains(options: TuneSection, where: Location, blocks: dict[str, int]) -> boo
 
 
 def insert_adapters(options: TuneSection, loaded: Loaded) -> None:
-    """Put adapters into the towers that ask for them, and note them for the checkpoint.
+    """Insert adapters into the towers set to `lora`, and record them for the checkpoint.
 
     Raises:
-        ValueError: these towers take none, or a tower has no module that the targets match.
+        ValueError: these towers do not support adapters, or the targets match no module of a tower.
     """
     towers = loaded.towers
     if towers.why_no_lora:
@@ -78,7 +78,7 @@ def insert_adapters(options: TuneSection, loaded: Loaded) -> None:
     asked = {tower for tower in ("image", "text") if getattr(options, tower) == "lora"}
     matched = set()
     names = []
-    # the targets may match modules of both towers, of which perhaps only one has adapters
+    # the targets may match modules of both towers, though only one may be set to lora
     for name in lora.targets(towers.adaptable, options.lora.targets, towers.locate):
         tower = towers.locate(f"{name}.").tower
         if tower in asked:
@@ -96,10 +96,10 @@ def insert_adapters(options: TuneSection, loaded: Loaded) -> None:
 
 
 def lr_scale(layer_decay: float, model: DualEncoder) -> Callable[[str], float]:
-    """Name of a parameter -> the factor of its learning rate.
+    """A function from a parameter's name to the factor of its learning rate.
 
     A block's rate is `layer_decay` times that of the block after it (ELECTRA, arXiv 2003.10555,
-    §A; BEiT, arXiv 2106.08254, §A); what follows the blocks, and what is no tower's, has 1.
+    §A; BEiT, arXiv 2106.08254, §A). Parameters after the blocks or outside the towers have 1.
     """
     towers: Towers = model.towers
     blocks = block_counts(towers)
@@ -116,29 +116,29 @@ def lr_scale(layer_decay: float, model: DualEncoder) -> Callable[[str], float]:
 
 
 def refuse_idle(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-    """Make the first step fail if a parameter that trains got no gradient.
+    """Make the first step fail if a trainable parameter got no gradient.
 
-    It would stay as it is for the whole run.
+    Such a parameter would not change during the whole run.
     """
 
     def look(*_: Any) -> None:
-        # one look is enough
+        # check the first step only
         handle.remove()
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         idle = [name for name, p in trained.items() if p.grad is None]
         if idle:
             raise ValueError(
-                f"{len(idle)} of {len(trained)} tensors that train got no gradient: "
+                f"{len(idle)} of {len(trained)} trainable tensors got no gradient: "
                 f"{', '.join(idle[:3])} …; freeze them (see tune; adapters: narrow "
-                "tune.lora.targets), or take an objective that reaches them"
+                "tune.lora.targets), or choose an objective that uses them"
             )
 
     handle = optimizer.register_step_pre_hook(look)
 
 
 def trained_parts(model: DualEncoder) -> list[str]:
-    """One line per part of the model: what trains, and how many of its parameters."""
-    # the towers first, whatever order their parameters have
+    """One line per part of the model: whether it trains, and how many parameters."""
+    # list the towers first, whatever the order of the parameters
     trained = {"image tower": 0, "text tower": 0}
     adapters = dict(trained)
     total = dict(trained)
@@ -162,7 +162,7 @@ def trained_parts(model: DualEncoder) -> list[str]:
 
 
 def _part(towers: Towers, name: str) -> str:
-    """The part of the model that a parameter belongs to: a tower, a head, or the scale or bias."""
+    """The part of the model that a parameter belongs to: a tower, a head, scale or bias."""
     if name.startswith("towers."):
         return f"{towers.locate(name.removeprefix('towers.')).tower} tower"
     if name.startswith("heads."):
@@ -179,7 +179,7 @@ def _mode(trained: int, adapters: int, total: int) -> str:
 
 
 def computation(state: RunState) -> str:
-    """How the model is computed, in words: precision, attention, activations, optimizer."""
+    """A line on how the model is computed: precision, attention, checkpointing, optimizer."""
     accelerator = state.accelerator
     precision = accelerator.mixed_precision
     if precision == "no":

@@ -37,9 +37,6 @@ MAX_WIDENING = 16
 Elementwise = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
-# ---- which entries count
-
-
 @dataclass(frozen=True)
 class Layout:
     """Which entries of the pair matrix count, and where its columns live.
@@ -81,9 +78,6 @@ class Layout:
         if self.keep_own:
             return out & ~is_own
         return out | is_own
-
-
-# ---- the walk over all tiles
 
 
 class Tile(NamedTuple):
@@ -153,9 +147,6 @@ def tiles(
                     if v is not None:
                         entries += v[j]
                     yield Tile(i, j, x[i], y_j, dy_j, entries)
-
-
-# ---- public sums
 
 
 class LogSums(NamedTuple):
@@ -255,9 +246,6 @@ def nearest(x: Tensor, y: Tensor, layout: Layout, u: Tensor | None = None) -> tu
         place[i] = torch.where(better, k, place[i])
 
     return best, place
-
-
-# ---- how they are differentiated
 
 
 def _add_log_sum(sums: Tensor, peaks: Tensor, entries: Tensor, spare: Tensor, dim: int) -> None:

@@ -28,9 +28,6 @@ PATIENCE = timedelta(hours=6)
 _single = False
 
 
-# ---- which rank this is
-
-
 def rank() -> int:
     """The number of this rank, from 0; 0 without torch.distributed."""
     if dist.is_initialized() and not _single:
@@ -92,9 +89,6 @@ def leave() -> None:
     """End the process group, if there is one; torch warns of a leak otherwise."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-# ---- gathering rows
 
 
 # its name since torch 2.14, where the older one warns at every call
@@ -183,9 +177,6 @@ def host_columns(rows: Embeddings) -> Embeddings:
     return gathered._replace(image=gathered.image.cpu(), text=gathered.text.cpu())
 
 
-# ---- sums, means and maxima over ranks
-
-
 class _DifferentiableSum(torch.autograd.Function):
     """Forward and backward: the sum over ranks."""
 
@@ -239,9 +230,6 @@ def logsumexp_over_ranks(x: Tensor) -> Tensor:
     return peak + sum_over_ranks((x - peak).exp()).log()
 
 
-# ---- the ring: every rank's rows in turn, never all at once
-
-
 def ring(x: Tensor, carried: Tensor | None = None) -> Iterator[tuple[int, Tensor, Tensor | None]]:
     """Every rank's rows in turn, local ones first, without ever holding all of them.
 
@@ -273,9 +261,6 @@ def _pass_on(x: Tensor) -> Tensor:
     for request in dist.batch_isend_irecv(exchange):
         request.wait()
     return received
-
-
-# ---- parameters split over ranks (FSDP2)
 
 
 def shard_parameters(parts: list[Any], passes: tuple[str, ...], device: torch.device) -> None:

@@ -182,8 +182,6 @@ def live_features(rows: Embeddings, columns: Embeddings) -> tuple[Tensor, Tensor
     return columns.image, columns.text
 
 
-# ---- what a run must know of a queue
-
 # largest size that auto chooses
 LONGEST = 65_536
 # batches of an xbm queue. From scratch on the glyphs at batch 32 (100,000 pairs, used after 0.3 of

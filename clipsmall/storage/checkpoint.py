@@ -31,9 +31,6 @@ class CheckpointError(ValueError):
     """A checkpoint cannot be used; the message names the folder and the file."""
 
 
-# ---- random generators
-
-
 def random_state(device: torch.device) -> dict[str, Any]:
     """All generators of this process, as JSON."""
     cuda = ""
@@ -69,9 +66,6 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *position))
 
 
-# ---- optimizer state as tensors and JSON
-
-
 def split_optimizer(state: dict[str, Any]) -> tuple[Tensors, dict[str, Any]]:
     """`optimizer.state_dict()` -> its tensors by `parameter.name`, and the rest, which is JSON."""
     tensors = Tensors()
@@ -96,9 +90,6 @@ def joined_optimizer(tensors: Tensors, rest: dict[str, Any]) -> dict[str, Any]:
         parameter, _, name = key.partition(".")
         state[int(parameter)][name] = value
     return {"state": state, "param_groups": rest["param_groups"]}
-
-
-# ---- folders
 
 
 def step_folder(checkpoints: Path, step: int) -> Path:
