@@ -290,15 +290,14 @@ def _refuse_one_tower(section: ObjectiveSection) -> None:
 def _refuse_accumulation(section: ObjectiveSection, batch_size: int, parts: int) -> None:
     """Raises ValueError where naive accumulation is impossible.
 
-    Either a rank's pairs cannot be cut into that many parts, or the run uses something that needs
-    the whole batch.
+    Either a rank's pairs cannot be cut into that many parts, or the run has a queue or heads.
     """
     local = batch_size // world.size()
     if local % parts:
         raise ValueError(f"optim.accumulate={parts} does not divide the {local} pairs of a rank")
     if section.queue != "none" or head_options(section):
         raise ValueError(
-            "optim.accumulate is a baseline for objectives without heads, queue or memory; "
+            "optim.accumulate is a baseline for objectives without heads or a queue; "
             f"{section.title} needs more: use model.chunk_size, which gives the gradient of the "
             "whole batch"
         )

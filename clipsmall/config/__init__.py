@@ -1,4 +1,4 @@
-"""What a run is: the config's schema, and how it is read from YAML and the command line."""
+"""The config of a run: its schema, and how it is read from YAML and the command line."""
 
 from clipsmall.config.schema import Config
 

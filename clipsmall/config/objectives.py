@@ -1,6 +1,6 @@
-"""The config's section `objective`: a mix by weight, and a section of options for each objective.
+"""The config section `objective`: objectives by weight, and a section of options for each.
 
-The options' names, defaults, ranges and help are declared by the objectives themselves, in
+Names, defaults, ranges and help of the options are declared by the objectives themselves, in
 `clipsmall.objectives`.
 """
 
@@ -12,7 +12,7 @@ from pydantic import Field, create_model, field_validator, model_validator
 from clipsmall.objectives import OBJECTIVES, QUEUES, SECTIONS
 from clipsmall.objectives.options import Section
 
-# types made of the dicts' keys; mypy cannot see these
+# These types are made from dict keys at run time, which mypy cannot follow.
 if TYPE_CHECKING:
     Name: TypeAlias = str
     Queue: TypeAlias = str
@@ -22,24 +22,24 @@ else:
 
 
 class ObjectiveChoice(Section):
-    """Which objectives, and what holds for all of them."""
+    """Which objectives to use, and the options common to all of them."""
 
     name: Name | dict[Name, float] = Field(
         "softmax", description=f"{', '.join(OBJECTIVES)}; or a mix {{softmax: 1, vicreg: 0.1}}"
     )
     mask_duplicates: bool = Field(
-        True, description="equal captions are no negatives; false = the papers' losses"
+        True, description="pairs with equal captions are no negatives; false = the papers' losses"
     )
-    queue: Queue = Field("none", description="pairs of former steps are columns, too")
+    queue: Queue = Field("none", description="compare with pairs of earlier steps, too")
     exchange: Literal["gather", "ring", "host"] = Field(
         "gather",
-        description="ring: no rank ever holds all embeddings; host: they lie in host memory",
+        description="ring: no rank holds all embeddings; host: they are kept in host memory",
     )
 
     @field_validator("name", mode="before")
     @classmethod
     def _known(cls, given: object) -> object:
-        """One clear line for a misspelt name, where pydantic reports every branch of the union."""
+        """Report a misspelt name in one line; pydantic would report every branch of the union."""
         names: list[Any] = []
         if isinstance(given, str):
             names = [given]
@@ -53,7 +53,7 @@ class ObjectiveChoice(Section):
     @model_validator(mode="before")
     @classmethod
     def _mixed(cls, given: object) -> object:
-        """Weights beside other options, and a list of names: say where they belong."""
+        """Refuse weights beside other options, and a list of names; say where weights belong."""
         named: list[Any] = []
         if isinstance(given, list):
             named = given
@@ -62,7 +62,7 @@ class ObjectiveChoice(Section):
                 if key in OBJECTIVES and not isinstance(value, dict | Section):
                     named.append(key)
         if named:
-            raise ValueError(f"a mix stands under name, as in name: {{{named[0]}: 1, vicreg: 0.1}}")
+            raise ValueError(f"give a mix under name, as in name: {{{named[0]}: 1, vicreg: 0.1}}")
         return given
 
     @model_validator(mode="after")
@@ -75,14 +75,14 @@ class ObjectiveChoice(Section):
 
     @property
     def mix(self) -> dict[str, float]:
-        """Weights by name; a single objective weighs 1."""
+        """Weights by name of objective; a single objective has weight 1."""
         if not isinstance(self.name, dict):
             return {self.name: 1.0}
         return dict(self.name)
 
     @property
     def title(self) -> str:
-        """The mix in words, as in "softmax + 0.1 vicreg, moco queue"."""
+        """The mix as text, such as "softmax + 0.1 vicreg, moco queue"."""
         parts = []
         for name, weight in self.mix.items():
             factor = "" if weight == 1 else f"{weight:g} "
@@ -94,11 +94,11 @@ class ObjectiveChoice(Section):
         return title
 
     def options(self, section: str) -> dict[str, Any]:
-        """The values of a section, by option."""
+        """The values of a section, by name of option."""
         return dict(getattr(self, section))
 
     def too_small(self, batch_size: int) -> str:
-        """Why a batch is too small for the options of the mix; "" if it is not."""
+        """Why the batch size is too small for the options of the mix; "" if it is not."""
         for name in self.mix:
             spec = OBJECTIVES[name]
             least = spec.least_batch(self.options(spec.section))
@@ -111,7 +111,7 @@ class ObjectiveChoice(Section):
 
 
 def unknown(name: object) -> str:
-    """What to say of a name that is no objective's."""
+    """The error message for an unknown objective."""
     if name in QUEUES:
         return f"{name} is a queue around an objective: objective.queue={name}"
 
@@ -125,9 +125,9 @@ def unknown(name: object) -> str:
 if TYPE_CHECKING:
 
     class ObjectiveSection(ObjectiveChoice):
-        """The choice, and one attribute per section of options."""
+        """The choice of objectives, and one attribute per section of options."""
 
-        # which sections there are, mypy cannot see: they are made of the objectives' signatures
+        # the sections are made from the objectives' signatures at run time, unseen by mypy
         def __getattr__(self, name: str) -> Any: ...
 
 else:

@@ -15,14 +15,14 @@ from clipsmall.storage.yaml_files import ConfigError, parse_yaml, read_yaml
 
 M = TypeVar("M", bound=BaseModel)
 
-# parts of a pydantic location that name a branch of a union, not a key of the user's
+# parts of a pydantic error location that name a branch of a union, not a config key
 UNION_BRANCHES = ("float", "literal['auto']")
-# of one error line: a wrong value may be a whole section
+# characters of an error line; a wrong value may be a whole section
 LONGEST_LINE = 300
 
 
 def lay_over(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`changes` over `base`, section by section; a mix of objectives (`name`) is one value."""
+    """Merge `changes` into `base` section by section; a mix of objectives (`name`) is one value."""
     merged = dict(base)
     for key, value in changes.items():
         old = merged.get(key)
@@ -33,7 +33,7 @@ def lay_over(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def spelled_out(tree: dict[str, Any]) -> dict[str, Any]:
-    """The short forms of `objective`, written in full.
+    """Write the short forms of `objective` in full.
 
     `objective: softmax` and `objective: {softmax: 1, vicreg: 0.1}` both mean
     `objective: {name: ...}`.
@@ -45,10 +45,10 @@ def spelled_out(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_mix(given: Any) -> bool:
-    """Whether this is a dict of numbers: weights by the objectives' names."""
+    """Whether this is a dict of numbers, such as weights by name of objective."""
     if not isinstance(given, dict) or not given:
         return False
-    # True is an int in Python, but no weight
+    # True is an int in Python, but not a weight
     return all(
         isinstance(weight, int | float) and not isinstance(weight, bool)
         for weight in given.values()
@@ -58,7 +58,7 @@ def is_mix(given: Any) -> bool:
 def refuse_one_weight(name: str, value: Any) -> None:
     """Raises ConfigError for an option that sets one weight of a mix.
 
-    With `--objective.name.vicreg=0.2` one would have to guess whether the other weights stay.
+    `--objective.name.vicreg=0.2` would not say whether the other weights are kept.
     """
     _, _, last = name.rpartition(".")
     names_objective = last in get_args(Name) and not isinstance(value, dict)
@@ -69,7 +69,7 @@ def refuse_one_weight(name: str, value: Any) -> None:
 
 
 def option_fields(model: type[BaseModel] = Config, prefix: str = "") -> dict[str, Any]:
-    """Every option as `section.field` -> its pydantic FieldInfo."""
+    """The pydantic FieldInfo of every option, by `section.field`."""
     found: dict[str, Any] = {}
     for name, info in model.model_fields.items():
         inner = info.annotation
@@ -81,25 +81,25 @@ def option_fields(model: type[BaseModel] = Config, prefix: str = "") -> dict[str
 
 
 def validated(tree: dict[str, Any]) -> Config:
-    """A tree as a Config. Raises ConfigError with one line for each thing wrong."""
+    """Nested dicts as a Config. Raises ConfigError, with one line per error."""
     return of_kind(Config, tree)
 
 
 def of_kind(kind: type[M], tree: dict[str, Any], where: str = "") -> M:
-    """A tree as one of our pydantic models.
+    """Nested dicts as a pydantic model of the given kind.
 
     Args:
-        where: the file it was read from; every line of an error begins with it.
+        where: the file that was read; every line of an error begins with it.
 
     Raises:
-        ConfigError: with one line for each thing wrong.
+        ConfigError: invalid values, with one line per error.
     """
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
         known = list(option_fields(kind))
         lines = [error_line(each, known) for each in error.errors()]
-        # a union reports the same fault once per branch
+        # a union reports the same error once per branch
         lines = list(dict.fromkeys(lines))
         if where:
             lines = [f"{where}: {line}" for line in lines]
@@ -107,9 +107,9 @@ def of_kind(kind: type[M], tree: dict[str, Any], where: str = "") -> M:
 
 
 def error_line(error: ErrorDetails, known: list[str]) -> str:
-    """One of pydantic's errors in one line, in terms of the user's keys."""
+    """One pydantic error as one line, in terms of config keys."""
     message = error["msg"].removeprefix("Value error, ")
-    # a rule about several fields of the whole config: the message names them
+    # a rule about several fields has no location; its message names the fields
     if not error["loc"]:
         return message
     parts = [str(part) for part in error["loc"] if part not in UNION_BRANCHES]
@@ -122,8 +122,8 @@ def error_line(error: ErrorDetails, known: list[str]) -> str:
 
 
 def suggestion(path: str, known: list[str]) -> str:
-    """`; did you mean ...?` with the nearest option, or nothing."""
-    # the right field in the wrong section is the likeliest mistake, then a misspelt name
+    """`; did you mean ...?` with the most similar option, or ""."""
+    # the most likely mistake is the right field in the wrong section, then a misspelt name
     _, _, leaf = path.rpartition(".")
     near = []
     for name in known:
@@ -146,24 +146,24 @@ def help_text() -> str:
 
 
 def default_text(info: Any) -> str:
-    """A field's default as one would write it in YAML."""
+    """A field's default, in YAML."""
     if info.is_required():
         return "required"
     if isinstance(info.default, BaseModel):
         return ""
     default = info.get_default(call_default_factory=True)
-    # YAML ends a plain scalar with a line of dots
+    # yaml.safe_dump writes a line of dots after a plain scalar
     return yaml.safe_dump(default, default_flow_style=True).split("\n")[0]
 
 
 def read(words: list[str]) -> Config:
-    """The config of a command line: files, then single options, which win.
+    """The config that a command line asks for: files, overridden by single options.
 
-    `--config FILE` may be given several times: later files are laid over earlier ones. Prints and
+    `--config FILE` may be given several times: later files override earlier ones. Prints and
     exits with code 0 on --help and --print_config.
 
     Raises:
-        ConfigError: unknown or ill-valued keys, all of them at once.
+        ConfigError: unknown keys or invalid values, all reported together.
     """
     known, rest = command_parser().parse_known_args(words)
     tree: dict[str, Any] = {}
@@ -179,12 +179,12 @@ def read(words: list[str]) -> Config:
 
 
 def command_parser() -> argparse.ArgumentParser:
-    """The options that are no part of the config itself."""
+    """The parser of the options that are not part of the config itself."""
     made = argparse.ArgumentParser(
         prog="clipsmall/train.py",
         epilog=help_text(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        # --conf must not mean --config: abbreviations would change meaning as options are added
+        # no abbreviations: their meaning would change when options are added
         allow_abbrev=False,
         description="Train a dual encoder.",
     )
@@ -193,7 +193,7 @@ def command_parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="FILE",
-        help="YAML file; may be given several times, later files win",
+        help="YAML file; may be given several times, later files override earlier ones",
     )
     made.add_argument(
         "--print_config",
@@ -204,10 +204,10 @@ def command_parser() -> argparse.ArgumentParser:
 
 
 def options_in_words(words: list[str]) -> list[tuple[str, Any]]:
-    """`--section.field=value` or `--section.field value` as pairs of name and parsed value.
+    """Parse `--section.field=value` or `--section.field value` into pairs of name and value.
 
     Raises:
-        ConfigError: a word that sets nothing, or a value that is not YAML.
+        ConfigError: a word that is not an option, or a value that is not YAML.
     """
     found = []
     left = list(words)
@@ -224,7 +224,7 @@ def options_in_words(words: list[str]) -> list[tuple[str, Any]]:
 
 
 def option_tree(name: str, value: Any) -> dict[str, Any]:
-    """`section.field` and its value as the tree that a YAML file would give."""
+    """`section.field` and its value as nested dicts, as a YAML file would give them."""
     if name == "objective":
         value = spelled_out({name: value})[name]
     elif name.startswith("objective."):
@@ -236,5 +236,5 @@ def option_tree(name: str, value: Any) -> dict[str, Any]:
 
 
 def config_yaml(config: Config) -> str:
-    """The whole resolved config as YAML, which `read` takes back."""
+    """The whole resolved config as YAML, which `read` can read again."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

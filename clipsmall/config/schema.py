@@ -19,17 +19,17 @@ Shards = Annotated[
 class ModelSection(Section):
     name: str = Field(
         "configs/towers/glyph.json",
-        description="a JSON file of our small towers, an open_clip model name, or the folder or "
-        "Hugging Face hub id of a CLIP or SigLIP",
+        description="a JSON file of clipsmall's small towers, an open_clip model name, or the folder "
+        "or Hugging Face hub id of a CLIP or SigLIP",
     )
     pretrained: str = Field(
         "",
-        description="weight tag of an open_clip model, as laion2b_s34b_b79k; "
+        description="weight tag of an open_clip model, such as laion2b_s34b_b79k; "
         "none = randomly initialised weights",
     )
     chunk_size: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
         0,
-        description="pairs that a rank passes through the towers at a time (GradCache: less "
+        description="pairs that a rank encodes at a time (GradCache: less "
         "memory, same gradient); 0 = all; auto = as many as fit the GPU",
     )
     attention: Literal["auto", "sdpa", "eager"] = Field(
@@ -44,13 +44,13 @@ class ModelSection(Section):
     )
     logit_scale: float | Literal["auto"] = Field(
         "auto",
-        description="initial factor of the cosines, 1/temperature (not its logarithm), 1 to 100; "
-        "auto = as the weights were trained, else the objective's",
+        description="initial logit scale, 1/temperature (not its logarithm), 1 to 100; auto = that of "
+        "the trained weights, else the objective's default",
     )
     logit_bias: float | Literal["auto"] = Field(
         "auto",
-        description="initial value added to every logit; auto = as the weights were trained, "
-        "else -log(negatives) for sigmoid and 0 for others",
+        description="initial value added to every logit; auto = that of the trained weights, else "
+        "-log(negatives) for sigmoid and 0 for others",
     )
 
     @model_validator(mode="after")
@@ -97,7 +97,7 @@ class DataSection(Section):
     )
     plan: str = Field(
         "",
-        description="file of batches composed beforehand by data_tools.mine_shards; "
+        description="file of batches made before training by data_tools.mine_shards; "
         "none = shuffled pairs",
     )
     streaming: bool = Field(
@@ -113,7 +113,7 @@ class LoraSection(Section):
         32, gt=0, description="scale of the adapters: their output is multiplied by alpha/rank"
     )
     dropout: float = Field(
-        0.0, ge=0, lt=1, description="dropout probability of the adapters' input"
+        0.0, ge=0, lt=1, description="dropout probability at the adapters' input"
     )
     targets: list[str] | str = Field(
         "auto",
@@ -122,7 +122,7 @@ class LoraSection(Section):
     )
     dora: bool = Field(
         False,
-        description="DoRA: also learn the length of each weight column (arXiv 2402.09353)",
+        description="DoRA: also learn the norm of each weight column (arXiv 2402.09353)",
     )
     rslora: bool = Field(
         False, description="scale by alpha/sqrt(rank) instead of alpha/rank (arXiv 2312.03732)"
@@ -159,11 +159,11 @@ class TuneSection(Section):
     lora: LoraSection = LoraSection()
     cache: bool = Field(
         True,
-        description="compute the features of a frozen tower once and read them from then on; "
+        description="compute the features of a frozen tower once, then read them from disk; "
         "only if its input is not augmented",
     )
     cache_folder: str = Field(
-        "", description="where these features are written; none = next to the shards"
+        "", description="folder for these cached features; none = next to the shards"
     )
 
 
@@ -174,20 +174,22 @@ class OptimSection(Section):
     lr: float = Field(1e-3, gt=0, description="highest learning rate of AdamW")
     lr_scaling: Literal["none", "sqrt"] = Field(
         "none",
-        description="none = lr as given; sqrt = lr is for batch 256 and grows with the square "
-        "root of the batch size",
+        description="none = lr as given; sqrt = lr is for batch size 256 and grows with the "
+        "square root of the batch size",
     )
     pairs: int = Field(
         300_000, ge=1, description="length of the run: pairs seen in training, over all ranks"
     )
     warmup_pairs: int = Field(
-        10_000, ge=0, description="pairs over which the learning rate rises at the start"
+        10_000, ge=0, description="warm-up: pairs over which the learning rate rises at the start"
     )
     weight_decay: float = Field(
-        0.1, ge=0, description="of weight matrices only; not of biases, norms and logit scale"
+        0.1,
+        ge=0,
+        description="of weight matrices only, not of biases, norms and logit scale",
     )
     betas: tuple[Beta, Beta] = Field((0.9, 0.98), description="AdamW's two momentum coefficients")
-    eps: float = Field(1e-8, gt=0, description="AdamW's term against division by zero")
+    eps: float = Field(1e-8, gt=0, description="AdamW's epsilon, added to the denominator")
     layer_decay: float = Field(
         1.0,
         gt=0,
@@ -195,7 +197,9 @@ class OptimSection(Section):
         description="learning rate of a block divided by that of the next one; 1 = equal rates",
     )
     clip: float = Field(
-        1.0, gt=0, description="gradients with a larger norm are scaled down to this norm"
+        1.0,
+        gt=0,
+        description="largest gradient norm; longer gradients are scaled down to it",
     )
     accumulate: int = Field(
         1,
@@ -210,7 +214,7 @@ class MiningSection(Section):
         "none", "groups", "chain", "kmeans", "spectral", "shuffled", "osgd", "learnability"
     ] = Field(
         "none",
-        description="how hard batches are composed from a pool of pairs: groups, chain, kmeans, "
+        description="how hard batches are made from a pool of pairs: groups, chain, kmeans, "
         "spectral; shuffled (a control); osgd and learnability select batches; none = off",
     )
     group: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
@@ -219,13 +223,13 @@ class MiningSection(Section):
         "batch; auto = 4 for groups, else 0",
     )
     pool: int = Field(
-        2048, ge=4, description="pairs that are scored and composed into batches together"
+        2048, ge=4, description="pairs in a pool, scored and made into batches together"
     )
     fraction: float = Field(
         1.0,
         gt=0,
         le=1,
-        description="fraction of mined batches; the others stay as they come",
+        description="fraction of batches that are mined; the others stay random",
     )
     start: float = Field(0.05, ge=0, lt=1, description="fraction of the run before mining starts")
     end: float = Field(
@@ -257,7 +261,10 @@ class MiningSection(Section):
         "1 = none do",
     )
     keep: float = Field(
-        0.1, gt=0, le=1, description="osgd, learnability: fraction of a pool that is trained on"
+        0.1,
+        gt=0,
+        le=1,
+        description="osgd, learnability: fraction of a pool's batches to train on",
     )
     weights: Literal["auto", "softmax", "sigmoid"] = Field(
         "auto",
@@ -282,27 +289,27 @@ class MiningSection(Section):
 class RunSection(Section):
     precision: Literal["auto", "fp32", "fp16", "bf16"] = Field(
         "auto",
-        description="of matrix products; auto = the launcher's setting, else the best that the "
-        "GPU has, and fp32 on a CPU",
+        description="precision of matrix products; auto = the launcher's setting, else the best that "
+        "the GPU has, and fp32 on a CPU",
     )
     log_every: int = Field(10, ge=1, description="steps between lines in metrics.jsonl")
     checkpoint_every: int = Field(500, ge=1, description="steps between checkpoints")
     max_bad_steps: int = Field(
         20,
         ge=1,
-        description="fp16: skipped steps in a row (gradient not finite) that end the run",
+        description="fp16: the run ends after this many skipped steps in a row (gradient not finite)",
     )
-    keep_checkpoints: int = Field(2, ge=2, description="newest checkpoints that are not deleted")
+    keep_checkpoints: int = Field(2, ge=2, description="number of newest checkpoints to keep")
     evaluate_every: int = Field(
         0, ge=0, description="steps between evaluations; 0 = only at the end"
     )
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
-        [], description="further places for the metrics: tensorboard, wandb, trackio"
+        [], description="trackers that also get the metrics: tensorboard, wandb, trackio"
     )
 
 
 class ZeroShotSection(Section):
-    name: str = Field(description="of the result")
+    name: str = Field(description="name of the result")
     data: Shards
     classes: str = Field(
         "captions", description="imagenet, captions, labels, or a file with one class per line"
@@ -311,35 +318,35 @@ class ZeroShotSection(Section):
         "plain", description="plain, simple, openai, or a file of lines with {c}"
     )
     label: str = Field(
-        "", description="json field of a pair's class; default: .cls member, else its caption"
+        "", description="json field with a pair's class; default: the .cls file, else the caption"
     )
 
 
 class RetrievalSection(Section):
-    name: str = Field(description="of the result")
+    name: str = Field(description="name of the result")
     data: Shards
 
 
 class TaskSection(Section):
     """Any task of `clipsmall.evaluate`; its options are further keys, such as `k: 5` of knn."""
 
-    # which options there are, the task knows
+    # the task checks its own options
     model_config = ConfigDict(extra="allow")
 
     task: str = Field(description="zero_shot, retrieval, knn, ...: see clipsmall.evaluate --help")
-    name: str = Field(description="of the data set in the result")
+    name: str = Field(description="name of the data set in the result")
     data: Shards
-    train: list[str] = Field([], description="shards of labelled images that knn and probes need")
+    train: list[str] = Field([], description="labelled training images for knn and probes")
     kind: Literal["", "retrieval", "multilabel"] = Field(
-        "", description="what the data set is made for; default: what it has"
+        "", description="what the data set is made for; default: what it contains"
     )
-    classes: str = Field("captions", description="as zero_shot has it")
-    templates: str = Field("plain", description="as zero_shot has it")
-    label: str = Field("", description="as zero_shot has it")
+    classes: str = Field("captions", description="as in zero_shot")
+    templates: str = Field("plain", description="as in zero_shot")
+    label: str = Field("", description="as in zero_shot")
 
     @property
     def options(self) -> dict[str, Any]:
-        """The keys that belong to the task."""
+        """The further keys, which are options of the task."""
         return dict(self.model_extra or {})
 
 
@@ -367,7 +374,10 @@ class Config(Section):
         "or a checkpoint's folder; none = start a new run",
     )
     seed: int = Field(
-        0, ge=0, lt=2**63, description="of initial weights, the order of pairs and dropout"
+        0,
+        ge=0,
+        lt=2**63,
+        description="seed of initial weights, the order of pairs and dropout",
     )
     data: DataSection
     model: ModelSection = ModelSection()
@@ -396,7 +406,7 @@ class Config(Section):
             )
         if self.mining.method != "none" and parts > 1:
             raise ValueError(
-                "mining makes whole batches hard, optim.accumulate compares parts of them: take one"
+                "mining makes whole batches hard, optim.accumulate compares parts of them: use one"
             )
         return self
 
@@ -421,10 +431,10 @@ class Config(Section):
 
     @property
     def compared(self) -> int:
-        """Pairs that are compared with one another: the batch, or a part of it."""
+        """Number of pairs compared with one another: the batch, or one part of it."""
         return self.data.batch_size // self.optim.accumulate
 
     @property
     def steps(self) -> int:
-        """Steps of the whole run."""
+        """Number of steps of the whole run."""
         return self.optim.pairs // self.data.batch_size

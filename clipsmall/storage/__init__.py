@@ -1,1 +1,1 @@
-"""What is written to disk: checkpoints, run folders and the locks that protect them."""
+"""Files on disk: checkpoints, run folders, and the locks that protect them."""

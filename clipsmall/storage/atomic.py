@@ -1,9 +1,9 @@
-"""Files and folders that appear whole under their name, or not at all.
+"""Atomic writes: a file or folder appears complete under its name, or not at all.
 
-Everything is written under a temporary name in the folder where it belongs, forced to the disk and
-then renamed, which file systems do in one step. A reader sees the old content or the new one, never
-half of it; an error removes what was begun. Only a killed process leaves something behind: a name
-that begins with `.tmp-`, which readers ignore and `sweep` deletes.
+Everything is written under a temporary name in the same folder, flushed to disk and then renamed,
+which file systems do in one step. A reader sees either the old or the new content. After an error
+the temporary file is removed. Only a killed process leaves one behind; its name begins with
+`.tmp-`, which readers ignore, and `sweep` deletes it.
 """
 
 import errno
@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 PREFIX = ".tmp-"
-# Of the final name, kept for whoever lists the folder. A name may have 255 bytes, a character 4.
+# Characters of the final name kept in the temporary one, for people who list the folder. A name
+# may have 255 bytes, and a character up to 4.
 NAME_CHARACTERS = 50
 
 
 def _temporary_name(path: Path) -> Path:
-    """A name beside `path` that no other process or call uses; it keeps the ending."""
+    """A unique name in the folder of `path`, with the same suffix."""
     unique = f"{PREFIX}{os.getpid()}-{secrets.token_hex(4)}-"
     return path.with_name(unique + path.name[-NAME_CHARACTERS:])
 
@@ -32,7 +33,7 @@ def _flush_to_disk(path: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # some network file systems cannot flush a folder; their names are safe once written
+        # some network file systems cannot flush a folder, but store names at once
         if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):
             raise
     finally:
@@ -43,10 +44,10 @@ def _flush_to_disk(path: Path) -> None:
 def new_file(path: Path) -> Iterator[Path]:
     """A temporary path to write to, which becomes `path` when the block ends without an error.
 
-    Folders above it are made. A file of that name is replaced; on an error it stays as it was.
+    Parent folders are created. An existing file is replaced, or kept unchanged after an error.
 
     Raises:
-        OSError: no room, or no right to write.
+        OSError: the disk is full, or the path is not writable.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary_name(path)
@@ -56,7 +57,7 @@ def new_file(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
         _flush_to_disk(path.parent)
     finally:
-        # the error that led here says more than one about the clearing up
+        # do not let an error during clean-up hide the original one
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
 
@@ -66,10 +67,10 @@ def new_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
     """An empty temporary folder to fill, which becomes `path` when the block ends without an error.
 
     Args:
-        overwrite: delete a folder of that name just before; else only an empty one is replaced.
+        overwrite: first delete an existing folder; else only an empty one may be replaced.
 
     Raises:
-        OSError: no room, no right to write, or a folder of that name that is not empty.
+        OSError: the disk is full, the path is not writable, or a non-empty folder exists there.
     """
     temporary = _temporary_name(path)
     try:
@@ -87,19 +88,19 @@ def new_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file of bytes, whole or not at all. Raises OSError."""
+    """Write a file of bytes atomically. Raises OSError."""
     with new_file(path) as temporary:
         temporary.write_bytes(data)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 file, whole or not at all. Raises OSError."""
+    """Write a UTF-8 file atomically. Raises OSError."""
     with new_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
-    """Write a value as JSON with a newline at its end, whole or not at all. Raises OSError."""
+    """Write a value as JSON with a final newline, atomically. Raises OSError."""
     write_text(path, json.dumps(value, indent=indent) + "\n")
 
 
@@ -109,7 +110,7 @@ def move(path: Path, to: Path) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Delete what killed processes left in a folder. No other process may be writing to it."""
+    """Delete the temporary files of killed processes. No other process may be writing there."""
     for leftover in folder.glob(f"{PREFIX}*"):
         if leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)

@@ -1,9 +1,9 @@
-"""Checkpoints: all state of a run in one folder of safetensors and JSON, complete or absent.
+"""Checkpoints: all state of a run in one folder of safetensors and JSON files, written atomically.
 
 A folder `step_00001234` holds weights (`model.safetensors`), optimizer and schedule
-(`optimizer.*`), objective memory (`objective.safetensors`), and in `state.json` the position in the
-data, Progress and every rank's random generators. `manifest.json` is written last, with size and
-sha256 of every other file; a folder gets its final name only after that.
+(`optimizer.*`), the objective's buffers (`objective.safetensors`), and in `state.json` the position
+in the data, Progress and every rank's random generators. `manifest.json` is written last, with size
+and sha256 of every other file. Only then does the folder get its final name.
 """
 
 import hashlib
@@ -32,11 +32,11 @@ class CheckpointError(ValueError):
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
-    """All generators of this process, as JSON."""
+    """The state of all random generators of this process, as JSON."""
     cuda = ""
     if device.type == "cuda":
         cuda = _as_hex(torch.cuda.get_rng_state(device))
-    # three more values: position in the keys, and a Gaussian number kept for later
+    # `position` holds three values: the position in the keys, and a stored Gaussian number
     kind, keys, *position = np.random.get_state(legacy=True)
     return {
         "torch": _as_hex(torch.get_rng_state()),
@@ -55,11 +55,11 @@ def _from_hex(text: str) -> Tensor:
 
 
 def set_random_state(state: dict[str, Any], device: torch.device) -> None:
-    """Set all generators of this process to a state that `random_state` returned."""
+    """Restore all random generators of this process to a state from `random_state`."""
     torch.set_rng_state(_from_hex(state["torch"]))
     if device.type == "cuda" and state["cuda"]:
         torch.cuda.set_rng_state(_from_hex(state["cuda"]), device)
-    # JSON has made lists of its tuples
+    # JSON turned the tuples into lists
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     kind, keys, *position = state["numpy"]
@@ -67,7 +67,7 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
 
 
 def split_optimizer(state: dict[str, Any]) -> tuple[Tensors, dict[str, Any]]:
-    """`optimizer.state_dict()` -> its tensors by `parameter.name`, and the rest, which is JSON."""
+    """Split `optimizer.state_dict()` into tensors by `parameter.name`, and the rest as JSON."""
     tensors = Tensors()
     rest = dict[str, dict[str, Any]]()
     for parameter, entries in state["state"].items():
@@ -83,7 +83,7 @@ def split_optimizer(state: dict[str, Any]) -> tuple[Tensors, dict[str, Any]]:
 def joined_optimizer(tensors: Tensors, rest: dict[str, Any]) -> dict[str, Any]:
     """The inverse of `split_optimizer`."""
     state = dict[int, dict[str, Any]]()
-    # JSON has made strings of the parameters' numbers
+    # JSON turned the parameters' numbers into strings
     for parameter, entries in rest["state"].items():
         state[int(parameter)] = dict(entries)
     for key, value in tensors.items():
@@ -93,7 +93,7 @@ def joined_optimizer(tensors: Tensors, rest: dict[str, Any]) -> dict[str, Any]:
 
 
 def step_folder(checkpoints: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies; names sort by step."""
+    """The folder of a step's checkpoint; the names sort by step."""
     return checkpoints / f"step_{step:08d}"
 
 
@@ -105,16 +105,16 @@ def _digest(path: Path) -> str:
 def save(
     folder: Path, tensors: dict[str, Tensors], state: dict[str, Any], extra: Callable[[Path], None]
 ) -> None:
-    """Write a checkpoint folder, whole or not at all.
+    """Write a checkpoint folder atomically.
 
     Args:
         folder: final name; an existing folder of that name is replaced.
-        tensors: file stem -> tensors; empty ones write no file.
-        state: JSON.
-        extra: writes further files into the folder it is given.
+        tensors: tensors by stem of the file; no file is written for an empty dict.
+        state: content of state.json.
+        extra: a function that writes further files into the folder it is given.
 
     Raises:
-        CheckpointError: no room, or no right to write; what was there before is untouched.
+        CheckpointError: the disk is full or not writable; existing checkpoints are unchanged.
     """
     try:
         with atomic.new_folder(folder, overwrite=True) as temporary:
@@ -123,19 +123,19 @@ def save(
                     _save_tensors(named, temporary / f"{stem}.safetensors")
             (temporary / "state.json").write_text(json.dumps(state))
             extra(temporary)
-            # last: it lists all others
+            # written last, because it lists all other files
             _write_manifest(temporary)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"{folder}: could not be written ({error}); those before it are whole: make room, "
-            "then --resume=auto"
+            f"{folder}: could not be written ({error}); earlier checkpoints are complete: free "
+            "some space, then continue with --resume=auto"
         ) from error
 
 
 def _save_tensors(named: Tensors, path: Path) -> None:
     whole = Tensors()
     for name, tensor in named.items():
-        # clone: tied weights share memory, which safetensors refuses
+        # clone, because safetensors refuses tied weights, which share memory
         whole[name] = tensor.detach().cpu().contiguous().clone()
     save_file(whole, path)
 
@@ -154,14 +154,12 @@ def _write_manifest(folder: Path) -> None:
 
 
 def verify(folder: Path) -> None:
-    """Raises CheckpointError unless every file is there, as long and with the hash that the
-    manifest says.
-    """
+    """Raises CheckpointError unless every file has the size and hash listed in the manifest."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
     except (OSError, json.JSONDecodeError):
         raise CheckpointError(
-            f"{folder}: no checkpoint of ours, or an incomplete one (no manifest.json)"
+            f"{folder}: not a clipsmall checkpoint, or an incomplete one (no manifest.json)"
         ) from None
     if manifest.get("version") != VERSION:
         raise CheckpointError(
@@ -170,27 +168,28 @@ def verify(folder: Path) -> None:
         )
     for name, facts in manifest["files"].items():
         path = folder / name
-        # the size first: reading gigabytes takes a while
+        # check the size first; hashing gigabytes takes a while
         whole = path.exists() and path.stat().st_size == facts["size"]
         if not whole or _digest(path) != facts["sha256"]:
             raise CheckpointError(
-                f"{path}: missing, cut or changed since it was saved; use another checkpoint"
+                f"{path}: missing, truncated or changed since it was saved; use another checkpoint"
             )
 
 
 def newest(checkpoints: Path) -> Path | None:
-    """The newest complete checkpoint, None if there is no checkpoint; broken ones are named on
-    stderr and passed over.
+    """The newest complete checkpoint; None if there is no checkpoint.
+
+    Broken checkpoints are skipped with a warning on stderr.
 
     Raises:
-        CheckpointError: none of those there can be used.
+        CheckpointError: there are checkpoints, but all are broken.
     """
     there = sorted(checkpoints.glob("step_*"), reverse=True)
     for folder in there:
         try:
             verify(folder)
         except CheckpointError as error:
-            print(f"warning: {error}; falling back to the one before", file=sys.stderr)
+            print(f"warning: {error}; falling back to the previous checkpoint", file=sys.stderr)
         else:
             return folder
     if there:
@@ -202,14 +201,14 @@ def newest(checkpoints: Path) -> Path | None:
 
 
 def tidy(checkpoints: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints, and what an interrupted save left."""
+    """Delete all but the newest `keep` checkpoints, and files of interrupted saves."""
     atomic.sweep(checkpoints)
     for old in sorted(checkpoints.glob("step_*"))[:-keep]:
         shutil.rmtree(old)
 
 
 def read_tensors(folder: Path, stem: str) -> Tensors:
-    """The tensors of one file, {} if there is none. Raises CheckpointError."""
+    """The tensors of one file; {} if there is no such file. Raises CheckpointError."""
     path = folder / f"{stem}.safetensors"
     try:
         return load_file(path) if path.exists() else {}

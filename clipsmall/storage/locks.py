@@ -1,6 +1,7 @@
 """Locks on files and folders, held until the process ends.
 
-Children that inherit the open file hold the lock, too: it ends with the last of them.
+Child processes that inherit the open file also hold the lock; it is released when the last of them
+ends.
 """
 
 import fcntl
@@ -11,14 +12,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-# seconds between tries: another process may only be looking
+# seconds between attempts: another process may hold the lock only to check it
 WAITS = (0.1, 0.2)
 
 
 def take(file: IO[Any] | int) -> bool:
-    """Lock an open file or folder; False if another process has it.
+    """Lock an open file or folder; False if another process holds the lock.
 
-    True, too, on a disk without locks (some network file systems), which cannot tell.
+    Always True on a file system without locks, as some network file systems are.
     """
     for wait in (*WAITS, 0.0):
         try:
@@ -34,11 +35,11 @@ def take(file: IO[Any] | int) -> bool:
 
 @contextmanager
 def exclusive(folder: Path, refusal: str) -> Iterator[None]:
-    """Hold the lock of a folder for the block.
+    """Hold the lock of a folder during a `with` block.
 
     Raises:
-        ValueError: another process holds it; the message is `refusal`.
-        OSError: the folder is not there.
+        ValueError: another process holds the lock; the message is `refusal`.
+        OSError: there is no such folder.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -50,7 +51,7 @@ def exclusive(folder: Path, refusal: str) -> Iterator[None]:
 
 
 def held(path: Path) -> bool:
-    """Whether a process has locked a file; False on a disk without locks, which cannot tell."""
+    """Whether a process has locked a file; always False on a file system without locks."""
     if not path.exists():
         return False
     with path.open("a") as file:

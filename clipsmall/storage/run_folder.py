@@ -1,4 +1,4 @@
-"""The folder of a run: claimed by one process, described by files that lie beside every result."""
+"""The folder of a run, used by one process; files in it record how the run was made."""
 
 import json
 import math
@@ -27,7 +27,7 @@ PACKAGES = (
 
 
 def versions() -> dict[str, str]:
-    """What the run was made with: packages, Python, platform and device."""
+    """The versions of packages, Python, platform and device."""
     found = {"python": platform.python_version(), "platform": platform.platform()}
     for name in PACKAGES:
         try:
@@ -39,18 +39,18 @@ def versions() -> dict[str, str]:
 
 
 def _step(line: str) -> float:
-    """The step of a line of the log; infinite for a line that was cut."""
+    """The step of a log line; infinite for a truncated line."""
     try:
         return float(json.loads(line)["step"])
     except (json.JSONDecodeError, KeyError):
-        # a line cut by a kill
+        # the process was killed while writing this line
         return math.inf
 
 
 class RunFolder:
-    """Paths of a run's results.
+    """The paths of a run's results.
 
-    `claim` is called by the main rank only. Its lock is held until the process ends.
+    Only the main rank calls `claim`, whose lock is held until the process ends.
     """
 
     def __init__(self, out: str) -> None:
@@ -60,11 +60,11 @@ class RunFolder:
         self.evaluations = self.path / "eval"
 
     def holds(self, checkpoint: Path) -> bool:
-        """Whether a checkpoint is one of this run."""
+        """Whether a checkpoint belongs to this run."""
         return checkpoint.resolve().parent == self.checkpoints.resolve()
 
     def refuse_if_used(self, resume: bool, checkpoint: Path | None) -> None:
-        """Raises ValueError when a run already lies here and it is not the one to continue."""
+        """Raises ValueError if the folder holds a run that is not to be continued."""
         continued = resume or (checkpoint is not None and self.holds(checkpoint))
         if not continued and (self.path / "run.yaml").exists():
             raise ValueError(
@@ -73,8 +73,9 @@ class RunFolder:
             )
 
     def last_evaluation(self) -> int:
-        """The last step with a line of results (which has no `loss`) in metrics.jsonl, -1 if there
-        is none.
+        """The last step with evaluation results in metrics.jsonl; -1 if there is none.
+
+        Lines with results have no `loss`.
         """
         last = -1
         for line in self._log_lines():
@@ -86,18 +87,17 @@ class RunFolder:
         return last
 
     def _log_lines(self) -> list[str]:
-        """Of metrics.jsonl; a kill may have left half a character at its end."""
+        """The lines of metrics.jsonl, which may end in half a character if the run was killed."""
         if not self.metrics.exists():
             return []
         return self.metrics.read_text(errors="replace").splitlines()
 
     def claim(self, config: str, step: int, launch: dict[str, Any]) -> None:
-        """Make the folder, lock it, write run.yaml, command.txt and env.json, and set aside what
-        came after `step`.
+        """Create and lock the folder, write run.yaml, command.txt and env.json.
 
-        A resumed run then has the log of an uninterrupted one, and its newest checkpoint is the one
-        it continues from: later ones (broken, or left behind on purpose by naming an earlier one)
-        are renamed, not deleted.
+        Log lines after `step` are removed, so a resumed run has the log of an uninterrupted one.
+        Checkpoints after `step` (broken ones, or when the user named an earlier one) are renamed,
+        so that the newest checkpoint is the one that the run continues from.
 
         Raises:
             ValueError: the folder cannot be written, or another run is using it.
@@ -121,10 +121,10 @@ class RunFolder:
                 aside = folder.with_name(f"aside_{folder.name}_{time.time_ns()}")
                 atomic.move(folder, aside)
                 print(
-                    f"note: {folder.name} is later than step {step}; kept as {aside.name}",
+                    f"note: {folder.name} is later than step {step}; renamed to {aside.name}",
                     file=sys.stderr,
                 )
-        # whole or not at all: a resumed run's files outlive a full disk
+        # atomic writes: if the disk is full, a resumed run's earlier files are kept
         atomic.write_text(self.path / "run.yaml", config)
         atomic.write_text(self.path / "command.txt", shlex.join(sys.argv) + "\n")
         atomic.write_json(self.path / "env.json", versions() | launch)

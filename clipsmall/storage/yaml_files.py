@@ -1,4 +1,4 @@
-"""Strict YAML: a repeated key is an error; numbers and truth values mean what they look like."""
+"""Strict YAML: a repeated key is an error, and numbers and booleans are read as they look."""
 
 import re
 from pathlib import Path
@@ -12,11 +12,11 @@ MERGE_TAG = "tag:yaml.org,2002:merge"
 
 
 class ConfigError(ValueError):
-    """A config or YAML file that cannot be used; the message has one line for each thing wrong."""
+    """A config or YAML file is invalid; the message has one line per error."""
 
 
 class StrictLoader(yaml.SafeLoader):
-    """A safe loader that refuses a repeated key, where YAML silently takes the last one."""
+    """A safe loader that refuses a repeated key; plain YAML silently takes the last one."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         # `<<: *other` only supplies defaults: the keys it brings may be given again
@@ -26,11 +26,11 @@ class StrictLoader(yaml.SafeLoader):
             if names.count(name) > 1:
                 # YAML counts lines from 0
                 line = node.start_mark.line + 1
-                raise ConfigError(f"key {name!r} stands twice (line {line})")
+                raise ConfigError(f"key {name!r} is given twice (line {line})")
         return super().construct_mapping(node, deep=deep)
 
 
-# YAML 1.1 also reads no, off, yes and on as truth values; here only true and false are.
+# YAML 1.1 also reads no, off, yes and on as booleans; here only true and false are.
 StrictLoader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in rules if tag != BOOL_TAG]
     for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -39,8 +39,8 @@ StrictLoader.add_implicit_resolver(
     BOOL_TAG, re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
 )
 
-# YAML 1.1 reads 1e-3 as a word: there, a number with an exponent needs a decimal point, and the
-# exponent needs a sign.
+# YAML 1.1 reads 1e-3 as a string: it requires a decimal point before an exponent, and a sign in
+# the exponent.
 StrictLoader.add_implicit_resolver(
     FLOAT_TAG,
     re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
@@ -49,11 +49,11 @@ StrictLoader.add_implicit_resolver(
 
 
 def parse_yaml(text: str, source: str) -> Any:
-    """A YAML value. Raises ConfigError, which names `source` (a file or an option)."""
+    """Parse a YAML value. Raises ConfigError that names `source` (a file or an option)."""
     try:
         return yaml.load(text, StrictLoader)
     except yaml.YAMLError as error:
-        # its message is spread over several lines
+        # PyYAML's message has several lines
         message = " ".join(str(error).split())
         raise ConfigError(f"{source}: not YAML: {message}") from None
     except ConfigError as error:
