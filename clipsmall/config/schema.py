@@ -19,8 +19,8 @@ Shards = Annotated[
 class ModelSection(Section):
     name: str = Field(
         "configs/towers/glyph.json",
-        description="a JSON file of clipsmall's small towers, an open_clip model name, or the folder "
-        "or Hugging Face hub id of a CLIP or SigLIP",
+        description="a JSON file of clipsmall's small towers, an open_clip model name, or the "
+        "folder or Hugging Face hub id of a CLIP or SigLIP",
     )
     pretrained: str = Field(
         "",
@@ -44,8 +44,8 @@ class ModelSection(Section):
     )
     logit_scale: float | Literal["auto"] = Field(
         "auto",
-        description="initial logit scale, 1/temperature (not its logarithm), 1 to 100; auto = that of "
-        "the trained weights, else the objective's default",
+        description="initial logit scale, 1/temperature (not its logarithm), 1 to 100; auto = that "
+        "of the trained weights, else the objective's default",
     )
     logit_bias: float | Literal["auto"] = Field(
         "auto",
@@ -289,15 +289,15 @@ class MiningSection(Section):
 class RunSection(Section):
     precision: Literal["auto", "fp32", "fp16", "bf16"] = Field(
         "auto",
-        description="precision of matrix products; auto = the launcher's setting, else the best that "
-        "the GPU has, and fp32 on a CPU",
+        description="precision of matrix products; auto = the launcher's setting, else the best "
+        "that the GPU has, and fp32 on a CPU",
     )
     log_every: int = Field(10, ge=1, description="steps between lines in metrics.jsonl")
     checkpoint_every: int = Field(500, ge=1, description="steps between checkpoints")
     max_bad_steps: int = Field(
         20,
         ge=1,
-        description="fp16: the run ends after this many skipped steps in a row (gradient not finite)",
+        description="fp16: the run ends after so many skipped steps in a row (gradient not finite)",
     )
     keep_checkpoints: int = Field(2, ge=2, description="number of newest checkpoints to keep")
     evaluate_every: int = Field(

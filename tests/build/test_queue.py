@@ -102,7 +102,7 @@ def test_features_that_age_are_told() -> None:
     assert not queue_warnings(run(*long), fresh=False)
     assert not queue_warnings(run("--objective.queue=xbm"), fresh=True)
     (said,) = queue_warnings(run("--objective.queue=xbm", "--data.streaming=true"), fresh=True)
-    assert "streamed pairs have no number" in said
+    assert "streamed pairs have no stable number" in said
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_features_that_age_are_told() -> None:
     [
         (
             ["--objective=sinkhorn", "--objective.queue=xbm"],
-            "sinkhorn compares exactly the batch; a queue serves softmax",
+            "sinkhorn compares exactly the batch; a queue works with softmax",
         ),
         (["--objective.queue=moco", "--objective.exchange=ring"], "every rank holds the queue"),
         (["--objective.queue=xbm", "--objective.exchange=host"], "every rank holds the queue"),
@@ -125,7 +125,7 @@ def test_features_that_age_are_told() -> None:
         ),
         (
             ["--objective=dcl", "--objective.queue=moco", "--objective.moco.alpha=0.4"],
-            "soft targets serve softmax with default options, not dcl",
+            "soft targets work with softmax with default options, not dcl",
         ),
         (["--objective.queue=xbm", "--objective.moco.alpha=0.4"], ""),
         (["--objective.queue=moco", "--optim.accumulate=4"], "take model.chunk_size"),

@@ -137,7 +137,7 @@ def test_a_tensor_that_trains_without_a_gradient_stops_the_first_step(
     adamw = build.optimizer(config_of(models["clip"]), encoder)
     gradients(encoder, config_of(models["clip"]))
     with pytest.raises(
-        ValueError, match=r"1 of \d+ tensors that train got no gradient: towers\.idle"
+        ValueError, match=r"1 of \d+ trainable tensors got no gradient: towers\.idle"
     ):
         adamw.step()
     encoder.towers.idle.requires_grad_(False)

@@ -252,8 +252,8 @@ def test_less_than_a_batch_of_pairs_is_refused() -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("seed: 1\nseed: 2\n", "'seed' stands twice"),
-        ("data: {train: [a], workers: 1, workers: 1}\n", "'workers' stands twice"),
+        ("seed: 1\nseed: 2\n", "'seed' is given twice"),
+        ("data: {train: [a], workers: 1, workers: 1}\n", "'workers' is given twice"),
         ("", "not NoneType"),
         ("# nothing\n", "not NoneType"),
         ("- a\n- b\n", "not list"),
@@ -302,7 +302,7 @@ def test_a_word_may_bring_no_objects() -> None:
     assert refusal(DATA, "--seed=!!python/object/apply:os.getcwd []")[0].startswith(
         "--seed: not YAML"
     )
-    assert refusal(DATA, "--optim={lr: 1, lr: 2}") == ["--optim: key 'lr' stands twice (line 1)"]
+    assert refusal(DATA, "--optim={lr: 1, lr: 2}") == ["--optim: key 'lr' is given twice (line 1)"]
 
 
 def test_abbreviations_are_no_options(tmp_path: Path) -> None:
@@ -410,8 +410,8 @@ def signals() -> Iterator[None]:
             {"data.batch_size": 512, "optim.pairs": 1024},
             ["data.batch_size=512 is more than the 300 pairs"],
         ),
-        ({"resume": "."}, ["no checkpoint of ours"]),
-        ({"resume": "nowhere"}, ["nowhere: no checkpoint of ours"]),
+        ({"resume": "."}, ["not a clipsmall checkpoint"]),
+        ({"resume": "nowhere"}, ["nowhere: not a clipsmall checkpoint"]),
         ({"model.name": "nothing"}, ["'nothing' is no tower JSON"]),
         ({"evaluate.retrieval": "[{name: a, data: [nowhere]}]"}, ["nowhere: no shards there"]),
         ({"data.train": "['s3://bucket/a.tar']"}, ["s3://bucket/a.tar"]),
@@ -489,8 +489,8 @@ def test_objectives_are_mixed_by_weight(
         ("objective={sofmax: 1}", "did you mean softmax"),
         ("objective.name={}", "at least one"),
         ("objective=softmacks", "did you mean softmax"),
-        ("objective=[softmax, vicreg]", "stands under name, as in name: {softmax: 1"),
-        ("objective={softmax: 1, exchange: ring}", "stands under name"),
+        ("objective=[softmax, vicreg]", "give a mix under name, as in name: {softmax: 1"),
+        ("objective={softmax: 1, exchange: ring}", "give a mix under name"),
         ("objective.name.vicreg=0.2", "give the whole mix"),
         ("objective.vicreg=0.2", "give the whole mix"),
     ],

@@ -470,7 +470,7 @@ def test_scoring_leaves_no_trace(glyphs: Path, tmp_path: Path) -> None:
         ),
         (
             {"mining.method": "chain", "mining.pool": 4096},
-            "no pool of 256 batches, 256 of them trained on",
+            "not one pool of 256 batches (256 of them trained on)",
         ),
         (
             {"mining.method": "chain", "mining.start": 0.9, "mining.end": 0.5},

@@ -36,8 +36,8 @@ def test_values_are_what_they_look_like(text: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{a: 1, a: 1}", "--option: key 'a' stands twice (line 1)"),
-        ("a: {b: 1}\nc:\n  d: 1\n  d: 2", "--option: key 'd' stands twice (line 3)"),
+        ("{a: 1, a: 1}", "--option: key 'a' is given twice (line 1)"),
+        ("a: {b: 1}\nc:\n  d: 1\n  d: 2", "--option: key 'd' is given twice (line 3)"),
         ("[1", "--option: not YAML: while parsing a flow sequence"),
         ("!!python/name:os.system", "--option: not YAML: could not determine a constructor"),
     ],

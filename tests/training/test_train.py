@@ -144,7 +144,7 @@ def test_models_trained_through_predictors_retrieve_through_them(
         (["--objective=nn", "--objective.nn.images=false"], "does not train the text tower"),
         (
             ["--objective={byol: 1, sinkhorn_targets: 1}"],
-            "two of byol + sinkhorn_targets ask for momentum",
+            "two parts of byol + sinkhorn_targets need the head momentum",
         ),
         (
             ["--objective=gcl", "--objective.gcl.variant=sogclr", "--objective.gcl.rho=3"],
@@ -153,7 +153,7 @@ def test_models_trained_through_predictors_retrieve_through_them(
         (["--objective=vse++", "--objective.exchange=ring"], "vse++ needs all columns"),
         (
             ["--objective={simsiam: 1, vicreg: 1}", "--objective.vicreg.widths=[8]"],
-            "nothing to retrieve by",
+            "no common embedding for retrieval",
         ),
     ],
 )
@@ -363,7 +363,7 @@ def test_accelerates_accumulation_is_refused(
     with pytest.raises(SystemExit) as left:
         train.main(config(glyphs, tmp_path / "run"))
     assert left.value.code == 2
-    assert "gradient_accumulation_steps=4 of Accelerate: leave it out" in capsys.readouterr().err
+    assert "gradient_accumulation_steps=4 of Accelerate: not supported" in capsys.readouterr().err
 
 
 def test_tensorboard_gets_the_numbers(glyphs: Path, tmp_path: Path) -> None:
