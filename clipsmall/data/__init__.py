@@ -1,4 +1,4 @@
-"""WebDataset shards: an index for random access, an order, and decoded global batches."""
+"""WebDataset shards: an index for random access, the order of pairs, and decoded batches."""
 
 from clipsmall.data.batch_plan import PlannedOrder, read_plan
 from clipsmall.data.captions import caption_hash, captions_of, fields_of

@@ -1,4 +1,4 @@
-"""The plan file: batches chosen before training, and the order that plays them."""
+"""The plan file: batches chosen before training, and the order in which they are read."""
 
 import hashlib
 import json
@@ -15,15 +15,15 @@ from clipsmall.data.order import Rows, permutation
 from clipsmall.storage import atomic
 
 VERSION = 1
-# batches that are read ahead together: with 256 pairs of 30 kB each 120 MB
+# batches that are read ahead together; 120 MB for batches of 256 pairs of 30 kB
 AHEAD = 16
 MAKE = "make it with: python -m data_tools.mine_shards plan"
 
 
 class BatchPlan(NamedTuple):
-    """m batches of B pairs."""
+    """The m batches, of B pairs each, of a plan file."""
 
-    # (m, B), of the catalog
+    # (m, B) rows of the catalog
     rows: Rows
     # sha256 of the file
     digest: str
@@ -32,12 +32,12 @@ class BatchPlan(NamedTuple):
 
 
 def write_plan(path: Path, pairs: Rows, fingerprint: str, about: dict[str, Any]) -> None:
-    """Write a plan file, whole or not at all.
+    """Write a plan file atomically.
 
     Args:
         pairs: (m, B) numbers of pairs.
-        fingerprint: of the catalog that has these pairs.
-        about: how the plan was made, for whoever reads the file.
+        fingerprint: fingerprint of the catalog that has these pairs.
+        about: how the plan was made, for readers of the file.
     """
     column = pa.FixedSizeListArray.from_arrays(pa.array(pairs.reshape(-1)), pairs.shape[1])
     metadata = {
@@ -51,26 +51,26 @@ def write_plan(path: Path, pairs: Rows, fingerprint: str, about: dict[str, Any])
 
 
 def read_plan(path: Path, catalog: Catalog, batch_size: int = 0) -> BatchPlan:
-    """The plan in a file, after checking that it is one for this catalog.
+    """Read a plan file and check that it was made for this catalog.
 
     Args:
-        batch_size: B that it must have; 0 = any.
+        batch_size: the batch size B that it must have; 0 = any.
 
     Raises:
-        ShardError: no plan, another data set's, another batch size, a pair that is not there, or
-            there twice.
+        ShardError: no plan, a plan for another data set or batch size, or a plan with an unknown
+            or repeated pair.
     """
     try:
         data = path.read_bytes()
         table = pq.read_table(pa.BufferReader(data))
     except (pa.ArrowException, OSError) as error:
-        raise ShardError(f"{path}: no plan can be read there ({error}); {MAKE}") from None
+        raise ShardError(f"{path}: cannot be read as a plan ({error}); {MAKE}") from None
     metadata = text_metadata(table)
     if metadata.get("clipsmall_plan") != str(VERSION):
         raise ShardError(f"{path}: not a plan of version {VERSION}; {MAKE}")
     if metadata["fingerprint"] != catalog.fingerprint:
         raise ShardError(
-            f"{path}: a plan for other shards than {catalog.shards[0].parent} holds now; {MAKE}"
+            f"{path}: made for other shards than those now in {catalog.shards[0].parent}; {MAKE}"
         )
     column = table["pairs"].combine_chunks()
     size = column.type.list_size
@@ -83,16 +83,16 @@ def read_plan(path: Path, catalog: Catalog, batch_size: int = 0) -> BatchPlan:
 
 
 def _rows(path: Path, pairs: Rows, catalog: Catalog) -> Rows:
-    """(m, B) numbers of pairs -> their rows in the catalog."""
-    # numbers need not be in order in the catalog: search them sorted
+    """(m, B) rows of the catalog, from (m, B) numbers of pairs."""
+    # numbers need not be ascending in the catalog, so search in sorted order
     order = np.argsort(catalog.index)
     found = np.searchsorted(catalog.index, pairs, sorter=order)
-    # a number beyond the last one is found at the end, and compared below
+    # a number larger than all others is clipped to the last row; the comparison below refuses it
     rows: Rows = order[found.clip(max=len(order) - 1)]
     unknown = catalog.index[rows] != pairs
     if unknown.any():
         raise ShardError(
-            f"{path}: names pair {pairs[unknown][0]}, which the shards do not have; {MAKE}"
+            f"{path}: names pair {pairs[unknown][0]}, which is not in the shards; {MAKE}"
         )
     numbers, counts = np.unique(pairs, return_counts=True)
     twice = numbers[counts > 1]
@@ -102,14 +102,14 @@ def _rows(path: Path, pairs: Rows, catalog: Catalog) -> Rows:
 
 
 class PlannedOrder:
-    """The batches of a plan, in another order each epoch; the pairs of a batch stay the same.
+    """The batches of a plan in random order, shuffled anew each epoch; the pairs in them stay.
 
-    Used in place of `Order`, and like it a pure function of (plan, seed, epoch, position). Its
-    window, the unit of reading ahead, is AHEAD batches.
+    Used in place of `Order`; like it, a pure function of (plan, seed, epoch, position). Its window,
+    the unit of reading ahead, is AHEAD batches.
 
     Args:
         plan: (m, B) rows of the catalog.
-        seed: of the order of the batches.
+        seed: seed of the order of batches.
     """
 
     def __init__(self, plan: Rows, seed: int) -> None:
@@ -119,16 +119,16 @@ class PlannedOrder:
         self.window = AHEAD * plan.shape[1]
 
     def rows(self, epoch: int, positions: Rows) -> Rows:
-        """(n,) positions within an epoch, each in [0, length) -> (n,) rows of the data set."""
+        """(n,) rows of the catalog at (n,) positions within an epoch, each in [0, length)."""
         batch, slot = np.divmod(positions, self._plan.shape[1])
         order = permutation(len(self._plan), self.seed, epoch)
         found: Rows = self._plan[order[batch], slot]
         return found
 
     def window_blocks(self, epoch: int, window: int) -> list[tuple[int, int]]:
-        """The (first row, number of rows) pieces that a window reads, in the order of the disk.
+        """The pieces (first row, number of rows) that a window reads, in the order on disk.
 
-        Here a piece is a single pair.
+        Here every piece is a single pair.
         """
         low = window * self.window
         high = min((window + 1) * self.window, self.length)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from clipsmall.data.index import ShardError, read_index
 
-# in a folder that make_shards fills: how many pairs there shall be
+# file in a folder made by make_shards; says how many pairs the finished folder has
 RECORD = "make_shards.json"
 COLUMNS = [
     "index",
@@ -34,7 +34,7 @@ COLUMNS = [
 
 
 class SampleBytes(NamedTuple):
-    """The raw bytes of one sample's files; b"" for a file that is not there."""
+    """The raw bytes of one sample's files; b"" for a missing file."""
 
     image: bytes
     text: bytes
@@ -44,23 +44,23 @@ class SampleBytes(NamedTuple):
 
 @dataclass
 class Catalog:
-    """N good pairs over several shards; a *row* is a pair's position in this table.
+    """The N usable pairs of several shards; a *row* is a pair's position in this table.
 
-    Files are opened on first use and kept open: one descriptor per shard and process.
+    Shards are opened on first use and kept open: one file descriptor per shard and process.
     """
 
     shards: list[Path]
-    # (N,) which shard
+    # (N,) position in `shards` of each pair's shard
     shard: NDArray[np.int32]
-    # (N,) the pair's stable number
+    # (N,) each pair's stable number
     index: NDArray[np.int64]
-    # (N, 4, 2) offset and size of image, text, json, label
+    # (N, 4, 2) offset and size of image, text, json and label in the shard
     spans: NDArray[np.int64]
-    # (N,) of the first caption
+    # (N,) hash of each pair's first caption
     caption_hash: NDArray[np.int64]
-    # reason -> pairs that the index knows to be bad
+    # number of pairs marked as bad in the indexes, by reason
     left_out: dict[str, int]
-    # of shard names, sizes and pair numbers
+    # hash of shard names, sizes and pair numbers
     fingerprint: str
     _files: dict[int, int] = field(default_factory=dict, repr=False)
 
@@ -69,19 +69,19 @@ class Catalog:
 
     @property
     def total(self) -> int:
-        """Pairs in the shards, the bad ones among them."""
+        """Number of pairs in the shards, including bad ones."""
         return len(self) + sum(self.left_out.values())
 
     @property
     def sizes(self) -> list[int]:
-        """Pairs in each shard."""
+        """Number of usable pairs in each shard."""
         return np.bincount(self.shard, minlength=len(self.shards)).tolist()  # type: ignore[no-any-return]
 
     def only(self, number: int) -> "Catalog":
-        """One of the shards as a catalog, by its number in `shards`.
+        """A catalog of one shard, given its position in `shards`.
 
-        Its descriptor is its own, to be closed by the caller: there may be more shards than a
-        process may hold open files.
+        It opens a file descriptor of its own, which the caller must close, because there may be
+        more shards than files that a process may open.
         """
         mine = self.shard == number
         return replace(
@@ -95,11 +95,13 @@ class Catalog:
         )
 
     def read(self, row: int) -> SampleBytes:
-        """The files of one pair, in one read: they lie side by side in the tar. Raises ShardError
-        if the shard was cut while in use.
+        """The files of one pair, read at once because they are adjacent in the tar.
+
+        Raises:
+            ShardError: the shard was truncated while in use.
         """
         spans = self.spans[row]
-        # an offset of -1 says that there is no such file
+        # an offset of -1 means that there is no such file
         there = spans[spans[:, 0] >= 0]
         low = int(there[:, 0].min())
         high = int(there.sum(axis=1).max())
@@ -111,7 +113,7 @@ class Catalog:
         return SampleBytes(*parts)
 
     def read_text(self, row: int) -> SampleBytes:
-        """The same without the image, which is most of the bytes."""
+        """As `read`, but without the image, which has most of the bytes."""
         parts = []
         for offset, size in self.spans[row, 1:].tolist():
             parts.append(self._bytes(row, offset, size) if offset >= 0 else b"")
@@ -122,25 +124,25 @@ class Catalog:
         data = os.pread(self.descriptor(shard), size, offset)
         if len(data) < size:
             raise ShardError(
-                f"{self.shards[shard]}: ends before its index says; it was cut while in use"
+                f"{self.shards[shard]}: shorter than its index says; it was truncated while in use"
             )
         return data
 
     def name(self, row: int) -> str:
         """Shard and key of a pair, for messages.
 
-        Not for every batch: it reads the index file.
+        Slow, because it reads the index file.
         """
         shard = self.shards[self.shard[row]]
         table = read_index(shard, ["key", "image_offset"])
-        # the offset of its image tells a pair from all others of the shard
+        # the offset of its image identifies a pair within the shard
         offsets = table["image_offset"].to_numpy()
         found = int(np.flatnonzero(offsets == self.spans[row, 0, 0])[0])
         key = table["key"][found].as_py()
         return f"{shard}:{key}"
 
     def descriptor(self, shard: int) -> int:
-        """The open file of a shard, by its number in `shards`."""
+        """The file descriptor of a shard, given its position in `shards`."""
         descriptor = self._files.get(shard)
         if descriptor is None:
             descriptor = os.open(self.shards[shard], os.O_RDONLY)
@@ -148,15 +150,15 @@ class Catalog:
         return descriptor
 
     def __getstate__(self) -> dict[str, object]:
-        # descriptors stay in the process that opened them
+        # file descriptors belong to the process that opened them
         return {**self.__dict__, "_files": {}}
 
 
 def shard_paths(patterns: str | list[str]) -> list[Path]:
-    """Folders, globs and `{000..123}` brace lists -> sorted tar paths.
+    """Sorted paths of the tars that folders, globs and `{000..123}` brace lists name.
 
     Raises:
-        ShardError: a pattern that names no tar, a URL, a compressed tar.
+        ShardError: a pattern that names no tar, a URL, or a compressed tar.
     """
     if isinstance(patterns, str):
         patterns = [patterns]
@@ -173,15 +175,15 @@ def shard_paths(patterns: str | list[str]) -> list[Path]:
             raise ShardError(
                 f"{path}: not a .tar; compressed shards cannot be read at random, unpack them first"
             )
-    # a shard named by two patterns is there once
+    # list a shard named by two patterns only once
     return list(dict.fromkeys(found))
 
 
 def _local_shards(name: str) -> list[Path]:
-    """The tars of a folder, or those that a glob names."""
+    """The tars in a folder, or those that match a glob."""
     path = Path(name)
     if path.is_dir():
-        # a leading dot marks what a killed writer left
+        # a leading dot marks temporary files of killed processes
         found = sorted(path.glob("[!.]*.tar"))
     else:
         found = [Path(match) for match in sorted(glob(name))]
@@ -190,14 +192,15 @@ def _local_shards(name: str) -> list[Path]:
     lacking = unfinished(path)
     if lacking:
         raise ShardError(
-            f"{name}: {lacking}; to use what is there name the tars themselves ({name}/*.tar)"
+            f"{name}: {lacking}; to use these shards, name the tars themselves ({name}/*.tar)"
         )
     return found
 
 
 def unfinished(folder: Path) -> str:
-    """What is missing in a folder that make_shards has not finished; empty for a finished one, and
-    for shards that other programs made.
+    """What is missing in a folder that make_shards has not finished.
+
+    "" for a finished folder and for shards made by other programs.
     """
     try:
         pairs = int(json.loads((folder / RECORD).read_text())["pairs"])
@@ -208,16 +211,16 @@ def unfinished(folder: Path) -> str:
         return ""
     if made >= pairs:
         return ""
-    return f"make_shards has made {made} of {pairs} pairs: type its command again"
+    return f"make_shards has made {made} of {pairs} pairs: run the same command again"
 
 
 def _allow_open_files(shards: int) -> None:
-    """Ask the system for a descriptor per shard; most systems allow 1,024 unless asked.
+    """Raise the limit of open files so that every shard can be open; it is often only 1,024.
 
-    Every process opens every shard in the course of an epoch.
+    In the course of an epoch, every process opens every shard.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    # twice: test sets have shards, too; 256 for workers and libraries
+    # twice, because evaluation sets have shards, too; 256 for workers and libraries
     needed = 2 * shards + 256
     if soft == resource.RLIM_INFINITY or soft >= needed:
         return
@@ -231,24 +234,24 @@ def _allow_open_files(shards: int) -> None:
 
 
 def open_catalog(patterns: str | list[str], captions: bool = True) -> Catalog:
-    """Open the indexes of all shards, and leave out the pairs known to be bad.
+    """Read the indexes of all shards, and leave out the pairs marked as bad.
 
-    A pair's number is what its json says, when all pairs have one and no two the same (make_shards
-    writes it so); otherwise its position in the list of shards.
+    A pair's number is taken from its json if every pair has a number and all are different (so
+    make_shards writes them); otherwise it is the pair's position in the concatenated shards.
 
     Args:
-        captions: leave out images without one; False keeps them, for classification sets that have
-            only labels.
+        captions: True leaves out images without a caption; False keeps them, for classification
+            sets with labels only.
 
     Raises:
-        ShardError: a shard is missing, has no index, has changed since it was indexed, or nothing
-            good is left.
+        ShardError: a shard is missing, has no index, has changed since it was indexed, or no
+            usable pair is left.
     """
     shards = shard_paths(patterns)
     _allow_open_files(len(shards))
     tables = [read_index(shard, COLUMNS) for shard in shards]
     sizes = [len(table) for table in tables]
-    # each table's metadata names its own shard
+    # drop the tables' metadata, which differs from shard to shard
     bare = [table.replace_schema_metadata(None) for table in tables]
     pairs = pa.concat_tables(bare).combine_chunks()
     status = pairs["status"].to_numpy(zero_copy_only=False)
@@ -272,7 +275,7 @@ def open_catalog(patterns: str | list[str], captions: bool = True) -> Catalog:
 
 
 def _pair_numbers(pairs: pa.Table) -> NDArray[np.int64]:
-    """(N,) what the json files say, or the rows of the table where that numbers them badly."""
+    """(N,) numbers from the json files, or rows of the table if those are missing or repeated."""
     index: NDArray[np.int64] = pairs["index"].to_numpy()
     if (index < 0).any() or len(np.unique(index)) < len(index):
         return np.arange(len(index), dtype=np.int64)
@@ -289,7 +292,7 @@ def _spans(pairs: pa.Table) -> NDArray[np.int64]:
 
 
 def _fingerprint(index: NDArray[np.int64], shards: list[Path], tables: list[pa.Table]) -> str:
-    """sha256 of which pairs are good and what the shards hold; the folder does not count."""
+    """sha256 over the usable pairs and the shards' content; independent of the folder."""
     digest = hashlib.sha256(index.tobytes())
     for shard, table in zip(shards, tables, strict=True):
         digest.update(shard.name.encode())

@@ -1,4 +1,4 @@
-"""Features that a frozen tower made once: sidecars `NNNNN.image-1a2b3c4d.safetensors` of shards."""
+"""Cached features of frozen towers, in sidecars `NNNNN.image-1a2b3c4d.safetensors` of shards."""
 
 import hashlib
 from pathlib import Path
@@ -19,13 +19,13 @@ VERSION = "1"
 
 
 def feature_file(shard: Path, tower: str, digest: str, folder: Path | None = None) -> Path:
-    """Where the features of a shard are: beside it, or in a folder.
+    """The path of a shard's features: next to the shard, or in `folder`.
 
     Args:
         tower: image or text.
-        digest: of that tower.
-        folder: for several data sets, whose shards may have the same name: a hash of the path tells
-            them apart.
+        digest: digest of that tower.
+        folder: may serve several data sets whose shards have equal names; a hash of the shard's
+            path in the file name distinguishes them.
     """
     ending = f"{tower}-{digest[:8]}.safetensors"
     if folder is None:
@@ -35,9 +35,7 @@ def feature_file(shard: Path, tower: str, digest: str, folder: Path | None = Non
 
 
 def _belongs(shard: Path, digest: str) -> dict[str, str]:
-    """What features are made from: the file that lies there now, the pairs in it that are good, and
-    the tower.
-    """
+    """What features are made from: the shard's content, its usable pairs, and the tower."""
     good = good_rows(read_index(shard, ["status"]))
     return {
         "version": VERSION,
@@ -48,9 +46,7 @@ def _belongs(shard: Path, digest: str) -> dict[str, str]:
 
 
 def usable(path: Path, shard: Path, digest: str) -> bool:
-    """Whether a shard's features are there, whole, of this tower and of the file that lies there
-    now.
-    """
+    """Whether the file at `path` is complete and was made by this tower from this shard."""
     try:
         with safe_open(path, framework="pt") as file:
             found = file.metadata() or {}
@@ -60,21 +56,21 @@ def usable(path: Path, shard: Path, digest: str) -> bool:
 
 
 def write_features(path: Path, shard: Path, digest: str, features: Tensor, first: Tensor) -> None:
-    """Write the features of a shard, whole or not at all.
+    """Write the features of a shard atomically.
 
     Args:
-        features: (m, D); NaN where there are none.
-        first: (n + 1,) row i of the shard's index has `features[first[i] : first[i + 1]]`: one per
-            image, or one per caption.
+        features: (m, D) features; NaN for an image that cannot be read.
+        first: (n + 1,) offsets: the features of row i of the shard's index, one per image or one
+            per caption, are `features[first[i] : first[i + 1]]`.
 
     Raises:
-        ValueError: no room, or no right to write.
+        ValueError: the disk is full, or the path is not writable.
     """
     metadata = _belongs(shard, digest)
     try:
         with atomic.new_file(path) as temporary:
             save_file({"features": features.contiguous(), "first": first}, temporary, metadata)
-            # safetensors leaves 0600; shards are shared
+            # safetensors writes files with mode 0600, but others may read the shards
             temporary.chmod(0o644)
     except (OSError, SafetensorError) as error:
         raise ValueError(
@@ -84,25 +80,26 @@ def write_features(path: Path, shard: Path, digest: str, features: Tensor, first
 
 
 class Features:
-    """Features of all pairs of a catalog, mapped from their files: `features(row, 2)` is the third
-    caption's, (D,).
+    """The cached features of all pairs of a catalog, read from memory-mapped files.
+
+    `features(row, 2)` is the (D,) feature of the third caption of the pair in that row.
 
     Args:
-        files: of each shard of the catalog, checked by `usable`.
+        files: the feature file of each shard of the catalog, checked by `usable`.
 
     Raises:
-        ShardError: a file is not there.
+        ShardError: a file is missing.
     """
 
     def __init__(self, catalog: Catalog, files: list[Path]) -> None:
         if missing := [file for file in files if not file.exists()]:
             raise ShardError(
-                f"{missing[0]}: not there, though another rank made it: ranks on several machines "
-                "need a tune.cache_folder that all of them see"
+                f"{missing[0]}: missing, though another rank has written it: ranks on several "
+                "machines need a tune.cache_folder that all of them can read"
             )
         self.shard = catalog.shard
         self.files = files
-        # (N,) for each row of the catalog, its row in the index of its shard
+        # (N,) for each row of the catalog, the row in the index of its shard
         rows = [good_rows(read_index(shard, ["status"])) for shard in catalog.shards]
         self.index_row: Rows = np.concatenate(rows)
         self._open: dict[int, tuple[Tensor, Tensor]] = {}
@@ -121,5 +118,5 @@ class Features:
         return found.clone()
 
     def __getstate__(self) -> dict[str, object]:
-        # each process maps the files itself
+        # every process maps the files itself
         return {**self.__dict__, "_open": {}}

@@ -1,10 +1,11 @@
-"""The index of one tar shard: where each sample's files lie, their hashes, and what is wrong.
+"""The index of one tar shard: position and hash of each sample's files, and which are unusable.
 
-It stands beside the shard as `NAME.index.parquet` and makes three things possible that a streamed
-tar cannot give: random access (hence exact resume), truncation noticed before training, and known
-bad samples left out.
+The index is stored next to the shard as `NAME.index.parquet`. It makes three things possible that
+streaming a tar does not: random access (hence exact resume), noticing truncated shards before
+training, and leaving out samples known to be bad.
 
-A *member* is a file inside the tar, a *sample* the members that share a name up to the first dot.
+A *member* is a file inside the tar. A *sample* is the group of members whose names are equal up to
+the first dot.
 """
 
 import hashlib
@@ -24,13 +25,13 @@ from clipsmall.storage import atomic
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "avif", "gif", "bmp", "tif", "tiff")
 VERSION = 1
 PROOF_BYTES = 64 << 10
-# a longer caption or json is a mistake, and reading it into memory a risk
+# a longer caption or json is surely an error, and could exhaust memory
 MAX_TEXT_BYTES = 1 << 20
 
 SCHEMA = pa.schema(
     [
         ("key", pa.string()),
-        # the pair's number as its json says; -1 when it says nothing
+        # the pair's number in its json; -1 if there is none
         ("index", pa.int64()),
         ("image_offset", pa.int64()),
         ("image_size", pa.int64()),
@@ -39,22 +40,22 @@ SCHEMA = pa.schema(
         ("text_size", pa.int64()),
         ("json_offset", pa.int64()),
         ("json_size", pa.int64()),
-        # CLIP_benchmark's .cls
+        # CLIP_benchmark's .cls file
         ("label_offset", pa.int64()),
         ("label_size", pa.int64()),
-        # of the image's bytes
+        # hash of the image's bytes
         ("sha256", pa.string()),
-        # of the first caption
+        # hash of the first caption
         ("caption_hash", pa.int64()),
         ("caption_chars", pa.int64()),
-        # "" = good; else the reason why the pair is left out
+        # "" = usable; else the reason why the pair is left out
         ("status", pa.string()),
     ]
 )
 
 
 class ShardError(ValueError):
-    """A shard, or its index, cannot be used; the message names the file and says what to do."""
+    """A shard or its index is unusable; the message names the file and says what to do."""
 
 
 def image_hash(image: bytes) -> int:
@@ -66,14 +67,14 @@ class Member(NamedTuple):
     """A file inside a tar."""
 
     name: str
-    # of the data, in the tar
+    # where the content starts in the tar
     offset: int
-    # bytes
+    # bytes of content
     size: int
 
 
 def text_metadata(table: pa.Table) -> dict[str, str]:
-    """What the file of a table says of itself; Parquet keeps it as bytes."""
+    """The metadata of a Parquet table, which is stored as bytes, as text."""
     raw = table.schema.metadata or {}
     return {key.decode(): value.decode() for key, value in raw.items()}
 
@@ -83,11 +84,11 @@ def index_path(shard: Path) -> Path:
 
 
 def tar_members(shard: Path) -> list[Member]:
-    """Every regular file of an uncompressed tar, in order; links and directories are left out.
+    """Every regular file of an uncompressed tar, in order, without links and directories.
 
     Raises:
-        ShardError: anything but a whole tar. `tarfile` and webdataset would silently read a file
-            that ends at a header, or inside one, as a shorter tar.
+        ShardError: not a complete tar. `tarfile` and webdataset would silently read a file that was
+            truncated at or inside a header as a shorter tar.
     """
     size = shard.stat().st_size
     if size == 0:
@@ -99,39 +100,41 @@ def tar_members(shard: Path) -> list[Member]:
             for info in tar:
                 end = info.offset_data
                 if info.isreg():
-                    # data are padded to whole blocks of 512 bytes
+                    # content is padded to whole blocks of 512 bytes
                     end += -(-info.size // 512) * 512
                 if info.offset_data + info.size > size:
                     raise ShardError(
-                        f"{shard}: cut inside member {info.name!r}; copy or make it again"
+                        f"{shard}: truncated inside member {info.name!r}; copy or make it again"
                     )
                 if info.isreg():
                     members.append(Member(info.name, info.offset_data, info.size))
     except tarfile.TarError as error:
         raise ShardError(
-            f"{shard}: not an uncompressed tar, or cut ({error}); copy or make it again"
+            f"{shard}: not an uncompressed tar, or truncated ({error}); copy or make it again"
         ) from None
-    # a tar ends with an empty block, which a cut one lacks
+    # a complete tar ends with an empty block
     with shard.open("rb") as file:
         file.seek(end)
         if file.read(512) != b"\0" * 512:
             raise ShardError(
-                f"{shard}: cut after {len(members)} members (no end mark); copy or make it again"
+                f"{shard}: truncated after {len(members)} members (no end mark); "
+                "copy or make it again"
             )
     return members
 
 
 def group_members(members: list[Member]) -> Iterator[tuple[str, dict[str, Member]]]:
-    """Members grouped into samples as webdataset does; yields each key with its members by suffix.
+    """Group members into samples, as webdataset does; yields each key with its members by suffix.
 
-    Neighbours belong together whose path is the same up to the first dot of the file name.
+    Adjacent members belong to one sample if their paths are equal up to the first dot of the file
+    name.
     """
     key = None
     group = dict[str, Member]()
     for member in members:
         folder, _, name = member.name.rpartition("/")
         stem, _, suffix = name.partition(".")
-        # hidden files; webdataset's `__meta__` members
+        # skip hidden files and webdataset's `__meta__` members
         if not stem or stem.startswith("__"):
             continue
         here = f"{folder}/{stem}" if folder else stem
@@ -146,7 +149,7 @@ def group_members(members: list[Member]) -> Iterator[tuple[str, dict[str, Member
 
 
 def _row(key: str, group: dict[str, Member], read: Callable[[Member], bytes]) -> dict[str, Any]:
-    """One row of the index: a sample, its first image, and why it cannot be used."""
+    """One row of the index: a sample, its first image, and why it is unusable, if it is."""
     missing = Member("", -1, 0)
     suffix = next((each for each in IMAGE_SUFFIXES if each in group), "")
     image = group.get(suffix, missing)
@@ -157,11 +160,11 @@ def _row(key: str, group: dict[str, Member], read: Callable[[Member], bytes]) ->
     if image.size == 0:
         status = "no image"
     number = fields.get("index", -1)
-    # a bool is an int, too, and json's numbers have no limit
+    # bool is a subclass of int, and JSON integers have no upper limit
     if type(number) is not int or not 0 <= number < 2**63:
         number = -1
     return {
-        # a tar's names need not be UTF-8
+        # names in a tar need not be UTF-8
         "key": key.encode("utf-8", "replace").decode(),
         "index": number,
         "image_offset": image.offset,
@@ -203,7 +206,7 @@ def _read_caption(
 def proof(shard: Path) -> str:
     """sha256 of a shard's first, middle and last 64 KiB.
 
-    Tars are padded, so another tar may well have the same size.
+    The size is not enough to identify a tar, because tars are padded.
     """
     size = shard.stat().st_size
     offsets = (0, size // 2, max(size - PROOF_BYTES, 0))
@@ -216,9 +219,7 @@ def proof(shard: Path) -> str:
 
 
 def check_stats(shard: Path, samples: int) -> None:
-    """Raises ShardError when img2dataset's `_stats.json` promises another number of samples than
-    the tar holds.
-    """
+    """Raises ShardError if img2dataset's `_stats.json` gives another number of samples."""
     stats = shard.with_name(f"{shard.stem}_stats.json")
     if not stats.exists():
         return
@@ -233,8 +234,8 @@ def build_index(shard: Path) -> pa.Table:
     """Read a whole tar shard once and describe every sample in it.
 
     Raises:
-        ShardError: not a tar, truncated, or holding fewer samples than img2dataset's `_stats.json`
-            promises.
+        ShardError: not a tar, truncated, or with another number of samples than in img2dataset's
+            `_stats.json`.
     """
     members = tar_members(shard)
     with shard.open("rb") as file:
@@ -252,7 +253,7 @@ def build_index(shard: Path) -> pa.Table:
 
 
 def write_index(shard: Path, table: pa.Table) -> Path:
-    """Write `table` beside the shard, whole or not at all."""
+    """Write the index table next to the shard, atomically."""
     path = index_path(shard)
     with atomic.new_file(path) as temporary:
         pq.write_table(table, temporary)
@@ -260,11 +261,10 @@ def write_index(shard: Path, table: pa.Table) -> Path:
 
 
 def read_index(shard: Path, columns: list[str] | None = None) -> pa.Table:
-    """The index of a shard, after checking that it belongs to the file that lies there now.
+    """Read the index of a shard and check that it belongs to the shard's present content.
 
     Raises:
-        ShardError: no shard, no index, an index of another version, or a shard that has changed its
-            size.
+        ShardError: no shard, no index, an index of another version, or a shard that has changed.
     """
     path = index_path(shard)
     if not shard.exists():
@@ -293,5 +293,5 @@ def read_index(shard: Path, columns: list[str] | None = None) -> pa.Table:
             f"truncated or replaced; {mend}"
         )
     if metadata.get("tar_proof") != proof(shard):
-        raise ShardError(f"{shard}: is another file than the one its index was made for; {mend}")
+        raise ShardError(f"{shard}: its index was made for another file of this name; {mend}")
     return table

@@ -257,7 +257,7 @@ def test_features_by_row(data: Path) -> None:
     with pytest.raises(BadImage):
         features(105)
     files[1].unlink()
-    with pytest.raises(ShardError, match="all of them see"):
+    with pytest.raises(ShardError, match="all of them can read"):
         Features(catalog, files)
 
 

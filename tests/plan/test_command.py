@@ -183,7 +183,7 @@ def test_a_plan_names_pairs_not_rows(glyphs: Path, tmp_path: Path) -> None:
 
 
 def test_another_data_set_is_refused(glyphs: Path, file: Path) -> None:
-    with pytest.raises(ShardError, match="a plan for other shards"):
+    with pytest.raises(ShardError, match="made for other shards"):
         read_plan(file, open_catalog(str(glyphs / "test")))
 
 

@@ -1,1 +1,1 @@
-"""Checking shards: each one whole and indexed, a report on all, a sheet of pictures."""
+"""Checking shards: completeness and index of each, a report on all, and a contact sheet."""

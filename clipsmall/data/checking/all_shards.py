@@ -1,4 +1,4 @@
-"""The check of all shards of a data set: one report, one table of pairs, some pairs to look at."""
+"""Checks all shards of a data set: a report, a table of all pairs, and a sample to look at."""
 
 import warnings
 from functools import partial
@@ -24,13 +24,13 @@ def check_shards(
     decode: bool = False,
     workers: int = 1,
 ) -> tuple[ShardReport, pd.DataFrame]:
-    """Check every shard; one that cannot be used does not stop the check of the others.
+    """Check every shard; an unusable shard does not stop the check of the others.
 
     Args:
-        missing: shards that ought to be there, for the report.
-        rebuild: make every index again, not only the missing ones.
-        decode: decode every image, and note the broken ones in the index.
-        workers: processes, one shard each.
+        missing: shards that should exist but do not, for the report.
+        rebuild: make every index anew, not only missing ones.
+        decode: decode every image, and mark broken ones in the index.
+        workers: number of processes, each checking one shard at a time.
 
     Returns:
         The report, and the indexes of all usable shards as one table with the column `shard`.
@@ -42,7 +42,7 @@ def check_shards(
         for shard, problem in checked:
             found[shard] = problem
             bar.update()
-    # in the order of the shards, whichever was ready first
+    # in the order of the shards, whichever finished first
     problems = list(missing)
     good = list[Path]()
     for shard in shards:
@@ -58,7 +58,7 @@ def check_shards(
         tables.append(index.assign(shard=str(shard)))
         size += shard.stat().st_size
 
-    # the report asks every table for its status
+    # the report needs the column `status` even if no shard is usable
     frame = pd.DataFrame({"status": []})
     if tables:
         frame = pd.concat(tables, ignore_index=True)
@@ -68,10 +68,10 @@ def check_shards(
 
 
 def sample_cells(frame: pd.DataFrame, most: int) -> list[SheetCell]:
-    """At most `most` evenly picked good pairs, or bad ones when there are no others.
+    """At most `most` evenly spaced usable pairs, or bad ones if no pair is usable.
 
     Args:
-        frame: indexes of shards in one table, as `check_shards` returns it.
+        frame: the table of all pairs that `check_shards` returns.
     """
     if frame.empty:
         return []
@@ -79,7 +79,7 @@ def sample_cells(frame: pd.DataFrame, most: int) -> list[SheetCell]:
     good = pictures[pictures["status"] == ""]
     if good.empty:
         good = pictures
-    # evenly spread, each once
+    # evenly spaced, without repeats
     count = min(most, len(good))
     places = np.linspace(0, len(good) - 1, count)
     rows = np.unique(places.round().astype(int))

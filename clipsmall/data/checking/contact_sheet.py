@@ -1,4 +1,4 @@
-"""A picture of a data set: a grid of its pairs above two histograms."""
+"""A contact sheet of a data set: a grid of pairs above two histograms."""
 
 import textwrap
 import warnings
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 COLUMNS = 8
-# pixels
+# side of a thumbnail in pixels
 THUMBNAIL = 200
-# characters a line
+# characters per line of a caption
 CAPTION_WIDTH = 24
 CAPTION_LINES = 3
 INK = "#1f2328"
@@ -26,7 +26,7 @@ BAR = "#4f7cac"
 
 
 class SheetCell(NamedTuple):
-    """A picture, or the reason why there is none, and its caption."""
+    """An image, or the reason why there is none, and its caption."""
 
     picture: Image.Image | str
     caption: str
@@ -43,15 +43,15 @@ def draw_sheet(
 
     Args:
         cells: pairs to show, row by row.
-        histograms: two, by what their values are.
-        what: is counted in them.
-        title: one line above all.
+        histograms: the values of the two histograms, by axis label.
+        what: what the histograms count.
+        title: the line at the top.
     """
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
     rows = max(-(-len(cells) // COLUMNS), 1)
-    # inches
+    # height of the figure in inches
     height = rows * 1.75 + 2.9
     figure = Figure(figsize=(COLUMNS * 1.45, height), dpi=120, facecolor="white")
     figure.text(
@@ -107,12 +107,12 @@ def draw_sheet(
                 linewidth=0.8,
                 clip_on=False,
             )
-            # white pictures are seen too
+            # a frame makes white images visible
             axes.add_patch(frame)
         lines = textwrap.wrap(
             cell.caption, CAPTION_WIDTH, max_lines=CAPTION_LINES, placeholder=" …"
         )
-        # captions are foreign text: "$" must not start mathematics
+        # "$" in a caption must not start matplotlib's math mode
         axes.text(
             0.5,
             -0.05,
@@ -129,7 +129,7 @@ def draw_sheet(
     for place, (name, values) in enumerate(histograms.items()):
         _histogram(figure.add_subplot(plots[0, place]), np.asarray(values), name, what)
     with warnings.catch_warnings():
-        # scripts that the font lacks are drawn as boxes
+        # characters that the font lacks are drawn as boxes
         warnings.filterwarnings("ignore", message="Glyph")
         figure.savefig(path, format="png")
 
@@ -145,11 +145,11 @@ def _histogram(axes: "Axes", values: NDArray[np.number], name: str, what: str) -
         bins = np.geomspace(low, high, 41)
         axes.set_xscale("log")
     elif is_float:
-        # equal values still need a bin of some width
+        # if all values are equal, the bin still needs some width
         upper = max(high, low + 1e-6)
         bins = np.linspace(low, upper, 41)
     else:
-        # whole numbers: at most 40 bins of equally many, with edges between numbers
+        # integers: at most 40 bins of equal width, with edges between integers
         count = high - low + 1
         step = max(-(-count // 40), 1)
         bins = np.arange(low - 0.5, high + step + 0.5, step)

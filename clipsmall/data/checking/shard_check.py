@@ -1,4 +1,4 @@
-"""The check of one shard: it is whole and indexed, and, on request, its images decode."""
+"""Checks one shard: it is complete and indexed and, on request, its images decode."""
 
 import json
 import os
@@ -34,19 +34,19 @@ class Problem(NamedTuple):
 
 
 def find_shards(paths: list[str]) -> tuple[list[Path], list[Problem]]:
-    """All shards that some paths name, and those that ought to be there but are not.
+    """All shards that the paths name, and those that should exist but do not.
 
     Args:
-        paths: folders (of shards, or of split folders of shards), files, globs, brace lists.
+        paths: folders (of shards, or of splits with shards), files, globs and brace lists.
 
     Returns:
-        The shards, and the missing ones: those named here, or that a `_stats.json`, an index or
-        CLIP_benchmark's nshards.txt promises.
+        The shards, and the missing ones: those that are named here, or for which there is a
+        `_stats.json`, an index, or an entry in CLIP_benchmark's nshards.txt.
 
     Raises:
-        ValueError: a path that names nothing, or something else than tars.
+        ValueError: a path that names nothing, or something other than tars.
     """
-    # keys in order: a shard that two paths name is there once
+    # a dict used as an ordered set: list a shard named by two paths only once
     found = dict[Path, None]()
     missing = dict[Path, str]()
     for path in paths:
@@ -54,7 +54,7 @@ def find_shards(paths: list[str]) -> tuple[list[Path], list[Problem]]:
         for name in names:
             shards, absent = _shards_named(name)
             missing |= absent
-            # of a longer list, some may be missing
+            # some shards of a brace list may be missing
             if not shards and len(names) == 1 and not missing:
                 raise ValueError(f"{name}: no shards there (*.tar)")
             if not shards and name.endswith(".tar"):
@@ -69,14 +69,14 @@ def find_shards(paths: list[str]) -> tuple[list[Path], list[Problem]]:
 
 
 def _shards_named(name: str) -> tuple[list[Path], dict[Path, str]]:
-    """The shards that a folder, file or glob names, and what is missing in the folder."""
+    """The shards that a folder, file or glob names, and the missing ones by reason."""
     path = Path(name)
     missing = dict[Path, str]()
     if path.is_dir():
         shards, missing = _in_folder(path)
     else:
         shards = [Path(match) for match in sorted(glob(name))]
-        # a file's name may look like a glob
+        # the name of a file may look like a glob
         if not shards and path.is_file():
             shards = [path]
     for shard in shards:
@@ -89,8 +89,8 @@ def _shards_named(name: str) -> tuple[list[Path], dict[Path, str]]:
 
 
 def _in_folder(folder: Path) -> tuple[list[Path], dict[Path, str]]:
-    """The shards of a folder or, without any, of the folders in it, and what is missing there."""
-    # a leading dot marks what a killed writer left
+    """The shards of a folder, or else those of its subfolders, and the missing ones by reason."""
+    # a leading dot marks temporary files of killed processes
     shards = sorted(folder.glob("[!.]*.tar"))
     missing = _missing_in(folder)
     if shards or missing:
@@ -104,7 +104,7 @@ def _in_folder(folder: Path) -> tuple[list[Path], dict[Path, str]]:
 
 
 def _missing_in(folder: Path) -> dict[Path, str]:
-    """Shards that other files of a folder promise -> who promises them."""
+    """Missing shards that other files of the folder refer to, with the reason for each."""
     missing = dict[Path, str]()
     for suffix in ("_stats.json", ".index.parquet"):
         for side in sorted(folder.glob(f"[!.]*{suffix}")):
@@ -112,7 +112,7 @@ def _missing_in(folder: Path) -> dict[Path, str]:
             shard = folder / f"{stem}.tar"
             if not shard.exists():
                 missing[shard] = f"missing, but {side.name} is there"
-    # a making of shards that was cut short
+    # make_shards was interrupted
     lacking = unfinished(folder)
     if lacking:
         missing[folder / RECORD] = lacking
@@ -131,20 +131,20 @@ def _missing_in(folder: Path) -> dict[Path, str]:
 
 
 def check_shard(shard: Path, rebuild: bool, decode_images: bool) -> tuple[Path, Problem | None]:
-    """Check one shard, and make its index where it is missing or asked for.
+    """Check one shard; make its index if it is missing or `rebuild` is set.
 
     Args:
-        rebuild: make the index even if there is one.
-        decode_images: decode every image, and note the broken ones in the index.
+        rebuild: make the index anew even if there is one.
+        decode_images: decode every image, and mark broken ones in the index.
 
     Returns:
-        The shard, and why it cannot be used (None = it can).
+        The shard, and why it is unusable (None = it is usable).
     """
     try:
         if rebuild or decode_images or not index_path(shard).exists():
             table = build_index(shard)
             if decode_images:
-                # the column is replaced where it stands
+                # replace the column in its position
                 status = pa.array(_decoded(shard, table))
                 column = table.column_names.index("status")
                 table = table.set_column(column, "status", status)
@@ -161,16 +161,16 @@ def check_shard(shard: Path, rebuild: bool, decode_images: bool) -> tuple[Path, 
 
 
 def _decoded(shard: Path, table: pa.Table) -> list[str]:
-    """The status of every pair, after its image was decoded and compared with the json's `sha256`.
+    """The status of every pair after decoding its image and checking the json's `sha256`.
 
-    img2dataset's `sha256` is of the picture as downloaded, before it was resized. So a checksum
-    counts only in a shard where most of them are right.
+    img2dataset stores the `sha256` of the image as downloaded, before resizing. So checksums are
+    used only in a shard where most of them match.
     """
     status = []
     differs = []
     agree = 0
     with shard.open("rb") as file, warnings.catch_warnings():
-        # odd EXIF; the picture decodes or it does not
+        # ignore Pillow's warnings, such as those about odd EXIF; only decoding counts
         warnings.filterwarnings("ignore", module="PIL")
         for number, row in enumerate(table.to_pylist()):
             status.append(row["status"])
@@ -202,7 +202,7 @@ def _promised_sha256(descriptor: int, row: dict[str, Any]) -> str | None:
     except (ValueError, RecursionError):
         return None
 
-    # foreign json may be anything
+    # json of other programs may hold anything
     if not isinstance(fields, dict):
         return None
     value = fields.get("sha256")
@@ -212,15 +212,15 @@ def _promised_sha256(descriptor: int, row: dict[str, Any]) -> str | None:
 
 
 def pair_image(row: "pd.Series[Any]") -> bytes:
-    """The image's bytes of a row of the index, with its `shard`."""
+    """The bytes of the image in a row of the index, which must have the column `shard`."""
     return _bytes(row, "image")
 
 
 def pair_captions(row: "pd.Series[Any]") -> list[str]:
-    """The captions of a row of the index, with its `shard`; [] when they cannot be read."""
+    """The captions of a row of the index (with column `shard`); [] if they cannot be read."""
     try:
         fields = json.loads(_bytes(row, "json") or b"{}")
-        # foreign json may be anything
+        # json of other programs may hold anything
         if not isinstance(fields, dict):
             fields = {}
         text = _bytes(row, "text")
@@ -232,7 +232,7 @@ def pair_captions(row: "pd.Series[Any]") -> list[str]:
 def _bytes(row: "pd.Series[Any]", member: str) -> bytes:
     size = int(row[f"{member}_size"])
     offset = int(row[f"{member}_offset"])
-    # the pair has no such member
+    # the pair has no such file
     if size <= 0:
         return b""
 

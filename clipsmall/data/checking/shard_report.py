@@ -1,4 +1,4 @@
-"""The report on a data set, counted from the indexes of its shards."""
+"""The report on a data set, made from the indexes of its shards."""
 
 import json
 from collections.abc import Callable
@@ -11,13 +11,13 @@ import pandas as pd
 from clipsmall.data.checking.shard_check import Problem
 
 EXAMPLES = 3
-# groups of duplicates shown
+# number of largest groups of duplicates in the report
 LARGEST = 10
 
 
 @dataclass(frozen=True)
 class Spread:
-    """How a quantity is spread over pairs."""
+    """The distribution of a quantity over pairs."""
 
     least: int
     median: float
@@ -37,17 +37,17 @@ class Group:
 
 @dataclass(frozen=True)
 class Duplicates:
-    """Groups of two and more equal ones among the good pairs."""
+    """Groups of two or more usable pairs with the same caption or image."""
 
     groups: int
-    # in all groups
+    # number of pairs in all groups together
     pairs: int
     largest: list[Group]
 
 
 @dataclass(frozen=True)
 class Reason:
-    """Why pairs are left out of training."""
+    """A reason why pairs are left out of training, with a count and examples."""
 
     pairs: int
     examples: list[str]
@@ -55,26 +55,26 @@ class Reason:
 
 @dataclass(frozen=True)
 class ShardReport:
-    """The contents of check.json."""
+    """The content of check.json."""
 
-    # usable
+    # number of usable shards
     shards: int
-    # shard -> reason
+    # reason by shard
     unusable: dict[str, str]
-    # of usable shards
+    # size of the usable shards
     bytes: int
     pairs: int
     good: int
-    # whether all images were decoded in this check
+    # whether this check decoded all images
     decoded: bool
     left_out: dict[str, Reason]
-    # pairs with a .cls
+    # number of pairs with a .cls file
     labelled: int
     image_bytes: Spread | None
     caption_chars: Spread | None
     same_caption: Duplicates
     same_image: Duplicates
-    # samples whose key another sample of the shard has: their files do not lie side by side
+    # number of samples whose key occurs again in the shard; their files may not be adjacent
     same_key: int
 
     @property
@@ -94,13 +94,13 @@ def report_of(
     captions: Callable[["pd.Series[Any]"], list[str]],
     decoded: bool = False,
 ) -> ShardReport:
-    """Count everything that the report says.
+    """Compute the report.
 
     Args:
         frame: the indexes of all usable shards in one table, with the column `shard`.
-        problems: shards that cannot be used.
-        shards, size: number and bytes of those that can.
-        captions: reads the captions of one row, for the largest groups.
+        problems: the unusable shards.
+        shards, size: number and bytes of the usable shards.
+        captions: a function that reads the captions of a row, for the largest groups.
         decoded: whether all images were decoded.
     """
     good = frame[frame["status"] == ""]
@@ -108,7 +108,7 @@ def report_of(
     pictures = frame
     labelled = 0
     same_key = 0
-    # the table of no shard has no such columns
+    # without usable shards the table lacks these columns
     if len(frame):
         pictures = frame[frame["image_size"] > 0]
         has_label = frame["label_size"] > 0
@@ -163,7 +163,7 @@ def _duplicates(
 ) -> Duplicates:
     if rows.empty:
         return Duplicates(0, 0, [])
-    # value -> how many pairs have it, most first
+    # number of pairs by value, most frequent first
     counts = rows[column].value_counts()
     counts = counts[counts > 1]
 
@@ -181,7 +181,7 @@ def _duplicates(
 
 
 def as_text(report: ShardReport) -> str:
-    """The report for a terminal."""
+    """The report as text for a terminal."""
     pairs = f"{report.pairs:,}, {report.good:,} good"
     if not report.decoded:
         pairs += " (images not decoded)"
@@ -218,7 +218,7 @@ def as_text(report: ShardReport) -> str:
 
 
 def _duplicate_lines(name: str, same: Duplicates) -> list[tuple[str, str]]:
-    """The heading of some duplicates, and their five largest groups."""
+    """A heading line about duplicates, then one line for each of the five largest groups."""
     heading = f"{same.pairs:,} pairs in {same.groups:,} groups; the largest:"
     lines = [(f"same {name}", heading)]
     for group in same.largest[:5]:

@@ -257,7 +257,7 @@ def test_a_stopped_run_is_no_whole_data_set(
     assert run(photos / "photos.csv", out, "--pairs_per_shard", 4) == 0
     for path in out.glob("00002*"):
         path.unlink()
-    said = "make_shards has made 8 of 12 pairs: type its command again"
+    said = "make_shards has made 8 of 12 pairs: run the same command again"
     with pytest.raises(ValueError, match=said):
         open_catalog(str(out))
     assert check_shards.main([str(out)]) == 1
