@@ -1,8 +1,8 @@
-"""Mining: choosing which pairs share a batch, so that the model finds it hard.
+"""Hard-negative mining: choosing which pairs share a batch, so that batches are hard.
 
-Words: a *pool* is a few global batches of pairs that are scored and assigned to new batches
-together; a *group* is a set of pairs in one batch that are hard for one another; *places* are
-numbers of pairs within a pool, from 0; *copies* are the same pair, caption or image twice.
+Terms: a *pool* is the pairs of a few global batches, which are scored and assigned to new batches
+together; a *group* is a set of pairs in one batch that are hard negatives of one another; *places*
+are numbers of pairs within a pool, from 0; *copies* are pairs with equal number, caption or image.
 """
 
 from clipsmall.mining.assignment import SELECTIONS, BatchAssignment, MiningRecipe, assign_batches

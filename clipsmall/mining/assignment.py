@@ -1,8 +1,8 @@
-"""From one pool of scored pairs to batches of pairs that are hard for one another.
+"""Turns one pool of scored pairs into batches of mutually hard pairs.
 
-The steps: which pairs must not share a group (`false_negatives`), an arrangement of the pool in
-groups (one module each), exchanges that make groups harder or conflicts fewer (`swaps`), and groups
-put together into batches (`combine`).
+The steps: find pairs that must not share a group (`false_negatives`), arrange the pool in groups
+(one module per method), swap pairs to make groups harder or to remove conflicts (`swaps`), and
+combine groups into batches (`combine`).
 """
 
 from collections.abc import Callable
@@ -23,14 +23,14 @@ from clipsmall.mining.spectral import spectral_groups
 from clipsmall.mining.swaps import count_conflicts, improve_by_swaps, separate_conflicts
 from clipsmall.mining.weights import WEIGHTS, batch_losses
 
-# methods that put pairs together because they are hard for one another
+# methods that make groups of mutually hard pairs
 COMPOSING = (
     "groups",
     "chain",
     "kmeans",
     "spectral",
 )
-# methods that drop pairs; the others use all of them
+# methods that select whole batches and drop the other pairs; all other methods use every pair
 SELECTIONS = ("osgd", "learnability")
 
 
@@ -40,17 +40,16 @@ class MiningRecipe:
 
     Args:
         method: groups, chain, kmeans, spectral, shuffled; osgd, learnability.
-        batch_size: B over all ranks.
-        group: K pairs of a batch that are hard for one another; 0 = the whole batch.
-        weights: softmax or sigmoid, the loss by which pairs are called hard.
-        swaps: sweeps of exchanges after the arrangement.
+        batch_size: B, over all ranks.
+        group: number of mutually hard pairs in a group; 0 = the whole batch.
+        weights: softmax or sigmoid, the loss that defines hardness.
+        swaps: sweeps of swaps after the arrangement.
         keep: fraction of the batches that a selection keeps.
-        near: cosine of two images, or two captions, from which on they count as duplicates; 1 =
-            never.
-        guard: fraction of all combinations of two pairs that a COMPOSING method keeps apart, the
-            hardest ones, as too hard to be true negatives; 0 = none.
-        ratio: fixed threshold in place of the fraction `guard`, see
-            `false_negatives.relative_hardness`.
+        near: two images, or two captions, with a larger cosine count as duplicates; 1 = none do.
+        guard: fraction of all combinations of two pairs that a COMPOSING method keeps apart as
+            likely false negatives, the hardest ones; 0 = none.
+        ratio: fixed threshold of `false_negatives.relative_hardness` instead of the fraction
+            `guard`.
     """
 
     method: str = "groups"
@@ -65,28 +64,28 @@ class MiningRecipe:
 
     @property
     def size(self) -> int:
-        """Pairs of one group."""
+        """Number of pairs in a group."""
         return self.group or self.batch_size
 
     def batches_kept(self, batches: int) -> int:
-        """How many of a pool's batches are trained on."""
+        """Number of batches of a pool that are trained on."""
         if self.method in SELECTIONS:
             return max(round(self.keep * batches), 1)
         return batches
 
 
 class BatchAssignment(NamedTuple):
-    """The batches made of a pool."""
+    """The batches made from a pool."""
 
     # (m, B) places in the pool, none twice
     batches: Ints
-    # (m, B) caption hashes of the pairs; copies that had to share a batch are given equal ones, so
-    # that losses mask them
+    # (m, B) caption hashes of the pairs; copies in one batch get equal hashes, so that losses mask
+    # them
     caption_hash: Ints
-    # blocked: fraction of the combinations of two pairs that are kept apart; duplicates: fraction
-    # of pairs that have one; threshold: relative hardness beyond which they are kept apart;
-    # unseparated: combinations that should be apart and are not; pool_loss, mined_loss: mean loss
-    # of the pool's batches before and after
+    # blocked: fraction of the combinations of two pairs that must not share a group; duplicates:
+    # fraction of pairs with a duplicate; threshold: relative hardness above which two pairs must
+    # not share a group; unseparated: number of such combinations that still do; pool_loss,
+    # mined_loss: mean loss of the batches before and after mining
     numbers: dict[str, float]
 
 
@@ -99,11 +98,11 @@ def assign_batches(
     ranks: int = 1,
     reference: ScoredPairs | None = None,
 ) -> BatchAssignment:
-    """Assign n = m·B pairs to batches, each of which takes B / ranks pairs of every rank.
+    """Assign n = m·B pairs to m batches, each with B / ranks pairs of every rank.
 
     Args:
-        owner: (n,) rank of each pair, n / ranks each.
-        reference: the same pairs as another model sees them; learnability needs it.
+        owner: (n,) the rank that holds each pair, n / ranks pairs each.
+        reference: the same pairs, embedded by the reference model; for learnability only.
     """
     n = len(owner)
     assert n % recipe.batch_size == recipe.batch_size % ranks == 0
@@ -112,22 +111,22 @@ def assign_batches(
     copies = false_negatives.copies(identity)
     duplicates = copies | false_negatives.near_duplicates(scored, recipe.near)
 
-    # a method that only chooses among random batches brings no false negatives together
+    # methods that select among random batches do not bring false negatives together
     composing = recipe.method in COMPOSING
     guard = recipe.guard if composing else 0.0
     ratio = recipe.ratio if composing else None
     suspect, threshold = false_negatives.too_hard_negatives(scored, guard, ratio)
     cannot_link = duplicates | suspect
 
-    # 2. Groups of pairs that are hard for one another.
+    # 2. Groups of mutually hard pairs.
     quotas = even_quotas(owner, ranks, recipe.batch_size, recipe.size)
 
-    # Computed once, if at all: they would take most of the time of a chain, which needs none.
+    # Computed only if needed: the method chain does without, and would spend most time on them.
     weights = cache(lambda: WEIGHTS[recipe.weights](scored, recipe.size))
     arrange = arrangement(recipe, n // recipe.batch_size, weights, reference)
     groups = arrange(scored, quotas, cannot_link, generator)
 
-    # 3. Exchanges: harder groups, then no conflicts in them.
+    # 3. Swaps: make groups harder, then remove conflicts.
     if recipe.swaps:
         groups = improve_by_swaps(weights(), groups, owner, cannot_link, recipe.swaps, generator)
     if count_conflicts(groups, cannot_link).any():
@@ -137,7 +136,7 @@ def assign_batches(
     per_batch = recipe.batch_size // recipe.size
     batches = combine_groups(groups, per_batch, duplicates, generator)
 
-    # as they were read
+    # the batches in the order of reading
     pool_batches = np.arange(n).reshape(-1, recipe.batch_size)
     numbers = {
         "blocked": float(cannot_link.sum()) / max(n * (n - 1), 1),
@@ -156,12 +155,12 @@ def arrangement(
     weights: Callable[[], Floats],
     reference: ScoredPairs | None,
 ) -> Arrangement:
-    """The arrangement that the recipe names, with its options filled in.
+    """The function for the recipe's method, with its options filled in.
 
     Args:
-        batches: of the pool.
+        batches: number of batches in the pool.
         weights: computes the (n, n) weights, see `weights`; called only if they are needed.
-        reference: the same pairs as another model sees them; learnability needs it.
+        reference: the same pairs, embedded by the reference model; for learnability only.
     """
     keep = recipe.batches_kept(batches)
     kind = recipe.weights
@@ -188,13 +187,13 @@ def arrangement(
 def hashes_for_masks(identity: Identity, batches: Ints, copies: Bools) -> Ints:
     """(m, B) caption hashes by which the losses mask false negatives.
 
-    Copies that had to share a batch are given one hash, and so are all pairs of the batch that have
-    the same caption as one of them. Near-duplicates are not merged: merging is transitive and would
-    mask half the batch.
+    Copies in one batch get the same hash, and so do all pairs of the batch with the same caption as
+    one of them. Near-duplicates are not merged: merging is transitive and would mask half the
+    batch.
     """
     hashes = identity.caption_hash[batches]
     for row, members in zip(hashes, batches, strict=True):
-        # each combination of two members once
+        # every combination of two members, once
         inside = copies[np.ix_(members, members)]
         for one, other in np.argwhere(np.triu(inside)):
             row[row == row[other]] = row[one]
@@ -203,9 +202,9 @@ def hashes_for_masks(identity: Identity, batches: Ints, copies: Bools) -> Ints:
 
 
 def count_unseparated(groups: Ints, cannot_link: Bools, batches: Ints, duplicates: Bools) -> int:
-    """Combinations of two pairs that should be apart and are not.
+    """Number of combinations of two pairs that should be separated but are not.
 
-    Duplicates should not share a batch, other cannot-link pairs should not share a group.
+    Duplicates should not share a batch; other cannot-link pairs should not share a group.
     """
     too_hard = cannot_link & ~duplicates
     inside_groups = count_conflicts(groups, too_hard)

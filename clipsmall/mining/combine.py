@@ -1,18 +1,18 @@
-"""Small hard groups put together into batches: at random, but copies in different batches."""
+"""Combines small hard groups into batches at random, with copies in different batches."""
 
 import numpy as np
 
 from clipsmall.mining.scored_pairs import Bools, Ints, Quotas
 
-# how often another batch is looked for, for every group that shares one with a copy
+# rounds in which every group that shares a batch with a copy may move to another batch
 ROUNDS = 30
 
 
 def even_quotas(owner: Ints, ranks: int, batch_size: int, size: int) -> Quotas:
-    """Quotas of groups of `size`, such that each batch takes batch_size / ranks of every rank.
+    """Quotas of groups of `size`, such that each batch has batch_size / ranks pairs of every rank.
 
-    The seats of a batch belong to the ranks in turn, so that groups are as mixed as they can be:
-    with four ranks, groups of four have one pair of each.
+    The seats of a batch are given to the ranks in turn, so that groups mix ranks as much as
+    possible: with four ranks, a group of four has one pair of each.
     """
     rank_of_seat = np.arange(batch_size) % ranks
     counts_in_batch = np.stack(
@@ -25,15 +25,15 @@ def even_quotas(owner: Ints, ranks: int, batch_size: int, size: int) -> Quotas:
 def combine_groups(
     groups: Ints, per_batch: int, copies: Bools, generator: np.random.Generator
 ) -> Ints:
-    """(m · per_batch, size) groups with the quotas of `even_quotas` -> (m, B) batches.
+    """Combine (m · per_batch, size) groups with the quotas of `even_quotas` into (m, B) batches.
 
-    The k-th groups of all batches have the same quotas: they are permuted among the batches. Then
-    groups that share a batch with a copy change places with k-th groups of other batches, as long
-    as that leaves fewer such groups together.
+    The k-th groups of all batches have equal quotas, so they are permuted among the batches. Then
+    a group that shares a batch with a copy is exchanged for the k-th group of another batch, as
+    long as this reduces the number of such groups.
 
     Args:
-        per_batch: groups in a batch.
-        copies: (n, n) pairs that should not share a batch.
+        per_batch: number of groups in a batch.
+        copies: (n, n) bool, pairs that should not share a batch.
     """
     batches = len(groups) // per_batch
     size = groups.shape[1]
@@ -55,18 +55,18 @@ def combine_groups(
 
 
 def _separate_copies(seats: Ints, clash: Ints, generator: np.random.Generator) -> None:
-    """Exchange groups of equal place between batches until no exchange lessens the clashes.
+    """Exchange k-th groups between batches until no exchange reduces the clashes.
 
     Args:
         seats: (m, per_batch) numbers of groups; changed in place.
         clash: (G, G) 1 where two groups hold copies of one another.
     """
-    # (G, m) how many groups of a batch a group clashes with
+    # (G, m) number of groups in each batch that a group clashes with
     met = np.stack([clash[:, members].sum(axis=1) for members in seats], axis=1)
     for _ in range(ROUNDS):
         moved = False
 
-        # (m, per_batch) the same for each group and its own batch
+        # (m, per_batch) number of clashes of each group within its own batch
         clashes_at_seat = np.take_along_axis(met.T, seats, axis=1)
         unhappy = np.argwhere(clashes_at_seat > 0)
         for batch, place in generator.permutation(unhappy):
@@ -86,13 +86,13 @@ def _separate_copies(seats: Ints, clash: Ints, generator: np.random.Generator) -
 
 
 def _exchange_gains(seats: Ints, clash: Ints, met: Ints, batch: int, place: int) -> Ints:
-    """(m,) how many clashes go if the group at this seat changes places with each batch's."""
+    """(m,) number of clashes removed by exchanging this seat's group with that of each batch."""
     mine = seats[batch, place]
     theirs = seats[:, place]
     batches = np.arange(len(seats))
     before = met[mine, batch] + met[theirs, batches]
 
-    # each of the two no longer meets the other in the batch it goes to: that one has left
+    # the two exchanged groups do not meet in either batch afterwards
     after = met[mine] + met[theirs, batch] - 2 * clash[mine, theirs]
     gains: Ints = before - after
     gains[batch] = 0

@@ -1,4 +1,4 @@
-"""Pairs that must not share a group: copies, near-duplicates, and negatives too hard to be true."""
+"""Pairs that must not share a group: copies, near-duplicates and likely false negatives."""
 
 from typing import NamedTuple
 
@@ -6,22 +6,22 @@ import numpy as np
 
 from clipsmall.mining.scored_pairs import Bools, Floats, Ints, ScoredPairs
 
-# rows of the matrix of all combinations that a quantile is estimated from
+# number of rows of the (n, n) matrix from which a quantile is estimated
 SAMPLED = 1024
-# Largest fraction of all combinations of two pairs that may be called near-duplicates: two for each
-# pair, in a pool of 2,048.
+# Largest fraction of all combinations of two pairs that may count as near-duplicates: two per pair
+# in a pool of 2,048.
 MOST_NEAR = 0.001
-# a positive cosine below it says nothing about how hard the negatives are
+# lower bound of a positive's cosine when hardness is measured relative to it
 LEAST_COSINE = 0.05
 
 
 class Identity(NamedTuple):
-    """What is known of n pairs without any model."""
+    """What is known about n pairs without a model: number, caption hash and image hash."""
 
     index: Ints  # type: ignore[assignment]  # (n,) the pair's number
-    # (n,)
+    # (n,) hash of the caption
     caption_hash: Ints
-    # (n,) of the image's bytes
+    # (n,) hash of the image's bytes
     image_hash: Ints
 
     def take(self, places: Ints) -> "Identity":
@@ -43,10 +43,10 @@ def copies(identity: Identity) -> Bools:
 
 
 def near_duplicates(scored: ScoredPairs, cosine: float) -> Bools:
-    """(n, n) True where two images, or two captions, are closer than `cosine`; 1 = nowhere.
+    """(n, n) True where two images, or two captions, have a cosine above `cosine`; 1 = nowhere.
 
-    To towers that have hardly learned, all features are close: at most a fraction MOST_NEAR of all
-    combinations is called so (in a small pool one for each pair).
+    Hardly trained towers give similar features for all pairs. So at most a fraction MOST_NEAR of
+    all combinations counts as near-duplicates (in a small pool, one per pair).
     """
     n = len(scored.image)
     near = np.zeros((n, n), dtype=bool)
@@ -62,17 +62,17 @@ def near_duplicates(scored: ScoredPairs, cosine: float) -> Bools:
 
 
 def relative_hardness(scored: ScoredPairs) -> Floats:
-    """(n, n), symmetric: how well two pairs' images and captions fit each other crosswise.
+    """(n, n), symmetric: cosine of two pairs as negatives, divided by their positives' cosine.
 
-    The larger of the two cross cosines over the smaller of the two pairs' own cosines; −inf on the
-    diagonal. At 1 a caption fits another pair's image as well as that pair's own: it may be true of
-    it, too (positive-aware thresholds of NV-Retriever, Moreira et al. 2024, arXiv 2407.15831,
+    The larger of the two cross cosines over the smaller of the two positives' cosines; −inf on the
+    diagonal. At 1 a caption matches the other pair's image as well as its own, so it may be a false
+    negative (positive-aware thresholds of NV-Retriever, Moreira et al. 2024, arXiv 2407.15831,
     TopK-PercPos, on the worse of the two sides).
     """
     cosines = scored.image @ scored.text.T
-    # how well the captions fit each other's images: the worse of the two sides counts
+    # cosines of one pair's image with the other's caption; the larger of the two directions
     cross = np.maximum(cosines, cosines.T)
-    # and their own
+    # cosines of the positives
     own = cosines.diagonal().clip(min=LEAST_COSINE)
     smaller_own = np.minimum(own[:, None], own[None, :])
     made: Floats = cross / smaller_own
@@ -81,7 +81,7 @@ def relative_hardness(scored: ScoredPairs) -> Floats:
 
 
 def hardness_threshold(hardness: Floats, fraction: float) -> float:
-    """The value that this fraction of the finite entries of (n, n) exceeds.
+    """The value exceeded by this fraction of the finite entries of `hardness` (n, n).
 
     Estimated from SAMPLED evenly spaced rows; inf if none of their entries is finite.
     """
@@ -89,7 +89,7 @@ def hardness_threshold(hardness: Floats, fraction: float) -> float:
     places = np.linspace(0, n - 1, min(n, SAMPLED))
     places = np.unique(places.astype(int))
     rows = hardness[places]
-    # without the diagonal, which is −inf
+    # leave out the diagonal, which is −inf
     finite = rows[np.isfinite(rows)]
     if not len(finite):
         return np.inf
@@ -99,12 +99,12 @@ def hardness_threshold(hardness: Floats, fraction: float) -> float:
 def too_hard_negatives(
     scored: ScoredPairs, fraction: float, ratio: float | None
 ) -> tuple[Bools, float]:
-    """(n, n) True where two pairs' relative hardness is over a threshold, and that threshold.
+    """(n, n) True where two pairs' relative hardness exceeds a threshold; also the threshold.
 
     Args:
-        fraction: of all combinations of two pairs, the hardest ones: the threshold follows the
-            model.
-        ratio: a fixed threshold instead.
+        fraction: fraction of all combinations of two pairs above the threshold, which therefore
+            adapts to the model.
+        ratio: a fixed threshold to use instead.
     """
     n = len(scored.image)
     if not fraction and ratio is None:

@@ -1,4 +1,4 @@
-"""A picture of the hardest groups of a plan, to judge whether its negatives are negatives."""
+"""A contact sheet of a plan's hardest groups, to check by eye for false negatives."""
 
 from pathlib import Path
 
@@ -10,27 +10,28 @@ from clipsmall.data.preprocess import BadImage, decode
 from clipsmall.data.scores import Scores
 from clipsmall.mining.scored_pairs import Floats, Ints, select_scored
 
-# pairs
+# number of pairs on the sheet
 SHOWN = 48
-# pairs whose groups are looked at
+# number of pairs from whose groups the hardest are chosen
 MEASURED = 65_536
 
 
 def draw_hardest(
     path: Path, catalog: Catalog, table: Scores, pairs: Ints, size: int, title: str
 ) -> None:
-    """Write a PNG: the groups whose hardest negative comes closest to its positives, row by row,
-    and histograms.
+    """Write a PNG with the hardest groups, row by row, and histograms.
+
+    The hardest groups are those whose hardest negative comes closest to a positive.
 
     Args:
-        pairs: (m, B) numbers of pairs, groups of `size` side by side.
+        pairs: (m, B) numbers of pairs; each run of `size` pairs is a group.
     """
     numbers = catalog.index[table.row]
     order = np.argsort(numbers)
     groups = pairs.reshape(-1, size)[: max(MEASURED // size, 1)]
     places = order[np.searchsorted(numbers, groups, sorter=order)]
     own, negative = closeness(table, places)
-    # a group fills a row of the sheet, or as much of it as there is
+    # one group per row of the sheet, cut off if the group is longer than the row
     in_row = min(size, COLUMNS)
     hardness = (negative - own).max(axis=1)
     hardest = np.argsort(-hardness, kind="stable")[: max(SHOWN // in_row, 1)]
@@ -44,8 +45,9 @@ def draw_hardest(
 
 
 def closeness(table: Scores, places: Ints) -> tuple[Floats, Floats]:
-    """(groups, size) each pair's own cosine, and the larger one of its image and its text with
-    another of its group.
+    """(groups, size) each pair's positive cosine, and the cosine of its hardest negative.
+
+    The hardest negative is taken within the group, over both directions.
     """
     own = np.empty(places.shape)
     negative = np.empty(places.shape)
@@ -53,7 +55,7 @@ def closeness(table: Scores, places: Ints) -> tuple[Floats, Floats]:
         each = select_scored(table, members)
         cosines = each.image @ each.text.T
         own[number] = cosines.diagonal()
-        # a pair is no negative of itself
+        # a pair is not a negative of itself
         np.fill_diagonal(cosines, -np.inf)
         of_text = cosines.max(axis=0)
         of_image = cosines.max(axis=1)

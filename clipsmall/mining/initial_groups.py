@@ -1,4 +1,4 @@
-"""Simple arrangements: random groups, the hardest of them, a chain of neighbours, grown groups."""
+"""Simple arrangements: random groups, hardest random groups, a nearest-neighbour chain, greedy."""
 
 import numpy as np
 
@@ -8,7 +8,7 @@ from clipsmall.mining.weights import batch_losses
 
 
 def seat_ranks(quotas: Quotas) -> Ints:
-    """(groups, size) the rank whose pair takes each seat."""
+    """(groups, size) the rank whose pair fills each seat."""
     ranks = np.arange(quotas.counts.shape[1])
     return np.stack([np.repeat(ranks, counts) for counts in quotas.counts])
 
@@ -16,8 +16,8 @@ def seat_ranks(quotas: Quotas) -> Ints:
 def random_groups(
     scored: ScoredPairs, quotas: Quotas, cannot_link: Bools, generator: np.random.Generator
 ) -> Ints:
-    """Random groups: the baseline that mining is compared with."""
-    # the interface of all arrangements; this one does not look at the embeddings
+    """Random groups: the baseline for mining."""
+    # all arrangements have this signature; this one does not use the embeddings
     del scored
     rank_of_seat = seat_ranks(quotas)
     groups = np.empty_like(rank_of_seat)
@@ -37,7 +37,7 @@ def osgd(
     keep: int,
     kind: str = "softmax",
 ) -> Ints:
-    """The `keep` groups of highest loss among random ones; the pairs of the others are dropped.
+    """The `keep` random groups of highest loss; all other pairs are dropped.
 
     Ordered SGD (Kawaguchi and Lu 2020, arXiv 1907.04371) as Cho et al. 2023 (arXiv 2307.05906) use
     it: the top q of k batches.
@@ -51,10 +51,10 @@ def osgd(
 def chain_groups(
     scored: ScoredPairs, quotas: Quotas, cannot_link: Bools, generator: np.random.Generator
 ) -> Ints:
-    """A chain of neighbours, cut into groups.
+    """A chain of hard negatives, cut into groups.
 
-    From an image to its hardest caption that is still free, from there to that caption's hardest
-    image, and so on (GRIT-VLP, Byun et al. 2022, arXiv 2208.04060).
+    The chain goes from an image to its hardest unused caption, from that pair's caption to its
+    hardest unused image, and so on (GRIT-VLP, Byun et al. 2022, arXiv 2208.04060).
     """
     from_image = scored.logits
     from_text = np.ascontiguousarray(from_image.T)
@@ -65,7 +65,7 @@ def chain_groups(
     for group in range(len(quotas.counts)):
         filler.open(group)
         for _ in range(quotas.sizes[group]):
-            # images and captions in turn
+            # alternate between images and captions
             side = sides[picked % 2]
 
             # the first pair of the chain is random
@@ -83,16 +83,16 @@ def grow_groups(
     generator: np.random.Generator,
     weights: Floats,
 ) -> Ints:
-    """Each group starts with a random pair and takes, one by one, the hardest pair that is free.
+    """Greedy groups: start with a random pair, then add the hardest free pair, one at a time.
 
-    Hardest is the one of largest total weight with the group's members.
+    The hardest pair has the largest total weight with the group's members.
 
     Args:
         weights: (n, n) symmetric, see `weights`.
     """
     filler = GroupFiller(quotas, cannot_link)
 
-    # the first pair of a group is the first free one in this order
+    # a group starts with the first free pair in this order
     order = generator.random(len(scored.image))
     for group in range(len(quotas.counts)):
         filler.open(group)
@@ -110,32 +110,31 @@ def grow_groups(
 class GroupFiller:
     """Fills groups pair by pair.
 
-    Only with free pairs, of ranks that have seats left, without conflict with the group's members.
-    Where no such pair is left, one in conflict is taken: later exchanges separate them if it can be
-    done.
+    Takes only free pairs without conflict with the group's members, of ranks with seats left. If
+    there is no such pair, it takes one in conflict, which later swaps separate if possible.
     """
 
     def __init__(self, quotas: Quotas, cannot_link: Bools) -> None:
         self.quotas = quotas
         self.cannot_link = cannot_link
-        # (groups, size) places of pairs
+        # (groups, size) places of the seated pairs
         count = len(quotas.counts)
         size = int(quotas.sizes[0])
         self.groups = np.empty((count, size), dtype=np.int64)
-        # (n,) pairs that are in no group yet
+        # (n,) True for pairs in no group yet
         self.free = np.ones(len(quotas.owner), dtype=bool)
 
     def open(self, group: int) -> None:
-        """From now on this group is filled."""
+        """Start filling this group."""
         self.group = group
         self.seat = 0
-        # (W,) seats of each rank
+        # (W,) free seats of each rank
         self.left = self.quotas.counts[group].copy()
-        # (n,) pairs that conflict with a member
+        # (n,) True for pairs that conflict with a member
         self.banned = np.zeros_like(self.free)
 
     def take(self, hardness: Floats) -> int:
-        """Seat the hardest pair that is allowed, and return its place; `hardness` is (n,)."""
+        """Seat the hardest allowed pair and return its place; `hardness` is (n,)."""
         has_seat = self.free
         if len(self.left) > 1:
             rank_has_seat = self.left > 0

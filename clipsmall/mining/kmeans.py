@@ -1,4 +1,4 @@
-"""Balanced k-means: clusters of exact sizes, by transport between pairs and centres."""
+"""Balanced k-means: clusters of exact sizes, by optimal transport from pairs to centres."""
 
 import numpy as np
 from scipy.special import logsumexp
@@ -6,11 +6,11 @@ from scipy.special import logsumexp
 from clipsmall.mining.scored_pairs import Bools, Floats, Ints, Quotas, ScoredPairs
 from clipsmall.mining.swaps import separate_conflicts
 
-# how often centres are moved
+# number of updates of the centres
 ROUNDS = 12
-# Sinkhorn iterations in each round
+# Sinkhorn iterations per round
 SWEEPS = 8
-# 1/epsilon of the transport plan, on cosines of [image; text] in [-1, 1]
+# 1/epsilon of the transport plan; the costs are cosines of [image; text], in [-1, 1]
 SHARPNESS = 50.0
 
 
@@ -23,25 +23,25 @@ def balanced_kmeans(
 ) -> Ints:
     """Groups of similar pairs: k-means on [image; text], with clusters of exact sizes.
 
-    The assignment is an entropic transport plan whose margins are the groups' sizes (Genevay,
-    Dulac-Arnold and Vert 2019, arXiv 1910.09036), rounded by confidence at the end. Centres are
-    shared by all ranks; each rank's pairs are assigned within that rank's quotas.
+    The assignment is an entropic transport plan whose marginals are the groups' sizes (Genevay,
+    Dulac-Arnold and Vert 2019, arXiv 1910.09036), rounded at the end, most confident pairs first.
+    All ranks share the centres; each rank's pairs are assigned within that rank's quotas.
 
     Args:
-        weights: (n, n), see `weights`; where pairs in conflict are moved to.
+        weights: (n, n), see `weights`; used to choose the new group of a pair in conflict.
     """
     both_sides = np.concatenate([scored.image, scored.text], axis=1)
 
-    # unit length again
+    # scale back to unit length
     features = both_sides.astype(np.float64) / np.sqrt(2)
     pairs = len(features)
     count = len(quotas.counts)
 
-    # random pairs are the first centres
+    # start with random pairs as centres
     first = generator.choice(pairs, count, replace=False)
     centres = features[first]
 
-    # (n, groups) how much of a pair is in a group
+    # (n, groups) fraction of each pair assigned to each group
     plan = np.zeros((pairs, count))
     for _ in range(ROUNDS):
         similar = SHARPNESS * features @ centres.T
@@ -66,7 +66,7 @@ def transport_plan(similar: Floats, capacity: Ints) -> Floats:
     """
     logs = similar - similar.max(axis=1, keepdims=True)
 
-    # if there are more pairs than seats, all groups get more
+    # with more pairs than seats, enlarge all groups by the same factor
     pairs_a_seat = len(similar) / capacity.sum()
     room = np.log(capacity * pairs_a_seat)
     for _ in range(SWEEPS):
@@ -78,24 +78,24 @@ def transport_plan(similar: Floats, capacity: Ints) -> Floats:
 
 
 def round_plan(plan: Floats, quotas: Quotas) -> Ints:
-    """(n, G) plan -> (groups, size) places of pairs; seats go to the most confident pairs first."""
+    """Round an (n, G) plan to (groups, size) places of pairs, most confident pairs first."""
     count = len(quotas.counts)
     size = int(quotas.sizes[0])
     groups = np.full((count, size), -1, dtype=np.int64)
 
-    # (groups, W) seats of each rank, and (groups,) pairs seated
+    # (groups, W) free seats of each rank, and (groups,) number of seated pairs
     left = quotas.counts.copy()
     filled = np.zeros(count, dtype=np.int64)
     waiting = np.arange(len(plan))
     while len(waiting) and left.any():
-        # each pair asks for its best group that has a seat for its rank
+        # each pair asks for its best group with a free seat for its rank
         open_seats = left.T[quotas.owner[waiting]] > 0
         wishes = np.where(open_seats, plan[waiting], -np.inf)
         wish = wishes.argmax(axis=1)
         confidence = wishes[np.arange(len(waiting)), wish]
         by_confidence = np.argsort(-confidence, kind="stable")
 
-        # −inf: no seat for this rank in any group
+        # −inf: no group has a free seat for the pair's rank
         has_wish = np.isfinite(confidence[by_confidence])
         seated = np.zeros(len(waiting), dtype=bool)
         for place in by_confidence[has_wish]:

@@ -1,4 +1,4 @@
-"""JEST's selection: pairs that are hard for the learner and easy for a reference model."""
+"""JEST: selects pairs that are hard for the learner and easy for a reference model."""
 
 from typing import NamedTuple
 
@@ -9,16 +9,16 @@ from clipsmall.mining.scored_pairs import Bools, Floats, Ints, Quotas, ScoredPai
 from clipsmall.mining.swaps import separate_conflicts
 from clipsmall.mining.weights import WEIGHTS
 
-# parts in which a batch is drawn
+# number of parts in which a batch is drawn
 CHUNKS = 16
 
 
 class LearnabilityGains(NamedTuple):
-    """How much the learner can learn: its loss minus the reference's."""
+    """Learnability: the learner's loss minus the reference model's."""
 
-    # (n,) of each pair by itself
+    # (n,) gain of each pair alone
     own: Floats
-    # (n, n) symmetric, of two pairs in one batch
+    # (n, n) gain of two pairs in one batch; symmetric
     together: Floats
 
 
@@ -27,13 +27,13 @@ def learnability_gains(
 ) -> LearnabilityGains:
     """Learnability of each pair, and of any two in one batch of `size`.
 
-    Evans et al. 2024, arXiv 2406.17711, section 3, where the loss is a sum over pairs: the sigmoid
-    loss is one, and the softmax loss has a bound that is one (see `weights`).
+    Evans et al. 2024, arXiv 2406.17711, section 3, for a loss that is a sum over pairs. The sigmoid
+    loss is such a sum, and the softmax loss has a bound of this form (see `weights`).
     """
     together = WEIGHTS[kind](learner, size) - WEIGHTS[kind](reference, size)
     own = np.zeros(len(together))
     if kind == "sigmoid":
-        # a pair's own term of the loss, which does not depend on its batch
+        # the positive's term of the loss, which does not depend on the batch
         learner_loss = np.logaddexp(0, -learner.logits.diagonal())
         reference_loss = np.logaddexp(0, -reference.logits.diagonal())
         own = learner_loss - reference_loss
@@ -54,14 +54,14 @@ def learnability(
 ) -> Ints:
     """`keep` groups of learnable pairs, drawn without replacement.
 
-    Each group is drawn in CHUNKS parts: the first by the gain of pairs by themselves, the others by
-    their gain together with the pairs drawn before. Blocked Gibbs sampling, Evans et al. 2024,
+    Each group is drawn in CHUNKS parts: the first by the pairs' own gains, the others by their
+    gains together with the pairs drawn before. Blocked Gibbs sampling, Evans et al. 2024,
     arXiv 2406.17711, algorithm 1.
 
     Args:
-        keep: groups.
-        reference: the same pairs as the reference model sees them.
-        kind: softmax or sigmoid.
+        keep: number of groups.
+        reference: the same pairs, embedded by the reference model.
+        kind: the loss, softmax or sigmoid.
     """
     size = int(quotas.sizes[0])
     gains = learnability_gains(scored, reference, size, kind)
@@ -89,13 +89,13 @@ def _draw_group(
     banned = ~free
     members = list[int]()
     for chunk in np.array_split(ranks, min(CHUNKS, len(ranks))):
-        # with Gumbel noise the largest are a draw from the softmax of the gains
+        # Gumbel-top-k: the largest noisy gains are a sample from the softmax of the gains
         noisy = gain + generator.gumbel(size=len(gain))
         new = list[int]()
         for rank in chunk:
             allowed = (owner == rank) & ~banned
 
-            # all that are left conflict with a member: take one of them
+            # if all remaining pairs conflict with a member, allow them
             if not allowed.any():
                 allowed = (owner == rank) & free
                 allowed[members + new] = False
