@@ -1,4 +1,4 @@
-"""Mining while training: pools of a loader's batches, scored by the model as it is then."""
+"""Online mining: pools of a loader's batches, scored with the current weights."""
 
 import time
 from collections import deque
@@ -19,20 +19,20 @@ from clipsmall.mining.pool import Pool
 from clipsmall.mining.schedule import Stretch, turns
 from clipsmall.mining.scored_pairs import ScoredPairs
 
-# what is reported of a pool, see `BatchAssignment.numbers`
+# the numbers reported for a pool, see `BatchAssignment.numbers`
 NUMBERS = ("blocked", "duplicates", "threshold", "unseparated", "pool_loss", "mined_loss")
 
 
 class PoolView(NamedTuple):
-    """This rank's pairs as the model sees them."""
+    """The embeddings of this rank's pairs, with logit scale and bias."""
 
     # (n, D) unit rows
     image: Tensor
     # (n, D) unit rows
     text: Tensor
-    # () factor of the cosines
+    # () logit scale
     scale: Tensor
-    # () added to the scaled cosines
+    # () logit bias
     bias: Tensor
 
 
@@ -41,42 +41,42 @@ class MiningPlan(NamedTuple):
 
     # (kept, B) int64 places in the pool
     batches: Tensor
-    # (kept, B) int64 for the losses' masks
+    # (kept, B) int64 caption hashes, by which losses mask false negatives
     caption_hash: Tensor
-    # (len(NUMBERS),) float64
+    # (len(NUMBERS),) float64 values of NUMBERS
     numbers: Tensor
-    # () int64 number of ranks it was made for
+    # () int64 number of ranks that the plan was made for
     ranks: Tensor
 
 
 class MinedBatches:
-    """The batches of a loader, some of them replaced by batches that the model finds hard.
+    """The batches of a loader, some of them replaced by mined, hard batches.
 
-    A pool of m global batches is read, each rank its slices; every rank scores its own pairs, all
-    embeddings are gathered, and the first rank makes one plan for all: mined by each rank for
-    itself, batches of eight ranks lose most of their hardness. No pair moves: a mined batch takes
-    B / W pairs of every rank. While the plan is made, in a thread of its own, the model trains on
-    the first plain batches of the stretch; while it trains on this pool, the next one is read, a
-    batch or a few with every step.
+    Each rank reads its slices of a pool of m global batches and scores them. All embeddings are
+    gathered, and the first rank makes one plan for all ranks; if each rank mined for itself,
+    batches over eight ranks would lose most of their hardness. Pairs stay on their rank: a mined
+    batch has B / W pairs of every rank. While a thread makes the plan, the model trains on the
+    first plain batches of the stretch. While it trains on a pool, the next pool is read, one or a
+    few batches per step.
 
-    The plan is saved in the checkpoint as long as batches of it are left, because it depends on the
-    weights of an earlier step; the pool itself is read again. A plan can be used on any number of
-    ranks that divides the one it was made for.
+    As long as some of its batches are left, the plan is saved in checkpoints, because it depends on
+    the weights of an earlier step; the pool itself is read again. A plan can be resumed on any
+    number of ranks that divides the number it was made for.
 
-    Every rank must iterate together with the others.
+    All ranks must iterate together.
 
     Args:
-        read: numbers of global batches -> this rank's slices of them.
-        stretches: of the whole run.
-        score: pairs -> their embeddings in eval mode, without gradient; it must leave the model as
-            it was.
-        recipe: how batches are made of a pool.
-        seed: of the run; with a stretch's first step it decides all that is random.
-        progress: read when iteration starts.
-        keep_plans: whether checkpoints hold plans: True for a loader that can read a pool again.
-            The rest of a stream's pool is trained on as it comes after a restart.
-        reference: the same pairs as another model sees them, for `learnability`.
-        pin: batches lie in pinned memory, so that they are copied to a GPU while that computes.
+        read: maps numbers of global batches to this rank's slices of them.
+        stretches: the stretches of the whole run.
+        score: maps pairs to their embeddings in eval mode, without gradient; it must leave the
+            model unchanged.
+        recipe: how a pool is turned into batches.
+        seed: the run's seed; random numbers depend only on it and a stretch's first step.
+        progress: the progress of the run, read when iteration starts.
+        keep_plans: whether checkpoints contain plans: True for a loader that can read a pool
+            again. For a stream, the rest of a pool's stretch is plain after a restart.
+        reference: maps pairs to their embeddings by the reference model, for `learnability`.
+        pin: return batches in pinned memory, so that copying to a GPU overlaps with computing.
     """
 
     def __init__(
@@ -100,31 +100,31 @@ class MinedBatches:
         self.reference = reference
         self.pin = pin
         self.keep_plans = keep_plans
-        # spent on scoring and on waiting for plans
+        # seconds spent on scoring and on waiting for plans
         self.seconds = 0.0
-        # of the pool that is trained on; {} in a plain stretch
+        # NUMBERS of the pool in use; {} in a plain stretch
         self.numbers = dict[str, float]()
-        # of the pool that is trained on
+        # the plan of the pool in use
         self._plan: MiningPlan | None = None
-        # the plan in the making, on the first rank
+        # the plan being made; on the first rank only
         self._making: Future[BatchAssignment] | None = None
         self._thread = ThreadPoolExecutor(1)
         self._device = torch.device("cpu")
 
     def __iter__(self) -> Iterator[LoadedBatch]:
-        # 1. Where the run continues: the stretches that are left, the first perhaps half done.
+        # 1. Find where to continue: the remaining stretches; the first may be partly done.
         step = self.progress.step
         left = [stretch for stretch in self.stretches if stretch.step + stretch.steps > step]
         if not left:
             return
         done = step - left[0].step
 
-        # No pool, or one whose plan could not be saved: what is left of the stretch is plain.
+        # Without a saved plan, the rest of a partly done stretch is plain.
         if done and self._plan is None:
             left[0] = Stretch(step, left[0].source + done, 0, 0, left[0].steps - done)
             done = 0
 
-        # 2. All batches that are left, in the order of reading; some are read ahead of time.
+        # 2. Start reading all remaining batches, in order; some are read ahead of time.
         last = left[-1]
         reader = iter(self.read(range(left[0].source, last.source + last.reads)))
         ahead = deque[LoadedBatch]()
@@ -132,7 +132,7 @@ class MinedBatches:
         def next_read() -> LoadedBatch:
             return ahead.popleft() if ahead else next(reader)
 
-        # 3. Stretch by stretch. With each step a few batches of the next pool are read ahead.
+        # 3. Go through the stretches. Every step also reads a few batches of the next pool.
         pools_after = [stretch.pool for stretch in left[1:]] + [0]
         for stretch, next_pool in zip(left, pools_after, strict=True):
             if stretch.pool:
@@ -157,8 +157,8 @@ class MinedBatches:
     def _mined_stretch(
         self, stretch: Stretch, next_read: Callable[[], LoadedBatch], done: int
     ) -> Iterator[LoadedBatch]:
-        """done: steps of it before a restart, which are not repeated; their batches are read."""
-        # 1. Read the pool, and begin a plan for it unless a checkpoint brought one.
+        """done: steps made before a restart; they are not repeated, but their batches are read."""
+        # 1. Read the pool, and start making a plan unless a checkpoint contained one.
         pool = Pool([next_read() for _ in range(stretch.pool)], self.pin)
         generator = np.random.default_rng((self.seed, stretch.step))
         order = turns(stretch, generator)
@@ -166,15 +166,15 @@ class MinedBatches:
             self.numbers = {}
             self._begin_plan(pool, generator)
 
-        # 2. Mined and plain batches in turn.
+        # 2. Yield mined and plain batches in the order of `turns`.
         mined_so_far = 0
         for turn, is_mined in enumerate(order):
             plain = None if is_mined else next_read()
             if turn >= done:
                 batch = plain or self._mined_batch(pool, mined_so_far)
 
-                # The bad pairs skipped while reading the pool are counted with its first batch. A
-                # pool that is read again was counted before.
+                # Bad pairs skipped while reading the pool are counted with its first mined batch,
+                # so a pool that is read again after a restart is not counted twice.
                 if turn == 0:
                     batch.skips.merge(pool.skips)
                 yield batch
@@ -186,7 +186,7 @@ class MinedBatches:
         self._plan = None
 
     def _begin_plan(self, pool: Pool, generator: np.random.Generator) -> None:
-        """Score local pairs, gather those of all ranks, and let the first rank make the plan."""
+        """Score local pairs, gather all embeddings, and let the first rank start on the plan."""
         start = time.perf_counter()
         view = self.score(pool.pairs)
         self._device = view.image.device
@@ -198,11 +198,11 @@ class MinedBatches:
 
         image, text, *identity_fields = gathered
 
-        # every rank sees the same features, so all of them stop
+        # all ranks check the same gathered features, so all raise together
         if not (np.isfinite(image).all() and np.isfinite(text).all()):
             raise ValueError(
-                f"the model's features are not finite at step {self.progress.step}, found by "
-                "mining: training has diverged; lower optim.lr or optim.clip"
+                f"mining found features that are not finite at step {self.progress.step}: "
+                "training has diverged; lower optim.lr or optim.clip"
             )
 
         if world.rank() == 0:
@@ -223,7 +223,7 @@ class MinedBatches:
         self.seconds += time.perf_counter() - start
 
     def _mined_batch(self, pool: Pool, number: int) -> LoadedBatch:
-        """This rank's pairs of the plan's batch of that number."""
+        """This rank's pairs of the plan's batch `number`."""
         if self._plan is None:
             start = time.perf_counter()
             self._plan = self._share_plan(pool)
@@ -234,10 +234,10 @@ class MinedBatches:
         return pool.take(self._plan.batches[number], self._plan.caption_hash[number])
 
     def _share_plan(self, pool: Pool) -> MiningPlan:
-        """The first rank's plan, waited for, on every rank."""
+        """Wait for the first rank's plan; returns it on every rank."""
         plan = self._finished_plan()
         if plan is None:
-            # the other ranks bring zeros: the sum is the first rank's plan
+            # the other ranks contribute zeros, so the sum over ranks is the first rank's plan
             kept = self.recipe.batches_kept(pool.batches)
             zeros = torch.zeros(kept, self.recipe.batch_size, dtype=torch.int64)
             no_numbers = torch.zeros(len(NUMBERS), dtype=torch.float64)
@@ -253,11 +253,11 @@ class MinedBatches:
         self.numbers = dict(zip(NUMBERS, self._plan.numbers.tolist(), strict=True))
 
     def _finished_plan(self) -> MiningPlan | None:
-        """The plan in the making, waited for; None on all ranks but the first."""
+        """Wait for the plan being made; returns it on the first rank, None on the others."""
         if self._making is None:
             return None
         made = self._making.result()
-        # tensors, as the plan goes into a checkpoint and to the other ranks
+        # as tensors, for the checkpoint and for sending to the other ranks
         numbers = [made.numbers[name] for name in NUMBERS]
         return MiningPlan(
             batches=torch.from_numpy(made.batches),
@@ -267,9 +267,9 @@ class MinedBatches:
         )
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The plan of a pool in the middle of which the run is; {} between pools.
+        """The plan of the pool in use; {} between pools.
 
-        The first rank's: the others may not have it yet.
+        Only the first rank's is valid, because other ranks may not have the plan yet.
         """
         if not self.keep_plans or not self._inside_pool():
             return {}
@@ -284,15 +284,15 @@ class MinedBatches:
         return False
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take over the plan of a checkpoint.
+        """Load the plan of a checkpoint.
 
         Raises:
-            ValueError: it was made for a number of ranks that is no multiple of these.
+            ValueError: it was made for a number of ranks that is not a multiple of the present one.
         """
         plan = MiningPlan(**state) if state else None
         if plan is not None and int(plan.ranks) % world.size():
             raise ValueError(
-                f"in the middle of a mined pool that was planned for {int(plan.ranks)} ranks: "
+                f"the run stopped inside a mined pool planned for {int(plan.ranks)} ranks: "
                 f"continue with a number of ranks that divides it, not {world.size()}"
             )
 

@@ -1,4 +1,4 @@
-"""Plans made from scores before training: similar pairs are gathered, then put into batches."""
+"""Plans made from scores before training: windows of similar pairs, mined into batches."""
 
 import math
 from dataclasses import replace
@@ -12,43 +12,43 @@ from clipsmall.mining import Identity, MiningRecipe, assign_batches
 from clipsmall.mining.scored_pairs import Floats, Ints, select_scored
 from clipsmall.mining.weights import batch_losses
 
-# pairs that the centres are learned from
+# number of pairs from which the centres are learned
 FITTED = 100_000
-# pairs compared with the centres at a time
+# number of pairs compared with the centres at a time
 CHUNK = 65_536
-# pairs that a mean loss is taken over, in whole batches
+# number of pairs over which a mean loss is computed, in whole batches
 MEASURED = 65_536
 
 
 def plan_batches(
     catalog: Catalog, table: Scores, recipe: MiningRecipe, fraction: float, window: int, seed: int
 ) -> tuple[Ints, dict[str, float]]:
-    """Batches of all scored pairs except the few that do not fill one; no pair is in two batches.
+    """Batches of all scored pairs, except a few that do not fill a batch; each pair is used once.
 
-    Hard groups are mined within windows of similar pairs, and batches are put together from the
-    groups of all windows at random: whole batches from one window would be harder than their
-    groups, the more so the larger the data set. Copies in different groups meet as often as in
-    random batches.
+    Hard groups are mined within windows of similar pairs, and each batch combines random groups of
+    all windows. If a whole batch came from one window, pairs of different groups would be hard
+    negatives, too, the more so the larger the data set. Copies in different groups share a batch as
+    often as in random batches.
 
-    All pairs are mined; `fraction` of the batches, picked at random, stay as they are, and the
-    pairs of the others are shuffled into random batches. So hard partners are searched among all
-    pairs, whatever the fraction.
+    All pairs are mined. Then `fraction` of the batches, chosen at random, are kept, and the pairs
+    of the others are shuffled into random batches. So hard negatives are searched among all pairs,
+    whatever the fraction.
 
     Args:
-        window: pairs that are mined together, at most; memory grows with its square.
+        window: largest number of pairs mined together; memory grows with its square.
 
     Returns:
-        (m, B) numbers of pairs in the catalog, and for the report: the fraction of sample pairs
-        that must not meet (`blocked`), how many of those had to stay together (`unseparated`), and
-        the mean losses of mined and of random batches.
+        (m, B) numbers of pairs in the catalog, and numbers for the report: the fraction of
+        combinations of two pairs that must not share a group (`blocked`), how many still do
+        (`unseparated`), and the mean losses of mined and of random batches.
 
     Raises:
-        ValueError: numbers that do not fit together, or fewer pairs than a batch.
+        ValueError: sizes that do not fit together, or fewer pairs than a batch.
     """
     size = recipe.batch_size
     generator = np.random.default_rng(seed)
     check_plan_sizes(len(table.row), recipe, fraction, window)
-    # those that fill no batch are left out at random
+    # pairs that do not fill a batch are left out, at random
     whole = len(table.row) // size * size
     places = np.sort(generator.permutation(len(table.row))[:whole])
     index = catalog.index[table.row]
@@ -107,7 +107,7 @@ def check_plan_sizes(pairs: int, recipe: MiningRecipe, fraction: float, window: 
 
 
 def mean_loss(table: Scores, batches: Ints, kind: str) -> float:
-    """Over batches, (m, B) of the table."""
+    """Mean loss over batches (m, B) of places in the table."""
     losses = []
     for batch in batches:
         own = np.arange(len(batch))[None]
@@ -118,15 +118,15 @@ def mean_loss(table: Scores, batches: Ints, kind: str) -> float:
 def routed(
     table: Scores, places: Ints, most: int, size: int, generator: np.random.Generator
 ) -> list[Ints]:
-    """Pairs divided into windows of similar ones, with equally many groups each (or one more).
+    """Divide pairs into windows of similar pairs, with equally many groups each (or one more).
 
-    Balanced k-means on [image; text]: centres from scikit-learn's MiniBatchKMeans on a sample, then
-    `seated`.
+    Balanced k-means on [image; text]: the centres come from scikit-learn's MiniBatchKMeans on a
+    sample, the assignment from `seated`.
 
     Args:
-        places: whole groups of them.
-        most: groups a window.
-        size: of a group.
+        places: places of the pairs; their number is a multiple of `size`.
+        most: largest number of groups in a window.
+        size: number of pairs in a group.
     """
     groups = len(places) // size
     count = math.ceil(groups / most)
@@ -144,10 +144,10 @@ def routed(
 
 
 def seated(table: Scores, places: Ints, centres: Floats, seats: Ints) -> Ints:
-    """(n,) a window for each of n pairs, such that every window is exactly full.
+    """(n,) the window of each of n pairs, such that every window is exactly full.
 
-    In rounds: every pair without a window asks for the nearest centre that has seats left, the
-    nearest of those that ask get one, the others ask again.
+    In each round, every unassigned pair asks for the nearest centre with free seats, and each
+    centre takes the nearest of the pairs that ask.
     """
     assert seats.sum() == len(places)
     window = np.full(len(places), -1)
@@ -161,11 +161,11 @@ def seated(table: Scores, places: Ints, centres: Floats, seats: Ints) -> Ints:
         for start in range(0, len(waiting), CHUNK):
             here = slice(start, start + CHUNK)
             features = table.features(places[waiting[here]])
-            # squared distance less the pair's own square, which is 2 for all
+            # squared distance minus the pair's squared norm, which is 2 for all pairs
             apart = squares - 2 * features @ centres[open_centres].T
             nearest[here] = open_centres[apart.argmin(axis=1)]
             distance[here] = apart.min(axis=1)
-        # by centre, and for each centre the nearest first
+        # sort by centre, then by distance to it
         order = np.lexsort((distance, nearest))
         centre = nearest[order]
         asked = np.bincount(nearest, minlength=len(seats))

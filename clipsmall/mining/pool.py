@@ -1,4 +1,4 @@
-"""A pool: the pairs of several global batches, each rank its own, numbered in one order."""
+"""A pool: the pairs of several global batches, of which each rank holds its own slices."""
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ class Pool:
 
     Args:
         read: this rank's B / W pairs of each batch.
-        pin: `take` returns pinned memory, so that it is copied to a GPU while that computes.
+        pin: `take` returns pinned memory, so that copying to a GPU overlaps with computing.
     """
 
     def __init__(self, read: list[LoadedBatch], pin: bool = False) -> None:
@@ -39,7 +39,7 @@ class Pool:
         return (slots // self.local).numpy()
 
     def in_order(self, gathered: Tensor) -> Tensor:
-        """(W·m·b, ...) gathered, in rank order -> the same in the order of places."""
+        """Sort gathered rows (W·m·b, ...) from rank order into the order of places."""
         apart = gathered.reshape(world.size(), self.batches, self.local, *gathered.shape[1:])
         return apart.transpose(0, 1).flatten(0, 2)
 
@@ -47,8 +47,8 @@ class Pool:
         """This rank's pairs of a mined batch.
 
         Args:
-            places: (B,) the batch's pairs.
-            caption_hash: (B,) their caption hashes, as the plan has them.
+            places: (B,) places of the batch's pairs.
+            caption_hash: (B,) caption hashes of these pairs, from the plan.
         """
         batch_size = self.local * world.size()
         batch = places // batch_size
@@ -56,7 +56,7 @@ class Pool:
         mine = slot // self.local == world.rank()
         assert mine.sum() == self.local, "a mined batch takes equally many pairs of every rank"
 
-        # the rows of self.pairs where they lie
+        # rows of self.pairs
         rows = (batch * self.local + slot % self.local)[mine]
         pairs = Pairs(*(field[rows] for field in self.pairs))
         pairs = pairs._replace(caption_hash=caption_hash[mine])

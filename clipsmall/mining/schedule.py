@@ -8,59 +8,59 @@ import numpy as np
 class Stretch(NamedTuple):
     """Consecutive steps that belong together: a mined pool and the plain batches around it.
 
-    A *plain* batch is trained on as it was read.
+    A *plain* batch is a batch that is trained on as it was read, without mining.
     """
 
-    # the first of its steps
+    # the first step of the stretch
     step: int
-    # the number of the first batch it reads
+    # the number of the first batch that the stretch reads
     source: int
-    # batches that are read as a pool and mined; 0 = none in this stretch
+    # batches that are read as a pool and mined; 0 = no mining in this stretch
     pool: int
     # mined batches that are trained on
     kept: int
-    # further batches that are read, and trained on as they come
+    # plain batches
     plain: int
 
     @property
     def steps(self) -> int:
-        """Batches trained on."""
+        """Number of batches trained on."""
         return self.kept + self.plain
 
     @property
     def reads(self) -> int:
-        """Batches read."""
+        """Number of batches read."""
         return self.pool + self.plain
 
 
 class Schedule(NamedTuple):
     """Where in a run pools are mined.
 
-    From `start` to `end`, both fractions of the run, pools of `pool` batches are mined, with so
-    many plain batches around them that `fraction` of the batches there are mined. A pool lies
-    within one epoch, so that no pair is in it twice; what is left of an epoch is plain.
+    Between `start` and `end`, both fractions of the run, pools of `pool` batches are mined. Plain
+    batches are added so that `fraction` of the batches trained on there are mined. A pool lies
+    within one epoch, so that it has no pair twice; the rest of an epoch is plain.
     """
 
-    # of the run
+    # steps of the whole run
     steps: int
-    # batches in a pool, and how many mined batches are made of them
+    # batches in a pool, and the number of mined batches made from it
     pool: int
     kept: int
     fraction: float
     start: float
     end: float
-    # batches in an epoch, after which pairs come again
+    # batches in an epoch, after which pairs are repeated
     per_epoch: int
 
     def stretches(self) -> list[Stretch]:
-        """All of the run, in order; plain stretches that follow one another are one."""
+        """The stretches of the whole run, in order; adjacent plain stretches are merged."""
         stretches = list[Stretch]()
         step = 0
         source = 0
         mined = 0
         plain = 0
         while step < self.steps:
-            # so many plain batches that `fraction` holds so far, however few batches a pool gives
+            # number of plain batches that keeps the fraction of mined batches so far at `fraction`
             wanted = round((mined + self.kept) * (1 / self.fraction - 1)) - plain
             fits_epoch = source % self.per_epoch + self.pool <= self.per_epoch
             fits_run = step + self.kept + wanted <= self.steps
@@ -74,7 +74,7 @@ class Schedule(NamedTuple):
                 source += stretch.reads
                 continue
 
-            # one more plain batch
+            # add one plain batch
             if not stretches or stretches[-1].pool:
                 stretches.append(Stretch(step, source, 0, 0, 0))
             stretches[-1] = stretches[-1]._replace(plain=stretches[-1].plain + 1)
@@ -85,14 +85,14 @@ class Schedule(NamedTuple):
 
 
 def turns(stretch: Stretch, generator: np.random.Generator) -> list[bool]:
-    """(steps,) for each step of a mined stretch, whether its batch is a mined one.
+    """(steps,) for each step of a mined stretch, whether its batch is mined.
 
-    Half of the plain batches come first: they are trained on while the plan is made. The other half
-    is mixed with the mined batches.
+    Half of the plain batches come first, and are trained on while the plan is made. The other half
+    is mixed with the mined batches at random.
     """
     lead = stretch.plain // 2
 
-    # True for the mined batches, which are shuffled among the plain ones that are left
+    # True for mined batches, to be shuffled among the remaining plain ones
     is_mined = np.arange(stretch.steps - lead) < stretch.kept
     is_mined = generator.permutation(is_mined)
     return [False] * lead + [bool(each) for each in is_mined]

@@ -1,4 +1,4 @@
-"""What mining works on: scored pairs, which rank holds them, and what an arrangement is."""
+"""Types of mining: scored pairs, quotas of ranks, and arrangements."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -20,14 +20,14 @@ class ScoredPairs(NamedTuple):
     image: NDArray[np.float32]
     # (n, D), unit length
     text: NDArray[np.float32]
-    # positive factor of the cosines
+    # logit scale
     scale: float = 1.0
-    # added to every scaled cosine; used by the sigmoid loss
+    # logit bias; used by the sigmoid loss
     bias: float = 0.0
 
     @property
     def logits(self) -> NDArray[np.float32]:
-        """(n, n) image i against text j."""
+        """(n, n) logits of image i with text j."""
         cosines = self.image @ self.text.T
         bias = np.float32(self.bias)
         logits: NDArray[np.float32] = self.scale * cosines + bias
@@ -43,9 +43,9 @@ def select_scored(scores: Scores, places: Ints) -> ScoredPairs:
 
 
 class Quotas(NamedTuple):
-    """How many pairs of each of W ranks a group takes.
+    """How many pairs of each of the W ranks every group has.
 
-    Pairs do not move between ranks, and ranks have equal work.
+    Pairs stay on their rank, and all ranks have equally many.
     """
 
     # (n,) the rank that holds the pair
@@ -55,7 +55,7 @@ class Quotas(NamedTuple):
 
     @property
     def sizes(self) -> Ints:
-        """(groups,)"""
+        """(groups,) number of pairs in each group."""
         made: Ints = self.counts.sum(axis=1)
         return made
 
@@ -67,6 +67,6 @@ def one_owner(pairs: int, size: int) -> Quotas:
     return Quotas(owner, counts)
 
 
-# (pairs, quotas, cannot-link (n, n) bool and symmetric, generator) -> (groups, size) places of
-# pairs, none twice
+# Maps (pairs, quotas, cannot-link matrix, generator) to (groups, size) distinct places of pairs.
+# The cannot-link matrix is (n, n) bool and symmetric.
 Arrangement = Callable[[ScoredPairs, Quotas, Bools, np.random.Generator], Ints]

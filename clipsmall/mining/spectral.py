@@ -13,8 +13,7 @@ from threadpoolctl import threadpool_limits
 from clipsmall.mining.scored_pairs import Bools, Floats, Ints, Quotas, ScoredPairs
 from clipsmall.mining.swaps import separate_conflicts
 
-# Least log affinity: with a smaller one a row's 1/√degree, squared by k-means, would overflow
-# float64.
+# Smallest log affinity: below it, a row's 1/√degree, squared by k-means, would overflow float64.
 LEAST_LOG_AFFINITY = -600.0
 
 
@@ -25,37 +24,36 @@ def spectral_groups(
     generator: np.random.Generator,
     weights: Floats,
 ) -> Ints:
-    """Batches of high loss as the even minimum cut of a graph of weights (Cho et al. 2023, arXiv
-    2307.05906).
+    """Batches of high loss as the even minimum cut of a graph (Cho et al. 2023, arXiv 2307.05906).
 
-    As the authors' code has it: affinity exp(w), an embedding by the first eigenvectors of its
-    normalised Laplacian, one per group, k-means, and then exact sizes by `even_clusters`. Seeding
-    k-means once is enough: ten times changed the batches' loss by less than 1% either way.
-    Eigenvectors by LAPACK, not ARPACK: the same, as fast at a logit scale of 10 (0.12 s for 1,280
-    pairs), 400 times as fast at 100, and a graph in parts is no trouble to it. Where affinities
-    differ by orders of magnitude (untrained towers at a logit scale of 30 or 100) the 1/√degree
-    lets a few pairs take most centres: rows of unit length in its place, which are not the paper's,
-    then found 5 to 40% more loss.
+    The steps are those of the authors' code: affinity exp(w), the first eigenvectors of the
+    normalised Laplacian as an embedding (one per group), k-means, and exact sizes by
+    `even_clusters`. A single seeding of k-means is enough: ten seedings changed the batches' loss
+    by less than 1%. LAPACK gives the same eigenvectors as ARPACK, as fast at a logit scale of 10
+    (0.12 s for 1,280 pairs) and 400 times as fast at 100, and handles disconnected graphs. If
+    affinities differ by orders of magnitude (untrained towers at a logit scale of 30 or 100), the
+    1/√degree lets a few pairs take most centres; unit rows in its place, which the paper does not
+    use, then found 5 to 40% more loss.
 
     Args:
-        quotas: n pairs at most: what no group has a seat for is left out. Groups all of one size.
-        cannot_link: (n, n) these have affinity 0, and are separated after the assignment, which
-            does not know of them.
-        weights: (n, n) as of `softmax_weights` or `sigmoid_weights`; a constant added to all
-            changes nothing.
+        quotas: all groups have the same size; pairs without a seat are left out.
+        cannot_link: (n, n) pairs with affinity 0; the assignment ignores them, so they are
+            separated afterwards.
+        weights: (n, n) from `softmax_weights` or `sigmoid_weights`; adding a constant to all
+            weights changes nothing.
 
     Returns:
-        (groups, size) places of pairs, in rising order within a group; groups of equal quotas in
-        the order of their first members.
+        (groups, size) places of pairs, ascending within a group; groups of equal quotas are sorted
+        by their first members.
     """
-    # the interface of all arrangements; this one sees the pairs through `weights`
+    # all arrangements have this signature; this one uses only `weights`
     del scored
     groups_wanted = len(quotas.counts)
     means = KMeans(groups_wanted, n_init=1, random_state=int(generator.integers(2**31)))
 
-    # one thread: several would add in another order
+    # a single thread, for a reproducible order of summation
     with threadpool_limits(1), warnings.catch_warnings():
-        # k-means warns of equal centres; the assignment fills all of them
+        # k-means warns of equal centres; the assignment fills all groups anyway
         warnings.simplefilter("ignore", ConvergenceWarning)
         embedded = embedding(affinity(weights, cannot_link), groups_wanted)
         centres = means.fit(embedded).cluster_centers_
@@ -71,8 +69,8 @@ def spectral_groups(
 def affinity(weights: Floats, cannot_link: Bools) -> Floats:
     """(n, n) float64 exp(w) over its maximum; 0 on the diagonal and where `cannot_link`.
 
-    A common factor does not change the Laplacian, and without the division exp(100 times a cosine)
-    would overflow.
+    A common factor does not change the normalised Laplacian; without the division,
+    exp(100 · cosine) would overflow.
     """
     diagonal = np.eye(len(weights), dtype=bool)
     apart = cannot_link | diagonal
@@ -85,28 +83,28 @@ def affinity(weights: Floats, cannot_link: Bools) -> Floats:
 
 
 def embedding(affinity: Floats, width: int) -> Floats:
-    """(n, n) -> (n, width): first eigenvectors of the normalised Laplacian, over √degree.
+    """(n, width) first eigenvectors of the affinity's normalised Laplacian, divided by √degree.
 
-    Those of I − D^−½ W D^−½ with the smallest eigenvalues, where W is the affinity.
+    The eigenvectors of I − D^−½ W D^−½ with the smallest eigenvalues, where W is the affinity.
     """
     degrees = affinity.sum(axis=1)
 
-    # a pair without any affinity is a part of the graph by itself
+    # a pair without any affinity is a component of its own; avoid a division by 0
     roots = np.sqrt(np.where(degrees > 0, degrees, 1))
     normalised = affinity / roots[:, None] / roots
     laplacian = np.eye(len(roots)) - normalised
 
-    # in rising order of their eigenvalues
+    # indices of the smallest eigenvalues
     first = [0, width - 1]
     vectors: Floats = eigh(laplacian, subset_by_index=first)[1]
     return vectors / roots[:, None]
 
 
 def even_clusters(features: Floats, quotas: Quotas, centres: Floats) -> Ints:
-    """(n, d) features, (groups, d) centres -> (groups, size) places of pairs.
+    """(groups, size) places of pairs, from (n, d) features and (groups, d) centres.
 
-    Each rank's pairs take that rank's seats, at the least total distance to the centres: an exact
-    linear assignment, O(n³) at worst, for n up to some 10⁴.
+    Each rank's pairs are assigned to that rank's seats with the least total distance to the
+    centres. The linear assignment is exact, O(n³) at worst; n may be about 10⁴.
     """
     distance = cdist(features, centres)
 
@@ -115,7 +113,7 @@ def even_clusters(features: Floats, quotas: Quotas, centres: Floats) -> Ints:
     for rank, counts in enumerate(quotas.counts.T):
         own_pairs = np.flatnonzero(quotas.owner == rank)
 
-        # the group of each of the rank's seats
+        # (seats,) the group of each seat of this rank
         seats = np.repeat(np.arange(len(centres)), counts)
         assert len(own_pairs) >= len(seats), (
             f"rank {rank} has {len(own_pairs)} pairs for {len(seats)} seats"
@@ -123,7 +121,7 @@ def even_clusters(features: Floats, quotas: Quotas, centres: Floats) -> Ints:
         seated, seat = linear_sum_assignment(distance[np.ix_(own_pairs, seats)])
         group_of[own_pairs[seated]] = seats[seat]
 
-    # pairs without a seat come first in the order of groups
+    # pairs without a seat (group −1) come first when sorted by group
     left_out = int((group_of < 0).sum())
     by_group = group_of.argsort(kind="stable")[left_out:]
     return by_group.reshape(len(centres), -1)

@@ -1,21 +1,21 @@
-"""Local search: pairs change groups as long as groups get harder, or conflicts fewer."""
+"""Local search: swaps pairs between groups to make groups harder or to remove conflicts."""
 
 import numpy as np
 
 from clipsmall.mining.scored_pairs import Bools, Floats, Ints
 
-# Negative weight of a cannot-link pair in a group: beyond any sum of weights, and sums with it are
-# exact in float64.
+# Penalty of a cannot-link pair in a group: larger than any sum of weights, and exact in sums of
+# float64.
 PENALTY = 2.0**20
-# how often conflicts are looked for; each time every pair in conflict may move
+# number of rounds to remove conflicts; in each, every pair in conflict may move once
 ROUNDS = 30
 
 
 class _Groups:
-    """Groups whose pairs are exchanged, with each pair's ties to each group kept up to date.
+    """Groups under pair swaps, with each pair's ties to every group kept up to date.
 
-    `ties[g, i]` is the sum of the weights of pair i with the members of group g. So the gain of
-    exchanging i, of group a, for j, of group b, is
+    `ties[g, i]` is the sum of the weights of pair i with the members of group g. So swapping i in
+    group a with j in group b changes the total weight by
     ties[b,i] + ties[a,j] - ties[a,i] - ties[b,j] - 2 w[i,j].
     """
 
@@ -26,21 +26,21 @@ class _Groups:
         n = len(weights)
         everyone = np.arange(n)
 
-        # (n,) each pair's group; −1 for pairs that a selection left out
+        # (n,) the group of each pair; −1 for pairs that a selection left out
         self.group_of = np.full(n, -1)
         self.group_of[groups] = np.arange(len(groups))[:, None]
         self.seated = self.group_of >= 0
-        # (groups, n)
+        # (groups, n) sums of weights
         ties = [weights[members].sum(axis=0, dtype=np.float64) for members in groups]
         self.ties = np.stack(ties)
-        # (n,) each pair's ties to its own group
+        # (n,) ties of each pair to its own group
         own = self.ties[self.group_of, everyone]
         self.own = np.where(self.seated, own, 0.0)
-        # pairs do not move between ranks
+        # pairs stay on their rank
         self.several_ranks = bool((owner != owner[0]).any())
 
     def gains(self, i: int) -> Floats:
-        """(n,) gain of exchanging pair i for each other pair; -inf where that is not allowed."""
+        """(n,) gain of swapping pair i with each other pair; -inf where that is not allowed."""
         a = self.group_of[i]
         i_to_their_groups = self.ties[:, i][self.group_of]
         they_to_a = self.ties[a]
@@ -55,7 +55,7 @@ class _Groups:
         return gains
 
     def exchange(self, i: int, j: int) -> None:
-        """Pairs i and j change groups."""
+        """Swap the groups of pairs i and j."""
         a = self.group_of[i]
         b = self.group_of[j]
         group_a = self.groups[a]
@@ -65,7 +65,7 @@ class _Groups:
         self.group_of[i] = b
         self.group_of[j] = a
 
-        # all pairs' ties to a lose those to i and gain those to j; to b the other way round
+        # for all pairs: ties to group a lose weights with i and gain those with j; b the reverse
         change = self.weights[j].astype(np.float64) - self.weights[i]
         self.ties[a] += change
         self.ties[b] -= change
@@ -82,23 +82,23 @@ def improve_by_swaps(
     sweeps: int,
     generator: np.random.Generator,
 ) -> Ints:
-    """(groups, size) of higher total weight.
+    """(groups, size) groups of higher total weight.
 
-    Each pair in turn is exchanged for the pair of the same rank by which the groups gain most;
-    sizes and quotas stay as they are.
+    Each pair in turn is swapped with the pair of the same rank that gives the largest gain; sizes
+    and quotas do not change.
 
     Args:
         weights: (n, n) symmetric, see `weights`.
-        groups: (groups, size) to start from.
+        groups: (groups, size) initial groups.
         owner: (n,) rank of each pair.
-        cannot_link: (n, n) never put together, and separated if they were.
-        sweeps: times that every pair is offered an exchange, at most; it ends when none gains.
+        cannot_link: (n, n) pairs never put in one group, and separated if they share one.
+        sweeps: largest number of passes over all pairs; ends early if no swap gains.
     """
     if sweeps < 1 or len(groups) < 2:
         return groups
     state = _penalised(weights, groups, owner, cannot_link)
 
-    # more than rounding makes
+    # larger than rounding errors
     least_gain = 1e-6 * max(float(np.abs(weights).max()), 1e-30)
     for _ in range(sweeps):
         moved = False
@@ -116,7 +116,7 @@ def improve_by_swaps(
 
 
 def _penalised(weights: Floats, groups: Ints, owner: Ints, cannot_link: Bools) -> _Groups:
-    """The groups under weights by which cannot-link pairs are worse than anything else."""
+    """The groups with weights in which a cannot-link pair outweighs everything else."""
     return _Groups(np.where(cannot_link, np.float32(-PENALTY), weights), groups, owner)
 
 
@@ -127,16 +127,16 @@ def separate_conflicts(
     generator: np.random.Generator,
     weights: Floats | None = None,
 ) -> Ints:
-    """(groups, size) with as few cannot-link pairs inside as exchanges can reach.
+    """(groups, size) groups with as few cannot-link pairs inside as swaps can reach.
 
-    Hardly any other pair moves. With `weights`, a pair in conflict first goes to the group where it
-    is hardest, of those where it has no conflict. Then, and without weights, it goes where it has
-    the fewest, at random among equal groups, so that the search does not stop short.
+    Hardly any other pair moves. With `weights`, a pair in conflict first moves to the hardest group
+    without a conflict for it. After that, or without weights, it moves to the group with the fewest
+    conflicts, at random among equal ones, so that the search does not get stuck.
 
     Args:
-        groups: (groups, size) to start from.
-        owner: (n,) rank of each pair; pairs do not move between ranks.
-        cannot_link: (n, n) symmetric.
+        groups: (groups, size) initial groups.
+        owner: (n,) rank of each pair; pairs stay on their rank.
+        cannot_link: (n, n) bool, symmetric.
         weights: (n, n) symmetric, see `weights`.
     """
     if len(groups) < 2 or not count_conflicts(groups, cannot_link).any():
@@ -145,21 +145,21 @@ def separate_conflicts(
         by_weight = _penalised(weights, groups, owner, cannot_link)
         groups = _move_to_hardest(by_weight, generator)
 
-    # a weight of −1 for each conflict, and no other
+    # weight −1 for each conflict, 0 elsewhere
     conflicts = -cannot_link.astype(np.float32)
     by_conflicts = _Groups(conflicts, groups, owner)
     return _move_to_fewest_conflicts(by_conflicts, generator)
 
 
 def _move_to_hardest(state: _Groups, generator: np.random.Generator) -> Ints:
-    # no sum of weights is as low as that
+    # a sum of weights below this contains a penalty
     limit = -PENALTY / 2
     in_conflict = np.flatnonzero((state.own < limit) & state.seated)
     for i in generator.permutation(in_conflict):
         gains = state.gains(i)
         best = int(gains.argmax())
 
-        # an exchange before may have ended its conflict
+        # an earlier swap may have removed its conflict
         if state.own[i] < limit and gains[best] > 0:
             state.exchange(i, best)
 
@@ -172,7 +172,7 @@ def _move_to_fewest_conflicts(state: _Groups, generator: np.random.Generator) ->
         if not len(in_conflict):
             break
         for i in generator.permutation(in_conflict):
-            # an exchange before may have ended its conflict
+            # an earlier swap may have removed its conflict
             if state.own[i] >= 0:
                 continue
             gains = state.gains(i)
@@ -185,6 +185,6 @@ def _move_to_fewest_conflicts(state: _Groups, generator: np.random.Generator) ->
 
 
 def count_conflicts(groups: Ints, cannot_link: Bools) -> Ints:
-    """(groups,) combinations of two cannot-link pairs inside each group."""
+    """(groups,) number of cannot-link combinations inside each group."""
     counts = [cannot_link[np.ix_(members, members)].sum() // 2 for members in groups]
     return np.array(counts, dtype=np.int64)

@@ -1,4 +1,4 @@
-"""How hard two pairs are for one another in a batch, and how hard a batch is."""
+"""Hardness of two pairs in one batch, and of a whole batch, measured by the loss."""
 
 import math
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from clipsmall.mining.scored_pairs import Floats, Ints, ScoredPairs
 
 
 def softmax_weights(scored: ScoredPairs, size: int) -> Floats:
-    """(n, n) float32, symmetric: what two pairs add, at least, to the softmax loss of their batch.
+    """(n, n) float32, symmetric: a lower bound of what two pairs add to their batch's softmax loss.
 
     With Z the logits and B = `size` the batch, w(i,j) = sum over both anchors and both directions
     of log(1 + (B-1) exp(Z_neg - Z_own)). By concavity of the logarithm the batch's loss (mean over
@@ -21,21 +21,21 @@ def softmax_weights(scored: ScoredPairs, size: int) -> Floats:
     negatives = max(size - 1, 1)
     z = scored.logits + np.float32(math.log(negatives))
 
-    # (n,) each pair's own logit
+    # (n,) logits of the positives
     own_cosines = np.einsum("nd,nd->n", scored.image, scored.text)
     own = scored.scale * own_cosines + np.float32(scored.bias)
 
-    # image i is compared with text j on row i, text j with image i on column j
+    # row i compares image i with text j; column j compares text j with image i
     from_image = softplus_of_array(z - own[:, None])
     from_text = softplus_of_array(z - own[None, :])
     return _both_anchors(from_image + from_text)
 
 
 def sigmoid_weights(scored: ScoredPairs, size: int) -> Floats:
-    """(n, n) float32, symmetric: softplus(Z_ij) + softplus(Z_ji), whatever the `size`.
+    """(n, n) float32, symmetric: softplus(Z_ij) + softplus(Z_ji); independent of `size`.
 
-    A batch's sigmoid loss is *exactly* the sum of it over the unordered pairs, plus the pairs' own
-    terms, divided by B.
+    A batch's sigmoid loss is *exactly* the sum of these weights over its unordered pairs, plus the
+    terms of the positives, divided by B.
     """
     return _both_anchors(softplus_of_array(scored.logits))
 
@@ -47,9 +47,9 @@ def _both_anchors(half: Floats) -> Floats:
 
 
 def softplus_of_array(x: Floats) -> Floats:
-    """log(1 + exp(x)), by torch.
+    """log(1 + exp(x)), computed by torch.
 
-    It takes a tenth of the time of numpy's logaddexp, which was most of the time of a pool.
+    Ten times as fast as numpy's logaddexp, which took most of the time of mining a pool.
     """
     made: Floats = torch.nn.functional.softplus(torch.from_numpy(x)).numpy()
     return made
@@ -62,9 +62,9 @@ WEIGHTS: dict[str, Callable[[ScoredPairs, int], Floats]] = {
 
 
 def batch_losses(scored: ScoredPairs, groups: Ints, kind: str = "softmax") -> Floats:
-    """(groups,) float64 loss of each group as a batch.
+    """(groups,) float64 loss of each group, taken as a batch.
 
-    kind: softmax, the mean of both directions; or sigmoid.
+    kind: softmax (mean of both directions) or sigmoid.
     """
     losses = []
     for members in groups:
@@ -74,7 +74,7 @@ def batch_losses(scored: ScoredPairs, groups: Ints, kind: str = "softmax") -> Fl
         z = scored.scale * cosines + scored.bias
         own = z.diagonal()
         if kind == "sigmoid":
-            # of all combinations as negatives, less those that are none, plus those as positives
+            # all entries as negatives, minus the diagonal's terms, plus the diagonal as positives
             all_negative = np.logaddexp(0, z).sum()
             own_negative = np.logaddexp(0, own).sum()
             own_positive = np.logaddexp(0, -own).sum()

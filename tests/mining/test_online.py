@@ -287,7 +287,7 @@ def test_a_stream_goes_on_with_a_pool_as_it_comes() -> None:
 @pytest.mark.parametrize("size", [1, 2])
 def test_features_that_are_not_finite_stop_the_run(ranks: Any, size: int) -> None:
     for said in ranks(size, diverged):
-        assert "features are not finite at step 3" in said
+        assert "features that are not finite at step 3" in said
 
 
 def diverged() -> str:
