@@ -1,1 +1,1 @@
-"""Work over ranks and devices; `world` alone speaks torch.distributed."""
+"""Code for several ranks and devices; only `world` calls torch.distributed."""

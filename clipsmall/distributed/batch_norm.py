@@ -9,9 +9,9 @@ from clipsmall.distributed import similarity, world
 def moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mean (D,), x − mean (b, D) and variance (D,) over the rows of all ranks; differentiable.
 
-    x is (b, D), the local rows; the sums are in float32 at least. The variance is divided by the
-    number of rows, and summed from differences: E[x²] − E[x]² loses all digits at a mean of
-    1,000 σ. Every rank must call with the same b, and its backward exchanges gradients, too.
+    x is (b, D), the local rows; sums are in float32 at least. The variance is the mean of squared
+    differences over all rows; E[x²] − E[x]² would lose all digits at a mean of 1,000 σ. Every rank
+    must call with the same b, because the forward and the backward pass exchange sums.
     """
     x = x.to(similarity.wide(x))
     rows = len(x) * world.size()
@@ -25,9 +25,9 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 class GlobalBatchNorm(nn.Module):
     """Batch normalisation of (b, D) over the rows of all ranks, on GPUs and on CPUs.
 
-    It computes what nn.BatchNorm1d computes in one process with all rows; torch's SyncBatchNorm
-    refuses CPU tensors. In evaluation the running statistics are used, as in torch: the variance
-    unbiased, `momentum` the weight of the newest batch.
+    Equal to nn.BatchNorm1d in a single process with all rows; torch's SyncBatchNorm refuses CPU
+    tensors. Evaluation uses running statistics, as in torch: the variance is unbiased, and
+    `momentum` is the weight of the newest batch.
     """
 
     def __init__(self, width: int, momentum: float = 0.1, eps: float = 1e-5) -> None:
@@ -45,7 +45,7 @@ class GlobalBatchNorm(nn.Module):
         """(b, D) -> (b, D), local rows. In training every rank must call.
 
         Raises:
-            ValueError: in training, a single row over all ranks: it has no variance.
+            ValueError: in training, there is only one row over all ranks, which has no variance.
         """
         if self.training:
             rows = len(x) * world.size()
@@ -67,6 +67,6 @@ class GlobalBatchNorm(nn.Module):
     def _update_running(self, mean: Tensor, variance: Tensor, rows: int) -> None:
         dtype = self.running_mean.dtype
         self.running_mean.lerp_(mean.to(dtype), self.momentum)
-        # as in torch: the variance is divided by rows in the batch, by rows - 1 in evaluation
+        # as in torch, a batch is normalised by the biased variance, and the unbiased one is kept
         unbiased = variance.to(dtype) * (rows / (rows - 1))
         self.running_var.lerp_(unbiased, self.momentum)

@@ -1,11 +1,11 @@
-"""Whether this PyTorch has kernels for the GPU, and in which precision it trains."""
+"""Checks that this PyTorch has kernels for the GPU, and chooses the precision."""
 
 import os
 from collections.abc import Iterable
 
 import torch
 
-# how to install the last wheels that have kernels for a V100
+# the command that installs the last wheels with kernels for a V100
 V100_WHEELS = (
     "pip install 'torch>=2.10,<=2.14' torchvision "
     "--index-url https://download.pytorch.org/whl/cu126"
@@ -21,7 +21,7 @@ def has_kernels(capability: tuple[int, int], built_for: Iterable[str]) -> bool:
     for name in built_for:
         kind, _, number = name.partition("_")
 
-        # without a suffix: sm_90a
+        # drop a suffix, as in sm_90a
         digits = "".join(filter(str.isdigit, number))
         built = (int(digits[:-1]), int(digits[-1]))
         same_major = built[0] == capability[0]
@@ -34,7 +34,7 @@ def has_kernels(capability: tuple[int, int], built_for: Iterable[str]) -> bool:
 def check_kernels() -> None:
     """Raises ValueError if this PyTorch has no kernels for the GPU.
 
-    torch itself says "no kernel image is available" only in the middle of the first step.
+    torch itself fails only during the first step, with "no kernel image is available".
     """
     if not torch.cuda.is_available():
         return
@@ -51,9 +51,9 @@ def check_kernels() -> None:
 
 
 def has_bf16() -> bool:
-    """Whether the GPU computes bf16 in hardware.
+    """Whether the GPU supports bf16 in hardware.
 
-    With emulation included a V100 would say yes, and compute at half the speed of float32.
+    Emulation does not count: on a V100, emulated bf16 runs at half the speed of float32.
     """
     return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
@@ -61,8 +61,8 @@ def has_bf16() -> bool:
 def precision(asked: str) -> str | None:
     """Accelerate's `mixed_precision` for `run.precision`; None leaves it to the launcher.
 
-    `auto` is what the launcher says; if it says nothing, bf16 on a GPU that has it, else fp16, and
-    float32 on a CPU.
+    `auto` is the launcher's setting; without one, bf16 on a GPU that supports it, fp16 on any other
+    GPU, and float32 on a CPU.
     """
     if asked == "fp32":
         return "no"

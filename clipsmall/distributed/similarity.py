@@ -1,18 +1,18 @@
-"""The pair matrix M = x yᵀ + u + v, seen one tile at a time: log sums, sums, maxima, gradients.
+"""The pair matrix M = x yᵀ + u + v, tile by tile: log sums, sums, maxima and their gradients.
 
-No function here ever holds M: both passes need a few tiles beside the features, whatever the batch.
-`logsumexp` sees every tile twice (once for the sums, once for the gradient): four matrix products
-forward and backward, where autograd over two dense matrices takes six. `total` needs no statistics
-and computes its gradient while it sums: three.
+No function here ever holds M: forward and backward passes need memory for a few tiles beside the
+features, whatever the batch size. `logsumexp` computes every tile twice (once for the sums, once
+for the gradient), which takes four matrix products; autograd over two dense matrices takes six.
+`total` computes its gradient while it sums, which takes three.
 
 Shapes: b rows and N columns of D features. Over ranks, the rows x are local (this rank's pairs) and
 the columns y are those of all ranks: either gathered (`world.gather`, whose backward sums over
-ranks), or passed around in a ring, so that no rank ever holds all of them. y may lie in host memory
-while x is on a device: tiles are copied as they are needed. A temperature is folded into x, so
-nothing here knows one.
+ranks), or passed around in a ring, so that no rank ever holds all of them. y may be in host memory
+while x is on a device; its tiles are copied when they are needed. There is no logit scale here:
+callers multiply x by it.
 
-Every rank must call these functions together, with the same options and equally many rows: a ring
-and the column sums exchange tensors between ranks.
+All ranks must call these functions together, with the same options and equally many rows, because
+rings and column sums exchange tensors between ranks.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,33 +25,33 @@ from torch.autograd.function import once_differentiable
 
 from clipsmall.distributed import world
 
-# Rows and columns of a tile, in its accumulation dtype 4 MiB on a CPU: larger ones leave the cache,
-# smaller ones cost the matrix product (2 cores, d = 512, B = 8,192: 256² 3.0 s, 512² 1.9 s, 1,024²
-# 1.7 s, 2,048² 1.75 s).
+# Rows and columns of a tile. On a CPU a tile takes 4 MiB in float32: larger tiles exceed the cache,
+# smaller ones slow down the matrix product (2 cores, d = 512, B = 8,192: 256² 3.0 s, 512² 1.9 s,
+# 1,024² 1.7 s, 2,048² 1.75 s).
 TILE = {"cpu": (1024, 1024), "cuda": (4096, 8192)}
-# A tile of few rows may be so many times as wide as TILE says. No wider: half-precision features
-# are converted to float32 a tile at a time, too.
+# A tile with few rows may be wider than TILE by up to this factor; its half-precision features are
+# converted to float32, too, so it cannot be arbitrarily wide.
 MAX_WIDENING = 16
 
-# entries -> (values, derivatives), both of the entries' shape
+# maps entries to (values, derivatives), both of the entries' shape
 Elementwise = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Which entries of the pair matrix count, and where its columns live.
+    """Which entries of the pair matrix count, and where its columns are.
 
-    Entries of a row and a column of the same group are left out (same caption, another copy of the
-    pair), and so is a row's own column, unless `keep_own`.
+    An entry whose row and column are in the same group (same caption, or copies of one pair) is
+    left out, and so is a row's own column (its positive), unless `keep_own`.
 
     Args:
         own: (b,) for each row, the number of its own column.
         columns: N, over all ranks.
-        groups: pairs of (b,) and (N,): group numbers of rows and of columns.
-        keep_own: a row's own column counts.
+        groups: tuples of (b,) group numbers of rows and (N,) group numbers of columns.
+        keep_own: whether a row's own column counts.
         chosen: (N,) bool. If set, row i keeps column (i + k) mod N as a negative only where
             chosen[k] is True; i is the number of the row's own column.
-        ring: y holds this rank's columns only; those of the other ranks are passed around.
+        ring: y holds only this rank's columns; those of other ranks are passed around.
     """
 
     own: Tensor
@@ -81,24 +81,24 @@ class Layout:
 
 
 class Tile(NamedTuple):
-    """A piece of the pair matrix, and the features that it is made of."""
+    """A tile of the pair matrix, and the features that it is computed from."""
 
-    # which rows and which columns of the whole matrix
+    # rows and columns of the tile within the whole matrix
     i: slice
     j: slice
     # (tile rows, D) and (tile columns, D), on x's device and in its dtype
     x: Tensor
     y: Tensor
-    # (tile columns, D) view into the gradient of y, to add to; None where none is asked for
+    # (tile columns, D) view into the gradient of y, to add to; None if y needs no gradient
     dy: Tensor | None
-    # (tile rows, tile columns) x yᵀ + u + v; overwritten by the next tile
+    # (tile rows, tile columns) x yᵀ + u + v; the next tile overwrites it
     entries: Tensor
 
 
 def wide(x: Tensor) -> torch.dtype:
     """The dtype that sums are computed in: at least float32.
 
-    bf16 logits at scale 100 cost 2 % of the gradient.
+    At logit scale 100, logits in bf16 change the gradient by 2 %.
     """
     return torch.promote_types(x.dtype, torch.float32)
 
@@ -111,21 +111,22 @@ def tiles(
     v: Tensor | None = None,
     dy: Tensor | None = None,
 ) -> Iterator[Tile]:
-    """Every tile of x yᵀ + u + v, once.
+    """Yield every tile of x yᵀ + u + v once.
 
-    Column tiles are the outer loop, so that a ring, or host memory, delivers each column once.
+    The outer loop goes over column tiles, so that each column comes from the ring or from host
+    memory only once.
 
     Args:
         x: (b, D) local rows.
         y: (N, D) all columns; for a ring (b, D) local ones.
         u: (b,) added to rows.
         v: (N,) added to columns.
-        dy: like y, what the caller adds y's gradient to.
+        dy: like y; the caller adds the gradient of y to it.
     """
     height, width = TILE.get(x.device.type, TILE["cuda"])
 
-    # Few rows against a queue: as many entries in fewer tiles. Those that are copied from host
-    # memory stay narrow.
+    # With few rows (and a queue), use fewer, wider tiles with as many entries. Tiles copied from
+    # host memory stay narrow.
     if 0 < len(x) < height and y.device == x.device:
         width = min(height * width // len(x), MAX_WIDENING * width)
     memory = x.new_empty(min(height, len(x)) * min(width, len(y)))
@@ -152,12 +153,12 @@ def tiles(
 class LogSums(NamedTuple):
     """Log sums and maxima over the entries that count; −inf where there are none.
 
-    Those of columns are over the rows of all ranks, and the same on every rank.
+    Column sums and maxima are over the rows of all ranks, and the same on every rank.
     """
 
     # (b,) log sum exp of each row; differentiable
     rows: Tensor
-    # (N,) of each column; differentiable, its backward sums the gradients of all ranks
+    # (N,) log sum exp of each column; differentiable, the backward sums gradients over ranks
     columns: Tensor
     # (b,) largest entry of each row; no gradient
     row_max: Tensor
@@ -178,7 +179,7 @@ def logsumexp(
     """Log sums of exp(x yᵀ + u + v) along rows and columns, differentiable by x, y, u and v.
 
     Every rank must call, and must run backward if any does. With gathered columns the gradient of y
-    is this rank's part, which `world.gather` sums over ranks; in a ring it is already the sum.
+    is this rank's contribution, which `world.gather` sums over ranks; in a ring it is the full sum.
 
     Args:
         x: (b, D) local rows.
@@ -186,7 +187,7 @@ def logsumexp(
         layout: which entries count.
         u: (b,) added to rows.
         v: (N,) added to columns.
-        rows, columns: which of the two are wanted; the other's tensors are empty.
+        rows, columns: whether to compute row sums and column sums; the other tensors are empty.
     """
     return LogSums(*_LogSumExp.apply(x.to(wide(x)), y, u, v, layout, rows, columns))
 
@@ -199,7 +200,7 @@ def total(
     Differentiable by x, y and u. The gradient is computed in the same pass, so `weights` (b,) are
     constants; backward only multiplies it.
     """
-    # inside the function's forward gradients are always disabled
+    # ask here, because gradients are always disabled inside an autograd Function's forward
     learning = torch.is_grad_enabled()
     weights = weights.detach()
     with torch.autocast(x.device.type, enabled=False):
@@ -224,9 +225,9 @@ def row_sums(
 
 @torch.no_grad()
 def nearest(x: Tensor, y: Tensor, layout: Layout, u: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(b,) largest entry of each row that counts, and (b,) its column.
+    """(b,) the largest entry of each row among those that count, and (b,) its column.
 
-    The first of equal ones; no gradient.
+    Of equal entries the first column is taken; no gradient.
     """
     best = x.new_full((len(x),), -torch.inf, dtype=wide(x))
     place = torch.zeros_like(layout.own)
@@ -235,11 +236,11 @@ def nearest(x: Tensor, y: Tensor, layout: Layout, u: Tensor | None = None) -> tu
         out = layout.left_out(i, tile.j)
         tile.entries.masked_fill_(out, -torch.inf)
         here, k = tile.entries.max(dim=1)
-        # columns of the whole matrix
+        # from columns of the tile to columns of the whole matrix
         k += tile.j.start
 
-        # A ring delivers columns in another order on every rank: of equal entries the column with
-        # the lowest number wins, wherever it lies.
+        # In a ring, every rank gets the columns in a different order, so of equal entries the
+        # lowest column number is taken.
         first_of_equals = (here == best[i]) & (k < place[i])
         better = here.isnan() | (here > best[i]) | first_of_equals
         best[i] = torch.where(better, here, best[i])
@@ -252,7 +253,7 @@ def _add_log_sum(sums: Tensor, peaks: Tensor, entries: Tensor, spare: Tensor, di
     """Add the log sums and maxima of a tile to those of the tiles before it, in place."""
     peak = entries.amax(dim)
     torch.maximum(peaks, peak, out=peaks)
-    # nothing counts: exp(−inf − lowest) is 0, exp(−inf + inf) is NaN
+    # where no entry counts: exp(−inf − lowest) is 0, but exp(−inf + inf) would be NaN
     peak.clamp_(min=torch.finfo(peak.dtype).min)
     torch.sub(entries, peak.unsqueeze(dim), out=spare).exp_()
     torch.logaddexp(sums, spare.sum(dim).log_().add_(peak), out=sums)
@@ -270,7 +271,7 @@ class _LogSumExp(torch.autograd.Function):
         rows: bool,
         columns: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        # empty where they are not wanted
+        # empty if not wanted
         r = x.new_full((len(x) * rows,), -torch.inf)
         r_max = x.new_full((len(x) * rows,), -torch.inf)
         c = x.new_full((layout.columns * columns,), -torch.inf)
@@ -308,7 +309,7 @@ class _LogSumExp(torch.autograd.Function):
         if ctx.columns:
             grad_c = world.sum_over_ranks(grad_c)
 
-        # where nothing counts, every entry is −inf: exp then gives 0, not NaN
+        # where no entry counts, subtract 0 from −inf, so that exp gives 0, not NaN
         r = r.masked_fill(r == -torch.inf, 0.0)
         c = c.masked_fill(c == -torch.inf, 0.0)
         made = _Gradients(x, y if ctx.needs_input_grad[1] else None, u, v)
@@ -346,7 +347,7 @@ class _Total(torch.autograd.Function):
         f: Elementwise,
         learning: bool,
     ) -> Tensor:
-        # `needs_input_grad` does not know of no_grad, so the caller's `learning` is asked, too
+        # `needs_input_grad` ignores no_grad, hence the caller's `learning`
         wanted = learning and any(ctx.needs_input_grad)
         made = _Gradients(x, y if wanted and ctx.needs_input_grad[1] else None, u, None)
         sums = x.new_zeros(len(x))
@@ -358,7 +359,7 @@ class _Total(torch.autograd.Function):
                 slopes.masked_fill_(out, 0.0).mul_(weights[tile.i, None])
                 made.add(tile, slopes)
 
-        # in the wide dtype: autograd rounds them after the loss's factor
+        # saved in the wide dtype; autograd rounds after multiplying by the incoming gradient
         ctx.save_for_backward(made.x, made.y, made.u)
         return sums @ weights.to(sums.dtype)
 
@@ -366,16 +367,16 @@ class _Total(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         dx, dy, du = ctx.saved_tensors
-        # y may lie in host memory
+        # y may be in host memory
         grad_y = grad.to(dy.device) * dy if dy is not None else None
         grad_u = grad * du if du is not None else None
         return grad * dx, grad_y, grad_u, None, None, None, None
 
 
 class _Gradients:
-    """Sums of what the tiles' derivatives dL/dM give to x, y, u and v, in x's dtype.
+    """The gradients of x, y, u and v, summed over tiles from dL/dM, in x's dtype.
 
-    y is None if it is a constant: a queue.
+    y is None if it needs no gradient, as a queue.
     """
 
     def __init__(self, x: Tensor, y: Tensor | None, u: Tensor | None, v: Tensor | None) -> None:
@@ -391,7 +392,7 @@ class _Gradients:
         """slope: (tile rows, tile columns) dL/dM."""
         self.x[tile.i].addmm_(slope, tile.y)
 
-        # a view into self.y, or into what a ring carries along
+        # a view into self.y, or into the gradient passed along in a ring
         dy = tile.dy
         if dy is not None and dy.device == slope.device:
             dy.addmm_(slope.T, tile.x)

@@ -1,12 +1,11 @@
-"""The only module that speaks torch.distributed: all others see plain tensors.
+"""The only module that calls torch.distributed; all others see plain tensors.
 
-Words: a *rank* is one process, W of them train together. *Local* tensors hold the b rows of one
-rank, *gathered* ones the W·b rows of all ranks in rank order.
+Terms: a *rank* is one process; W ranks train together. A *local* tensor holds the b rows of one
+rank, a *gathered* tensor the W·b rows of all ranks, in rank order.
 
-Every function here that exchanges anything must be called by all ranks, in the same order, with
-tensors of equal shape and dtype (but for `gather_uneven` and `gather_bytes`): a rank that is
-missing makes the others wait until the time-out. On one rank they return their input, or do
-nothing.
+All ranks must call the functions that exchange tensors, in the same order and with equal shapes and
+dtypes (except `gather_uneven` and `gather_bytes`); if a rank does not call, the others wait until
+the time-out. With a single rank they return their input, or do nothing.
 """
 
 import os
@@ -21,10 +20,10 @@ from torch import Tensor
 
 from clipsmall.batch import Embeddings
 
-# How long ranks wait for one that caches, saves or plans on its own; NCCL's default is ten minutes.
+# How long ranks wait for one that computes features, saves or plans; NCCL's default is 10 minutes.
 PATIENCE = timedelta(hours=6)
-# set inside `single_process`. Of the process, not of a thread: on a GPU backward passes run in
-# threads of their own
+# True inside `single_process`. A variable of the process, not of a thread, because on a GPU the
+# backward pass runs in another thread.
 _single = False
 
 
@@ -44,9 +43,9 @@ def size() -> int:
 
 @contextmanager
 def single_process() -> Iterator[None]:
-    """Inside, this process is the only rank there is: size 1, rank 0, nothing is exchanged.
+    """A context in which this process is the only rank: size 1, rank 0, no exchange.
 
-    What is computed inside must also run backward inside.
+    A forward pass inside the context must also run its backward pass there.
     """
     global _single
     before = _single
@@ -58,29 +57,29 @@ def single_process() -> Iterator[None]:
 
 
 def check_ranks(accelerate_processes: int) -> None:
-    """Wait until all ranks are here, and refuse to go on if they were not joined.
+    """Wait for all ranks, and check that they form one process group.
 
     `torchrun` on CPU without ACCELERATE_USE_CPU=1 starts processes that Accelerate does not join:
-    each would train by itself and take itself for the main one.
+    each would train alone, as the main rank.
 
     Raises:
-        ValueError: launcher, torch.distributed and Accelerate count different numbers of ranks.
+        ValueError: launcher, torch.distributed and Accelerate disagree on the number of ranks.
     """
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if not launched == size() == accelerate_processes:
         raise ValueError(
             f"the launcher started {launched} ranks, torch.distributed joins {size()}, Accelerate "
-            f"{accelerate_processes}: they would train apart; on CPU start them with: "
+            f"{accelerate_processes}: each rank would train alone; on CPU start with: "
             "ACCELERATE_USE_CPU=1 torchrun --nproc_per_node N ..."
         )
 
-    # Without it a rank that ends at once, because all is done, breaks one that is still connecting
-    # (seen with gloo).
+    # Without the barrier, a rank that ends at once because nothing is left to do breaks a rank that
+    # is still connecting (seen with gloo).
     barrier()
 
 
 def barrier() -> None:
-    """Wait until every rank has come here."""
+    """Wait until every rank has reached this call."""
     if size() > 1:
         dist.barrier()
 
@@ -91,7 +90,7 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-# its name since torch 2.14, where the older one warns at every call
+# all_gather_single is the name since torch 2.14, where the old name warns at every call
 _gather_single: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
@@ -118,8 +117,8 @@ def gather(x: Tensor) -> Tensor:
     """(b, ...) on every rank -> (W·b, ...) in rank order; differentiable.
 
     Every rank must call with the same b, and must run backward if any does. The backward sums over
-    ranks. With losses that are means over local rows, and DDP's mean over ranks, the gradient is
-    then that of one process with the whole batch; there is no factor W anywhere.
+    ranks. If the loss is the mean over local rows and DDP averages gradients over ranks, the result
+    is the gradient of one process with the whole batch, without any factor W.
     """
     if size() == 1:
         return x
@@ -128,13 +127,13 @@ def gather(x: Tensor) -> Tensor:
 
 
 def gather_uneven(x: Tensor) -> Tensor:
-    """(b_r, ...) with any b_r on rank r -> (sum of b_r, ...) in rank order; no gradient."""
+    """(b_r, ...) on rank r, with any b_r -> (sum of b_r, ...) in rank order; no gradient."""
     if size() == 1:
         return x
     count = torch.tensor([len(x)], device=x.device)
     counts = gather(count).tolist()
 
-    # collectives exchange equal shapes: pad to the longest, cut the padding off afterwards
+    # collectives need equal shapes: pad to the longest, then remove the padding
     padded = x.new_zeros(max(counts), *x.shape[1:])
     padded[: len(x)] = x.detach()
     parts = gather(padded).chunk(size())
@@ -143,7 +142,7 @@ def gather_uneven(x: Tensor) -> Tensor:
 
 def gather_bytes(data: bytes, device: torch.device) -> list[bytes]:
     """Every rank's bytes, of any length, in rank order, on every rank."""
-    # a bytearray, as torch warns of buffers that cannot be written to
+    # a bytearray, because torch warns of read-only buffers
     local = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     length = torch.tensor([len(data)], device=device)
     lengths = gather(length).tolist()
@@ -153,25 +152,25 @@ def gather_bytes(data: bytes, device: torch.device) -> list[bytes]:
 
 
 def gathered_columns(rows: Embeddings) -> Embeddings:
-    """What local rows are compared with: the embeddings of the whole global batch, (W·b, D)."""
+    """The columns for local rows: the embeddings of the whole global batch, (W·b, D)."""
     numbers = ring_columns(rows)
     return numbers._replace(image=gather(rows.image), text=gather(rows.text))
 
 
 def ring_columns(rows: Embeddings) -> Embeddings:
-    """The same for comparison in a ring.
+    """The columns for exchange=ring.
 
-    Index and caption hash are those of all ranks, (W·b,), image and text the local features,
-    (b, D): those of other ranks are passed around by `ring`.
+    Index and caption hash are gathered, (W·b,). Image and text are local features, (b, D); those of
+    the other ranks are passed around by `ring`.
     """
     return rows._replace(index=gather(rows.index), caption_hash=gather(rows.caption_hash), extra={})
 
 
 def host_columns(rows: Embeddings) -> Embeddings:
-    """The same as `gathered_columns`, but the features stay in host memory between the passes.
+    """As `gathered_columns`, but the gathered features are kept in host memory.
 
-    They are gathered on the device, whole, and so are their gradients; between these moments the
-    device holds the local rows only, and tiles of the columns are copied to it.
+    Features and their gradients are gathered on the device. Between the two passes the device holds
+    only the local rows, and tiles of the columns are copied to it.
     """
     gathered = gathered_columns(rows)
     return gathered._replace(image=gathered.image.cpu(), text=gathered.text.cpu())
@@ -192,7 +191,7 @@ class _DifferentiableSum(torch.autograd.Function):
 def differentiable_sum(x: Tensor) -> Tensor:
     """The elementwise sum over ranks, the same on every rank; differentiable.
 
-    The backward sums the gradients of all ranks: every rank must run it if any does.
+    The backward sums gradients over ranks, so every rank must run it if any does.
     """
     if size() == 1:
         return x
@@ -233,9 +232,10 @@ def logsumexp_over_ranks(x: Tensor) -> Tensor:
 def ring(x: Tensor, carried: Tensor | None = None) -> Iterator[tuple[int, Tensor, Tensor | None]]:
     """Every rank's rows in turn, local ones first, without ever holding all of them.
 
-    Yields the place of the block's first row among the gathered rows, the block (b, ...), and what
-    is `carried` along with it: add to it, and when the ring has closed, this rank's `carried` holds
-    what all ranks added for its rows. Every rank must bring the same b and go all the way round.
+    Yields the position of the block's first row among the gathered rows, the block (b, ...), and
+    the tensor `carried` along with the block. Ranks may add to it; at the end, this rank's `carried`
+    holds the sum of what all ranks added for its rows. Every rank must have the same b and iterate
+    to the end.
     """
     rows = x.detach()
     baggage = carried
@@ -252,7 +252,7 @@ def ring(x: Tensor, carried: Tensor | None = None) -> Iterator[tuple[int, Tensor
 
 
 def _pass_on(x: Tensor) -> Tensor:
-    """Send x to the next rank; returns what the previous rank has sent."""
+    """Send x to the next rank; returns the tensor sent by the previous rank."""
     sent = x.contiguous()
     received = torch.empty_like(sent)
     after = (rank() + 1) % size()
@@ -264,20 +264,20 @@ def _pass_on(x: Tensor) -> Tensor:
 
 
 def shard_parameters(parts: list[Any], passes: tuple[str, ...], device: torch.device) -> None:
-    """Each rank keeps 1/W of every parameter, and gathers a module's only while it computes.
+    """Shard parameters: each rank keeps 1/W of them, and gathers a module's while it computes.
 
-    Backward averages over ranks, as DDP does.
+    The backward averages gradients over ranks, as DDP does.
 
     Args:
         parts: modules, inner ones before those that contain them.
-        passes: names of methods of the last module that compute forward.
+        passes: names of the last module's methods that run a forward pass.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     mesh = init_device_mesh(device.type, (size(),))
     for part in parts:
-        # the last part, too: else it stays whole
+        # reshard the last part, too; by default it would stay whole
         fully_shard(part, mesh=mesh, reshard_after_forward=True)
 
     for name in passes:
@@ -285,7 +285,7 @@ def shard_parameters(parts: list[Any], passes: tuple[str, ...], device: torch.de
 
 
 def shard_like(like: Any, x: Tensor) -> Tensor:
-    """x, a whole tensor that is the same on every rank, sharded as `like` is, if it is."""
+    """Shard x, a whole tensor equal on every rank, as `like` is sharded (if it is)."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     if not isinstance(like, DTensor):

@@ -1,4 +1,4 @@
-"""A batch through a tower chunk by chunk: memory for one chunk, the gradient of the whole batch."""
+"""Encodes a batch chunk by chunk: memory for one chunk, the gradient of the whole batch."""
 
 from collections.abc import Callable
 
@@ -10,24 +10,24 @@ from torch.utils.checkpoint import checkpoint
 def in_chunks(
     tower: Callable[[Tensor], Tensor], inputs: Tensor, size: int, device: torch.device
 ) -> Tensor:
-    """tower(inputs), at most `size` rows at a time; exact, with random layers too.
+    """Compute tower(inputs), at most `size` rows at a time; exact, even with dropout.
 
     GradCache (Gao et al. 2021, arXiv 2101.06983) by activation checkpointing: a chunk's activations
-    are dropped after its forward pass, and computed again, with the same random numbers, when its
-    gradient is asked for. So DDP, autocast and GradScaler see one forward and one backward pass,
+    are dropped after its forward pass, and recomputed with the same random numbers in the backward
+    pass. So DDP, autocast and GradScaler see one forward and one backward pass,
     and scale and bias are ordinary parameters. It costs a second forward pass: a third of a step.
 
     Args:
-        tower: rows -> rows, each by itself: no batch statistics.
-        inputs: (B, ...) on `device`, or in host memory: then they travel chunk by chunk.
-        size: rows of a chunk; 0 = all at once.
+        tower: maps rows to rows independently, without batch statistics.
+        inputs: (B, ...) on `device`, or in host memory, from which they are copied chunk by chunk.
+        size: rows per chunk; 0 = all at once.
     """
     if not size or len(inputs) <= size:
         return tower(inputs.to(device))
     parts = torch.split(inputs, size)
     if not torch.is_grad_enabled():
         return torch.cat([tower(part.to(device)) for part in parts])
-    # tells checkpoint which device's random numbers to replay when the parts are elsewhere
+    # tells checkpoint which device's random state to replay if the inputs are in host memory
     on_device = torch.empty(0, device=device)
 
     def move_and_encode(part: Tensor, on_device: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ def in_chunks(
 
 
 def largest_chunk(rows: int, fits: Callable[[int], bool]) -> int:
-    """The largest of `rows`, ½, ¼ … 1 that fits; 0 (all at once) if `rows` do.
+    """The largest of `rows`, rows/2, rows/4, …, 1 that fits; 0 (all at once) if `rows` fit.
 
     Raises:
         ValueError: not even one row fits.

@@ -1,4 +1,4 @@
-"""The model that trains: any towers, a scale, a bias, and heads."""
+"""The trained model: two towers, logit_scale, logit_bias, and heads."""
 
 import math
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from clipsmall.batch import Embeddings, Pairs
 from clipsmall.data.preprocess import ImageSpec
 from clipsmall.model.chunks import in_chunks
 
-# CLIP's bound: beyond it float32 logits lose the small differences
+# CLIP's bound of the scale; above it, float32 logits lose small differences
 MAX_LOG_SCALE = math.log(100.0)
 
 
@@ -24,16 +24,16 @@ class DualEncoder(nn.Module):
         towers: a module with `image(pixels)` and `text(ids)`: normalised (B, 3, H, W) and token ids
             (B, L) -> (B, D); see `Towers`.
         spec: the towers' image size, mean and std.
-        logit_scale: the positive factor of the cosines at the start (1/temperature).
-        logit_bias: at the start; learned only if `learn_bias`.
+        logit_scale: initial scale, 1/temperature.
+        logit_bias: initial bias.
         learn_bias: whether the bias trains.
         learn_scale: whether the scale trains.
-        heads: further parts that the objective asks for, by name.
-        retrieval_head: the head in `heads` whose outputs are compared in retrieval and zero-shot
-            classification; "" compares the towers' own: see `encode_image`.
-        chunk_size: pairs that go through the towers at a time; 0 = all. Never changes a result.
-        largest_scale: the bound of a scale that trains: CLIP's 100, or more where weights came with
-            a larger scale.
+        heads: further modules that the objective needs, by name.
+        retrieval_head: the head in `heads` whose outputs are used for retrieval and zero-shot
+            classification; "" = the towers' own outputs.
+        chunk_size: pairs encoded at a time; 0 = all. Does not change results.
+        largest_scale: upper bound of a trained scale: CLIP's 100, or more if the pretrained weights
+            have a larger scale.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class DualEncoder(nn.Module):
         log_scale = torch.tensor(math.log(logit_scale))
         self.logit_scale = nn.Parameter(log_scale, requires_grad=learn_scale)
         self.logit_bias = nn.Parameter(torch.tensor(logit_bias), requires_grad=learn_bias)
-        # of pixels from 0 to 255
+        # mean and std for pixels from 0 to 255
         mean = torch.tensor(spec.mean).view(3, 1, 1) * 255
         std = torch.tensor(spec.std).view(3, 1, 1) * 255
         self.mean: Tensor
@@ -68,17 +68,17 @@ class DualEncoder(nn.Module):
         self.register_buffer("std", std, persistent=False)
 
     def normalised(self, pixels: Tensor) -> Tensor:
-        """(B, 3, H, W) uint8 -> what the image tower takes."""
+        """Normalise pixels (B, 3, H, W), uint8, for the image tower."""
         return torch.sub(pixels, self.mean).div_(self.std)
 
     def encode_image(self, pixels: Tensor) -> Tensor:
-        """Images -> unit rows, to be compared with those of `encode_text`.
+        """Unit embeddings of images, comparable with those of `encode_text`.
 
         Args:
             pixels: (B, 3, H, W) uint8.
 
         Returns:
-            (B, D), at least float32; with a retrieval head, whatever that makes of the towers'.
+            (B, D), at least float32; with a retrieval head, the embeddings that it returns.
         """
         image = self.image_outputs(pixels, self.towers)
         if self.retrieval_head:
@@ -87,7 +87,7 @@ class DualEncoder(nn.Module):
         return unit(image)
 
     def encode_text(self, ids: Tensor) -> Tensor:
-        """Token ids (B, L) -> unit rows, to be compared with those of `encode_image`."""
+        """Unit embeddings of token ids (B, L), comparable with those of `encode_image`."""
         text = self.text_outputs(ids, self.towers)
         if self.retrieval_head:
             head_rows: Tensor = self.heads[self.retrieval_head].retrieve_text(text)
@@ -95,10 +95,10 @@ class DualEncoder(nn.Module):
         return unit(text)
 
     def outputs(self, pairs: Pairs, towers: Any) -> tuple[Tensor, Tensor]:
-        """Both sides of the pairs, in chunks: (B, D) and (B, D), not of unit length.
+        """Tower outputs for images and texts, in chunks: (B, D) and (B, D), not normalised.
 
         Args:
-            towers: this model's own, or an average of them.
+            towers: this model's towers, or a moving average of them.
         """
         device = self.mean.device
         image_tower = partial(self.image_outputs, towers=towers)
@@ -108,14 +108,14 @@ class DualEncoder(nn.Module):
         return image, text
 
     def image_outputs(self, pixels: Tensor, towers: Any) -> Tensor:
-        """Images (B, 3, H, W), or cached features (B, D) -> (B, D), not of unit length."""
+        """(B, D) from images (B, 3, H, W) or cached features (B, D); not normalised."""
         if _is_features(pixels):
             return pixels
         image: Tensor = towers.image(self.normalised(pixels))
         return image
 
     def text_outputs(self, ids: Tensor, towers: Any) -> Tensor:
-        """Token ids (B, L), or cached features (B, D) -> (B, D), not of unit length."""
+        """(B, D) from token ids (B, L) or cached features (B, D); not normalised."""
         if _is_features(ids):
             return ids
         text: Tensor = towers.text(ids)
@@ -139,7 +139,7 @@ class DualEncoder(nn.Module):
     def train(self, mode: bool = True) -> "DualEncoder":
         """As in any module, but frozen parts of the towers stay in evaluation mode.
 
-        What does not train has no dropout, and no batch statistics.
+        So frozen parts use no dropout and no batch statistics.
         """
         super().train(mode)
         for part in self.towers.modules():
@@ -149,32 +149,32 @@ class DualEncoder(nn.Module):
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """To be called after each optimizer step: bounds the scale, and lets heads follow."""
+        """Call after each optimizer step: clamps the scale and updates the heads."""
         self.clamp_logit_scale()
         for head in self.heads.values():
             head.after_step(self.towers)
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
-        """Keep 1 ≤ scale ≤ `largest_scale`, if it trains.
+        """Clamp the scale to 1 ≤ scale ≤ `largest_scale`, if it trains.
 
-        Called after each step: a clamp in `forward` would kill the gradient at the bound.
+        Done after each step, because a clamp in `forward` would have gradient 0 at the bound.
         """
         if self.logit_scale.requires_grad:
             self.logit_scale.clamp_(0.0, self.largest_log_scale)
 
 
 def unit(x: Tensor) -> Tensor:
-    """Rows of length 1, at least float32."""
+    """Rows scaled to length 1, at least float32."""
     return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
 
 
 def _is_features(given: Tensor) -> bool:
-    """Whether a batch holds what a frozen tower computed before, not pixels or token ids."""
+    """Whether a batch holds cached features of a frozen tower, not pixels or token ids."""
     return given.ndim == 2 and given.is_floating_point()
 
 
 def frozen(part: nn.Module) -> bool:
-    """Whether a module has parameters, and none of them trains."""
+    """Whether a module has parameters, but none that train."""
     trains = [parameter.requires_grad for parameter in part.parameters()]
     return bool(trains) and not any(trains)

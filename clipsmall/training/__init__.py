@@ -1,1 +1,1 @@
-"""The parts of a training run: state, feed of batches, optimizer, FSDP and the log of metrics."""
+"""The parts of a training run: state, feed of batches, optimizer, FSDP and metrics log."""

@@ -1,4 +1,4 @@
-"""The pairs that a rank trains on: counts skipped ones, measures the wait, ends when asked to."""
+"""Feeds pairs to a rank: counts skipped ones, measures waiting time, stops on a signal."""
 
 import json
 import signal
@@ -15,28 +15,28 @@ from clipsmall.data import LoadedBatch, ShardError, Skips
 from clipsmall.distributed import world
 from clipsmall.mining.online import MinedBatches
 
-# pairs before the error rate is judged: one bad pair in a first batch of 32 is 3 %
+# lower bound of pairs seen in the error rate; else one bad pair in a first batch of 32 is 3 %
 JUDGED_FROM = 10_000
 
 
 class Stop:
-    """How a run is asked to end.
+    """Listens for signals that end a run.
 
-    SIGTERM and the first Ctrl-C ask it to save and exit; a second Ctrl-C ends it at once.
+    On SIGTERM or the first Ctrl-C the run saves and exits; a second Ctrl-C ends it immediately.
     """
 
     def __init__(self) -> None:
-        # number of the signal that asked; 0 = none has
+        # number of the received signal; 0 = none yet
         self.signal = 0
 
     def listen(self) -> "Stop":
-        """Take over both signals from now on."""
+        """Handle both signals from now on."""
         signal.signal(signal.SIGTERM, self._note)
         signal.signal(signal.SIGINT, self._note)
         return self
 
     def end(self) -> None:
-        """Let both signals end the process again, as if nobody had listened."""
+        """Restore the default handling: both signals end the process."""
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -51,11 +51,11 @@ class Feed:
 
     Args:
         loader: this rank's slices of the run's batches, up to the last.
-        stop: looked at after every step, on all ranks together.
-        max_error_rate: ratio of unreadable to seen pairs, over all ranks, above which the run ends
-            with a ShardError.
-        pairs: in the data set. The rate is judged as if at least so many pairs, or JUDGED_FROM,
-            had been seen.
+        stop: checked after every step, on all ranks together.
+        max_error_rate: fraction of unreadable pairs among the pairs seen, over all ranks, above
+            which the run ends with a ShardError.
+        pairs: size of the data set. The fraction is taken of the pairs seen, but of at least this
+            many or JUDGED_FROM, whichever is smaller.
         images: False leaves images in host memory, for a model that fetches them in chunks.
     """
 
@@ -75,18 +75,18 @@ class Feed:
         self.mining = loader if isinstance(loader, MinedBatches) else None
         self.max_error_rate = max_error_rate
         self.judged_from = min(JUDGED_FROM, pairs)
-        # of this rank
+        # skipped pairs of this rank
         self.skips = Skips()
         # seconds spent waiting for data
         self.waited = 0.0
-        # whether iteration ended because a signal asked for it
+        # whether a signal ended the iteration
         self.stopped = False
 
     def __iter__(self) -> Iterator[Pairs]:
         batches: Any = iter(self.loader)
         try:
             while True:
-                # mining happens inside next(), but is no wait for data
+                # mining happens inside next(), but does not count as waiting for data
                 before = time.perf_counter() - self.mined
                 loaded = next(batches, None)
                 self.waited += time.perf_counter() - self.mined - before
@@ -98,19 +98,19 @@ class Feed:
                 if self.stopped:
                     return
         finally:
-            # ends the loader's workers now: at interpreter exit they would be waited for
+            # end the loader's workers now; at exit, the interpreter would wait for them
             del batches
 
     @property
     def mined(self) -> float:
-        """Seconds spent on mining."""
+        """Seconds spent on mining so far."""
         return self.mining.seconds if self.mining else 0.0
 
     def _agree(self) -> None:
-        """Exchange between all ranks whether one was asked to stop, and how many pairs were bad.
+        """Exchange between ranks whether any got a stop signal, and how many pairs were bad.
 
         Raises:
-            ShardError: too many, on all ranks alike.
+            ShardError: too many bad pairs; raised on all ranks together.
         """
         mine = torch.tensor(
             [self.stop.signal, self.skips.total, self.skips.seen], device=self.device
@@ -126,7 +126,7 @@ class Feed:
             )
 
     def all_skips(self) -> Skips:
-        """The skips of all ranks together. Every rank must call."""
+        """The skipped pairs of all ranks. Every rank must call."""
         together = Skips()
         mine = json.dumps(self.state_dict()).encode()
         for state in world.gather_bytes(mine, self.device):
@@ -134,7 +134,7 @@ class Feed:
         return together
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's skips, as JSON. The position in the data is `Progress`, the same on all."""
+        """This rank's skipped pairs, as JSON. The position in the data is kept in `Progress`."""
         return {
             "seen": self.skips.seen,
             "reasons": dict(self.skips.reasons),
@@ -146,5 +146,5 @@ class Feed:
 
     @staticmethod
     def read_skips(state: dict[str, Any]) -> Skips:
-        """The skips in a `state_dict`."""
+        """The skipped pairs in a `state_dict`."""
         return Skips(state["seen"], Counter(state["reasons"]), state["examples"])

@@ -1,4 +1,4 @@
-"""FSDP for towers too large for one GPU: weights, gradients and moments divided among the ranks.
+"""FSDP for towers too large for one GPU: shards weights, gradients and moments over the ranks.
 
 FSDP (Zhao et al. 2023, arXiv 2304.11277) in torch's second version, fully_shard: ZeRO stage 3
 (arXiv 1910.02054, §5) with DTensors.
@@ -17,8 +17,8 @@ from clipsmall.model.momentum import MovingAverage
 from clipsmall.model.parameter_names import BLOCK
 
 Tensors = dict[str, Tensor]
-# Accelerate's FSDP options that are not supported here: the environment variables by which
-# `accelerate launch` passes them on -> what to do instead
+# FSDP options of Accelerate that are not supported here: what to do instead, by the environment
+# variable in which `accelerate launch` passes the option
 UNSUPPORTED = {
     "FSDP_OFFLOAD_PARAMS": "fsdp_offload_params: weights stay on the GPUs; take more ranks",
     "FSDP_CPU_RAM_EFFICIENT_LOADING": (
@@ -31,7 +31,7 @@ UNSUPPORTED = {
 
 
 def asked() -> bool:
-    """Whether the launcher asks for FSDP, also on CPU ranks, where Accelerate would ignore it."""
+    """Whether the launcher asks for FSDP; also true on CPU ranks, where Accelerate ignores it."""
     return bool(parse_flag_from_env("ACCELERATE_USE_FSDP"))
 
 
@@ -58,15 +58,15 @@ def check_settings(precision: str, chunk_size: int | str) -> None:
 
 
 def shard_towers(model: DualEncoder, device: torch.device) -> None:
-    """Shard the towers, and averaged copies of them, block by block.
+    """Shard the towers, and moving averages of them, block by block.
 
-    A rank holds 1/W of each block, and a whole block for the time of its pass. What else trains
-    (scale, bias, heads) stays whole on every rank. Call before the optimizer is made: parameters
-    become other objects.
+    A rank holds 1/W of each block, and a whole block only while it is computed. Everything else
+    that trains (scale, bias, heads) stays whole on every rank. Call before building the optimizer,
+    because the parameters are replaced by other objects.
 
     Raises:
-        ValueError: adapters in torch's own attention module, as open_clip has it: peft takes its
-            weights out, so that FSDP does not find them.
+        ValueError: adapters in torch's own attention module, which open_clip uses: peft moves its
+            weights to where FSDP does not find them.
     """
     if world.size() == 1:
         return
@@ -81,7 +81,7 @@ def shard_towers(model: DualEncoder, device: torch.device) -> None:
     for towers in [model.towers, *averages]:
         blocks = [part for name, part in towers.named_modules() if is_block(name)]
         world.shard_parameters([*blocks, towers], ("image", "text"), device)
-    # there is no DDP to average the gradients of what stays whole
+    # without DDP, the gradients of parameters that stay whole must be averaged here
     for parameter in model.parameters():
         whole = local_part(parameter) is parameter
         if whole and parameter.requires_grad:
@@ -91,34 +91,34 @@ def shard_towers(model: DualEncoder, device: torch.device) -> None:
 
 
 def is_block(name: str) -> bool:
-    """Whether a module of towers is a block, and not a part of one."""
+    """Whether a module of the towers is itself a block, not a part of one."""
     found = BLOCK.search(f".{name}.")
     return found is not None and found.end() == len(name) + 2
 
 
 def _average_gradient(parameter: Tensor) -> None:
-    """The mean over ranks, as DDP and FSDP take it."""
+    """Average a gradient over ranks, as DDP and FSDP do."""
     assert parameter.grad is not None
     parameter.grad = world.mean_over_ranks(parameter.grad)
 
 
 def local_part(x: Any) -> Tensor:
-    """This rank's part of a sharded tensor (the same memory); any other tensor as it is."""
+    """This rank's part of a sharded tensor (sharing memory); any other tensor unchanged."""
     mine: Tensor = x.to_local() if hasattr(x, "to_local") else x
     return mine
 
 
 def full_tensor(x: Any) -> Tensor:
-    """A sharded tensor put together, on every rank; any other tensor as it is."""
+    """The whole of a sharded tensor, on every rank; any other tensor unchanged."""
     full: Tensor = x.full_tensor() if hasattr(x, "full_tensor") else x
     return full
 
 
 def gathered(tensors: Tensors, keep: bool) -> Tensors:
-    """Sharded tensors put together one by one, in host memory. All ranks must call.
+    """Gather sharded tensors one by one into host memory. All ranks must call.
 
     Args:
-        keep: whether this rank gets them; the others return nothing.
+        keep: whether this rank keeps them; otherwise it returns an empty dict.
     """
     found = {}
     for name, tensor in tensors.items():
@@ -129,12 +129,12 @@ def gathered(tensors: Tensors, keep: bool) -> Tensors:
 
 
 def scattered(tensors: Tensors, like: Tensors) -> Tensors:
-    """Whole tensors, equal on all ranks, sharded as those of the same name in `like` are."""
+    """Shard whole tensors, equal on all ranks, like the tensors of the same names in `like`."""
     return {name: world.shard_like(like.get(name), tensor) for name, tensor in tensors.items()}
 
 
 def scattered_moments(moments: Tensors, groups: list[dict[str, Any]]) -> Tensors:
-    """An optimizer's whole moments, each sharded as its parameter is.
+    """Shard an optimizer's whole moments, each like its parameter.
 
     Args:
         moments: as `checkpoint.split_optimizer` names them, `0.exp_avg` for the first parameter.
@@ -146,13 +146,13 @@ def scattered_moments(moments: Tensors, groups: list[dict[str, Any]]) -> Tensors
     found = {}
     for name, tensor in moments.items():
         parameter = parameters[int(name.partition(".")[0])]
-        # the count of steps is a number, the same on every rank
+        # the step count is a scalar, the same on every rank
         found[name] = world.shard_like(parameter, tensor) if tensor.ndim else tensor
     return found
 
 
 def sharding_description(model: nn.Module) -> str:
-    """A phrase for the opening lines of a run; empty if nothing is sharded."""
+    """A phrase on sharding for the opening lines of a run; "" if nothing is sharded."""
     parameters = list(model.parameters())
     mine = sum(local_part(parameter).numel() for parameter in parameters)
     total = sum(parameter.numel() for parameter in parameters)

@@ -1,4 +1,4 @@
-"""What a run reports while it trains: metrics.jsonl, trackers, and a progress bar or log lines."""
+"""Reports of a training run: metrics.jsonl, trackers, and a progress bar or log lines."""
 
 import json
 import math
@@ -21,9 +21,9 @@ LINE_EVERY = 15.0
 
 
 class Moment(NamedTuple):
-    """When the last line was written, and what the run had done by then."""
+    """The time of the last line, and what the run had done by then."""
 
-    # of time.perf_counter
+    # value of time.perf_counter
     seconds: float = 0.0
     pairs: int = 0
     # seconds spent waiting for data, and on mining
@@ -32,21 +32,21 @@ class Moment(NamedTuple):
 
 
 class MetricsLog:
-    """A job: `report(progress, losses)` every few steps. Every rank must call, the main one writes.
+    """A job, called as `report(progress, losses)`. All ranks must call; the main rank writes.
 
-    Each call writes one line: means over ranks of the losses, and with them:
+    Each call writes one line with the losses, averaged over ranks, and with:
 
-    - `chance`: ln N, the softmax loss of a model that knows nothing among the N pairs that a row
-      is compared with;
+    - `chance`: ln N, the softmax loss of random guessing among the N columns that a row is compared
+      with;
     - `data_wait`, `mining_time`: fractions of the time since the last line that were spent waiting
-      for pairs, and on mining. Other numbers about mining belong to the pool now trained on;
+      for pairs, and on mining. Other mining numbers are those of the pool in use;
     - `skipped`: unreadable pairs of this rank so far.
 
     Args:
-        path: of metrics.jsonl.
+        path: path of metrics.jsonl.
         model: its logit_scale and logit_bias are reported.
         optimizer: its learning rate is reported.
-        pairs: of the whole run.
+        pairs: samples seen in the whole run.
     """
 
     def __init__(
@@ -65,20 +65,20 @@ class MetricsLog:
         self.feed = feed
         shown = accelerator.is_main_process and sys.stderr.isatty()
         self.bar = tqdm(total=pairs, unit=" pairs", unit_scale=True, disable=not shown)
-        # negatives of a row
+        # number of negatives per row
         self.others = 0
         self._last = Moment()
-        # when the last line of a log file was printed
+        # time when the last line was printed, if there is no terminal
         self._printed = 0.0
 
     def start(self, progress: Progress, batch_size: int) -> None:
-        """Measure from now on. batch_size: pairs that are compared with one another."""
+        """Start measuring. batch_size: number of pairs compared with one another."""
         self.others = batch_size - 1
         self.bar.update(progress.pairs - self.bar.n)
         self._last = self._now(progress)
 
     def leave_out(self, seconds: float) -> None:
-        """Do not count time that was spent on evaluation: the speed is that of training."""
+        """Exclude time spent on evaluation from the training speed."""
         self._last = self._last._replace(seconds=self._last.seconds + seconds)
 
     def _now(self, progress: Progress) -> Moment:
@@ -109,9 +109,9 @@ class MetricsLog:
         self._show(row)
 
     def _means(self, losses: dict[str, Tensor]) -> dict[str, float]:
-        """Means over ranks, in one exchange."""
+        """Means of the losses over ranks, in one exchange."""
         names = sorted(losses)
-        # some terms are made on the host
+        # some terms are computed on the host
         device = losses["loss"].device
         values = []
         for name in names:
@@ -121,7 +121,7 @@ class MetricsLog:
         return dict(zip(names, means.tolist(), strict=True))
 
     def _show(self, row: dict[str, Any]) -> None:
-        """On the bar; where there is no terminal, as a line every LINE_EVERY seconds."""
+        """Update the progress bar or, without a terminal, print a line every LINE_EVERY seconds."""
         words = summary_of(row)
         self.bar.update(row["pairs"] - self.bar.n)
         self.bar.set_postfix_str(words)
@@ -137,9 +137,9 @@ class MetricsLog:
             )
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append a line to metrics.jsonl, and hand it to the trackers. `row` has a `step`."""
+        """Append a line to metrics.jsonl and send it to the trackers. `row` must have `step`."""
         if self.accelerator.is_main_process:
-            # JSON has no infinity, which is the gradient norm of a step that fp16's scaler skips
+            # JSON has no infinity, but fp16 steps that are skipped have an infinite gradient norm
             finite = {}
             for name, value in row.items():
                 finite[name] = value if math.isfinite(value) else None
@@ -153,7 +153,7 @@ class MetricsLog:
 
 
 def summary_of(row: dict[str, Any]) -> str:
-    """The most important numbers of a line of metrics.jsonl, in words."""
+    """A short text with the main numbers of a line of metrics.jsonl."""
     parts = [
         f"loss {row['loss']:.3f} (chance {row['chance']:.2f})",
         f"lr {row['lr']:.1e}",

@@ -1,4 +1,4 @@
-"""AdamW with its parameter groups and learning rate schedule, and a guard against bad steps."""
+"""AdamW, its parameter groups and learning rate schedule, and a guard against bad steps."""
 
 import math
 import warnings
@@ -13,7 +13,7 @@ from clipsmall.batch import Embeddings
 from clipsmall.distributed import world
 from clipsmall.training import fsdp
 
-# of batch normalisation
+# names of BatchNorm's buffers
 RUNNING_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -23,13 +23,13 @@ def parameter_groups(
     weight_decay: float,
     scale: Callable[[str], float] = lambda name: 1.0,
 ) -> list[dict[str, Any]]:
-    """Trainable parameters by learning rate and weight decay.
+    """Groups of trainable parameters by learning rate and weight decay.
 
-    Matrices decay; norms, biases, logit_scale and logit_bias do not.
+    Matrices get weight decay; norms, biases, logit_scale and logit_bias do not.
 
     Args:
-        scale: name of a parameter -> its learning rate divided by `lr`. The two groups of `lr`
-            itself come first, even if they are empty.
+        scale: maps a parameter's name to its learning rate divided by `lr`. The two groups with
+            factor 1 come first, even if they are empty.
 
     Raises:
         ValueError: nothing trains.
@@ -40,7 +40,7 @@ def parameter_groups(
     }
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            # heads may have a scale and a bias of their own
+            # heads may have their own logit_scale and logit_bias
             decays = parameter.ndim > 1 and not name.endswith(("logit_scale", "logit_bias"))
             groups.setdefault((scale(name), decays), []).append(parameter)
     if not any(groups.values()):
@@ -56,16 +56,16 @@ def parameter_groups(
 
 
 class AdamW(torch.optim.AdamW):
-    """AdamW over whole and sharded tensors alike, in one fused kernel.
+    """AdamW for whole and sharded tensors, in one fused kernel.
 
     AdamW is elementwise, so each rank can update its local part of a sharded tensor.
     """
 
     def _init_group(self, group: dict[str, Any], *lists: list[Any]) -> bool:
-        """Fills torch's lists of parameters, gradients and moments, from which it makes a step."""
+        """Fill torch's lists of parameters, gradients and moments for one step."""
         found: bool = super()._init_group(group, *lists)  # type: ignore[no-untyped-call]
         for tensors in lists:
-            # in place: torch goes on with the same lists
+            # in place, because torch uses these lists afterwards
             tensors[:] = map(fsdp.local_part, tensors)
         return found
 
@@ -107,20 +107,21 @@ def scaled_lr(lr: float, batch_size: int, rule: str) -> float:
     """The learning rate for a batch size.
 
     Args:
-        rule: `none`, lr as given; `sqrt`, lr is for batch 256 and grows with √(B/256), as suits
-            Adam.
+        rule: `none`: lr as given; `sqrt`: lr is for batch size 256 and is multiplied by
+            √(B/256), which suits Adam.
     """
     return lr * math.sqrt(batch_size / 256) if rule == "sqrt" else lr
 
 
 @torch.no_grad()
 def clipped_norm(accelerator: Any, parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
-    """(): the norm of the whole gradient, which is scaled down in place to at most `limit`.
+    """Clip the gradient in place to norm `limit`; returns the norm () before clipping.
 
-    Sharded tensors count with their parts on all ranks. In fp16 the loss scale is taken out first.
+    The norm includes the parts of sharded tensors on all ranks. In fp16 the gradient is first
+    divided by the loss scale.
     """
     accelerator.unscale_gradients()
-    # gradients of whole tensors, equal on all ranks, and my parts of sharded ones
+    # gradients of whole tensors, equal on all ranks, and local parts of sharded ones
     whole = []
     parts = []
     gradients = []
@@ -137,23 +138,23 @@ def clipped_norm(accelerator: Any, parameters: Iterable[nn.Parameter], limit: fl
     if parts:
         of_parts = torch.nn.utils.get_total_norm(parts)
         norm = (norm.square() + world.sum_over_ranks(of_parts.square())).sqrt()
-    # as torch.nn.utils.clip_grad_norm_ has it, 1e-6 included
+    # as in torch.nn.utils.clip_grad_norm_, including the 1e-6
     factor = (limit / (norm + 1e-6)).clamp(max=1.0)
     torch._foreach_mul_(gradients, factor)
     return norm
 
 
 class NonFiniteError(ValueError):
-    """A loss or gradient is not finite, and training ends, on all ranks together.
+    """A loss or gradient is not finite; raised on all ranks together.
 
-    Weights have not been changed by the bad step.
+    The bad step has not changed the weights.
 
     Attributes:
-        numbers: of that step: `loss` (this rank's), `grad_norm`, and in fp16 `loss_scale` and
+        numbers: `loss` of this rank and `grad_norm` at that step; in fp16 also `loss_scale` and
             `bad_steps`.
-        index: (b,) this rank's pairs of that batch.
-        broken: (b,) bool, pairs with features that are not finite: none if only the gradient is
-            not.
+        index: (b,) numbers of this rank's pairs in that batch.
+        broken: (b,) bool, True for pairs whose features are not finite; all False if only the
+            gradient is not finite.
     """
 
     def __init__(
@@ -168,22 +169,22 @@ class NonFiniteError(ValueError):
 class Guard:
     """Decides whether the optimizer takes a step, on all ranks alike.
 
-    It does not if any rank's loss, or the gradient, is not finite. Without a gradient scaler the
-    first bad step ends the run. In fp16 gradients overflow now and then, and in the first steps,
-    until GradScaler has found its scale: a bad step is skipped and the scale halved; `limit` of
-    them in a row end the run. Weights, moments and averaged towers stay as they were. The learning
-    rate schedule goes on: it follows the pairs seen.
+    A step is bad if the loss of any rank, or the gradient, is not finite. Without a gradient scaler
+    the first bad step ends the run. In fp16, gradients overflow now and then, and in the first
+    steps, until GradScaler has found its scale: a bad step is skipped and the scale is halved, and
+    `limit` bad steps in a row end the run. A skipped step does not change weights, moments or
+    averaged towers, but the learning rate schedule advances, because it follows the pairs seen.
 
-    GradScaler skips such steps, too, but fused AdamW, which GPUs get, is *called* on an overflow,
-    and only its kernel writes nothing: the hooks after a step would run, and averaged towers would
-    move. Here it is not called.
+    GradScaler alone would not do: on an overflow it still *calls* fused AdamW (used on GPUs), whose
+    kernel then writes nothing. The hooks after a step would run and change averaged towers. Here
+    the optimizer is not called.
 
     Args:
-        scaler: fp16's, else None.
+        scaler: the gradient scaler of fp16, else None.
         limit: bad steps in a row that end the run.
-        model: the running statistics of its batch normalisation, which the forward pass has
-            changed by then, are restored after a bad step: a NaN would stay in them for ever.
-        bad_steps: skipped so far. Those in a row are counted from 0 when a run is resumed.
+        model: its BatchNorm running statistics are restored after a bad step, because the forward
+            pass has changed them, and a NaN would stay in them forever.
+        bad_steps: number of steps skipped so far. The count in a row restarts at 0 on resume.
     """
 
     def __init__(
@@ -193,17 +194,17 @@ class Guard:
         self.limit = limit
         self.bad_steps = bad_steps
         self.in_a_row = 0
-        # without a scaler no run goes on after a bad step
+        # without a scaler, the first bad step ends the run, so nothing need be restored
         self.running = running_statistics(model) if scaler is not None else []
         self.kept = [each.clone() for each in self.running]
-        # torch warns if the first step is skipped and the schedule goes on, which is meant here
+        # torch warns if the schedule advances although the first step was skipped; intended here
         if scaler is not None:
             warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
 
     def step(
         self, optimizer: Any, losses: dict[str, Tensor], together: Tensor, rows: Embeddings
     ) -> None:
-        """The optimizer's step, if this one `passes`."""
+        """Take the optimizer's step, if it `passes`."""
         if self.passes(losses, together, rows):
             optimizer.step()
 
@@ -212,7 +213,7 @@ class Guard:
 
         Args:
             losses: with `loss` and `grad_norm`; in fp16 `loss_scale` and `bad_steps` are added.
-            together: () finite only if all ranks' losses and gradients are; the same on every rank.
+            together: () finite only if losses and gradients of all ranks are; equal on every rank.
             rows: this rank's embeddings.
 
         Raises:
@@ -230,7 +231,7 @@ class Guard:
         if self.scaler is None or self.in_a_row >= self.limit:
             raise self._error(losses, rows)
         copy_each(self.kept, self.running)
-        # halves the scale if unscaling has found a gradient that is not finite
+        # halves the scale if unscaling found a gradient that is not finite
         self.scaler.update()
         return False
 
@@ -259,9 +260,9 @@ def copy_each(sources: list[Tensor], targets: list[Tensor]) -> None:
 
 
 def running_statistics(model: nn.Module) -> list[Tensor]:
-    """The buffers of batch normalisation that a forward pass in training mode changes.
+    """The BatchNorm buffers that a forward pass in training mode changes.
 
-    Averaged towers are always in eval mode: their copies change after a step.
+    Averaged towers are always in eval mode, so their buffers are not included.
     """
     found = []
     for part in model.modules():
@@ -273,9 +274,9 @@ def running_statistics(model: nn.Module) -> list[Tensor]:
 
 
 def skipped_steps(steps: int, optimizer: torch.optim.Optimizer) -> int:
-    """How many of a run's steps were not taken.
+    """Number of a run's steps that were skipped.
 
-    AdamW counts those that were, and a checkpoint holds its count.
+    AdamW counts the steps taken, and checkpoints contain its count.
     """
     taken = [int(state["step"]) for state in optimizer.state.values()]
     return steps - max(taken, default=0)

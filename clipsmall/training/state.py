@@ -21,8 +21,8 @@ from clipsmall.storage.checkpoint import CheckpointError
 from clipsmall.training import fsdp
 from clipsmall.training.feed import Feed
 
-# A run that changes one of these is another run: its order of pairs, its loss or its weights would
-# not be those that the checkpoint belongs to.
+# Options that a resumed run must not change: they determine the order of pairs, the loss or the
+# weights, so the checkpoint would not fit.
 FIXED_OPTIONS = (
     "seed",
     "model.name",
@@ -58,18 +58,18 @@ class RunState:
     """
 
     accelerator: Accelerator
-    # not wrapped by DDP
+    # the model without the DDP wrapper
     model: DualEncoder
     loaded: Loaded
     optimizer: Any
     scheduler: Any
-    # a function, or a module with buffers if it remembers something between steps
+    # a function, or a module with buffers if it keeps state between steps
     objective: Any
     feed: Feed
     progress: Progress
     # the run's whole config as JSON
     config: dict[str, Any]
-    # of the training shards: a resumed run must find the same
+    # identifies the training shards; must be the same when a run is resumed
     fingerprint: str
     # one phrase for the opening lines
     data_description: str = ""
@@ -78,7 +78,7 @@ class RunState:
 
     @property
     def launch(self) -> dict[str, Any]:
-        """What the launcher decided, which stands in no config file."""
+        """Settings made by the launcher, which are in no config file."""
         return {
             "ranks": world.size(),
             "precision": self.accelerator.mixed_precision,
@@ -94,14 +94,14 @@ class RunState:
         main = self.accelerator.is_main_process
         folder = checkpoint.step_folder(checkpoints, self.progress.step)
 
-        # what differs from rank to rank
+        # state that differs between ranks
         mine = {
             "rng": checkpoint.random_state(device),
             "feed": self.feed.state_dict(),
         }
         ranks = world.gather_bytes(json.dumps(mine).encode(), device)
 
-        # putting sharded tensors together takes all ranks, too
+        # gathering sharded tensors needs all ranks, too
         moments, optimizer_settings = checkpoint.split_optimizer(self.optimizer.state_dict())
         moments = fsdp.gathered(moments, keep=main)
         weights = fsdp.gathered(self.model.state_dict(), keep=main)
@@ -129,12 +129,12 @@ class RunState:
                 folder, tensors, state, lambda path: save_model_files(self.loaded, path)
             )
             checkpoint.tidy(checkpoints, keep)
-        # nobody goes on, and perhaps ends the run, before the folder is complete
+        # no rank may continue, and perhaps end the run, before the folder is complete
         world.barrier()
         return folder
 
     def load(self, folder: Path) -> None:
-        """Restore everything from a checkpoint, which was verified before.
+        """Restore everything from a checkpoint that has been verified.
 
         Raises:
             CheckpointError: it belongs to another run, or to other shards.
@@ -155,7 +155,7 @@ class RunState:
         try:
             differing = self.model.load_state_dict(weights, strict=False)
         except RuntimeError as error:
-            # tensors of another size
+            # a tensor has another shape
             reason = str(error).splitlines()[-1].strip()
             raise CheckpointError(f"{folder}: holds another model ({reason})") from None
         if names := [*differing.missing_keys, *differing.unexpected_keys]:
@@ -169,7 +169,7 @@ class RunState:
         joined = checkpoint.joined_optimizer(moments, state["optimizer"])
         self.optimizer.load_state_dict(joined)
         self.scheduler.load_state_dict(state["scheduler"])
-        # there is a scaler in fp16 only, and a run may change its precision
+        # only fp16 has a scaler, and a resumed run may change its precision
         scaler = self.accelerator.scaler
         if scaler is not None and state["scaler"]:
             scaler.load_state_dict(state["scaler"])
@@ -181,7 +181,7 @@ class RunState:
             self.objective.load_state_dict(checkpoint.read_tensors(folder, "objective"))
         except RuntimeError as error:
             raise CheckpointError(
-                f"{folder}: the objective's memory does not fit its options now: {error}"
+                f"{folder}: the objective's saved buffers do not fit its present options: {error}"
             ) from None
 
     def _load_plan(self, folder: Path) -> None:
@@ -198,15 +198,15 @@ class RunState:
             checkpoint.set_random_state(ranks[rank]["rng"], self.accelerator.device)
             self.feed.load_state_dict(ranks[rank]["feed"])
             return
-        # Another number of ranks. The order of pairs does not depend on it; generators (dropout)
-        # get another seed, and the counts of skipped pairs are kept by the first rank.
+        # The number of ranks has changed. The order of pairs does not depend on it. Random generators
+        # (dropout) get a new seed, and the first rank keeps the counts of skipped pairs.
         set_seed(self.config["seed"] + self.progress.step * 1_000 + rank)
         if rank == 0:
             for each in ranks:
                 self.feed.skips.merge(Feed.read_skips(each["feed"]))
 
     def _refuse_another_run(self, folder: Path, state: dict[str, Any]) -> None:
-        """Raises CheckpointError if fixed options or the data differ; notes other changes."""
+        """Raises CheckpointError if fixed options or the data differ; prints other changes."""
         was = flattened(state["config"])
         now = flattened({**self.config, "launch": self.launch})
         changed = changed_options(was, now)
@@ -233,7 +233,7 @@ class RunState:
 
 
 def flattened(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one of `section.field` -> value."""
+    """Nested dicts as one flat dict, with keys `section.field`."""
     found: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict):
@@ -244,10 +244,10 @@ def flattened(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def changed_options(was: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Options with other values: name -> (old, new), sorted by name.
+    """Options whose value changed: (old, new) by name, sorted by name.
 
-    Options that did not exist when the checkpoint was saved are ignored: the run went as their
-    defaults have it. So are options that no longer exist.
+    Options that did not exist when the checkpoint was saved are ignored, because the run behaved as
+    their defaults say. Options that no longer exist are ignored, too.
     """
     changed = {}
     for name in sorted(now | was):
@@ -261,14 +261,14 @@ def changed_options(was: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple
 
 
 def is_known(name: str, options: dict[str, Any]) -> bool:
-    """Whether flattened options have this one, one inside it, or one that it is inside of.
+    """Whether flattened options contain this option, a part of it, or a section around it.
 
-    An option may be a value in one config and a section in the other: `objective.name` is a word or
-    a mix of several.
+    An option may be a value in one config and a section in the other: `objective.name` is a string
+    or a mix of several objectives.
     """
     return any(is_within(name, (other,)) or is_within(other, (name,)) for other in options)
 
 
 def is_within(name: str, sections: tuple[str, ...]) -> bool:
-    """Whether an option is one of these, or lies inside one of them."""
+    """Whether an option is one of these sections or options, or lies inside one."""
     return any(f"{name}.".startswith(f"{section}.") for section in sections)
