@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from clipsmall.data.reader import LoadedBatch
 
-# seconds that a worker goes on after SIGTERM where its sender is not known (macOS)
+# seconds that a worker runs on after SIGTERM if the sender is unknown (macOS)
 LAST_SERVICE = 30
 
 
@@ -23,7 +23,7 @@ def _leave_with_the_trainer() -> None:
 
 
 def outlive_the_signal(worker: int) -> None:
-    """Workers ignore SIGTERM and Ctrl-C from outside but exit when the trainer sends SIGTERM.
+    """Make a worker ignore SIGTERM and Ctrl-C from outside, but obey a SIGTERM of the trainer.
 
     A scheduler's signal reaches the whole process group. The trainer answers it: it finishes its
     step, saves, and ends its workers. If a worker died first, torch would end the trainer, perhaps
@@ -63,6 +63,6 @@ def batch_loader(
         pin_memory=pin,
         worker_init_fn=outlive_the_signal,
         prefetch_factor=4 if workers else None,
-        # its own: a loader must not draw from the global one
+        # a separate generator, because a loader must not draw from the global one
         generator=torch.Generator(),
     )

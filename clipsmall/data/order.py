@@ -10,24 +10,24 @@ Rows = NDArray[np.int64]
 
 def permutation(size: int, *seed: int) -> Rows:
     """A seeded permutation of range(size), the same in every numpy release."""
-    # the raw words of PCG64 are fixed; numpy's own shuffle may change
+    # PCG64's raw output never changes, but numpy's shuffle may change between releases
     raw = np.random.PCG64(np.random.SeedSequence(seed)).random_raw(size)
     return np.argsort(raw, kind="stable").astype(np.int64)
 
 
 class Order:
-    """Shuffled epochs that a disk can follow.
+    """Shuffled epochs with mostly sequential disk reads.
 
-    Shards are cut into *blocks* of neighbouring pairs; an epoch lays all blocks out in random
-    order, and shuffles pairs within *windows* of that line. So an epoch shows every pair once, a
-    window mixes `window // block` places of the whole data set, and while one window plays, only
-    its few contiguous blocks are read. A window as long as the data set is a full shuffle.
+    Shards are cut into *blocks* of adjacent pairs. Each epoch puts all blocks in random order and
+    shuffles pairs within *windows* of that sequence. So an epoch has every pair once, a window
+    mixes `window // block` blocks from the whole data set, and only these contiguous blocks are
+    read for it. A window as long as the data set is a full shuffle.
 
     Args:
-        sizes: pairs in each shard.
-        seed: of the whole order.
-        window: pairs shuffled together; 0 = no shuffle at all, shards as they lie.
-        block: neighbouring pairs that stay in one window.
+        sizes: number of pairs in each shard.
+        seed: seed of the order.
+        window: pairs shuffled together; 0 = no shuffling, the order of the shards.
+        block: number of adjacent pairs in a block.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Order:
         self._remember()
 
     def rows(self, epoch: int, positions: Rows) -> Rows:
-        """(n,) positions within an epoch, each in [0, length) -> (n,) rows of the data set."""
+        """(n,) rows of the catalog at (n,) positions within an epoch, each in [0, length)."""
         if self.window == 0:
             return positions
         out = np.empty_like(positions)
@@ -77,9 +77,7 @@ class Order:
         return out
 
     def window_blocks(self, epoch: int, window: int) -> list[tuple[int, int]]:
-        """The contiguous (first row, number of rows) pieces that a window reads, in the order of
-        the disk.
-        """
+        """The contiguous pieces (first row, number of rows) that a window reads, in disk order."""
         starts, lengths, before = self._epoch(epoch)
         low = window * self.window
         high = min((window + 1) * self.window, self.length)

@@ -1,4 +1,4 @@
-"""From bytes to pixels: any picture is decoded safely to RGB, resized and cropped, as uint8."""
+"""From bytes to pixels: images are decoded safely to RGB, resized and cropped, as uint8."""
 
 import warnings
 from collections.abc import Callable
@@ -25,13 +25,12 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 class BadImage(Exception):
-    """An image that cannot be used; the message is the reason, short enough to count by."""
+    """An image is unusable; the message is a short reason, by which such images are counted."""
 
 
 @dataclass(frozen=True)
 class ImageSpec:
-    """What a tower expects: `size` (pixels, square), how to get there, and the mean and std of its
-    pixels.
+    """The input of an image tower: `size` (pixels, square), resizing, and mean and std of pixels.
 
     resize: `shortest` scales the short side and crops the middle (CLIP); `squash` scales both sides
     (SigLIP).
@@ -45,9 +44,9 @@ class ImageSpec:
 
 
 def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Any still or animated picture -> its first frame, upright, in 8-bit RGB.
+    """Decode a still or animated image: its first frame, upright, in 8-bit RGB.
 
-    Sizes are checked in the header, before pixels are made. EXIF rotation is applied, 16-bit greys
+    Sizes are checked in the header, before pixels are decoded. EXIF rotation is applied, 16-bit greys
     are scaled (Pillow's own conversion clips them to white), transparency is laid on white.
 
     Raises:
@@ -71,7 +70,7 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     try:
         image = ImageOps.exif_transpose(image)
     except Exception:
-        # a broken EXIF block says nothing of the rotation; the pixels are good
+        # with a broken EXIF block the rotation is unknown, but the pixels are good
         image = image.copy()
     return _rgb(image)
 

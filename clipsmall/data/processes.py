@@ -1,4 +1,4 @@
-"""Work spread over processes that are no forks of this one, and that end when it does."""
+"""Runs work in processes that are not forks of this one and that end with it."""
 
 import multiprocessing
 import os
@@ -19,7 +19,7 @@ HEAVY = [
 
 
 def _end_with_parent() -> None:
-    """A killed parent closes no queues, and its workers would wait for ever."""
+    """Exit when the parent is killed, which closes no queues; workers would wait forever."""
     parent = multiprocessing.parent_process()
 
     def watch() -> None:
@@ -33,10 +33,10 @@ def _end_with_parent() -> None:
 def in_processes(
     function: Callable[[Task], Result], tasks: Sequence[Task], workers: int
 ) -> Iterator[Result]:
-    """`function(task)` for every task, as they finish; in this process when one worker is enough.
+    """Yield `function(task)` for all tasks as they finish; with one worker, in this process.
 
     Raises:
-        RuntimeError: a worker was killed, as a rule for want of memory.
+        RuntimeError: a worker was killed, usually because memory ran out.
         Whatever `function` raises; tasks not yet begun are then dropped.
     """
     workers = min(workers, len(tasks))

@@ -24,11 +24,11 @@ from clipsmall.data.preprocess import BadImage, ImageTransform
 
 # bytes that Linux reads at most for one POSIX_FADV_WILLNEED
 READAHEAD = 128 * 1024
-# tries to replace one bad pair before the run stops
+# attempts to replace one bad pair before the run ends
 MAX_SUBSTITUTES = 16
-# names kept for each reason
+# number of names kept per reason
 EXAMPLES = 5
-# n captions -> (n, L) int64
+# maps n captions to token ids, (n, L) int64
 Tokenize = Callable[[list[str]], Tensor]
 
 
@@ -36,7 +36,7 @@ Tokenize = Callable[[list[str]], Tensor]
 class Skips:
     """Pairs that could not be read, counted by reason, with at most five names for each."""
 
-    # pairs asked for, the unreadable ones among them
+    # number of pairs seen, including unreadable ones
     seen: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
@@ -62,7 +62,7 @@ class Skips:
 
     @property
     def rate(self) -> float:
-        """Ratio of unreadable to seen pairs."""
+        """Fraction of unreadable pairs among the pairs seen."""
         return self.total / max(self.seen, 1)
 
     def __str__(self) -> str:
@@ -74,22 +74,22 @@ class Skips:
 
 
 class LoadedBatch(NamedTuple):
-    """The pairs of a batch that one rank trains on, and what could not be read on the way."""
+    """One rank's pairs of a batch, and the pairs that could not be read for it."""
 
     pairs: Pairs
     skips: Skips
-    # (B/W,) int64, of the encoded images, by which mining keeps copies apart; 0 if not asked for
+    # (B/W,) int64 hashes of the encoded images, by which mining separates copies; 0 if not computed
     image_hash: Tensor
 
 
 class _LoadedPair(NamedTuple):
-    """A pair on its way into a batch."""
+    """One pair, before batches are collated."""
 
     row: int
     # (3, H, W) uint8, or (D,) features
     image: Tensor
     caption: str
-    # (D,) features of the caption; empty if they are not made
+    # (D,) features of the caption; empty without cached text features
     text: Tensor
     image_hash: int
 
@@ -106,10 +106,10 @@ class GlobalBatches(Dataset[LoadedBatch]):
     Args:
         order: of the pairs, or of the batches of a plan.
         batch_size: B, pairs of one step over all ranks.
-        rank, world_size: which slice is mine.
+        rank, world_size: determine this rank's slice.
         hash_images: hash every encoded image (90 µs for 150 KB), which only mining needs.
-        made: features by tower, `image` or `text`; the batch holds them in place of pixels or token
-            ids.
+        made: cached features by tower, `image` or `text`; they replace pixels or token ids in the
+            batch.
 
     Raises:
         ValueError: B does not divide by the ranks, or the data set is smaller than one batch.
@@ -142,13 +142,13 @@ class GlobalBatches(Dataset[LoadedBatch]):
         self.rank = rank
         self.world_size = world_size
         self.hash_images = hash_images
-        # a mappingproxy cannot travel to a spawned worker
+        # a mappingproxy cannot be pickled for a spawned worker
         self.made = dict(made)
         self.per_epoch = order.length // batch_size
         self._advised: tuple[int, int] | None = None
 
     def place(self, number: int) -> tuple[int, int]:
-        """Global batch number since the start of the run -> (epoch, batch within the epoch)."""
+        """(epoch, batch within the epoch) of a global batch number counted from the run's start."""
         return divmod(number, self.per_epoch)
 
     def rows(self, number: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
@@ -181,7 +181,7 @@ class GlobalBatches(Dataset[LoadedBatch]):
         pairs = Pairs(
             image=torch.stack([pair.image for pair in loaded]),
             text=text,
-            # rows of substitutes among them
+            # these include substitutes of bad pairs
             index=torch.from_numpy(self.catalog.index[[pair.row for pair in loaded]]),
             caption_hash=torch.tensor([caption_hash(caption) for caption in captions]),
         )
@@ -197,7 +197,7 @@ class GlobalBatches(Dataset[LoadedBatch]):
             # the same slot of the next batch
             position = (position + self.batch_size) % (self.per_epoch * self.batch_size)
             row = int(self.order.rows(epoch, np.array([position]))[0])
-            # after a whole round the bad pair itself comes again
+            # after all batches of an epoch, the bad pair itself would follow
             if step >= self.per_epoch:
                 break
         raise ShardError(
@@ -207,7 +207,7 @@ class GlobalBatches(Dataset[LoadedBatch]):
 
     def _load_pair(self, epoch: int, row: int) -> _LoadedPair:
         """Raises BadImage."""
-        # features of the image stand for its bytes, which are then read for their hash only
+        # with cached image features, the image's bytes are read only for their hash
         needs_image = "image" not in self.made or self.hash_images
         data = self.catalog.read(row) if needs_image else self.catalog.read_text(row)
         if "image" in self.made:
@@ -225,7 +225,7 @@ class GlobalBatches(Dataset[LoadedBatch]):
         )
 
     def _choice(self, captions: int, epoch: int, row: int) -> int:
-        """Which of a pair's captions this epoch shows: each once before any comes again."""
+        """The caption of a pair in this epoch: each is used once before any is repeated."""
         if captions <= 1:
             return 0
         order = permutation(captions, self.order.seed, row)
@@ -237,22 +237,20 @@ class GlobalBatches(Dataset[LoadedBatch]):
             return self.image(data)
         sequence = np.random.SeedSequence((self.order.seed, epoch, row))
         seed = sequence.generate_state(1, np.uint64)[0]
-        # torchvision draws from the global generator, which is the training's
+        # torchvision draws from the global generator, which training uses, too
         with torch.random.fork_rng(devices=[]):
             # torch takes 63 bits
             torch.default_generator.manual_seed(int(seed) >> 1)
             return self.image(data)
 
     def _read_ahead(self, epoch: int, batch: int) -> None:
-        """On entering a window, ask the system to read the next one into memory, in the order of
-        the disk.
-        """
+        """On entering a window, ask the system to read the next one into memory, in disk order."""
         if self.order.window == 0 or not hasattr(os, "posix_fadvise"):
             return
         window = batch * self.batch_size // self.order.window
         if self._advised == (epoch, window):
             return
-        # nobody has announced the first window
+        # the first window has not been announced yet
         windows = [window, window + 1] if self._advised is None else [window + 1]
         self._advised = (epoch, window)
         for ahead in windows:

@@ -1,4 +1,4 @@
-"""Scores of pairs by a model, kept beside each shard as `NNNNN.scores.parquet`."""
+"""Embeddings and hashes of pairs for mining, stored next to shards as `NNNNN.scores.parquet`."""
 
 import json
 from pathlib import Path
@@ -19,25 +19,25 @@ VERSION = 1
 
 
 class Scorer(NamedTuple):
-    """The model that scored."""
+    """The model that scored the pairs."""
 
-    # as the user named it
+    # name given by the user
     model: str
     pretrained: str
-    # of its weights, and of what is done to an image before they see it
+    # digest of its weights and image preprocessing
     digest: str
-    # pixels
+    # side of the input image in pixels
     image_size: int
     logit_scale: float
     logit_bias: float
 
 
 class Scores(NamedTuple):
-    """All n scored pairs of a catalog; 4 D bytes each in memory."""
+    """All n scored pairs of a catalog; they take 4 D bytes each in memory."""
 
-    # (n,) of the catalog, ascending
+    # (n,) rows of the catalog, ascending
     row: Rows
-    # (n,)
+    # (n,) hashes of the images
     image_hash: Rows
     # (n, D), unit length
     image: NDArray[np.float16]
@@ -46,20 +46,21 @@ class Scores(NamedTuple):
     scorer: Scorer
 
     def features(self, places: Rows) -> NDArray[np.float32]:
-        """(len(places), 2 D) image and text side by side: their products are the sum of both
-        cosines.
+        """(len(places), 2 D) image and text embeddings, concatenated.
+
+        The inner product of two rows is the sum of the image cosine and the text cosine.
         """
         both = [self.image[places], self.text[places]]
         return np.concatenate(both, axis=1).astype(np.float32)
 
 
 def sidecar(shard: Path, folder: Path | None = None) -> Path:
-    """Where the scores of a shard are: beside it, or in a folder of scores."""
+    """The path of a shard's scores: next to the shard, or in a folder of scores."""
     return (folder or shard.parent) / f"{shard.stem}.scores.parquet"
 
 
 def write_scores(shard: Path, folder: Path | None, table: pa.Table, scorer: Scorer) -> None:
-    """Write the sidecar of a shard, whole or not at all."""
+    """Write the sidecar of a shard atomically."""
     path = sidecar(shard, folder)
     metadata = {
         "clipsmall_scores": str(VERSION),
@@ -72,12 +73,11 @@ def write_scores(shard: Path, folder: Path | None, table: pa.Table, scorer: Scor
 
 
 def read_scores(shard: Path, folder: Path | None, columns: list[str]) -> tuple[pa.Table, Scorer]:
-    """Some columns of a shard's sidecar, after checking that it belongs to the file that lies there
-    now.
+    """Read columns of a shard's sidecar, and check that it belongs to the shard's present content.
 
     Raises:
-        ShardError: no sidecar, a cut one, one of another version, or of a shard that was replaced
-            since.
+        ShardError: no sidecar, or one that is truncated, of another version, or older than the
+            shard.
     """
     path = sidecar(shard, folder)
     again = "run: python -m data_tools.mine_shards score"
@@ -96,8 +96,7 @@ def read_scores(shard: Path, folder: Path | None, columns: list[str]) -> tuple[p
 
 
 def all_scores(catalog: Catalog, folder: Path | None = None) -> Scores:
-    """The scores of all shards of a catalog; good pairs without one (broken images) are not among
-    them.
+    """The scores of all shards of a catalog, without pairs that have none (broken images).
 
     Raises:
         ShardError: a shard without usable scores, or scores of different models.
@@ -107,7 +106,7 @@ def all_scores(catalog: Catalog, folder: Path | None = None) -> Scores:
     image = []
     text = []
     first: Scorer | None = None
-    # rows of the catalog that lie in the shards before
+    # number of catalog rows in the preceding shards
     before = 0
     for shard, size in zip(catalog.shards, catalog.sizes, strict=True):
         if size == 0:
@@ -129,7 +128,7 @@ def all_scores(catalog: Catalog, folder: Path | None = None) -> Scores:
         image.append(_matrix(table["image"])[still_good])
         text.append(_matrix(table["text"])[still_good])
         before += size
-    # a catalog has pairs
+    # a catalog is never empty
     assert first is not None
     return Scores(
         row=np.concatenate(row),
@@ -141,7 +140,7 @@ def all_scores(catalog: Catalog, folder: Path | None = None) -> Scores:
 
 
 def _matrix(column: pa.ChunkedArray) -> NDArray[np.float16]:
-    """(n, D) a column of n lists of D numbers."""
+    """A column of n lists of D numbers as an (n, D) array."""
     lists = column.combine_chunks()
     numbers = lists.flatten().to_numpy()
     found: NDArray[np.float16] = numbers.reshape(len(lists), lists.type.list_size)

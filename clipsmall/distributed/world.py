@@ -233,9 +233,9 @@ def ring(x: Tensor, carried: Tensor | None = None) -> Iterator[tuple[int, Tensor
     """Every rank's rows in turn, local ones first, without ever holding all of them.
 
     Yields the position of the block's first row among the gathered rows, the block (b, ...), and
-    the tensor `carried` along with the block. Ranks may add to it; at the end, this rank's `carried`
-    holds the sum of what all ranks added for its rows. Every rank must have the same b and iterate
-    to the end.
+    the tensor `carried` along with the block. Ranks may add to it; at the end, this rank's
+    `carried` holds the sum of what all ranks added for its rows. Every rank must have the same b
+    and iterate to the end.
     """
     rows = x.detach()
     baggage = carried

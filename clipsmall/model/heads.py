@@ -1,4 +1,4 @@
-"""Heads: learnable parts beside the towers, which fill `Embeddings.extra` for an objective.
+"""Heads: learnable modules on top of the towers, which fill `Embeddings.extra` for objectives.
 
 A head's options are declared in its `__init__`, as an objective's are in its signature: see
 `objectives.options`.
@@ -19,18 +19,18 @@ from clipsmall.distributed.batch_norm import GlobalBatchNorm
 from clipsmall.model.dual_encoder import MAX_LOG_SCALE, unit
 from clipsmall.model.momentum import MovingAverage
 
-# towers -> their outputs for the batch at hand, images (B, D) and texts (B, D)
+# maps towers to their outputs for the current batch, images (B, D) and texts (B, D)
 Outputs = Callable[[Any], tuple[Tensor, Tensor]]
 
 
 class Head(nn.Module):
-    """Learnable part that turns the towers' outputs into entries of `Embeddings.extra`.
+    """A learnable module that turns the towers' outputs into entries of `Embeddings.extra`.
 
     A head is built as `Head(context, **options)`. It belongs to the model: it is trained, averaged
     by DDP and saved with it.
     """
 
-    # True: it needs the token ids of every pair, so cached text features do not suffice
+    # True: needs the token ids of every pair, so cached text features are not enough
     reads_token_ids = False
 
     def forward(
@@ -47,23 +47,23 @@ class Head(nn.Module):
         raise NotImplementedError
 
     def after_step(self, towers: nn.Module) -> None:
-        """Called after every optimizer step: updates that are not made by a gradient."""
+        """Called after every optimizer step, for updates without a gradient."""
 
     def retrieve_image(self, image: Tensor) -> Tensor:
-        """Unit rows to retrieve by, from the tower's outputs (B, D).
+        """Unit image embeddings for retrieval, from the tower's outputs (B, D).
 
-        Called only for the head that a model retrieves through.
+        Called only on the model's retrieval head.
         """
         raise NotImplementedError
 
     def retrieve_text(self, text: Tensor) -> Tensor:
-        """The same for texts."""
+        """Unit text embeddings for retrieval, from the tower's outputs (B, D)."""
         raise NotImplementedError
 
 
 def _hidden_layer(before: int, after: int) -> list[nn.Module]:
     """Linear, batch normalisation, ReLU."""
-    # without bias: the normalisation would remove it, and its gradient would be 0
+    # no bias: batch normalisation would cancel it, and its gradient would be 0
     return [nn.Linear(before, after, bias=False), GlobalBatchNorm(after), nn.ReLU()]
 
 
@@ -73,12 +73,12 @@ class Projectors(Head):
     Hidden layers are Linear, batch normalisation, ReLU; the last is Linear without bias (Barlow
     Twins, arXiv 2103.03230, §2.2; VICReg, arXiv 2105.04906, §4.2: three layers of 8,192).
 
-    A model with projectors retrieves through them: nothing has matched the towers' own outputs, as
-    each modality has a projector of its own (the papers discard theirs before linear probes).
+    Retrieval uses the projectors' outputs: each modality has its own projector, so the towers' own
+    outputs are not aligned (the papers discard the projectors before linear probes).
 
     Args:
         context: `width` is used.
-        widths: of the layers; the last is the output. None: the towers' outputs as they are.
+        widths: widths of the layers, the last is the output. Empty: the towers' outputs unchanged.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class Projectors(Head):
 
 
 def _projector(widths: Sequence[int]) -> nn.Sequential:
-    """From widths[0] to widths[-1]; of one width nothing is made."""
+    """An MLP from widths[0] to widths[-1]; the identity if there is only one width."""
     if len(widths) == 1:
         return nn.Sequential()
 
@@ -125,8 +125,8 @@ class Predictors(Head):
     """An MLP per modality that predicts the other: `image_predicted`, `text_predicted` (B, D).
 
     Also delivers the towers' outputs: `image_raw`, `text_raw` (B, D). Each MLP is Linear, batch
-    normalisation, ReLU, Linear. Models that are trained through predictors retrieve through them,
-    with the running statistics.
+    normalisation, ReLU, Linear. Retrieval uses the predictors, too, with running
+    statistics.
 
     SimSiam narrows to ¼ of D (arXiv 2011.10566, §3: 2,048 to 512), BYOL widens to 16 (arXiv
     2006.07733, §3.2: 256 to 4,096). Between two views of an image the width matters little; between
@@ -162,8 +162,8 @@ class Predictors(Head):
     def retrieve_image(self, image: Tensor) -> Tensor:
         """(B, 2D) the prediction of the text, then the image's embedding.
 
-        For texts it is the embedding, then the prediction of the image; so the product of the two
-        is the mean of the two cosines between a prediction and what it predicts.
+        For texts it is the embedding, then the prediction of the image. So the inner product of
+        both is the mean of the two cosines between a prediction and its target.
         """
         return torch.cat([unit(self.image(image)), unit(image)], dim=-1) / math.sqrt(2)
 
@@ -183,9 +183,9 @@ def _predictor(width: int, hidden: float) -> nn.Sequential:
 class Momentum(Head):
     """Moving average of the towers, without gradient: `image_target`, `text_target` (B, D).
 
-    They are not normalised; see `MovingAverage`. A step takes a third more time, and the towers
-    stand in memory once more. BYOL averages with .996, growing to 1; ALBEF with .995 and OTTER with
-    .999, both constant.
+    They are not normalised; see `MovingAverage`. A step takes a third more time, and a second
+    copy of the towers is in memory. BYOL averages with .996, growing to 1;
+    ALBEF with .995 and OTTER with .999, both constant.
 
     Args:
         context: `towers` and `steps` are used.
@@ -252,7 +252,7 @@ class Prototypes(Head):
 
 
 class SoftScale(Head):
-    """A second logit scale, of the logits that are compared with soft targets: `soft_scale` ().
+    """A second logit scale, for the logits compared with soft targets: `soft_scale` ().
 
     Starts at e^3.9 = 49.4 and stays between 1 and 100, as in OTTER's code (arXiv 2112.09445).
     """

@@ -10,7 +10,7 @@ from clipsmall.model import lora
 from clipsmall.model.towers import TOWERS, Loaded
 from clipsmall.model.towers.base import read_json
 
-# what a run adds to a description, and a run that continues must find again
+# keys that a run adds to a description and that must survive a resume
 KEPT = ("retrieval", "base", "pretrained", "revision", "largest_scale", "relative_bias", "lora")
 
 
@@ -19,7 +19,7 @@ def load_towers(name: str, pretrained: str, captions: Callable[[], Iterable[str]
 
     Args:
         name: a tower JSON (`"kind": "small"`), an open_clip model name or model JSON, a folder, or
-            a hub id of transformers; `open_clip:` or `hf:` before it decides where it is unclear.
+            a hub id of transformers; the prefix `open_clip:` or `hf:` resolves ambiguous names.
         pretrained: an open_clip tag, "" for the default (a folder or hub id brings its weights, an
             open_clip name none), "none" for an architecture with fresh weights.
         captions: the training captions, from which small towers learn their vocabulary.

@@ -20,9 +20,9 @@ def targets(
     """Full names of the modules that get adapters.
 
     Args:
-        asked: `auto`: every linear map in a block; names, each of a module or the end of several's;
-            or a regular expression, which must match a full name whole.
-        where: tells in which block a module stands.
+        asked: `auto` (every linear map in a block), module names or endings of module names, or a
+            regular expression that must match the full name.
+        where: returns the location of a module.
 
     Raises:
         ValueError: a name or expression that matches nothing.
@@ -64,7 +64,7 @@ def _ends_with(full: str, name: str) -> bool:
 
 
 def _nearest(name: str, maps: list[str]) -> str:
-    """A hint for a name that nothing has."""
+    """A hint for a name that matches no module."""
     ends = sorted({each.rpartition(".")[2] for each in maps})
     near = difflib.get_close_matches(name, ends, 1)
     if near:
@@ -73,9 +73,9 @@ def _nearest(name: str, maps: list[str]) -> str:
 
 
 def insert(model: nn.Module, names: Sequence[str], options: dict[str, Any]) -> None:
-    """Put adapters, in place, into the named modules.
+    """Insert adapters into the named modules, in place.
 
-    They start as no change, and train; all else is as it was.
+    Adapters train, and at first do not change the outputs; everything else stays as it was.
 
     Args:
         options: rank, alpha, dropout, dora, rslora.
@@ -98,7 +98,7 @@ def insert(model: nn.Module, names: Sequence[str], options: dict[str, Any]) -> N
         inject_adapter_in_model(config, model)
     except (ValueError, TypeError, NotImplementedError) as error:
         raise ValueError(f"tune.lora: peft refuses these targets or options: {error}") from None
-    # peft froze them
+    # peft froze these parameters
     for parameter in learned:
         parameter.requires_grad_(True)
 
@@ -145,7 +145,7 @@ def adapter(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
     from peft import get_peft_model_state_dict
 
     config: Any = model.peft_config["default"]  # type: ignore[index]
-    # it holds sets of names, which JSON has not
+    # it contains sets of names, but JSON has no sets
     plain = json.loads(json.dumps(config.to_dict(), default=lambda each: sorted(each)))
     plain["inference_mode"] = True
     tensors = get_peft_model_state_dict(model)

@@ -47,7 +47,7 @@ class Accumulated(nn.Module):
             terms = self.objective(some_rows, some_columns)
             found.append(terms)
 
-        # every term is reported, as its mean
+        # report the mean of every term
         means = {}
         for name in found[0]:
             of_parts = [terms[name] for terms in found]
@@ -58,7 +58,7 @@ class Accumulated(nn.Module):
 def every_nth(pairs: Embeddings, first: int, n: int) -> Embeddings:
     """Every n-th pair from `first` on."""
     some = slice(first, None, n)
-    # contiguous, as collectives need it
+    # contiguous, because collectives require it
     return pairs._replace(
         image=pairs.image[some].contiguous(),
         text=pairs.text[some].contiguous(),

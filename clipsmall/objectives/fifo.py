@@ -1,4 +1,4 @@
-"""First-in-first-out memory of pairs' features: what queues are made of."""
+"""First-in-first-out memory of pairs' features, the base of queues."""
 
 from collections.abc import Iterable
 
@@ -9,9 +9,9 @@ from torch import Tensor, nn
 def finite(*features: Tensor) -> Tensor:
     """() bool: whether all features are finite, so that a memory may take them.
 
-    fp16 skips a step whose features overflowed; a queue would bring them back as columns of all
-    steps to come. Computed on the device, so that the host need not wait, and for the batch as a
-    whole, so that a queue gets no gaps.
+    fp16 skips a step whose features overflow; in a queue they would spoil all later steps. Computed
+    on the device, so that the host does not wait, and for the batch as a whole, so that a queue has
+    no gaps.
     """
     return torch.stack([each.isfinite().all() for each in features]).all()
 
@@ -37,7 +37,7 @@ class Fifo(nn.Module):
         for name in features:
             self.register_buffer(name, torch.zeros(size, width))
         self.register_buffer("index", torch.zeros(size, dtype=torch.int64))
-        # hash
+        # caption hashes
         self.register_buffer("caption", torch.zeros(size, dtype=torch.int64))
         # pairs pushed so far; the next one goes to row seen % size
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
@@ -47,9 +47,9 @@ class Fifo(nn.Module):
 
     @torch.no_grad()
     def push(self, index: Tensor, caption: Tensor, **features: Tensor) -> None:
-        """Let pairs in, the same on all ranks; of more than fit the last stay.
+        """Add pairs, the same on all ranks; if there are more than fit, the last are kept.
 
-        Features that are not all finite are not taken: see `finite`.
+        If any feature is not finite, nothing is added: see `finite`.
 
         Args:
             index: (N,) of the pairs.
@@ -60,7 +60,7 @@ class Fifo(nn.Module):
         last = slice(-self.size, None)
         sound = finite(*features.values())
 
-        # where these pairs go: after the last ones, from the first row again at the end
+        # rows for these pairs: after the newest ones, wrapping around at the end
         following = self.seen + torch.arange(count, device=index.device)
         positions = (following % self.size)[last]
 
@@ -69,7 +69,7 @@ class Fifo(nn.Module):
             kept = self.get_buffer(name)
             old = kept[positions]
             new = rows[last].to(kept.dtype)
-            # where, not if: the host does not wait for `sound`
+            # torch.where instead of `if`, so that the host does not wait for `sound`
             kept[positions] = torch.where(sound, new, old)
 
         self.seen += count * sound

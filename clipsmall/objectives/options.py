@@ -20,9 +20,9 @@ from clipsmall.model.heads import HEADS
 
 # the values of a section, by name
 Options = Mapping[str, Any]
-# given to every objective that takes it; stands in the config beside the sections
+# passed to every objective that has this parameter; in the config it is outside the sections
 FOR_ALL = "mask_duplicates"
-# types that are made of others: A | B, and tuple[A, ...]
+# types composed of other types: A | B, and tuple[A, ...]
 COMPOUND = (Union, UnionType, tuple)
 
 
@@ -43,13 +43,13 @@ class DeclaredOption(NamedTuple):
 
 
 def parameters_with_default(function: Callable[..., Any]) -> list[str]:
-    """Names of what may be given to a function, or to a class when it is built."""
+    """Names of the optional parameters of a function, or of a class's `__init__`."""
     parameters = inspect.signature(function).parameters.values()
     return [each.name for each in parameters if each.default is not inspect.Parameter.empty]
 
 
 def required_parameters(function: Callable[..., Any]) -> list[str]:
-    """Names of what must be given to it."""
+    """Names of the required parameters."""
     parameters = inspect.signature(function).parameters.values()
     return [each.name for each in parameters if each.default is inspect.Parameter.empty]
 
@@ -93,7 +93,7 @@ def options_of_heads(heads: Mapping[str, Mapping[str, Any]]) -> dict[str, Declar
 def given_to_heads(
     heads: Mapping[str, Mapping[str, Any]], given: Options
 ) -> dict[str, dict[str, Any]]:
-    """The options of each head, of the values in a section."""
+    """The options of each head, taken from the values of a section."""
     found = {}
     for head in heads:
         names = options_of(HEADS[head])
@@ -168,14 +168,14 @@ def in_order(
     """The options, those named `first` before the others.
 
     Raises:
-        TypeError: one of `first` is no option.
+        TypeError: a name in `first` is not an option.
     """
     leading = {}
     for name in first:
         if name not in options:
             raise TypeError(f"section {section} has no option {name!r}")
         leading[name] = options[name]
-    # of equal keys the first place counts
+    # a repeated key keeps its first position
     return {**leading, **options}
 
 
@@ -213,7 +213,7 @@ def section_model(
 
 
 def check_options(owner: str, function: Callable[..., Any], **given: Any) -> None:
-    """For callers that build an objective without a config: the declared ranges hold for them, too.
+    """Check the declared ranges, for callers that build an objective without a config.
 
     Raises:
         ValueError: a value is out of the range that `function` declares for it.

@@ -1,4 +1,4 @@
-"""What pair losses share: a row's own column, its negatives, and the log sums over them.
+"""Shared by pair losses: a row's own column (its positive), its negatives, and log sums.
 
 Rows are local, columns gathered: see `clipsmall.batch.Embeddings`.
 """
@@ -14,17 +14,17 @@ from clipsmall.batch import Embeddings
 from clipsmall.distributed import similarity, world
 from clipsmall.distributed.similarity import Layout
 
-# columns that are masked at a time where the columns left out must be counted one by one
+# number of columns masked at a time when negatives are counted by the mask itself
 COUNTED_AT_ONCE = 1024
 
 
 def own_columns(rows: Embeddings, columns: Embeddings) -> Tensor:
     """(b,) for each row the column that holds the same pair, its positive.
 
-    Found by `index`, so no rank offset exists. A queue holds older copies of a pair: of several
-    columns the first is taken, which is that of the batch.
+    Found by `index`, so no rank offset is needed. A queue may hold older copies of a pair; the
+    first matching column is taken, which is that of the batch.
     """
-    # stable: of equal numbers the first column stays first
+    # stable: among equal numbers, the first column stays first
     known, order = columns.index.sort(stable=True)
     sorted_positions = torch.searchsorted(known, rows.index)
 
@@ -42,13 +42,13 @@ def layout_of(
     Args:
         rows: my b pairs.
         columns: the N pairs they are compared with.
-        mask_duplicates: columns with a row's own caption are no negatives of it.
-        keep_own: a row's own column counts with the others.
+        mask_duplicates: columns with the row's own caption are no negatives of it.
+        keep_own: whether a row's own column counts like the others.
     """
     # (b,), (N,): a column whose number equals the row's is no negative
     groups = []
 
-    # without repeats only the own pair has a row's caption, and it is left out anyway
+    # if no caption is repeated, only the own column has the row's caption; it is left out anyway
     if mask_duplicates and has_repeats(columns.caption_hash):
         groups.append((rows.caption_hash, columns.caption_hash))
 
@@ -56,7 +56,7 @@ def layout_of(
     if columns.live is not None and has_repeats(columns.index):
         groups.append((rows.index, columns.index))
 
-    # columns that are positives only have number 0, as all rows have
+    # columns that serve as positives only get group 0, as all rows do
     if columns.own_only:
         positions = torch.arange(len(columns.index), device=columns.index.device)
         is_negative = (positions >= columns.own_only).long()
@@ -75,13 +75,13 @@ def layout_of(
 def add_log_sums(first: Tensor, second: Tensor) -> Tensor:
     """(b,) log(e^first + e^second) of two log sums (b,).
 
-    Both may be −inf, in a row that has no column; its gradient is 0 here, NaN with logaddexp alone.
+    Where both are −inf (a row without columns) the gradient is 0; with logaddexp alone it is NaN.
     """
     no_first = first == -torch.inf
     no_second = second == -torch.inf
     empty = no_first & no_second
 
-    # finite stand-ins where both are empty, whose gradient the last line cuts off
+    # finite placeholders where both are −inf; the last line cuts off their gradient
     first = first.masked_fill(empty, 0.0)
     second = second.masked_fill(empty, 0.0)
     sums = torch.logaddexp(first, second)
@@ -98,7 +98,7 @@ def negative_counts(layout: Layout) -> Tensor:
     if not layout.groups:
         return others
 
-    # of one group the equal columns are counted by binary search; the row's own is among them
+    # with one group, count equal columns by binary search; the row's own column is among them
     if len(layout.groups) == 1:
         of_rows, of_columns = layout.groups[0]
         known = of_columns.sort().values
@@ -107,7 +107,7 @@ def negative_counts(layout: Layout) -> Tensor:
         equal = up_to - before
         return others + 1 - equal
 
-    # several groups may overlap: the mask itself is counted, a few columns at a time
+    # several groups may overlap, so count the mask itself, a few columns at a time
     counted = replace(layout, keep_own=False, chosen=None)
     all_rows = slice(None)
     counts = torch.zeros_like(layout.own)
@@ -142,7 +142,7 @@ def columns_at(columns: Tensor, positions: Tensor) -> Tensor:
 
 
 def whole_batch(rows: Embeddings, columns: Embeddings) -> bool:
-    """The columns are exactly all ranks' rows: then one matrix serves both directions."""
+    """Whether the columns are exactly all ranks' rows, so one matrix serves both directions."""
     return columns.live is None and len(columns.index) == len(rows.index) * world.size()
 
 
@@ -270,7 +270,7 @@ def within_modalities(
     image = scaled(rows.image, rows.logit_scale)
     text = scaled(rows.text, rows.logit_scale)
 
-    # of each matrix the row sums are wanted only
+    # only row sums are needed
     among_images = similarity.logsumexp(
         image,
         columns.image,
@@ -290,7 +290,7 @@ def scaled(x: Tensor, scale: Tensor) -> Tensor:
     """(b, D) rows times a scale () or (b,), at least in float32."""
     dtype = similarity.wide(x)
     factor = scale.to(dtype)
-    # a scale of each row
+    # one scale per row
     if factor.dim():
         factor = factor[:, None]
     return x.to(dtype) * factor

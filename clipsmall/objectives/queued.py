@@ -26,7 +26,7 @@ from clipsmall.objectives.options import (
 from clipsmall.objectives.soft_targets import SoftTargets
 
 Loss = Callable[[Embeddings, Embeddings], dict[str, Tensor]]
-# rows and the batch's columns -> (N, D) image and (N, D) text features of everybody's pairs
+# maps rows and the batch's columns to (N, D) image and (N, D) text features of all ranks' pairs
 Features = Callable[[Embeddings, Embeddings], tuple[Tensor, Tensor]]
 
 
@@ -109,14 +109,14 @@ class Queued(nn.Module):
     def forward(self, rows: Embeddings, columns: Embeddings) -> dict[str, Tensor]:
         image, text = self.features(rows, columns)
 
-        # before the start the queue is filled, but not used
+        # before `start` the queue is filled but not used
         started = self.past.seen >= self.start
         filled = len(self.past) if started else 0
         widened = self.widened(columns, image, text, filled)
         losses = self.objective(rows, widened)
         losses["queue"] = torch.tensor(float(filled), device=image.device)
 
-        # after use: no pair meets itself as its own negative
+        # push after use, so that no pair is compared with itself
         self.past.push(
             columns.index,
             columns.caption_hash,
@@ -126,13 +126,13 @@ class Queued(nn.Module):
         return losses
 
     def widened(self, columns: Embeddings, image: Tensor, text: Tensor, filled: int) -> Embeddings:
-        """The batch's columns, and the queue's after them.
+        """The batch's columns followed by those of the queue.
 
         Args:
-            columns: the plain batch's.
-            image: (N, D) the features that the batch has as columns.
-            text: (N, D) the same of texts.
-            filled: pairs in the queue.
+            columns: columns of the batch alone.
+            image: (N, D) image features to use for the batch's columns.
+            text: (N, D) text features to use for them.
+            filled: number of pairs in the queue.
         """
         if image is columns.image and not filled:
             return columns
@@ -143,7 +143,7 @@ class Queued(nn.Module):
         index = past.index[:filled]
         caption = past.caption[:filled]
 
-        # beside an empty queue the batch has to give the negatives, or nobody would learn
+        # while the queue is empty, the batch must provide negatives
         only_positives = bool(filled) and not self.in_batch
         return columns._replace(
             image=torch.cat([image, queued_image.to(image.dtype)]),
@@ -156,7 +156,7 @@ class Queued(nn.Module):
 
 
 class InBatch(nn.Module):
-    """An objective beside a queue that compares within the batch all the same."""
+    """An objective that compares only within the batch, in a run with a queue."""
 
     def __init__(self, objective: Loss) -> None:
         super().__init__()
@@ -168,7 +168,7 @@ class InBatch(nn.Module):
 
 @torch.no_grad()
 def averaged_features(rows: Embeddings, columns: Embeddings) -> tuple[Tensor, Tensor]:
-    """What the averaged towers make of everybody's pairs."""
+    """The averaged towers' features of all ranks' pairs."""
     image = unit(rows.extra["image_target"])
     text = unit(rows.extra["text_target"])
 
@@ -178,17 +178,17 @@ def averaged_features(rows: Embeddings, columns: Embeddings) -> tuple[Tensor, Te
 
 
 def live_features(rows: Embeddings, columns: Embeddings) -> tuple[Tensor, Tensor]:
-    """What the towers make of everybody's pairs, with its gradient."""
+    """The towers' own features of all ranks' pairs, with gradient."""
     return columns.image, columns.text
 
 
-# largest size that auto chooses
+# largest queue size chosen by auto
 LONGEST = 65_536
-# batches of an xbm queue. From scratch on the glyphs at batch 32 (100,000 pairs, used after 0.3 of
-# them) 4 batches gave 31 % where none gave 22 %, and 16 nothing at all: they are told apart by
-# their age.
+# Size of an xbm queue in batches. From scratch on the glyphs at batch size 32 (100,000 pairs, queue
+# used after 0.3 of them) 4 batches gave 31 %, no queue 22 %, and 16 batches learned nothing: the
+# model tells queued features apart by their age.
 FRESH_BATCHES = 4
-# the largest r = K(1 − m)/B: age of the oldest key over what the averaged towers remember
+# largest r = K(1 − m)/B: age of the oldest key over the averaging time of the towers, in steps
 STALE = 0.5
 
 Size = Annotated[int, Field(ge=1, le=10_000_000)] | Literal["auto"]
@@ -226,29 +226,28 @@ class QueueSpec:
     """A kind of queue, and what it asks of the model and of a run."""
 
     features: Features
-    # of the queue itself
+    # options of the queue itself
     own_options: Mapping[str, DeclaredOption]
-    # (options, batch size) -> pairs that `size: auto` asks for
+    # maps (options, batch size) to the number of pairs for `size: auto`
     auto_size: Callable[[Options, int], int]
-    # (options, batch size, whether the weights are fresh) -> what to say of a size that will not
-    # work; "" = nothing
+    # maps (options, batch size, whether weights are fresh) to a warning about a bad size; "" = none
     warning: Callable[[Options, int, bool], str]
     # names in HEADS -> defaults that differ from the head's own
     heads: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    # its averaged towers can make soft targets
+    # whether its averaged towers can make soft targets
     soft_targets: bool = False
-    # rows meet the queue from the start of a run, or as soon as it is filled
+    # whether the queue is used from the start of a run, as soon as it holds pairs
     from_start: bool = True
     # options that the section lists before all others
     first: tuple[str, ...] = ()
-    # as of ObjectiveSpec
+    # as in ObjectiveSpec
     by_second_step: Callable[[int], Mapping[str, float]] = lambda pairs: {}
 
     def options(self, name: str) -> dict[str, DeclaredOption]:
-        """Of the queue, of the heads it asks for and of its soft targets, with their defaults.
+        """Options of the queue, of its heads and of its soft targets, with their defaults.
 
         Raises:
-            TypeError: an option that nobody takes.
+            TypeError: an option that nothing uses.
         """
         parts = [
             dict(self.own_options),
@@ -277,7 +276,7 @@ def _stale_moco(options: Options, batch: int, fresh: bool) -> str:
     if size == "auto" or size <= longest(batch, momentum):
         return ""
 
-    # the momentum that would do: 1 − m with one digit, rounded down
+    # a sufficient momentum: 1 − m is rounded down to one digit
     largest = STALE * batch / size
     digit = 10.0 ** math.floor(math.log10(largest))
     enough = 1 - largest // digit * digit

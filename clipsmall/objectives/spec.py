@@ -1,4 +1,4 @@
-"""`ObjectiveSpec`: all that the builders of a run must know of an objective."""
+"""`ObjectiveSpec`: everything that the builders of a run need to know about an objective."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -34,17 +34,17 @@ def no_text(options: Options) -> str:
 
 @dataclass(frozen=True)
 class ObjectiveSpec:
-    """An objective, and what it asks of the model and of a run.
+    """An objective, and what it needs from the model and the run.
 
-    Every field but the first two has the value that fits most objectives. Fields that depend on
-    the options of a run are functions of these.
+    All fields but the first two have defaults that fit most objectives. Fields that depend on the
+    options of a run are functions of the options.
     """
 
     # a function of (rows, columns, **options), or a module class of (RunContext, **options)
     make: Callable[..., Any]
-    # of the config, with its options; objectives may share one
+    # config section with its options; objectives may share one
     section: str
-    # names in HEADS -> defaults that differ from the head's own; the head's options are in the
+    # by name in HEADS: defaults that differ from the head's own; the head's options are in the
     # section, too
     heads: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     # options that the section lists before all others
@@ -66,30 +66,30 @@ class ObjectiveSpec:
 
     # False: it trains one tower only, and must be a second term
     trains_both_towers: Callable[[Options], bool] = always
-    # the head that retrieval needs, where the towers' own features do not match; "" = none, None =
-    # the objective matches nothing
+    # the head that retrieval uses; "" = the towers' own features; None = the objective aligns no
+    # embeddings
     retrieval_head: Callable[[Options], str | None] = no_text
 
-    # takes columns that travel from rank to rank (exchange=ring)
+    # whether it works with exchange=ring, where no rank holds all columns
     ring: bool = True
-    # takes more columns than the batch (a queue)
+    # whether it works with more columns than the batch (a queue)
     queue: bool = False
-    # why it cannot do without negatives from the batch; "" = it can
+    # why it needs negatives from the batch; "" = it does not
     needs_batch_negatives: Callable[[Options], str] = no_text
-    # the module class that replaces it where a queue asks for soft targets; None = there is none
+    # the module class that replaces it if a queue asks for soft targets; None = not supported
     soft_targets: Callable[[Options], Callable[..., Any] | None] = lambda options: None
 
-    # how mining weighs a negative: against the row's others, or by itself
+    # how mining weights negatives: softmax (relative to the row's others) or sigmoid (each alone)
     mining_weights: Literal["softmax", "sigmoid"] = "softmax"
-    # pairs of a step -> largest values of options with which the second step of a run already uses
-    # what the first has left in memory; for the self-check
+    # for the self-check; maps the pairs per step to the largest option values with which the second
+    # step already uses state from the first
     by_second_step: Callable[[int], Mapping[str, float]] = lambda pairs: {}
 
     def options(self) -> dict[str, DeclaredOption]:
         """Its own options, then its heads', each with its default.
 
         Raises:
-            TypeError: an option that nobody takes, or a parameter that is no option.
+            TypeError: an option that nothing uses, or a parameter that is not an option.
         """
         # a class is given the context, a function rows and columns
         taken = 1 if self.is_class else 2

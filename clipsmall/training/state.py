@@ -198,8 +198,8 @@ class RunState:
             checkpoint.set_random_state(ranks[rank]["rng"], self.accelerator.device)
             self.feed.load_state_dict(ranks[rank]["feed"])
             return
-        # The number of ranks has changed. The order of pairs does not depend on it. Random generators
-        # (dropout) get a new seed, and the first rank keeps the counts of skipped pairs.
+        # The number of ranks has changed. The order of pairs does not depend on it. Random
+        # generators (dropout) get a new seed, and the first rank keeps the counts of skipped pairs.
         set_seed(self.config["seed"] + self.progress.step * 1_000 + rank)
         if rank == 0:
             for each in ranks:
