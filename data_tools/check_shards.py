@@ -6,7 +6,7 @@
 
 Reads any WebDataset: of make_shards, img2dataset, DataComp, CLIP_benchmark. The report goes to the
 terminal and to check.json, a sheet of evenly picked pairs to check.png. Exit code: 0 all shards
-usable, 1 not all, 2 wrong use.
+usable, 1 some are not, 2 wrong use.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from clipsmall.data.checking.contact_sheet import draw_sheet
 from clipsmall.data.checking.shard_check import find_shards
 from clipsmall.data.checking.shard_report import ShardReport, as_text
 
-# pairs on the contact sheet
+# number of pairs on the contact sheet
 CELLS = 48
 
 

@@ -5,7 +5,7 @@
     python -m data_tools.make_shards folder_of_class_folders data/classes --resize 256 --format webp
     python -m data_tools.make_shards hf:lambdalabs/naruto-blip-captions data/naruto --split train
 
-Interrupt it at will: the same command goes on where it stopped.
+It may be interrupted at any time: the same command continues where it stopped.
 """
 
 import argparse

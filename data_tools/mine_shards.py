@@ -34,7 +34,7 @@ from clipsmall.mining.plans import plan_batches
 from clipsmall.mining.weights import WEIGHTS
 from clipsmall.model.saved import load_model
 
-# those of clipsmall.mining that drop no pair
+# the methods of clipsmall.mining that use every pair
 METHODS = (
     "groups",
     "chain",
@@ -169,7 +169,7 @@ def score(args: argparse.Namespace) -> None:
     for number in filled:
         if needs_scores(catalog.shards[number], args.scores, scorer, args.rescore):
             missing.append(number)
-    # all ranks have looked before one of them writes: their lists are the same
+    # every rank lists the missing files before any rank writes, so all lists are the same
     world.barrier()
     start = time.time()
     broken = 0
@@ -199,7 +199,7 @@ def score(args: argparse.Namespace) -> None:
 
 
 def _refuse_equal_names(shards: list[Path], folder: Path) -> None:
-    """In one folder, the scores of two shards of one name would be one file."""
+    """Refuse two shards with the same name: in one folder their scores would be one file."""
     counts = Counter(shard.name for shard in shards)
     name, count = counts.most_common(1)[0]
     if count > 1:
@@ -229,7 +229,7 @@ def plan(args: argparse.Namespace) -> None:
     sheet = args.out.with_suffix(".png")
     title = f"the hardest groups of {recipe.size} in {args.out.name}, to {table.scorer.model}"
     draw_hardest(sheet, catalog, table, pairs, recipe.size, title)
-    # pairs in no batch
+    # pairs that are in no batch
     unscored = len(catalog) - len(table.row)
     over = len(table.row) - pairs.size
     left_out = f"{over} pairs fill none"

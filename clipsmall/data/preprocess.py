@@ -46,8 +46,8 @@ class ImageSpec:
 def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode a still or animated image: its first frame, upright, in 8-bit RGB.
 
-    Sizes are checked in the header, before pixels are decoded. EXIF rotation is applied, 16-bit greys
-    are scaled (Pillow's own conversion clips them to white), transparency is laid on white.
+    Sizes are checked in the header, before pixels are decoded. EXIF rotation is applied,
+    16-bit grey is scaled (Pillow's own conversion clips it to white), transparency becomes white.
 
     Raises:
         BadImage: with one of a handful of reasons.

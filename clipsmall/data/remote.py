@@ -14,13 +14,13 @@ from webdataset.tariterators import base_plus_ext
 from clipsmall.data.catalog import shard_paths
 from clipsmall.data.index import IMAGE_SUFFIXES, MAX_TEXT_BYTES, ShardError
 
-# a larger member is a mistake, and reading it into memory a risk
+# a larger file is surely an error, and could exhaust memory
 MAX_IMAGE_BYTES = 256 << 20
 # seconds without a byte after which an http server counts as gone
 SILENCE = 60.0
 WEB = ("http://", "https://")
 COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".lz4")
-# a member or, grouped, a pair, as webdataset passes them on
+# a file or, after grouping, a pair, as webdataset represents them
 Sample = dict[str, Any]
 
 
@@ -104,7 +104,7 @@ class _Tape:
 
     def read(self, size: int) -> bytes:
         data = self.file.read(size)
-        # sockets may give less than they are asked for
+        # a socket may return fewer bytes than requested
         while 0 < len(data) < size:
             more = self.file.read(size - len(data))
             if not more:
@@ -135,7 +135,7 @@ def stream_members(file: Any, url: str) -> Iterator[Sample]:
     tape: Any = _Tape(file)
     with tarfile.open(fileobj=tape, mode="r|") as tar:
         while (info := tar.next()) is not None:
-            # else every header of the shard is kept in memory
+            # otherwise tarfile keeps every header of the shard in memory
             tar.members = []  # type: ignore[attr-defined]
             stem, suffix = base_plus_ext(info.name)
             # webdataset's own notes begin with "__"

@@ -23,11 +23,11 @@ from clipsmall.data.preprocess import BadImage, ImageTransform
 from clipsmall.data.reader import LoadedBatch, Skips, Tokenize
 from clipsmall.data.remote import Sample, open_shard, printable_url, shard_urls, stream_members
 
-# different shards in a row without a single pair: the data set is not there
+# failed shards in a row, all different, after which the stream gives up
 MAX_FAILED_SHARDS = 100
 # bad pairs in a row before the stream gives up
 MAX_BAD_PAIRS = 10_000
-# seconds between tries to reach a server that is down
+# longest time in seconds between attempts to reach a server that is down
 LONGEST_WAIT = 10.0
 
 
@@ -38,7 +38,7 @@ class StreamedPair(NamedTuple):
     image: Tensor
     caption: str
     caption_hash: int
-    # of the encoded image; 0 if not asked for
+    # hash of the encoded image; 0 if not computed
     image_hash: int
 
 
@@ -100,7 +100,7 @@ class StreamedBatches(IterableDataset[LoadedBatch]):
         self.seed = seed
         self.shuffle = shuffle
         self.hash_images = hash_images
-        # steps the run has made before
+        # number of steps made before this start
         self.start = 0
         if rank == 0:
             warnings.warn(
@@ -137,13 +137,13 @@ class StreamedBatches(IterableDataset[LoadedBatch]):
             image_hashes = torch.tensor([pair.image_hash for pair in good])
             position += self.local * streams
             yield LoadedBatch(pairs, replace(skips, seen=self.local), image_hashes)
-            # the next batch counts its own
+            # start counting anew for the next batch
             skips.reasons = Counter()
             skips.examples = {}
 
     def _samples(self, rng: random.Random, skips: Skips) -> Iterator[Sample]:
         """Raw samples of randomly drawn shards, endlessly."""
-        # different shards since the last pair
+        # different shards that failed since the last pair
         failed = set[str]()
 
         def count_double(error: Exception) -> bool:

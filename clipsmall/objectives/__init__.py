@@ -1,9 +1,9 @@
 """Objectives, the losses: `objective(rows, columns) -> {"loss": Tensor, ...reported terms}`.
 
-`rows` are local, my rank's embeddings; `columns` are gathered, everybody's. The loss is the mean
-over my rows, or the same on all ranks; an objective knows no rank and no number of ranks. Most are
-functions; those with a memory are modules whose buffers, the same on every rank, go into the
-checkpoint.
+`rows` are local, this rank's embeddings; `columns` are gathered, those of all ranks. The loss is
+the mean over local rows, or the same on all ranks; no objective depends on the rank or the number of
+ranks. Most objectives are functions. Those with state are modules, whose buffers are the same on
+every rank and are saved in checkpoints.
 
 To add one: write a file like `spectral.py` (the function, its options in its signature, a `SPEC`)
 and name it in `OBJECTIVES`. Config, `--help`, builders and tests read the rest from there; what it

@@ -98,7 +98,7 @@ class Bce(nn.Module):
         self.count: Tensor
         self.accuracy: Tensor
         self.step: Tensor
-        # k
+        # k, the number of negatives per row
         self.register_buffer("count", torch.ones((), dtype=torch.int64))
         # running mean of the steps' accuracies
         self.register_buffer("accuracy", torch.zeros(()))
@@ -109,7 +109,7 @@ class Bce(nn.Module):
             raise ValueError("bce compares pairs with one another: it needs a batch of at least 2")
         layout = layout_of(rows, columns, self.mask_duplicates)
 
-        # (b,) by which a row's negatives are divided
+        # (b,) divisor of each row's sum over negatives
         if self.mode == "balanced":
             counts = negative_counts(layout)
             divisor = counts.clamp(min=1)
@@ -172,7 +172,7 @@ class Bce(nn.Module):
         has_negative = hardest > -torch.inf
         is_hit = (own > hardest) & has_negative
 
-        # one exchange for both
+        # one exchange for both counts
         mine = torch.stack([is_hit.sum(), has_negative.sum()])
         hits, counted = world.sum_over_ranks(mine)
         accuracy = hits / counted.clamp(min=1)
@@ -184,7 +184,7 @@ class Bce(nn.Module):
         new = accuracy.to(self.accuracy.dtype)
         self.accuracy.lerp_(new, 0.1)
 
-        # on the device: nothing waits
+        # computed on the device, so that the host does not wait
         if self.mode == "warmup":
             is_right = self.accuracy > 0.5
             self.count.add_(is_right)
@@ -202,7 +202,7 @@ SPEC = ObjectiveSpec(
     Bce,
     section="bce",
     scale=10.0,
-    # positives and negatives are in balance
+    # 0, because positives and negatives have equal weight
     bias=lambda columns: 0.0,
     queue=True,
     needs_batch_negatives=_batch_negatives_needed,

@@ -25,17 +25,17 @@ class Variant(NamedTuple):
 
     # learned: the model's logit_scale; each: one per image and per text
     temperature: Literal["fixed", "learned", "each"]
-    # of the running mean: constant, or at the end
+    # weight of the newest value in the running mean; constant, or at the end of the decay
     gamma: float
     # gamma falls from 1 to `gamma` over the first half of the run, else it is constant
     cosine: bool
-    # fixed, or each at the start; None: `model.logit_scale` says
+    # temperature, fixed or initial; None: taken from `model.logit_scale`
     tau: float | None = 0.07
-    # None: τ is no part of what is minimised over
+    # None: the loss has no ρ term for τ
     rho: float | None = None
     # learning rate of each pair's τ
     lr_tau: float | None = None
-    # of each pair's τ
+    # smallest and largest τ of a pair
     bounds: tuple[float, float] = (0.01, 1.0)
     # how each pair's τ is updated
     rule: Rule = "adam"
@@ -177,9 +177,9 @@ class Gcl(nn.Module):
         self.ids: Tensor
         self.log_u: Tensor
         self.step: Tensor
-        # not saved: they are the data set's, which is compared on resume
+        # not saved, because they belong to the data set, which is checked on resume
         self.register_buffer("ids", context.ids, persistent=False)
-        # of image and text; −inf: not met yet
+        # log u of image and text; −inf: not seen yet
         self.register_buffer("log_u", torch.full((count, 2), -torch.inf))
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self.temperatures: Temperatures | None = None
@@ -200,7 +200,7 @@ class Gcl(nn.Module):
         image, text, tau = self._compared(rows, columns, layout, positions)
         counts = negative_counts(layout)
 
-        # (b, 2) of image and text, from here on
+        # from here on, (b, 2) stands for image and text
         own = torch.stack([image.own, text.own], dim=1)
         others = torch.stack([image.others, text.others], dim=1)
         # every column has the row's caption: nothing to learn from, or to remember
@@ -215,11 +215,11 @@ class Gcl(nn.Module):
             log_epsilon = torch.full_like(log_u, self.epsilon).log()
             floored = log_u.logaddexp(log_epsilon)
 
-            # g / (ε + u), of the gradient
+            # g / (ε + u), for the gradient
             weight = (log_g - floored).exp()
             weight = weight.masked_fill(no_negative, 0.0)
 
-            # log(ε + u) + ρ, of the value
+            # log(ε + u) + ρ, for the value
             value = floored + (self.variant.rho or 0.0)
             value = value.masked_fill(no_negative, 0.0)
 
@@ -232,7 +232,7 @@ class Gcl(nn.Module):
         pulls = pulls.masked_fill(no_negative, 0.0)
         pull = (factor.detach() * pulls).sum(dim=1).mean()
 
-        # (b, 2) of L by each pair's temperatures
+        # (b, 2) derivatives of L by each pair's temperatures
         slopes = None
         if self.temperatures is not None:
             of_image = mean_exponent(rows.image, columns.text, 1 / tau[:, 0], layout, image)
@@ -251,12 +251,12 @@ class Gcl(nn.Module):
 
     @property
     def gamma(self) -> Tensor:
-        """() of this step."""
+        """() γ at this step."""
         least = self.variant.gamma
         if not self.variant.cosine:
             return torch.full_like(self.log_u[0, 0], least)
 
-        # fraction of the decay that is over
+        # fraction of the decay that is done
         step = self.step.to(self.log_u.dtype)
         done = (step / self.decay_steps).clamp(max=1.0)
 
@@ -277,7 +277,7 @@ class Gcl(nn.Module):
     def _positions(self, index: Tensor) -> Tensor:
         """(N,) rows of the tables that hold these pairs.
 
-        Asked of all columns, so that all ranks refuse an unknown pair together.
+        Computed for all columns, so that all ranks raise together for an unknown pair.
         """
         count = len(self.ids)
         # a number beyond the last one is unknown, too
@@ -293,7 +293,7 @@ class Gcl(nn.Module):
         self, rows: Embeddings, columns: Embeddings, layout: Layout, positions: Tensor
     ) -> tuple[Direction, Direction, Tensor]:
         """Images among texts, texts among images, and the τ of both: (b, 2) or (1, 1)."""
-        # one of each image and of each text
+        # one temperature per image and per text
         if self.temperatures is not None:
             tau = self.temperatures.tau[positions]
             tau = tau.to(similarity.wide(rows.image))
@@ -301,7 +301,7 @@ class Gcl(nn.Module):
             image, text = directions(rows, columns, layout, scales)
             return image, text, tau
 
-        # one that is fixed, in place of the model's
+        # a fixed temperature instead of the model's
         if self.variant.tau is not None:
             scale = torch.full_like(rows.logit_scale, 1 / self.variant.tau)
             rows = rows._replace(logit_scale=scale)
@@ -322,7 +322,7 @@ class Gcl(nn.Module):
         is_finite = log_u.isfinite().all(dim=1)
         sound = has_negative & is_finite
 
-        # of all ranks: the tables are the same everywhere
+        # gathered, because the tables are the same on all ranks
         taken = world.gather(sound.int()) > 0
         positions = world.gather(positions)[taken]
         all_log_u = world.gather(log_u)[taken]

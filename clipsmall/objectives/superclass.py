@@ -69,16 +69,16 @@ class Superclass(nn.Module):
             )
         self.documents: Tensor
         self.captions: Tensor
-        # df
+        # df: number of captions with each token
         self.register_buffer("documents", torch.zeros(context.vocabulary, dtype=torch.int64))
-        # n
+        # n: number of captions
         self.register_buffer("captions", torch.tensor(0))
 
     def forward(self, rows: Embeddings, columns: Embeddings) -> dict[str, Tensor]:
         logits = rows.extra["token_logits"]
         logits = logits.to(similarity.wide(logits))
         ids = rows.extra["token_ids"].sort(dim=1).values
-        # of equal tokens in a caption only the first counts
+        # a token repeated in a caption counts once
         first = torch.ones_like(ids, dtype=torch.bool)
         first[:, 1:] = ids[:, 1:] != ids[:, :-1]
         self._count(ids[first], len(ids))
@@ -104,7 +104,7 @@ class Superclass(nn.Module):
 
     @torch.no_grad()
     def _count(self, tokens: Tensor, captions: int) -> None:
-        """Add captions, of which these tokens are each in one, to those of all ranks."""
+        """Add all ranks' captions of this batch to the counts; tokens are distinct per caption."""
         vocabulary = len(self.documents)
         counts = torch.bincount(tokens, minlength=vocabulary)
 
@@ -118,6 +118,6 @@ SPEC = ObjectiveSpec(
     heads={"tokens": {}},
     scale=None,
     trains_both_towers=lambda options: False,
-    # it matches nothing
+    # it aligns no embeddings
     retrieval_head=lambda options: None,
 )

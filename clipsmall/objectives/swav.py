@@ -98,14 +98,14 @@ class Swav(nn.Module):
         self.step: Tensor
         self.register_buffer("images", torch.zeros(queue, context.width))
         self.register_buffer("texts", torch.zeros(queue, context.width))
-        # pairs put into the queue so far
+        # number of pairs pushed so far
         self.register_buffer("written", torch.tensor(0))
         self.register_buffer("step", torch.tensor(0))
 
     def forward(self, rows: Embeddings, columns: Embeddings) -> dict[str, Tensor]:
         prototypes = rows.extra["prototypes"]
         self._check_sizes(len(columns.index), len(prototypes))
-        # while frozen a gradient of 0 rather than none: DDP refuses parameters that get none
+        # while frozen, the gradient is 0, not None: DDP refuses parameters without a gradient
         frozen = (self.step < self.freeze_steps).to(prototypes.dtype)
         prototypes = prototypes - frozen * (prototypes - prototypes.detach())
 
@@ -166,7 +166,7 @@ class Swav(nn.Module):
         count = len(images)
         sound = finite(images, texts)
 
-        # of more than fit the last stay
+        # if there are more pairs than fit, keep the last
         new = min(count, self.queue)
         if new:
             newest = torch.arange(count - new, count, device=self.written.device)
@@ -174,7 +174,7 @@ class Swav(nn.Module):
             for queue, features in ((self.images, images), (self.texts, texts)):
                 old = queue[positions]
                 taken = features[-new:].to(queue.dtype)
-                # where, not if: the host does not wait for `sound`
+                # torch.where instead of `if`, so that the host does not wait for `sound`
                 queue[positions] = torch.where(sound, taken, old)
 
         self.written += count * sound

@@ -105,7 +105,7 @@ def max_of_hinges(
     loss = rows.logit_scale.new_zeros(())
     within_margin = rows.logit_scale.new_zeros(())
     for x, y, own in comparisons(rows, columns, layout, both_directions=True):
-        # which negative is the hardest, without gradient; its cosine once more, with it
+        # find the hardest negative without gradient, then recompute its cosine with gradient
         best, position = similarity.nearest(x, y, layout)
         lead = margin + dots(x, columns_at(y, position)) - dots(x, own)
         # every column has the row's caption: there is no negative
@@ -116,7 +116,7 @@ def max_of_hinges(
     return {
         "loss": loss,
         "within_margin": within_margin.detach(),
-        # a row meets its hardest negative only
+        # only the hardest negative of a row is used
         "effective_negatives": negative_counts(layout).clamp(max=1).float().mean(),
     }
 

@@ -22,9 +22,9 @@ from clipsmall.data.making.shard_writer import ShardSample, write_shard
 from clipsmall.data.order import permutation
 
 HELD_OUT_FACES = ("DejaVuSans-BoldOblique", "DejaVuSerif-Italic", "STIXGeneralItalic")
-# pixels
+# side of an image in pixels
 SIZE = 32
-# pairs
+# pairs per shard
 SHARD = 5_000
 
 
@@ -111,7 +111,7 @@ def draw_glyph(glyph: Glyph, size: int = SIZE) -> bytes | None:
 
 
 def letter_case(name: str) -> str:
-    """The case that a Unicode name tells."""
+    """The letter case given in a Unicode name."""
     words = name.split()
     if "letter" in words:
         for case in ("small", "capital"):
@@ -164,7 +164,7 @@ def make_glyph_shards(out: Path, workers: int) -> dict[str, int]:
             glyphs += of_face
         jobs = []
         counts = {}
-        # numbers of pairs go on from split to split
+        # pairs are numbered consecutively over all splits
         first = 0
         for split, members in splits(glyphs).items():
             mixed = [members[row] for row in permutation(len(members), 0)]

@@ -21,9 +21,9 @@ from clipsmall.data.preprocess import BadImage, decode
 NO_CAPTION = "empty caption"
 # Pillow's name -> ours
 SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
-# of jpg and webp made here
+# quality of jpg and webp written here
 QUALITY = 95
-# names kept for each reason
+# number of names kept per reason
 EXAMPLES = 3
 
 
@@ -52,7 +52,7 @@ class Tally:
 
     pairs: int = 0
     written: int = 0
-    # pairs read by this run, not by a former one
+    # number of pairs read by this run, not by an earlier one
     made: int = 0
     failures: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
@@ -158,7 +158,7 @@ def finished(out: Path, job: Job, store: ImageStore) -> Tally | None:
             return None
         failures = Counter(stats["status_dict"])
         del failures["success"]
-        # an image may have been copied there since
+        # a missing image may have been added since
         unreadable_before = failures[MISSING] + failures[UNREADABLE]
         if unreadable_before:
             absent = [pair for pair in job.pairs if pair.index not in written and pair.captions]

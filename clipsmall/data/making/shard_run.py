@@ -93,7 +93,7 @@ def _refuse_many_errors(total: Tally, pairs: int, max_error_rate: float) -> None
         reasons = "; ".join(total.lines())
         raise TooManyErrors(
             f"{bad} of {total.pairs} pairs read so far cannot be used, more than --max_error_rate "
-            f"{max_error_rate} of all {pairs}: {reasons}; once repaired, the same command goes on"
+            f"{max_error_rate} of all {pairs}: {reasons}; fix this, then run the command again"
         )
 
 
