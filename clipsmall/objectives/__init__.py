@@ -1,8 +1,8 @@
 """Objectives, the losses: `objective(rows, columns) -> {"loss": Tensor, ...reported terms}`.
 
 `rows` are local, this rank's embeddings; `columns` are gathered, those of all ranks. The loss is
-the mean over local rows, or the same on all ranks; no objective depends on the rank or the number of
-ranks. Most objectives are functions. Those with state are modules, whose buffers are the same on
+the mean over local rows, or the same on all ranks; no objective depends on the rank or the number
+of ranks. Most objectives are functions. Those with state are modules, whose buffers are the same on
 every rank and are saved in checkpoints.
 
 To add one: write a file like `spectral.py` (the function, its options in its signature, a `SPEC`)
