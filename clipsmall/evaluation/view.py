@@ -54,7 +54,7 @@ class DataView:
 
     @property
     def skipped(self) -> int:
-        """The number of images that cannot be read."""
+        """The number of images without features: unreadable, or left out of the catalog."""
         return self.data.catalog.total - len(self.images)
 
     @property
