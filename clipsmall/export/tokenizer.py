@@ -14,10 +14,10 @@ VOCABULARY = 49408
 def clip_tokenizer(context_length: int = 77) -> Any:
     """A `transformers.CLIPTokenizer` with the ids of `open_clip.SimpleTokenizer`.
 
-    It is built from open_clip's vocabulary file and needs no network. Unlike transformers, open_clip
-    first repairs a text with ftfy (curly quotes become straight, "&amp;" becomes "&"): ids are equal
-    for captions that ftfy does not change. Padding differs, 49407 here and 0 there, but CLIP does
-    not use it.
+    It is built from open_clip's vocabulary file and needs no network. Unlike transformers,
+    open_clip first repairs a text with ftfy (curly quotes become straight, "&amp;" becomes "&"):
+    ids are equal for captions that ftfy does not change. Padding differs, 49407 here and 0 there,
+    but CLIP does not use it.
 
     Args:
         context_length: ids per caption, marks included; `truncation=True` cuts to it.
