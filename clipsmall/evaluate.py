@@ -1,4 +1,4 @@
-"""Evaluate models on data sets: a table of results, each measured once.
+"""Evaluate models on data sets, and write one table of all results.
 
     python -m clipsmall.evaluate runs/demo --data data/glyphs/test_seen data/glyphs/test_unseen \\
         --empty_classes
@@ -7,12 +7,14 @@
     torchrun --nproc_per_node 2 -m clipsmall.evaluate runs/demo --data data/coco/test \\
         --tasks retrieval geometry
 
-A model is a run or checkpoint of ours, a HF folder or hub id, or an open_clip name (`NAME,TAG` with
-weights). Data are folders of tars or CLIP_benchmark's layout, multi-label sets among them (CSV,
-image folders and HF data sets: make tars with data_tools.make_shards).
-Written to --out: one JSON cell per model, data set and task in CLIP_benchmark's format,
-`benchmark.csv` of all cells there, `MODEL/eval_results.jsonl` in DataComp's. A cell that is there
-already is not measured again. Exit codes: 0 all cells are there; 1 some failed; 2 bad input.
+A model is a clipsmall run or checkpoint, a Hugging Face folder or hub id, or an open_clip name
+(`NAME,TAG` with weights). A data set is a folder of tars or has CLIP_benchmark's layout, and may be
+multi-label. Convert CSV tables, image folders and HF data sets with data_tools.make_shards first.
+
+Files written to --out: one JSON result per model, data set and task in CLIP_benchmark's format,
+`benchmark.csv` with all results of the folder, and `MODEL/eval_results.jsonl` in DataComp's format.
+A result that exists is not measured again. Exit codes: 0 all results exist; 1 some failed; 2 bad
+input.
 """
 
 import argparse
@@ -52,7 +54,9 @@ def evaluate_parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--tasks", nargs="+", choices=TASKS, default=[], help="default: what a data set is made for"
     )
-    made.add_argument("--out", type=Path, default=Path("eval"), help="folder for cells and tables")
+    made.add_argument(
+        "--out", type=Path, default=Path("eval"), help="folder for results and tables"
+    )
     made.add_argument(
         "--classes",
         default="",
@@ -91,7 +95,7 @@ def chosen_options(options: argparse.Namespace) -> dict[str, Any]:
 def model_titles(models: Sequence[str]) -> list[tuple[str, str]]:
     """The name and weight tag of each model in the results.
 
-    A folder's own name, or its path where two share it.
+    A folder is called by its name, or by its path if two folders have the same name.
     """
     names = []
     for given in models:
@@ -110,7 +114,7 @@ def model_titles(models: Sequence[str]) -> list[tuple[str, str]]:
 def load_named_model(
     given: str, title: tuple[str, str], state: PartialState, options: argparse.Namespace
 ) -> NamedModel:
-    """The model given on the command line, under its title. Raises ValueError, as `load_model`."""
+    """Load a model of the command line. Raises ValueError where `load_model` does."""
     name = given if Path(given).exists() else given.partition(",")[0]
     tag = "" if Path(given).exists() else title[1]
     encoder = load_encoder(
@@ -125,23 +129,23 @@ def evaluate_models(
     sets: list[DataSet],
     task_values: Mapping[str, Any],
 ) -> list[str]:
-    """All models, one after another; returns what went wrong."""
+    """Evaluate the models one after another; returns one line per failure."""
     failures = []
     for given, title in zip(options.models, model_titles(options.models), strict=True):
         try:
             model = load_named_model(given, title, state, options)
         except Exception as error:
-            # a broken checkpoint may raise anything; on all ranks alike
+            # a broken checkpoint may raise anything, but raises the same on all ranks
             failures.append(f"{title[0]}: {error}")
             continue
         failures += suite.evaluate(model, sets, options.tasks, task_values, options.out)
-        # or two would be on the device while the next one loads
+        # free the device before the next model is loaded
         del model
     return failures
 
 
 def open_sets(options: argparse.Namespace) -> list[DataSet]:
-    """The data sets. Raises ValueError for one that cannot be opened, and for two of one name."""
+    """Open the data sets. Raises ValueError if one cannot be opened or two have the same name."""
     sets = []
     for path in options.data:
         sets.append(

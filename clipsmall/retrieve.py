@@ -3,9 +3,9 @@
     python -m clipsmall.retrieve runs/demo --data data/glyphs/test_unseen
     python -m clipsmall.retrieve openai/clip-vit-base-patch32 --data data/coco/test
 
-recall@1, 5 and 10 over all pairs, several captions per image and several images per caption; ties
-count as a random order of the tied. The JSON cell is CLIP_benchmark's. The task `retrieval` of
-`python -m clipsmall.evaluate` is the same.
+Prints recall@1, 5 and 10 over all pairs. An image may have several captions, and a caption several
+images; ties are broken at random, in expectation. Writes a JSON file in CLIP_benchmark's format.
+`python -m clipsmall.evaluate --tasks retrieval` measures the same.
 """
 
 import sys

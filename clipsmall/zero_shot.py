@@ -5,8 +5,8 @@
     python -m clipsmall.zero_shot ViT-B-32 --pretrained laion2b_s34b_b79k --data imagenet/test \\
         --classes imagenet --templates openai
 
-Accuracy is top-1, top-5 and the mean over classes, beside chance; the JSON cell is
-CLIP_benchmark's. The task `zero_shot` of `python -m clipsmall.evaluate` is the same.
+Prints top-1, top-5 and mean per-class accuracy with their chance levels, and writes a JSON file in
+CLIP_benchmark's format. `python -m clipsmall.evaluate --tasks zero_shot` measures the same.
 """
 
 import sys

@@ -1,7 +1,7 @@
-"""Each objective as plain autograd over whole matrices, on one process: the oracle for the streamed
-ones.
+"""Reference implementations of the objectives: plain autograd over whole matrices in one process.
 
-Written from the formulas alone, nothing of the package is used but `Embeddings`.
+Tests compare the streamed objectives with these. They are written from the formulas and use nothing
+of the package but `Embeddings`.
 """
 
 from typing import Any
@@ -14,9 +14,7 @@ from clipsmall.batch import Embeddings
 
 
 def counted(e: Embeddings, mask: bool) -> Tensor:
-    """(B, B) True where a pair of pairs is compared: not itself, and not with its own caption if
-    masked.
-    """
+    """(B, B) True for the negatives: not the diagonal and, if `mask`, not equal captions."""
     own = torch.eye(len(e.index), dtype=torch.bool)
     return ~own & ~(mask & (e.caption_hash[:, None] == e.caption_hash[None, :]))
 
@@ -163,7 +161,7 @@ def sinkhorn_targets(
     return alpha * softmax(e, mask) + (1 - alpha) * soft
 
 
-# objective, its oracle, options
+# (objective, its reference, options)
 Case = tuple[str, Any, dict[str, Any]]
 CASES: list[Case] = [
     ("softmax", softmax, {}),

@@ -3,12 +3,12 @@
     python -m clipsmall.compare configs/compare/glyphs.yaml --jobs 2    # train what is missing
     python -m clipsmall.compare configs/compare/*.yaml --tell           # report what is there
 
-A grid is a YAML file: axes with levels, seeds, and a budget of pairs, time or memory that all runs
-share. The results go to the grid's folder: compare.html with a verdict, the tables as CSV and
-Parquet, the plots as PNG.
+A grid is a YAML file: axes with levels, seeds, and a budget of pairs, time or memory that is the
+same for all runs. Results go to the grid's folder: compare.html with a verdict, tables as CSV and
+Parquet, plots as PNG.
 
-Interrupt it at any time: the same command continues. Several of these commands may work on one grid
-at once, also from several machines with a shared disk.
+The command can be interrupted at any time; the same command continues. Several commands may work on
+one grid at once, also from several machines with a shared disk.
 
 Exit codes: 0 all runs are done; 1 some failed or are missing; 2 bad input; 130, 143 stopped.
 """
@@ -54,7 +54,7 @@ def _options(words: list[str] | None) -> argparse.Namespace:
         help="train also runs that failed, or that went to a queue and left no result",
     )
     parser.add_argument(
-        "--tell", action="store_true", help="train nothing, only report what is done"
+        "--tell", action="store_true", help="train nothing, only report finished runs"
     )
     parser.add_argument(
         "--list", action="store_true", help="train nothing, list the runs and their states"
@@ -102,7 +102,7 @@ def _compare(comparison: Comparison, options: argparse.Namespace) -> int:
     if not options.tell:
         stopped = _train(comparison, budgets, options)
         if stopped:
-            print("stopped; the same command goes on", file=sys.stderr)
+            print("stopped; run the same command to continue", file=sys.stderr)
             return 128 + stopped
 
     runs = write_results(comparison, budgets, options.interval)

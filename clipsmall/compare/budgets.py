@@ -1,4 +1,4 @@
-"""What each setting of a grid may spend, its learning rate and its pairs, and the runs it gets."""
+"""The learning rate and samples of each setting of a grid, found by trials; and its runs."""
 
 import math
 from typing import NamedTuple
@@ -15,9 +15,9 @@ from clipsmall.config.reader import validated
 
 
 class GridCell(NamedTuple):
-    """A setting with its cost and its runs.
+    """A setting with its memory and its runs.
 
-    It has no runs where its rate or budget is not known yet, or where it does not fit.
+    There are no runs while its learning rate or budget is unknown, or if it does not fit.
     """
 
     setting: GridSetting
@@ -25,16 +25,16 @@ class GridCell(NamedTuple):
     memory: float
     fits: bool
     runs: list[GridRun]
-    # what they wait for
+    # what the runs wait for
     waits: str
-    # why there will be none
+    # why there will be no runs
     error: str
 
 
 class Budgets:
-    """The runs of a comparison, and of the trials that decide their learning rate and pairs.
+    """The runs of a comparison, and the trials that choose their learning rate and samples.
 
-    Everything is read off the folders of finished runs, so that a comparison goes on where it
+    All state is read from the folders of runs, so an interrupted comparison continues where it
     stopped.
     """
 
@@ -44,7 +44,7 @@ class Budgets:
         self._memory = planned_memory(comparison, self.settings)
         self.fitting = settings_that_fit(comparison, self.settings, self._memory)
 
-        # of a group of which no batch fits, the smallest is shown with what it needs
+        # if no batch of a group fits, its smallest is shown with the memory it needs
         smallest = []
         for group in groups_by_batch_size(comparison, self.settings):
             some_fit = any(setting in self.fitting for setting in group)
@@ -54,7 +54,7 @@ class Budgets:
         self.shown = [each for each in self.settings if each in self.fitting or each in smallest]
 
     def rate_trials(self, chosen: list[GridSetting]) -> list[GridRun]:
-        """Trials of learning rates, each once for all settings that share them."""
+        """The learning-rate trials; settings that share a trial list it once."""
         by_folder = {}
         for setting in chosen:
             for run in self._rate_trials(setting).values():
@@ -67,13 +67,13 @@ class Budgets:
         if rates is None:
             return {}
 
-        # within a limit of memory rates are tried at the setting's own batch: another may not fit
+        # under a memory limit, rates are tried at the setting's own batch size: others may not fit
         own_axes = self.comparison.batch_axes if self.comparison.budget.memory else []
         tried_at = {axis: level for axis, level in rates.at.items() if axis not in own_axes}
         levels = setting.levels | tried_at
         tried = next(each for each in self.settings if each.levels == levels)
         spending = self._spending(tried, rates.pairs)
-        # a trial is judged by its last evaluation alone
+        # only a trial's last evaluation counts
         only_at_the_end: Tree = {"run": {"evaluate_every": 0}}
 
         trials = {}
@@ -84,14 +84,14 @@ class Budgets:
         return trials
 
     def learning_rate(self, setting: GridSetting) -> float | None:
-        """The best of the rates tried; None before all trials have ended, or if none ended well."""
+        """The best rate tried; None until all trials have ended, or if none has a result."""
         trials = self._rate_trials(setting)
         if not trials:
             return validated(setting.tree).optim.lr
         if not all(run.state in ("done", "failed") for run in trials.values()):
             return None
 
-        # a trial may end with a metric that is no number
+        # a trial's metric may be NaN
         scores = {}
         for lr, run in trials.items():
             score = self.trial_score(run)
@@ -101,7 +101,7 @@ class Budgets:
         return max(scores, key=lambda lr: scores[lr], default=None)
 
     def trial_score(self, trial: GridRun) -> float | None:
-        """What a trial of a learning rate reached; None if it has not ended, or with no number."""
+        """The metric of a learning-rate trial; None if it has not ended, or is not a number."""
         rates = self.comparison.lr
         column = self.comparison.metric
 
@@ -121,7 +121,7 @@ class Budgets:
         return float(values[-1])
 
     def rates_at_the_edge(self) -> list[str]:
-        """Groups of settings whose best rate is the least or the greatest that was tried."""
+        """Groups of settings whose best rate is the smallest or the largest that was tried."""
         rates = self.comparison.lr
         if rates is None:
             return []
@@ -132,7 +132,7 @@ class Budgets:
             if lr not in (min(rates.values), max(rates.values)):
                 continue
 
-            # settings that differ on the axes of `at` alone share their trials
+            # settings that differ only on the axes of `at` share their trials
             own = [level for axis, level in setting.levels.items() if axis not in rates.at]
             name = ", ".join(own)
             found[name] = f"{name}: {lr:g}"
@@ -140,7 +140,7 @@ class Budgets:
         return list(found.values())
 
     def speed_trials(self, chosen: list[GridSetting]) -> list[GridRun]:
-        """Where time is the budget: one short run per setting."""
+        """One short run per setting, if the budget is time; else none."""
         if not self.comparison.budget.seconds:
             return []
         return [self._speed_trial(setting) for setting in chosen]
@@ -150,10 +150,10 @@ class Budgets:
         pairs = max(self.comparison.budget.trial, 20 * batch_size)
         steps = pairs // batch_size
         evaluate: Tree = {"zero_shot": [], "retrieval": []}
-        # only where it is given: it is part of the digest in the run's folder name
+        # only if it is given, as it changes the digest in the run's folder name
         if setting.tree.get("evaluate", {}).get("tasks"):
             evaluate["tasks"] = []
-        # nothing but steps, in ten lines of the log
+        # no evaluations or saves, and ten lines of log
         silent = {
             "run": {"log_every": max(1, steps // 10), "evaluate_every": 0},
             "evaluate": evaluate,
@@ -162,7 +162,7 @@ class Budgets:
         return make_run(self.comparison.out, setting, TRIAL_SEED, changes, "speed")
 
     def pairs_of(self, setting: GridSetting) -> int | None:
-        """Pairs of each run, as the setting's levels say first; None before its speed is known."""
+        """Samples of each run; the setting's levels come first. None until its speed is known."""
         budget = self.comparison.budget
         own = self._own_option(setting, "pairs")
         if own is not None:
@@ -174,7 +174,7 @@ class Budgets:
         if not trial.finished:
             return None
 
-        # the first line of the log has the start in its time, and is left out
+        # the first line is left out: its time includes start-up
         first, *lines = [line for line in trial.logged_lines() if "pairs_per_second" in line]
         positions = [first["pairs"], *(line["pairs"] for line in lines)]
         took = sum(
@@ -187,7 +187,7 @@ class Budgets:
         return max(1, steps) * batch_size
 
     def _own_option(self, setting: GridSetting, field: str) -> int | None:
-        """What a level of the setting says of `optim.field`, which then holds."""
+        """The value that a level of the setting gives `optim.field`, or None."""
         for axis, level in setting.levels.items():
             tree = self.comparison.axes[axis][level]
             if field in tree.get("optim", {}):
@@ -195,7 +195,7 @@ class Budgets:
         return None
 
     def _steps_between_evaluations(self, steps: int) -> int:
-        """0 where the evaluation at the end, which always comes, is the only one."""
+        """0 = only the evaluation at the end, which always takes place."""
         evaluations = self.comparison.curve
         if evaluations <= 1:
             return 0
@@ -204,17 +204,17 @@ class Budgets:
         return max(1, rounded_up)
 
     def _spending(self, setting: GridSetting, pairs: int) -> Tree:
-        """Pairs and warm-up as changes of the config."""
+        """The config changes that set samples and warm-up."""
         warmup = self._own_option(setting, "warmup_pairs")
         if warmup is None:
             warmup = int(self.comparison.budget.warmup * pairs)
         return {"optim": {"pairs": pairs, "warmup_pairs": warmup}}
 
     def cells(self) -> list[GridCell]:
-        """One for each setting, with its runs.
+        """One cell per setting, with its runs.
 
-        Within a limit of memory, one for each group that differs in the batch size alone: that of
-        its largest batch that fits, or one that says that none fits.
+        Under a memory limit, one cell per group of settings that differ only in batch size: the
+        largest that fits, or a cell that says that none fits.
         """
         cells = []
         for setting in self.shown:
@@ -234,7 +234,7 @@ class Budgets:
         return cells
 
     def _runs(self, setting: GridSetting, lr: float, pairs: int) -> list[GridRun]:
-        """One for each seed."""
+        """One run per seed."""
         every = self._steps_between_evaluations(pairs // batch_size_of(setting))
         changes: list[Tree] = [
             self._spending(setting, pairs),
@@ -245,7 +245,7 @@ class Budgets:
         return [make_run(out, setting, seed, changes) for seed in self.comparison.seeds]
 
     def _why_no_runs(self, setting: GridSetting, fits: bool) -> tuple[str, str]:
-        """What the runs of a setting wait for, and why there will be none; one of them is ""."""
+        """(what a setting's runs wait for, why there will be none); one of the two is ""."""
         if not fits:
             unknown = math.isnan(self._memory[setting.title])
             return "", "its memory is not known" if unknown else ""

@@ -20,7 +20,7 @@ from clipsmall.compare.wording import (
 from clipsmall.pages.figures import figure_address, heat_map_address, plot_style
 from clipsmall.pages.html_page import DASH, Table, TableCell, fill_template, save_html
 
-# How the states of unfinished runs are called; the others as they are.
+# Words for states of unfinished runs; other states are shown as they are.
 STATE_WORDS = {
     "unfit": "does not fit the memory",
     "missing": "not run yet",
@@ -38,7 +38,7 @@ NO_VALUE = TableCell(DASH, "number")
 
 @dataclass
 class ComparisonPage:
-    """Everything the page shows; what is empty leaves no heading behind."""
+    """Everything the page shows; empty parts have no heading."""
 
     title: str
     subtitle: str = ""
@@ -47,7 +47,7 @@ class ComparisonPage:
     tables: list[Table] = field(default_factory=list)
     # run, state, error
     failures: list[tuple[str, str, str]] = field(default_factory=list)
-    # of `plots.comparison_figures`
+    # from `plots.comparison_figures`
     figures: dict[str, NamedFigure] = field(default_factory=dict)
     samples: list[TestedSample] = field(default_factory=list)
     config: str = ""
@@ -55,7 +55,7 @@ class ComparisonPage:
 
 
 def render_comparison_page(page: ComparisonPage) -> str:
-    """The whole page; titles, captions, levels, errors and configs are untrusted and escaped."""
+    """The page as HTML; titles, captions, levels, errors and configs are escaped."""
     with plot_style():
         drawings = [_drawing(caption, figure) for caption, figure in page.figures.values()]
         matrices = [
@@ -89,7 +89,7 @@ def write_comparison_page(page: ComparisonPage, path: Path) -> None:
 
 
 def comparison_facts(comparison: Comparison, runs: pd.DataFrame) -> list[tuple[str, str]]:
-    """What stands in the boxes on top."""
+    """The facts in the boxes at the top."""
     facts = []
     for axis, levels in comparison.axes.items():
         facts.append((axis_words(axis), f"{len(levels)}: {', '.join(levels)}"))
@@ -107,9 +107,9 @@ def comparison_facts(comparison: Comparison, runs: pd.DataFrame) -> list[tuple[s
 
 
 def unfinished_runs(comparison: Comparison, runs: pd.DataFrame) -> list[tuple[str, str, str]]:
-    """(run, state, error) of all that is not done, what failed first.
+    """(run, state, error) of all unfinished runs, failed ones first.
 
-    Seeds that came to the same share a row.
+    Seeds with the same state and error are one row.
     """
     rows = frame_rows(runs[runs["state"] != "done"])
     rows.sort(key=lambda row: row["state"] != "failed")
@@ -140,7 +140,7 @@ def comparison_tables(
         contrasts: of `contrasts_with_baseline`, of the first metric against the baseline.
     """
     tables = [_table_of_settings(comparison, summary, contrasts)]
-    # with other than two axes there is no across and down
+    # a two-way table needs exactly two axes
     if len(comparison.axes) == 2 and not summary[comparison.metric].isna().all():
         tables.insert(0, _table_at_a_glance(comparison, summary))
 
@@ -152,7 +152,7 @@ def _table_at_a_glance(comparison: Comparison, summary: pd.DataFrame) -> Table:
     metric = comparison.metric
     best = summary.groupby(across)[metric].max()
     row_of = {(row[down], row[across]): row for row in frame_rows(summary)}
-    # a limit of memory may leave batch sizes out
+    # a memory limit may leave out batch sizes
     shown = [level for level in comparison.axes[across] if level in best]
     empty = {metric: nan}
 
@@ -206,7 +206,7 @@ def _table_of_settings(
         cells += [_mean_cell(row, metric, best[metric]) for metric in comparison.metrics]
         cells += _difference_cells(test_of.get(levels))
         for cost in COST_HEADINGS:
-            # the summary has GiB
+            # the summary is in GiB, the table in MiB
             value = 1024 * row[cost] if cost == "memory" else row[cost]
             cells.append(_cost_cell(value))
 
@@ -245,7 +245,7 @@ def _difference_cells(test: dict[str, Any] | None) -> list[TableCell]:
 
 
 def _cost_cell(value: float) -> TableCell:
-    """Three digits or more: a table would show all that there are."""
+    """At least three significant digits; a plain number would be shown with all its digits."""
     if isnan(value):
         return NO_VALUE
 

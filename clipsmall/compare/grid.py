@@ -1,4 +1,4 @@
-"""A comparison as YAML describes it: a grid of settings, their budget, and what is measured."""
+"""A comparison as described in YAML: a grid of settings, the budget, and the metrics."""
 
 import itertools
 import json
@@ -15,9 +15,9 @@ from clipsmall.storage.yaml_files import ConfigError, read_yaml
 
 # a config or a part of it, as read from YAML
 Tree = dict[str, Any]
-# Seed of trials: far from the runs' seeds, so that more of those never take it.
+# Seed of trials; large, so that adding seeds to a grid does not collide with it.
 TRIAL_SEED = 1000
-# axes with a short name
+# Short names for axes.
 SHORT_NAMES = {"batch_size": "data.batch_size"}
 # Columns of the written tables, beside levels and metrics.
 COUNTS = ("n", "unfit", "failed", "missing", "seed", "seeds", "state", "error", "folder")
@@ -49,7 +49,7 @@ def nested_tree(tree: Any) -> Tree:
 
     found: Tree = {}
     for name, value in tree.items():
-        # the keys below an objective's name are objectives with their weights, not fields
+        # a dict as an objective's name is a mix {objective: weight}, not a section
         if isinstance(value, dict) and name not in ("name", "objective.name"):
             value = nested_tree(value)
 
@@ -64,7 +64,7 @@ def nested_tree(tree: Any) -> Tree:
 def _named_levels(axes: Any) -> Any:
     """`batch_size: [16, 32]` -> `batch_size: {16: {data.batch_size: 16}, ...}`."""
     if not isinstance(axes, dict):
-        # pydantic says what is wrong with it
+        # pydantic will report what is wrong
         return axes
 
     found = {}
@@ -81,7 +81,7 @@ def _named_levels(axes: Any) -> Any:
 
 
 def _levels_of_list(axis: str, levels: list[Any]) -> dict[Any, Tree]:
-    """Values of a config's field as levels of that name."""
+    """Levels from a list of values of the config field `axis`."""
     field = SHORT_NAMES.get(axis, axis)
     for level in levels:
         if isinstance(level, list | dict):
@@ -98,26 +98,26 @@ Axes = Annotated[
 
 
 class Budget(Section):
-    """What all runs have alike: pairs or seconds of training, and a limit of memory, if given.
+    """What every run may spend: pairs or seconds of training, and perhaps a memory limit.
 
-    With a limit of memory, each setting takes the largest batch that fits.
+    With a memory limit, each setting takes the largest batch that fits.
     """
 
     pairs: int | None = Field(None, ge=1, description="pairs of each run")
     seconds: float | None = Field(
-        None, gt=0, description="of training; each setting's speed is tried beforehand"
+        None, gt=0, description="seconds of training; a trial measures each setting's speed first"
     )
-    trial: int = Field(4_000, ge=1, description="pairs of the run that tries the speed")
+    trial: int = Field(4_000, ge=1, description="pairs of the trial that measures the speed")
     memory: float | None = Field(
         None, gt=0, description="GiB per rank: each setting takes its largest batch that fits"
     )
     ranks: int = Field(
-        1, ge=1, description="ranks of a run, as `launch` starts them: for the memory of one"
+        1, ge=1, description="ranks that `launch` starts; used to plan memory per rank"
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="that runs train on, for its memory; auto: the one of this machine"
+        "auto", description="device to plan memory for; auto: the one of this machine"
     )
-    warmup: float = Field(0.05, ge=0, lt=1, description="fraction of a run's pairs")
+    warmup: float = Field(0.05, ge=0, lt=1, description="warm-up, as a fraction of a run's pairs")
 
     @model_validator(mode="after")
     def _one_of_pairs_and_seconds(self) -> "Budget":
@@ -140,30 +140,32 @@ class Budget(Section):
 
 
 class Rates(Section):
-    """Learning rates that are tried, with a seed that no run of the comparison has."""
+    """Learning rates to try, in short trials with a seed that no run of the comparison uses."""
 
     values: list[Annotated[float, Field(gt=0)]] = Field(min_length=2)
-    pairs: int = Field(ge=1, description="of each trial")
+    pairs: int = Field(ge=1, description="pairs of each trial")
     at: dict[str, str] = Field(
-        {}, description="axis: level where rates are tried; other axes: a rate for each level"
+        {},
+        description="axis: level where rates are tried; levels of other axes get their own rate",
     )
     metric: str = Field(
-        "", description="that decides; default: the first. Take a steady one: trials are short"
+        "",
+        description="metric that decides [the first]; take a steady one, as trials are short",
     )
-    seed: int = Field(TRIAL_SEED, ge=0, description="of the trials, which no run has")
+    seed: int = Field(TRIAL_SEED, ge=0, description="seed of the trials, which no run may have")
 
 
 class Gallery(Section):
-    """Which models of the comparison the page shows side by side."""
+    """Which models the comparison's page shows side by side."""
 
     at: dict[str, str] = Field(
-        {}, description="axis: level of the models shown; others: each level's own best"
+        {}, description="axis: level of the models shown; on other axes the best level is taken"
     )
-    models: int = Field(6, ge=0, description="at most")
+    models: int = Field(6, ge=0, description="most models to show")
 
 
 class Comparison(Section):
-    """A study. The first metric decides; every metric is a fraction of which more is better."""
+    """A comparison. The first metric decides; every metric is a fraction, and higher is better."""
 
     title: str
     out: str
@@ -172,14 +174,14 @@ class Comparison(Section):
         BeforeValidator(lambda given: [given] if isinstance(given, str) else given),
         Field(min_length=1),
     ]
-    common: Changes = Field({}, description="laid over these configs")
+    common: Changes = Field({}, description="config changes for all runs")
     axes: Axes = Field(min_length=1)
     seeds: list[Annotated[int, Field(ge=0)]] = Field([0, 1, 2], min_length=1)
     budget: Budget
     lr: Rates | None = None
     metrics: dict[str, str] = Field(min_length=1, description="column: evaluation/metric")
     baseline: dict[str, str] = Field({}, description="axis: level; default: the first axis's first")
-    curve: int = Field(0, ge=0, description="evaluations on the way")
+    curve: int = Field(0, ge=0, description="evaluations during training")
     launch: str = Field("", description="command that trains; default: one process of this Python")
     gallery: Gallery = Gallery()
 
@@ -281,7 +283,7 @@ def _is_a_batch_size(tree: Tree) -> bool:
 
 
 class GridSetting(NamedTuple):
-    """One combination of levels, which each seed runs once."""
+    """One combination of levels, run once per seed."""
 
     # axis -> level
     levels: dict[str, str]
@@ -290,7 +292,7 @@ class GridSetting(NamedTuple):
 
     @property
     def title(self) -> str:
-        """Its levels, which no other setting has."""
+        """The setting's levels, which identify it."""
         return ", ".join(self.levels.values())
 
 
@@ -298,7 +300,7 @@ def load_comparison(path: str) -> Comparison:
     """Read a grid from a YAML file.
 
     Raises:
-        ConfigError: all that is wrong with the file and with the runs that it describes.
+        ConfigError: lists all errors of the file and of the runs that it describes.
     """
     comparison = of_kind(Comparison, read_yaml(path), path)
     try:
@@ -306,7 +308,7 @@ def load_comparison(path: str) -> Comparison:
     except ConfigError as error:
         raise ConfigError(f"{path}: config: {error}") from None
 
-    # message -> the first setting that it is true of
+    # message -> the first setting it applies to
     wrong = dict[str, str]()
     # config -> the first setting that has it
     first_with = dict[str, str]()
@@ -328,10 +330,10 @@ def load_comparison(path: str) -> Comparison:
 
 
 def check_run(comparison: Comparison, config: Config) -> None:
-    """Refuse a metric that the run's evaluations do not give, and a budget below one batch.
+    """Check that the run's evaluations give all metrics, and that its budget is at least a batch.
 
     Raises:
-        ConfigError: one of the two.
+        ConfigError: either is not so.
     """
     amounts = [comparison.budget.pairs, comparison.lr and comparison.lr.pairs]
     least = min([pairs for pairs in amounts if pairs], default=0)
@@ -342,7 +344,7 @@ def check_run(comparison: Comparison, config: Config) -> None:
         )
 
     known = []
-    # beginnings of metrics' names where a task cannot list them before they are measured
+    # prefixes of metric names, for tasks that cannot list their metrics before measuring
     open_ended = []
     for each in config.evaluate.all:
         if each.task not in TASKS:

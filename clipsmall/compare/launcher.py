@@ -1,4 +1,4 @@
-"""Trains what a grid still lacks: one process per run, several runs at a time."""
+"""Trains the missing runs of a grid: one process per run, several runs at a time."""
 
 import os
 import shlex
@@ -23,17 +23,17 @@ from clipsmall.compare.grid import Comparison, GridSetting
 from clipsmall.compare.runs import GridRun
 from clipsmall.storage import atomic, locks
 
-# Exit codes of a run that was told to stop.
+# Exit codes of a run that was asked to stop.
 STOPPED_CODES = (128 + signal.SIGTERM, 128 + signal.SIGINT, -signal.SIGTERM, -signal.SIGINT)
-# Tenths of a second: what ranks may take to save once their launcher is gone.
+# Tenths of a second that ranks may take to save after their launcher has ended.
 MOST_WAITS = 600
 
 
 @contextmanager
 def _run_lock(path: Path) -> Iterator[TextIO | None]:
-    """The locked file; None if another process has it.
+    """The locked file; None if another process holds the lock.
 
-    A child process that is handed the file holds the lock as well, and may outlive this one.
+    A child process that inherits the file also holds the lock, even after this process ends.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
@@ -41,35 +41,35 @@ def _run_lock(path: Path) -> Iterator[TextIO | None]:
 
 
 class Trainer:
-    """Starts runs as processes; `stop` has them save and end.
+    """Starts runs as processes; `stop` makes them save and end.
 
     Args:
-        launch: the words before a run's options; empty: one process of this Python.
-        environment: of the processes.
-        again: train also runs that failed or were submitted.
+        launch: the command, to which a run's options are added; "" = one process of this Python.
+        environment: environment variables of the processes.
+        again: also train runs that failed or were submitted.
     """
 
     def __init__(self, launch: str, environment: dict[str, str], again: bool) -> None:
         self.words = shlex.split(launch) or [sys.executable, "-m", "clipsmall.train"]
         self.environment = environment
         self.again = again
-        # the signal; 0: none
+        # number of the signal received; 0 = none
         self.stopped = 0
         self._children = set[subprocess.Popen[bytes]]()
 
     def stop(self, number: int, frame: Any = None) -> None:
-        """Handle a signal: pass it on to all runs, and start no more."""
+        """Handle a signal: pass it on to all runs, and start no more runs."""
         self.stopped = number
         for child in list(self._children):
             with suppress(ProcessLookupError):
-                # the whole group: a launcher's ranks, too
+                # the whole process group, including a launcher's ranks
                 os.killpg(child.pid, signal.SIGTERM)
 
     def train(self, run: GridRun, device: str | None = None) -> float | None:
         """Train one run to its end.
 
         Returns:
-            The seconds that it took; None if there was nothing to do.
+            The seconds it took; None if there was nothing to do.
 
         Raises:
             OSError: the command cannot be started.
@@ -96,7 +96,7 @@ class Trainer:
             return time.time() - start
 
     def _is_to_do(self, run: GridRun) -> bool:
-        """Whether nobody trains it, it is not finished, and its last attempt may be repeated."""
+        """Whether the run is unfinished, not being trained, and may be tried (again)."""
         if locks.held(run.folder / ".lock") or run.finished:
             return False
         return not run.mark or self.again
@@ -117,11 +117,11 @@ class Trainer:
             )
             self._children.add(child)
             if self.stopped:
-                # the signal came between the question and the start
+                # the signal came between the check above and the start
                 self.stop(self.stopped)
 
             code = child.wait()
-            # a launcher may be gone before its ranks, which are still saving
+            # a launcher may end before its ranks, which are still saving
             for _ in range(MOST_WAITS):
                 try:
                     os.killpg(child.pid, 0)
@@ -135,18 +135,18 @@ class Trainer:
         return code
 
     def _mark(self, run: GridRun, code: int) -> None:
-        """Write down that a run has failed, or was handed to a queue.
+        """Record that a run has failed or was submitted to a queue.
 
-        A command that ends well without a finished run has submitted it.
+        A command that exits with 0 but leaves an unfinished run has submitted it.
         """
         log = (run.folder / "log.txt").read_text(errors="replace").splitlines()
         lines = [line for line in log if line.strip()]
         asked_to_stop = any("continue with --resume=auto" in line for line in lines[-20:])
         if code in STOPPED_CODES or asked_to_stop:
-            # Stopped from outside, for which launchers exit with 1: it goes on the next time.
+            # Stopped from outside, where launchers exit with 1; the next command continues the run.
             return
 
-        # what a command of ours says of bad input, or the end of a traceback
+        # our commands' messages on bad input, or the end of a traceback
         errors = [line for line in lines if line.startswith("error: ")] or lines[-3:]
         outcome = {
             "exit_code": code,
@@ -158,9 +158,9 @@ class Trainer:
 
 
 def training_environment(jobs: int, launch: str) -> dict[str, str]:
-    """The environment of a run: an equal part of the cores for each job.
+    """The environment of a run, which divides the CPU cores equally among the jobs.
 
-    A launcher decides for itself, and so does who set OMP_NUM_THREADS.
+    Not if there is a launcher, or if the user has set OMP_NUM_THREADS.
     """
     if launch:
         return dict(os.environ)
@@ -171,7 +171,7 @@ def training_environment(jobs: int, launch: str) -> dict[str, str]:
 
 
 def train_runs(runs: list[GridRun], trainer: Trainer, jobs: int, title: str) -> None:
-    """Train what is not done, `jobs` at a time, and print one line for each."""
+    """Train unfinished runs, `jobs` at a time, and print one line for each."""
     todo = [run for run in runs if not run.finished]
     if not todo:
         return
@@ -206,9 +206,9 @@ def train_runs(runs: list[GridRun], trainer: Trainer, jobs: int, title: str) -> 
 
 
 def _free_devices(jobs: int) -> SimpleQueue[str | None]:
-    """One device for each job: several GPUs are dealt out in turn, else None = all that there is.
+    """One device per job: with several GPUs, one each in turn; else None = all devices.
 
-    Who set CUDA_VISIBLE_DEVICES has decided for all jobs.
+    A CUDA_VISIBLE_DEVICES that the user has set applies to all jobs.
     """
     gpus = torch.cuda.device_count()
     several = gpus > 1 and jobs > 1 and "CUDA_VISIBLE_DEVICES" not in os.environ
@@ -223,7 +223,7 @@ def _free_devices(jobs: int) -> SimpleQueue[str | None]:
 def train_and_wait(runs: list[GridRun], trainer: Trainer, jobs: int, title: str) -> None:
     """Train runs whose results the next step needs.
 
-    Those that another command is training are waited for.
+    Waits for runs that another command is training.
     """
     train_runs(runs, trainer, jobs, title)
     if not any(run.state == "running" for run in runs):
@@ -233,7 +233,7 @@ def train_and_wait(runs: list[GridRun], trainer: Trainer, jobs: int, title: str)
     while not trainer.stopped and any(run.state == "running" for run in runs):
         time.sleep(1)
 
-    # what the other command has left, should it have been stopped
+    # train what the other command has left unfinished, if it was stopped
     train_runs(runs, trainer, jobs, title)
 
 
@@ -245,11 +245,11 @@ def train_grid(
     seeds: Sequence[int],
     only: Sequence[str],
 ) -> None:
-    """Try learning rates, then speeds, then train the grid: each step needs those before.
+    """Run learning-rate trials, then speed trials, then the grid: each needs the step before.
 
     Args:
-        seeds: of the runs to train.
-        only: words of --only.
+        seeds: train only runs with these seeds.
+        only: arguments of --only.
 
     Raises:
         ValueError: a seed or level that is not in the grid.
@@ -264,7 +264,7 @@ def train_grid(
     train_and_wait(budgets.rate_trials(chosen), trainer, jobs, "learning rates")
     train_and_wait(budgets.speed_trials(chosen), trainer, jobs, "speeds")
     runs = [run for cell in budgets.cells() if cell.setting in chosen for run in cell.runs]
-    # a whole grid of one seed before the next
+    # the whole grid with one seed before the next seed
     by_seed = [run for seed in seeds for run in runs if run.seed == seed]
     train_runs(by_seed, trainer, jobs, "runs")
 
@@ -272,10 +272,10 @@ def train_grid(
 def selected_settings(
     settings: Sequence[GridSetting], comparison: Comparison, words: Sequence[str]
 ) -> list[GridSetting]:
-    """The settings that the words of --only select.
+    """The settings that --only selects.
 
     Args:
-        words: AXIS=LEVEL[,LEVEL] each.
+        words: its arguments, AXIS=LEVEL[,LEVEL] each.
 
     Raises:
         ValueError: an unknown axis or level.

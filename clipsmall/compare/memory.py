@@ -1,4 +1,4 @@
-"""The memory that each setting of a grid needs, as planned without running it, and what fits."""
+"""The memory that each setting of a grid needs, planned without running it, and which fit."""
 
 import json
 import math
@@ -19,14 +19,14 @@ GIB = 2**30
 
 
 def batch_size_of(setting: GridSetting) -> int:
-    """Pairs of its global batch."""
+    """Pairs in a setting's global batch."""
     return validated(setting.tree).data.batch_size
 
 
 def groups_by_batch_size(
     comparison: Comparison, settings: list[GridSetting]
 ) -> list[list[GridSetting]]:
-    """Settings that differ in nothing but the size of their batch, together."""
+    """Groups of settings that differ only in batch size."""
     groups = dict[tuple[str, ...], list[GridSetting]]()
     for setting in settings:
         others = []
@@ -43,10 +43,10 @@ def groups_by_batch_size(
 def settings_that_fit(
     comparison: Comparison, settings: list[GridSetting], needs: dict[str, float]
 ) -> list[GridSetting]:
-    """All settings; within a limit of memory, the one with the largest batch of each group.
+    """All settings; under a memory limit, only each group's largest batch that fits.
 
     Args:
-        needs: GiB by the title of each setting; NaN fits nowhere.
+        needs: title of a setting -> GiB; NaN never fits.
     """
     limit = comparison.budget.memory
     if limit is None:
@@ -62,17 +62,17 @@ def settings_that_fit(
 
 
 def planned_memory(comparison: Comparison, settings: list[GridSetting]) -> dict[str, float]:
-    """GiB per rank of each setting, by its title; NaN where the planner cannot tell.
+    """Title of each setting -> GiB per rank; NaN where the planner cannot tell.
 
-    They are planned once and kept in memory.json: that takes half a second for small towers, and a
-    minute for large ones.
+    Planning a setting takes half a second for small towers and a minute for large ones; results are
+    kept in memory.json.
     """
     device = comparison.budget.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
 
     machine = Machine(device, comparison.budget.ranks)
-    # an objective may remember each pair, so that the number of pairs counts
+    # an objective may store something per pair, so the number of pairs matters
     pairs = comparison.budget.pairs
     spent = {"optim": {"pairs": pairs}} if pairs else {}
     planner = Planner(machine, budget=2**63)
@@ -90,7 +90,7 @@ def planned_memory(comparison: Comparison, settings: list[GridSetting]) -> dict[
             try:
                 known[key] = _peak(planner, tree)
             except OSError:
-                # a hub that does not answer today: not kept
+                # the hub may be unreachable only now: not kept
                 needs[setting.title] = math.nan
                 continue
 
@@ -102,9 +102,9 @@ def planned_memory(comparison: Comparison, settings: list[GridSetting]) -> dict[
 
 
 def _peak(planner: Planner, tree: Tree) -> float | None:
-    """GiB of a step; None for a model that the planner cannot make.
+    """GiB of a step; None for a model that the planner cannot build.
 
-    Its run will say why, or will work all the same.
+    Its run will report the error, or may work nevertheless.
     """
     config = validated(tree)
     try:

@@ -1,4 +1,4 @@
-"""What each model of a comparison retrieves for the same queries, and its logits of some pairs."""
+"""For each model of a comparison: retrievals for the same queries, and a matrix of logits."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,34 +17,34 @@ from clipsmall.pages.html_page import Query
 from clipsmall.report_page.gallery import gallery, gallery_sets, logit_matrix
 from clipsmall.storage.yaml_files import read_yaml
 
-# of each direction
+# Queries per direction.
 QUERIES = 3
 ANSWERS = 3
-# down and across the matrix of logits
+# Rows and columns of the matrix of logits.
 PAIRS = 32
 
 
 @dataclass
 class TestedSample:
-    """One model's answers.
+    """One model's retrievals and logits.
 
-    All models of a page have the same queries in the same order, and the same labels.
+    All models of a page have the same queries, in the same order, and the same labels.
     """
 
     title: str
     gallery: list[Query] = field(default_factory=list)
     # (PAIRS, PAIRS): images down, texts across
     matrix: NDArray[np.float32] = field(default_factory=lambda: np.empty((0, 0), np.float32))
-    # their captions
+    # the captions of the matrix
     labels: list[str] = field(default_factory=list)
-    # by which cosines were multiplied
+    # the logit scale: factor of the cosines
     scale: float = 1.0
-    # why it cannot be shown
+    # why the model cannot be shown; "" if it can
     error: str = ""
 
     @property
     def found(self) -> int:
-        """Images of the matrix whose highest logit is that of a text with their caption."""
+        """The number of images whose highest logit is that of their own caption."""
         if not len(self.matrix):
             return 0
 
@@ -54,10 +54,10 @@ class TestedSample:
 
 
 def sample_models(models: Sequence[tuple[str, Path]]) -> list[TestedSample]:
-    """One sample per model, loaded one after the other; one that cannot be loaded says why.
+    """One sample per model, loaded one at a time; if a model cannot be loaded, `error` says why.
 
     Args:
-        models: (title, run folder). The data are those that the first one's run.yaml evaluates on.
+        models: (title, run folder). The data are the evaluation sets of the first model's run.yaml.
 
     Raises:
         ValueError: that run.yaml or its data cannot be read.
@@ -83,7 +83,7 @@ def sample_models(models: Sequence[tuple[str, Path]]) -> list[TestedSample]:
 
 
 def _sample(title: str, folder: Path, config: Config) -> TestedSample:
-    # `load_model` would ask the hub for such a name
+    # without this check, `load_model` would ask the hub for the name
     if not (folder / "checkpoints").is_dir():
         raise ValueError(f"{folder}: holds no checkpoints")
 
@@ -99,7 +99,7 @@ def _sample(title: str, folder: Path, config: Config) -> TestedSample:
             asked = [query for query in queries if query.direction == direction]
             sample.gallery += asked[:QUERIES]
 
-        # of the first set alone
+        # the matrix is of the first data set
         if not sample.labels:
             rows = permutation(len(catalog), 1)[:PAIRS].tolist()
             matrix, sample.labels = logit_matrix(encoder, catalog, rows, scale)

@@ -1,4 +1,4 @@
-"""Writes what a comparison found: tables, plots and page to its folder, the verdict to stdout."""
+"""Writes the results of a comparison: tables, plots and page to its folder, verdict to stdout."""
 
 import shlex
 import sys
@@ -26,7 +26,7 @@ from clipsmall.pages.html_page import DASH, Table, TableCell
 
 
 def write_results(comparison: Comparison, budgets: Budgets, interval: str) -> pd.DataFrame:
-    """Write everything to the comparison's folder, and print table and verdict.
+    """Write all files to the comparison's folder, and print table and verdict.
 
     Args:
         interval: sd or bootstrap, see `summarise_runs`.
@@ -85,7 +85,7 @@ def terminal_table(comparison: Comparison, summary: pd.DataFrame) -> str:
     for metric in comparison.metrics:
         cells = []
         for mean, sd in zip(summary[metric], summary[f"{metric} sd"], strict=True):
-            # one seed has no spread
+            # one seed has no standard deviation
             spread = "" if pd.isna(sd) else f" ± {percent(sd)}"
             text = DASH if pd.isna(mean) else percent(mean) + spread
             cells.append(text)
@@ -100,16 +100,15 @@ def terminal_table(comparison: Comparison, summary: pd.DataFrame) -> str:
 
 
 def _with_full_baseline(comparison: Comparison, runs: pd.DataFrame) -> Comparison:
-    """The comparison with its baseline spelled out.
+    """The comparison with the baseline's batch size added under a memory limit.
 
-    Within a limit of memory the baseline's own batch size is part of it: its rivals have batches of
-    other sizes there, and are compared with it all the same.
+    There, rivals may have other batch sizes than the baseline and are compared with it anyway.
     """
     baseline = dict(comparison.baseline_levels)
     for axis in comparison.batch_axes if comparison.budget.memory else ():
         is_baseline = (runs[list(baseline)] == list(baseline.values())).all(axis=1)
         batch_sizes = runs[is_baseline][axis]
-        # only where it is one: elsewhere each setting is compared with its own
+        # only if the baseline has a single batch size
         if axis not in baseline and batch_sizes.nunique() == 1:
             baseline[axis] = batch_sizes.iloc[0]
 
@@ -119,7 +118,7 @@ def _with_full_baseline(comparison: Comparison, runs: pd.DataFrame) -> Compariso
 def _settings_with_runs(
     frame: pd.DataFrame, runs: pd.DataFrame, comparison: Comparison
 ) -> pd.DataFrame:
-    """The rows of settings that are part of the comparison: a limit of memory leaves some out."""
+    """The rows of settings that take part: a memory limit leaves some out."""
     axes = list(comparison.axes)
     with_runs = set(runs[axes].itertuples(index=False, name=None))
 
@@ -131,7 +130,7 @@ def _settings_with_runs(
 
 
 def _table_of_rates(budgets: Budgets) -> list[Table]:
-    """The learning rates that were tried, one of which each setting took."""
+    """All learning-rate trials as a table."""
     rates = budgets.comparison.lr
     trials = budgets.rate_trials(budgets.fitting)
     if not rates or not trials:
@@ -151,7 +150,7 @@ def _table_of_rates(budgets: Budgets) -> list[Table]:
 
 
 def _hint_of_more_rates(budgets: Budgets) -> list[str]:
-    """Beyond the edge of the rates tried, there may be a better one."""
+    """A warning if a best rate is at the edge of those tried, as a better one may lie beyond."""
     edges = budgets.rates_at_the_edge()
     if not edges:
         return []
@@ -178,7 +177,7 @@ def _best_models(comparison: Comparison, runs: pd.DataFrame) -> list[TestedSampl
 
         means = of_level.groupby(axes)[comparison.metric].mean()
         best = means.idxmax()
-        # of a grid with one axis, the index is no tuple
+        # with one axis the index is not a tuple
         levels = best if isinstance(best, tuple) else (best,)
         chosen = of_level[(of_level[axes] == list(levels)).all(axis=1)].iloc[0]
         models.append((", ".join(levels), Path(chosen["folder"])))
@@ -187,5 +186,5 @@ def _best_models(comparison: Comparison, runs: pd.DataFrame) -> list[TestedSampl
     try:
         return sample_models(models)
     except (ValueError, OSError, RuntimeError) as error:
-        # data on another machine, a full GPU: the page says so
+        # missing data or a full GPU: the page shows the error
         return [TestedSample(title, error=str(error)) for title, _ in models]

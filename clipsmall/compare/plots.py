@@ -28,12 +28,11 @@ from clipsmall.pages.figures import plot_style
 
 # caption, drawing
 NamedFigure = tuple[str, Figure]
-# Okabe and Ito's colours, which the colour-blind tell apart, without their yellow; 8 x 9 pairs
-# before one repeats.
+# Okabe and Ito's colour-blind-safe palette without yellow; with the markers 8 x 9 combinations.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#333333", "#8C8C8C"]
 MARKERS = ["o", "s", "^", "D", "v", "P", "X", "<", "*"]
 GREY = "#777777"
-# A learning curve has about so many points at most, and one in a few of them is marked.
+# A learning curve is thinned to about this many points.
 CURVE_POINTS = 300
 CURVE_MARKS = 6
 # Points (1/72 inch) between two names on a Pareto front.
@@ -59,7 +58,7 @@ class Frames(NamedTuple):
 
     @property
     def numeric(self) -> list[str]:
-        """The axes that can lie across: all their levels are numbers, at least two."""
+        """The axes that can be an x axis: they have at least two levels, all numbers."""
         return [
             axis
             for axis, levels in self.axes.items()
@@ -108,7 +107,7 @@ def comparison_figures(
     Args:
         runs, curves: of `run_tables.tables_of_runs`; any run may be missing, failed or NaN.
     """
-    # 0 is no bias, as in most objectives: it is not drawn
+    # most objectives have no bias and log 0, which is not drawn
     frames = Frames(comparison, _without_zero_bias(runs), _without_zero_bias(curves))
     metric = comparison.metric
 
@@ -141,7 +140,7 @@ def _without_zero_bias(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _named_figures(found: list[tuple[str, Figure | None]]) -> dict[str, NamedFigure]:
-    """File names made of the captions; a number keeps two of the same apart."""
+    """Name files after captions; a number is appended to a repeated name."""
     named: dict[str, NamedFigure] = {}
     for caption, figure in found:
         if figure is None:
@@ -193,13 +192,13 @@ def plot_against_axis(frames: Frames, column: str, name: str, axis: str) -> Figu
     fraction = column in frames.comparison.metrics
     figure, panels = _panel_grid(titles, axis_words(axis), name, fraction)
 
-    # levels lie where their numbers are, and the nearest two have a gap
+    # positions of the levels, and the smallest gap between two of them
     positions = _axis_positions(frames.axes[axis])
     gap = float(np.diff(sorted(positions.values())).min())
-    # where the first axis lies across, there is one line of one colour
+    # if the first axis is the x axis, there is one line of one colour
     line_axes = [frames.coloured] if axis != frames.coloured else []
     lines = len(frames.axes[frames.coloured]) if line_axes else 1
-    # bars of several lines stand side by side
+    # shift the error bars of several lines so that they do not overlap
     step = gap * min(0.06, 0.5 / lines)
 
     for panel, (_, part) in zip(panels, parts, strict=True):
@@ -291,7 +290,7 @@ def plot_pareto_front(frames: Frames, metric: str, cost: str) -> Figure | None:
         zorder=0,
     )
 
-    # the colour says the first level, and one that all share says nothing
+    # the colour shows the first level; levels that all points share are left out
     further = [axis for axis in frames.others(frames.coloured) if means[axis].nunique() > 1]
     names = []
     for further_levels in best[further].to_numpy():
@@ -305,7 +304,7 @@ def plot_pareto_front(frames: Frames, metric: str, cost: str) -> Figure | None:
 def _join_batch_sizes(
     frames: Frames, panel: Axes, means: pd.DataFrame, metric: str, cost: str
 ) -> None:
-    """A thin line through settings that differ on the last numeric axis alone: the batch size."""
+    """A thin line through settings that differ only on the last numeric axis, the batch size."""
     joined = frames.numeric[-1:]
     if not joined:
         return
@@ -328,12 +327,12 @@ def _use_log_scale(panel: Axes) -> None:
 
 
 def _cost_unit(cost: str, most: float) -> tuple[str, float]:
-    """How a cost of up to `most` GiB or seconds is labelled, and how much of it makes one unit."""
+    """The axis label for a cost of up to `most` GiB or seconds, and the size of its unit."""
     if cost == "memory":
         return ("memory of a step, GiB", 1) if most >= 1 else ("memory of a step, MiB", 1 / 1024)
 
     for name, seconds in (("hours", 3600), ("minutes", 60)):
-        # one unit alone would read badly
+        # at least three units, for a readable axis
         if most >= 3 * seconds:
             return f"training time, {name}", seconds
 
@@ -341,10 +340,10 @@ def _cost_unit(cost: str, most: float) -> tuple[str, float]:
 
 
 def _name_points(panel: Axes, points: NDArray[np.float64], names: list[str]) -> None:
-    """Write names to the left above points of the front, where no other point can be.
+    """Write names above and to the left of the front's points, where no other point can be.
 
     Args:
-        points: (n, 2), from left to right. One that is too near to a named one gets no name.
+        points: (n, 2), from left to right. A point too close to a named one gets no name.
     """
     # room for the leftmost name
     panel.margins(0.05 + 0.015 * max(map(len, names)), 0.12)
@@ -370,8 +369,8 @@ def _name_points(panel: Axes, points: NDArray[np.float64], names: list[str]) -> 
 def plot_learning_curves(frames: Frames, column: str) -> Figure | None:
     """A column over the pairs seen, with a panel for each combination of the other axes.
 
-    Each level of the first axis has a bold line, the mean where all its seeds are, and thin ones
-    for the seeds. None if no run has two points.
+    Each level of the first axis has thin lines for its seeds, and a bold line for their mean where
+    all seeds have a value. None if no run has two points.
     """
     known = frames.curves.dropna(subset=["pairs", column])
     points = known.groupby([*frames.axes, "seed"])["pairs"].nunique()
@@ -398,14 +397,14 @@ def plot_learning_curves(frames: Frames, column: str) -> Figure | None:
 
 def _draw_curves_of_seeds(panel: Axes, seeds: pd.DataFrame, look: dict[str, str]) -> None:
     """Args: seeds: one column per seed, over pairs; NaN where a seed has no point."""
-    # thinned from the end, which must stay
+    # thinned from the end, so that the last point stays
     step = 1 + len(seeds) // CURVE_POINTS
 
     seeds = seeds.iloc[::-step][::-1]
     for seed in seeds.columns:
         panel.plot(seeds[seed].dropna(), linewidth=0.7, alpha=0.5, color=look["color"])
 
-    # a seed that joins or leaves would make the mean jump
+    # the mean would jump where a seed starts or ends
     all_are_there = seeds.notna().all(axis=1)
     mean = seeds.mean(axis=1)[all_are_there]
     panel.plot(
@@ -418,11 +417,8 @@ def _draw_curves_of_seeds(panel: Axes, seeds: pd.DataFrame, look: dict[str, str]
     )
 
 
-# What several plots share.
-
-
 def _axis_positions(levels: Collection[str]) -> dict[str, float]:
-    """Where numeric levels lie across: by their logarithm if all are positive."""
+    """x positions of numeric levels: log2 if all are positive."""
     values = {level: float(level) for level in levels}
     if min(values.values()) <= 0:
         return values
@@ -493,13 +489,13 @@ def _style_panel(panel: Axes, measured: str, fraction: bool) -> None:
 
 
 def _add_legend(frames: Frames, figure: Figure, shown: "pd.Series[str]") -> None:
-    """Below: the levels of the first axis that are shown."""
+    """A legend below, with the levels of the first axis that are shown."""
     present = set(shown)
     levels = [level for level in frames.axes[frames.coloured] if level in present]
     handles = [Line2D([], [], **frames.look({frames.coloured: level})) for level in levels]  # type: ignore[arg-type]
     names = [clean_label(level) for level in levels]
 
-    # inches of the marker, and of a letter
+    # inches: a marker, and each letter
     width = 0.55 + 0.085 * max(map(len, names))
     fitting = max(1, int(figure.get_figwidth() / width))
     columns = min(len(names), fitting)
@@ -525,7 +521,7 @@ def _draw_means(
 
     seeds = y.groupby(x)
     mean = seeds.mean()
-    # of one seed there is none
+    # one seed has no standard deviation
     sd = seeds.std().fillna(0)
     panel.errorbar(
         mean.index.to_numpy(),

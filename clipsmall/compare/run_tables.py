@@ -1,4 +1,4 @@
-"""What the runs of a comparison came to, as tables: one row per run, one row per logged line."""
+"""The runs of a comparison as tables: one row per run, and one row per line of their logs."""
 
 import math
 from statistics import median
@@ -23,19 +23,19 @@ def tables_of_runs(
         seed.
         state: done, failed, submitted, running, begun, missing, or unfit (none of its batches fits
             the memory).
-        error: why it failed, or what it waits for.
+        error: why the run failed, or what it waits for.
         the metrics: fractions; NaN unless done.
-        pairs, steps: what it saw.
-        lr: as given.
+        pairs, steps: samples seen and steps taken.
+        lr: as configured.
         logit_scale, logit_bias: at the end.
-        seconds: of training, start and evaluation left out.
+        seconds: training time, without start-up and evaluation.
         pairs_per_second: median.
         memory: GiB per rank at a step's peak, as planned.
-        skipped: pairs replaced, and steps left out.
+        skipped: number of replaced pairs and of skipped steps.
         folder.
 
-    `curves` has a row for each line of their metrics.jsonl: levels, seed, pairs, loss, accuracy,
-    logit_scale, logit_bias, and the metrics where that line is an evaluation.
+    `curves` has a row for each line of the runs' metrics.jsonl: levels, seed, pairs, loss,
+    accuracy, logit_scale, logit_bias, and the metrics if that line is an evaluation.
     """
     rows = list[dict[str, Any]]()
     lines = list[dict[str, Any]]()
@@ -59,7 +59,7 @@ def tables_of_runs(
     columns = [*axes, "state", "error", *metrics, *NUMBERS, "folder"]
     runs = pd.DataFrame(rows, columns=columns)
     curves = pd.DataFrame(lines, columns=[*axes, *CURVES, *metrics])
-    # what is missing everywhere would be a column of objects
+    # a column without any value would have dtype object
     run_numbers = [*metrics, *NUMBERS]
     runs[run_numbers] = runs[run_numbers].astype(float)
     curve_numbers = [*CURVES, *metrics]
@@ -93,14 +93,14 @@ def _run_row(comparison: Comparison, run: GridRun | None, cell: GridCell) -> dic
         row["skipped"] = end.get("skipped", 0) + end.get("bad_steps", 0)
 
     if state == "done":
-        # lines of evaluations have no loss
+        # evaluation lines have no loss
         final = [line for line in lines if "loss" not in line][-1]
         for column, key in comparison.metrics.items():
             row[column] = final.get(key)
 
         row["pairs"] = final["pairs"]
         row["steps"] = final["step"]
-        # The last steps may be too few for a line of the log: their time is added in proportion.
+        # The last steps may not have been logged: their time is added in proportion.
         if trained:
             row["seconds"] = training_seconds(trained) * final["pairs"] / trained[-1]["pairs"]
 
@@ -108,7 +108,7 @@ def _run_row(comparison: Comparison, run: GridRun | None, cell: GridCell) -> dic
 
 
 def _row_without_run(cell: GridCell) -> dict[str, Any]:
-    """Of a setting whose runs are not known yet, or will never be."""
+    """The row of a setting whose runs are not known yet, or will not exist."""
     state = "failed" if cell.error else "missing"
     if not cell.fits:
         state = "unfit"
@@ -117,7 +117,7 @@ def _row_without_run(cell: GridCell) -> dict[str, Any]:
 
 
 def training_seconds(trained: list[dict[str, Any]]) -> float:
-    """Time in the training loop: neither start, nor evaluation, nor what a kill threw away.
+    """Time in the training loop, without start-up, evaluation and steps lost to a kill.
 
     Args:
         trained: lines of metrics.jsonl with pairs and pairs_per_second; their times are added up.

@@ -1,4 +1,4 @@
-"""A run of a comparison: its config, its folder, and how far it is."""
+"""A run of a comparison: its config, its folder and its state."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ from clipsmall.storage import locks
 from clipsmall.storage.run_folder import RunFolder
 
 State = Literal["done", "failed", "submitted", "running", "begun", "missing"]
-# Section -> options that change nothing of what is learned; "" is the top of the config.
+# Section -> options that do not affect what is learned; "" is the top level of the config.
 WITHOUT_EFFECT = {
     "": {"out", "resume"},
     "data": {"workers"},
@@ -25,10 +25,10 @@ WITHOUT_EFFECT = {
 
 
 def config_digest(tree: Tree) -> str:
-    """Eight hexadecimal digits of what a config says of learning.
+    """Eight hexadecimal digits over all options that affect what is learned.
 
-    It is of what was written, not of defaults: an option that is new to clipsmall makes no run over
-    again.
+    Only explicit options count, not defaults, so a new option in clipsmall does not make old runs
+    obsolete.
     """
     relevant = {name: value for name, value in tree.items() if name not in WITHOUT_EFFECT[""]}
     for section in ("data", "run"):
@@ -37,7 +37,7 @@ def config_digest(tree: Tree) -> str:
             if name not in WITHOUT_EFFECT[section]:
                 left[name] = value
 
-        # an empty section is as good as none
+        # an empty section counts as none
         if left:
             relevant[section] = left
 
@@ -47,7 +47,7 @@ def config_digest(tree: Tree) -> str:
 
 @dataclass(frozen=True)
 class GridRun:
-    """One run. Its folder's name has a digest of its config: other options make another run."""
+    """One run. Its folder's name has a digest of its config, so other options are another run."""
 
     setting: GridSetting
     seed: int
@@ -58,7 +58,7 @@ class GridRun:
 
     @property
     def title(self) -> str:
-        """Its setting, and what distinguishes it from the setting's other runs."""
+        """The setting, and what distinguishes this run from the setting's other runs."""
         if self.kind == "runs":
             which = f"seed {self.seed}"
         elif self.kind == "tuning":
@@ -70,17 +70,17 @@ class GridRun:
 
     @cached_property
     def config(self) -> Config:
-        """What the trainer makes of its tree."""
+        """The run's tree as a checked config."""
         return validated(self.tree)
 
     @cached_property
     def files(self) -> RunFolder:
-        """What the trainer writes."""
+        """The files that the trainer writes."""
         return RunFolder(str(self.folder))
 
     @property
     def finished(self) -> bool:
-        """Whether its last step is evaluated or, with nothing to evaluate, saved.
+        """Whether the last step is evaluated or, if there is nothing to evaluate, saved.
 
         Checkpoints of an evaluated run may be deleted to make room.
         """
@@ -92,10 +92,10 @@ class GridRun:
 
     @property
     def state(self) -> State:
-        """How far it is."""
+        """The state of the run, from the files in its folder."""
         if self.finished:
             return "done"
-        # `lock` is that of a comparison, `.lock` the trainer's own
+        # `lock` is held by `clipsmall.compare`, `.lock` by the trainer
         if any(locks.held(self.folder / name) for name in ("lock", ".lock")):
             return "running"
         if self.mark:
@@ -105,7 +105,7 @@ class GridRun:
 
     @property
     def mark(self) -> Literal["failed", "submitted", ""]:
-        """What the last attempt left behind, if not a finished run."""
+        """The outcome of the last attempt, if it was recorded as failed or submitted."""
         if (self.folder / "failed.json").exists():
             return "failed"
         if (self.folder / "submitted.json").exists():
@@ -115,7 +115,7 @@ class GridRun:
 
     @property
     def error(self) -> str:
-        """Why it failed; empty if it did not."""
+        """Why the run failed; "" if it did not."""
         path = self.folder / "failed.json"
         if not path.exists() or self.finished:
             return ""
@@ -126,7 +126,7 @@ class GridRun:
             return f"see {self.folder}/log.txt"
 
     def logged_lines(self) -> list[dict[str, Any]]:
-        """metrics.jsonl; a line cut by a kill is left out."""
+        """The lines of metrics.jsonl, without one that a kill has truncated."""
         if not self.files.metrics.exists():
             return []
 
@@ -143,7 +143,7 @@ class GridRun:
 def make_run(
     out: str, setting: GridSetting, seed: int, changes: Sequence[Tree], kind: str = "runs"
 ) -> GridRun:
-    """The run of a setting, with its budget and learning rate as further changes of its config."""
+    """The run of a setting, with budget and learning rate added to its config."""
     tree = setting.tree
     for change in (*changes, {"seed": seed}):
         tree = lay_over(tree, change)

@@ -10,30 +10,30 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import t as student_t
 
-# axis -> its levels, in their order
+# axis -> its levels, in order
 Axes = Mapping[str, Collection[str]]
-# a setting: a level of every axis
+# a setting: one level per axis
 Levels = tuple[str, ...]
 COSTS = ("seconds", "pairs_per_second", "logit_scale", "logit_bias", "lr", "pairs", "steps")
 TESTED = ("difference", "low", "high", "t", "df", "p", "p Holm", "seeds")
 
 
 def pareto_front(cost: ArrayLike, gain: ArrayLike) -> NDArray[np.bool_]:
-    """Which points nobody beats: (n,) costs, (n,) gains -> (n,) bool.
+    """(n,) costs, (n,) gains -> (n,) bool: the points on the Pareto front.
 
-    A point is beaten where another costs at most as much and gains at least as much, one of the two
-    strictly. Equal points stay together; a point with a NaN is never on the front.
+    A point is dominated if another costs no more and gains no less, and is strictly better in one
+    of the two. Equal points do not dominate each other; a point with a NaN is never on the front.
     """
     costs = np.asarray(cost, dtype=float)
     gains = np.asarray(gain, dtype=float)
-    # (n, 1): the point that may be beaten, against (n,): the others
+    # (n, 1) the point in question, against (n,) all others
     own_cost = costs[:, None]
     own_gain = gains[:, None]
     no_worse = (costs <= own_cost) & (gains >= own_gain)
     strictly_better = (costs < own_cost) | (gains > own_gain)
     beaten = (no_worse & strictly_better).any(axis=1)
 
-    # NaN compares with nothing, and so is never beaten
+    # comparisons with NaN are false, so such points look undominated
     known = ~np.isnan(costs) & ~np.isnan(gains)
     return np.asarray(~beaten & known, dtype=bool)
 
@@ -41,8 +41,8 @@ def pareto_front(cost: ArrayLike, gain: ArrayLike) -> NDArray[np.bool_]:
 def bootstrap_interval(values: ArrayLike, draws: int = 10_000) -> tuple[float, float]:
     """The 95 % percentile interval of the mean of (n,) values, with a fixed seed.
 
-    It is narrow for few values: of three it is their range, which holds the true mean in about 3
-    cases of 4 only. One value has none: NaN.
+    It is too narrow for few values: with three it is their range, which contains the true mean in
+    only about 3 cases of 4. NaN for a single value.
 
     Source: Efron 1979; Efron & Tibshirani 1993, chapter 13.
     """
@@ -60,17 +60,17 @@ def bootstrap_interval(values: ArrayLike, draws: int = 10_000) -> tuple[float, f
 def summarise_runs(
     runs: pd.DataFrame, axes: Axes, metrics: Collection[str], interval: str = "sd"
 ) -> pd.DataFrame:
-    """One row per setting, in the grid's order, done or not; flat columns for CSV and Parquet.
+    """One row per setting in the grid's order, finished or not; flat columns for CSV and Parquet.
 
     Columns:
         the axes: the setting's levels.
         n, failed, unfit, missing: numbers of seeds that are done, failed, too large for the memory
-            budget, and not there yet.
-        M and "M sd" of each metric M: its mean over the done runs that have it, and its standard
-            deviation (ddof 1; NaN of one seed).
+            budget, and not run yet.
+        M and "M sd" for each metric M: mean over the done runs that have it, and standard
+            deviation (ddof 1; NaN for one seed).
         "M low", "M high": with interval=bootstrap, see `bootstrap_interval`.
-        those of COSTS: means over the done runs.
-        memory: mean over all runs, so that what does not fit shows what it needs.
+        the columns of COSTS: means over the done runs.
+        memory: mean over all runs, so that settings that do not fit show what they need.
 
     Raises:
         ValueError: an interval that is neither sd nor bootstrap.
@@ -114,31 +114,32 @@ def contrasts_with_baseline(
 ) -> pd.DataFrame:
     """One row per setting that differs from the baseline on the baseline's axes.
 
-    It is compared with the setting that has the baseline's levels there and the same levels
-    elsewhere (one objective at batch size 32 with another at 32).
+    It is compared with the setting that has the baseline's levels on these axes and the same levels
+    on all others (one objective at batch size 32 with another at 32).
 
-    All settings that are equal elsewhere are one randomised complete block design (Montgomery,
-    Design and Analysis of Experiments, ch. 4): the seed is the block, as it sets the order of the
-    pairs and the initial weights. The additive model y = setting + seed + noise is fitted by least
-    squares to the runs that are done, so missing runs are no special case; when none is missing,
-    the difference is that of the means, its standard error √(2 MS / n) and df = (k − 1)(n − 1). Of
-    two settings this is the paired t-test.
+    Settings with the same levels on the other axes form one randomised complete block design
+    (Montgomery, Design and Analysis of Experiments, ch. 4). The seed is the block: it sets the
+    order of the pairs and the initial weights. The additive model y = setting + seed + noise is
+    fitted by least squares to the finished runs, so missing runs need no special case. If none is
+    missing, the estimate is the difference of means, with standard error √(2 MS / n) and
+    df = (k − 1)(n − 1). For two settings this is the paired t-test.
 
-    The noise MS is pooled over the settings, as though all had the same variance. Fractions near 0
-    or 1 vary less, and unstable objectives more, so it is a compromise: p is too large for a quiet
-    pair, too small for a noisy one (six settings, three seeds, equal means: a rival three times as
-    noisy as the rest has p < 0.05 in 19 % of the studies). But a variance of its own leaves a pair
-    df = 2, so that t must pass 4.3 instead of 2.2 with df = 10: a difference of three sd is then
-    found in 51 % of the studies, pooled in 91 %.
+    The noise MS is pooled over the settings, as if all had the same variance. This is a compromise,
+    as fractions near 0 or 1 vary less and unstable objectives more: p is too large for two quiet
+    settings and too small for noisy ones (six settings, three seeds, equal means: a rival three
+    times as noisy as the rest has p < 0.05 in 19 % of the studies). A separate variance per pair of
+    settings would leave df = 2, so that t must exceed 4.3 instead of 2.2 with df = 10: a difference
+    of three sd is then found in 51 % of the studies, and with pooling in 91 %.
 
     Columns:
         the axes: the setting's levels.
-        difference: larger is better than the baseline. NaN without a path of common seeds.
-        low, high: 95 % interval of this difference alone; NaN, like p, without residual freedom
-            (one seed) or noise.
-        t, df, p: of the two-sided t-test.
-        p Holm: p over all rivals of one baseline that have one, see `holm_adjusted`.
-        seeds: how many the two have in common.
+        difference: positive is better than the baseline. NaN if no chain of common seeds links
+            the two.
+        low, high: 95 % interval of this one difference. NaN, like p, without residual degrees of
+            freedom (one seed) or without noise.
+        t, df, p: the two-sided t-test.
+        p Holm: p, corrected over all rivals of one baseline, see `holm_adjusted`.
+        seeds: number of seeds that the two have in common.
     """
     assert baseline.keys() <= axes.keys(), (baseline, list(axes))
     done = runs[(runs["state"] == "done") & runs[metric].notna()]
@@ -157,7 +158,7 @@ def contrasts_with_baseline(
     for settings in blocks.values():
         base = next(levels for levels in settings if _has_levels(levels, axes, baseline))
         rivals = [levels for levels in settings if levels != base]
-        # a setting without results has no tests, but its rows
+        # a setting without results has a row, but no test
         found = [results.get(levels, {}) for levels in (base, *rivals)]
         tests = _tests_against_first(found)
         for levels, test in zip(rivals, tests, strict=True):
@@ -173,15 +174,15 @@ def _has_levels(levels: Levels, axes: Axes, wanted: Mapping[str, str]) -> bool:
 
 
 def levels_elsewhere(levels: Levels, axes: Axes, baseline: Collection[str]) -> Levels:
-    """The levels on the axes of which the baseline says nothing: those that a block shares."""
+    """The levels on the axes that the baseline does not name, which a block has in common."""
     return tuple(level for axis, level in zip(axes, levels, strict=True) if axis not in baseline)
 
 
 def holm_adjusted(p: ArrayLike) -> NDArray[np.float64]:
     """(m,) p-values, adjusted for m tests (Holm 1979).
 
-    The i-th smallest is multiplied by m − i + 1, and is no smaller than those before it. NaN stays
-    NaN, and does not count as a test.
+    The i-th smallest is multiplied by m − i + 1, and raised to the one before it if smaller. NaN
+    stays NaN and does not count as a test.
     """
     adjusted = np.array(p, dtype=float)
     tests = np.count_nonzero(~np.isnan(adjusted))
@@ -209,14 +210,14 @@ def _tests_against_first(settings: list[dict[int, float]]) -> list[dict[str, flo
     seed_columns = seed[:, None] == np.unique(seed)
     x = np.hstack([setting_columns, seed_columns]).astype(float)
     gram = x.T @ x
-    # the columns of settings and those of seeds have the same sum, so there is no inverse
+    # setting columns and seed columns have the same sum, so the matrix is singular
     inverse = np.linalg.pinv(gram, hermitian=True)
     effects = inverse @ x.T @ y
 
     # residual degrees of freedom, and the standard deviation of one run
     free = len(y) - np.linalg.matrix_rank(gram, hermitian=True)
     noise = np.sqrt(((y - x @ effects) ** 2).sum() / free) if free else nan
-    # rounding: as good as identical numbers, of which no t can be made
+    # differences at rounding level: treated as identical results, which have no t
     if free and noise <= 1e-9 * np.abs(y).max():
         noise = nan
 
@@ -225,7 +226,7 @@ def _tests_against_first(settings: list[dict[int, float]]) -> list[dict[str, flo
         contrast = np.zeros(len(gram))
         contrast[rival] = 1
         contrast[0] = -1
-        # else seeds and settings are confounded
+        # a contrast is estimable unless seeds and settings are confounded
         known = np.allclose(contrast @ inverse @ gram, contrast, atol=1e-6)
         difference = contrast @ effects if known else nan
 
@@ -235,7 +236,7 @@ def _tests_against_first(settings: list[dict[int, float]]) -> list[dict[str, flo
         p = 2 * student_t.sf(abs(t), free) if free else nan
 
         common = len(settings[rival].keys() & settings[0].keys())
-        # Holm's p needs all of them, and follows
+        # Holm's p needs all tests and is filled in below
         values = (difference, difference - reach, difference + reach, t, free, p, nan, common)
         tests.append(dict(zip(TESTED, values, strict=True)))
 

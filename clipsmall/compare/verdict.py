@@ -1,4 +1,4 @@
-"""What a comparison found, in sentences: who leads, by how much, at what cost, how surely."""
+"""The verdict of a comparison in sentences: what is best, by how much, at what cost, how surely."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ from clipsmall.compare.wording import (
     percent,
 )
 
-# What a contrast says of a rival, and how its sentence begins.
+# Outcome of a rival's test against the baseline -> start of the sentence.
 OUTCOME_HEADS = {
     "better": "Better than {}",
     "worse": "Worse than {}",
@@ -35,7 +35,7 @@ OUTCOME_HEADS = {
     "ahead": "Ahead of {}, untested",
     "behind": "Behind {}, untested",
 }
-# What is said of a leader in brackets, by what its contrast says.
+# Outcome of a leader's test -> remark in brackets.
 LEADER_NOTES = {
     "better": "better than {}",
     "worse": "worse than {} seed for seed",
@@ -52,13 +52,13 @@ SettingsBySize = dict[tuple[str, Levels], dict[float, Levels]]
 class Study:
     """A comparison's tables by setting, and how its settings are named in a sentence.
 
-    Some settings are compared with one another and not with the rest: those with the same levels on
-    the axes that the baseline leaves open, such as all objectives of one batch size. These open
-    levels are called their place.
+    Settings are compared only within a place: the levels on the axes that the baseline does not
+    name. If the baseline names an objective, a place is a batch size, and all objectives at this
+    batch size are compared.
     """
 
     comparison: Comparison
-    # of `run_tables.tables_of_runs`
+    # the frame `runs` of `run_tables.tables_of_runs`
     runs: pd.DataFrame
     # the rows of `summarise_runs`
     table: dict[Levels, Row]
@@ -66,24 +66,24 @@ class Study:
     tests: list[Row]
 
     def ranked(self, metric: str) -> list[Levels]:
-        """The settings that have this metric, the best first."""
+        """The settings that have a value of this metric, best first."""
         known = [levels for levels, row in self.table.items() if not isnan(row[metric])]
         return sorted(known, key=lambda levels: -self.table[levels][metric])
 
     def levels(self, row: Row) -> Levels:
-        """The levels of a row of any table."""
+        """The setting (its levels) of a row of any table."""
         return tuple(row[axis] for axis in self.comparison.axes)
 
     def place(self, levels: Levels) -> Levels:
-        """The levels on the axes that the baseline leaves open: where it is compared."""
+        """The levels on the axes that the baseline does not name."""
         return levels_elsewhere(levels, self.comparison.axes, self.comparison.baseline_levels)
 
     def duel(self, metric: str, one: Levels, other: Levels) -> Row:
         """`one` minus `other` as a row of `contrasts_with_baseline`.
 
-        The noise is that of the settings at the places of the two. The plain p serves for the best
-        and the runner-up: having picked them favours no difference, as the runner-up is the nearest
-        to the best (Gutmann & Maymin 1987, Is the selected population the best?, Annals of
+        The noise is estimated from all settings at the places of the two. For the best and the
+        runner-up the uncorrected p is valid although they were selected, as the runner-up is the
+        closest to the best (Gutmann & Maymin 1987, Is the selected population the best?, Annals of
         Statistics).
         """
         axes = self.comparison.axes
@@ -91,7 +91,7 @@ class Study:
         settings = self.runs[list(axes)].itertuples(index=False, name=None)
         near = [self.place(levels) in around for levels in settings]
 
-        # `other` as a baseline with a level on every axis: all settings are its rivals
+        # a baseline with a level on every axis, so that all settings are its rivals
         baseline = dict(zip(axes, other, strict=True))
 
         contrasts = contrasts_with_baseline(self.runs[near], axes, metric, baseline)
@@ -109,7 +109,7 @@ class Study:
         first_axis = next(iter(self.comparison.axes))
         words = []
         for axis, level in levels.items():
-            # an objective needs no "objective" in front, but a number says nothing by itself
+            # the first axis needs no name in front of a word, but does in front of a number
             speaks_for_itself = axis == first_axis and isnan(level_number(level))
             words.append(level if speaks_for_itself else f"{axis_words(axis)} {level}")
 
@@ -117,7 +117,7 @@ class Study:
         return f"{head} at {', '.join(rest)}" if rest else head
 
     def rival(self, levels: Levels) -> str:
-        """What a setting is compared as: its levels on the baseline's axes."""
+        """The name of a setting without its place: its levels on the baseline's axes."""
         baseline = self.comparison.baseline_levels
         compared = {}
         for axis, level in zip(self.comparison.axes, levels, strict=True):
@@ -196,9 +196,9 @@ class Study:
 def verdict_sentences(
     comparison: Comparison, runs: pd.DataFrame, summary: pd.DataFrame, contrasts: pd.DataFrame
 ) -> list[str]:
-    """Sentences for somebody in a hurry, the answer first.
+    """The verdict in sentences, most important first.
 
-    Numbers are percent, differences percentage points.
+    Metrics are in percent, differences in percentage points.
 
     Args:
         runs: one row for each of the comparison's runs, of `run_tables.tables_of_runs`.
@@ -235,7 +235,7 @@ def _best_and_runner_up(study: Study) -> list[str]:
     versus = difference_words(test)
 
     if test["difference"] < 0:
-        # where seeds are missing, the means and the differences of common seeds may disagree
+        # with missing seeds, means and paired differences may disagree
         versus = f"by the means; seed for seed it is behind: {versus}"
 
     runner_up = f"{study.name(second)}, {study.value(second, metric)}"
@@ -243,7 +243,7 @@ def _best_and_runner_up(study: Study) -> list[str]:
 
 
 def _unfinished(study: Study) -> list[str]:
-    """Runs without a result, by reason; and results without a number."""
+    """Runs without a result, by reason; and done runs without a value of the metric."""
     reasons = {"failed": "failed", "missing": "not done yet", "unfit": "too large for the memory"}
     items = []
     for state, words in reasons.items():
@@ -281,10 +281,7 @@ def _unfinished(study: Study) -> list[str]:
 
 
 def _outcome(test: Row) -> str:
-    """What a contrast says of the rival: a key of OUTCOME_HEADS.
-
-    It is "" where the two have no seed in common.
-    """
+    """The outcome of a rival's test: a key of OUTCOME_HEADS, or "" without a common seed."""
     difference = test["difference"]
     p = test["p Holm"]
     if isnan(difference):
@@ -298,7 +295,7 @@ def _outcome(test: Row) -> str:
 
 
 def _leaders(study: Study) -> list[str]:
-    """Who leads at each batch size, or whatever else the baseline leaves open."""
+    """The best setting at each place, such as each batch size."""
     outcomes = {study.levels(test): _outcome(test) for test in study.tests}
     baseline = study.baseline
     ranked = study.ranked(study.comparison.metric)
@@ -306,7 +303,7 @@ def _leaders(study: Study) -> list[str]:
     places_of = dict[str, list[Levels]]()
     for place in dict.fromkeys(map(study.place, study.table)):
         here = [levels for levels in ranked if study.place(levels) == place]
-        # one alone leads nobody
+        # a single setting has nothing to lead
         if len(here) < 2:
             continue
 
@@ -318,7 +315,7 @@ def _leaders(study: Study) -> list[str]:
 
         places_of.setdefault(leader, []).append(place)
 
-    # of a single place, the first sentence has said it
+    # with a single place the first sentence has said it already
     if sum(map(len, places_of.values())) < 2:
         return []
 
@@ -365,7 +362,7 @@ def _range_of_differences(tests: list[Row]) -> str:
     """The range of differences and the largest p: " (+1.2 to +4.1 points, p ≤ 0.012)"."""
     values = sorted(test["difference"] for test in tests)
     ends = [percent(values[0], "+"), percent(values[-1], "+")]
-    # where both ends read the same, one stands for both
+    # one number if both ends read the same
     text = " to ".join(dict.fromkeys(ends))
 
     p = max(test["p Holm"] for test in tests)
@@ -376,7 +373,7 @@ def _range_of_differences(tests: list[Row]) -> str:
 
 
 def _batch_sizes(study: Study) -> list[str]:
-    """What the largest batch gives the baseline, and which rival makes up for a larger batch."""
+    """What the largest batch gains the baseline, and which rival replaces a larger batch."""
     axes = study.comparison.axes
     sized = [
         axis
@@ -392,7 +389,7 @@ def _batch_sizes(study: Study) -> list[str]:
 
     lines: SettingsBySize = {}
     for levels in study.ranked(study.comparison.metric):
-        # its place, with the batch size left blank
+        # the place without its batch size
         further = study.place((*levels[:position], "", *levels[position + 1 :]))
         line = lines.setdefault((study.rival(levels), further), {})
         line[size_of[levels[position]]] = levels
@@ -401,7 +398,7 @@ def _batch_sizes(study: Study) -> list[str]:
 
 
 def _gain_of_the_largest_batch(study: Study, lines: SettingsBySize) -> list[str]:
-    """The baseline with the largest batch against the smallest, where it is best otherwise."""
+    """The baseline with the largest batch against the smallest, at its best other levels."""
     metric = study.comparison.metric
     # the best first
     baselines = [line for (rival, _), line in lines.items() if rival == study.baseline]
@@ -431,16 +428,16 @@ def _gain_of_the_largest_batch(study: Study, lines: SettingsBySize) -> list[str]
 
 
 def _rival_for_a_larger_batch(study: Study, lines: SettingsBySize) -> list[str]:
-    """The smallest batch with which a rival has what the baseline has with a larger one only."""
+    """The smallest batch at which a rival reaches the baseline with a larger batch."""
     metric = study.comparison.metric
-    # (size, -larger, -mean, setting, the baseline's setting), so that the least is the one wanted:
-    # smallest batch, replacing the largest, with the best result
+    # (size, -larger size, -mean, setting, the baseline's setting): the minimum is the smallest
+    # batch; of these the one that replaces the largest batch; of these the best result
     found = list[tuple[float, float, float, Levels, Levels]]()
     for (_, further), line in lines.items():
         base = lines.get((study.baseline, further), {})
         base_means = {size: study.table[levels][metric] for size, levels in base.items()}
         for size, levels in line.items():
-            # else nothing shows what the baseline lacks at this size
+            # the baseline must have a result at this size, too
             if size not in base:
                 continue
 
@@ -460,9 +457,9 @@ def _rival_for_a_larger_batch(study: Study, lines: SettingsBySize) -> list[str]:
 
 
 def _pareto_fronts(study: Study) -> list[str]:
-    """The settings that no other beats at their memory, and at their training time.
+    """The Pareto-optimal settings by memory, and by training time.
 
-    Time is left out where it was given to all alike.
+    Time is left out if it is the budget.
     """
     costs = {"memory": "memory"}
     if not study.comparison.budget.seconds:
@@ -483,12 +480,12 @@ def _pareto_sentence(study: Study, cost: str, words: str) -> list[str]:
 
     price = [study.table[levels][cost] for levels in known]
     gain = [study.table[levels][metric] for levels in known]
-    # a twentieth is no choice to make
+    # costs within 5 % are not worth a choice
     if max(price) < 1.05 * min(price):
         ends = [_amount(cost, value) for value in (min(price), max(price))]
         return [f"The {words} hardly differs: {' to '.join(dict.fromkeys(ends))}."]
 
-    # `known` has the best first, and on the front the best is the dearest: the cheapest first
+    # `known` is sorted best first; on the front the best costs most, so reverse: cheapest first
     front = [at for at, on_front in enumerate(pareto_front(price, gain)) if on_front][::-1]
     settings = study.grouped(known[at] for at in front)
 
@@ -505,7 +502,7 @@ def _pareto_sentence(study: Study, cost: str, words: str) -> list[str]:
 
 
 def _varying_times(study: Study) -> str:
-    """How far a setting's times are apart, where that is more than a tenth."""
+    """A remark if one setting's training times differ by more than 10 % between seeds."""
     done = study.runs[study.runs["state"] == "done"]
     times = done.groupby(list(study.comparison.axes))["seconds"]
     ratio = (times.max() / times.min()).max()
@@ -530,7 +527,7 @@ def _amount(cost: str, value: float) -> str:
 
 
 def _other_metrics(study: Study) -> list[str]:
-    """Those that name another best setting than the first."""
+    """The metrics whose best setting differs from that of the first metric."""
     main, *metrics = study.comparison.metrics
     if not metrics:
         return []
@@ -543,7 +540,7 @@ def _other_metrics(study: Study) -> list[str]:
             continue
 
         values = f"{study.value(winner, metric)} against {study.value(best, metric)}"
-        # Holm's p: the winner is picked out of all
+        # Holm's p, as the winner was selected among all settings
         noise = noise_words(study.duel(metric, winner, best), "p Holm")
         items.append(f"{metric}: {study.name(winner)}, {values}, {noise}")
 
@@ -554,10 +551,10 @@ def _other_metrics(study: Study) -> list[str]:
 
 
 def _unsteady(study: Study) -> list[str]:
-    """Settings that vary over 4 times as much between seeds as those that they are compared with.
+    """Settings whose sd over seeds is more than 4 times that of the settings they compete with.
 
-    Of equal ones 1 in 1000 does (six settings, three seeds: an F of 2 and 10 degrees of freedom
-    above 16).
+    With equal variances this happens to 1 setting in 1000 (six settings, three seeds: F above 16
+    with 2 and 10 degrees of freedom).
     """
     column = f"{study.comparison.metric} sd"
     items = []
@@ -569,7 +566,7 @@ def _unsteady(study: Study) -> list[str]:
             if study.place(other) == place and not isnan(other_row[column]):
                 known.append(other_row[column])
 
-        # the mean variance of the others, times their number
+        # the sum of the other settings' variances
         squares = sum(sd**2 for sd in known) - own**2
         others = len(known) - 1
         if others > 1 and own**2 * others > 16 * squares:
@@ -583,7 +580,7 @@ def _unsteady(study: Study) -> list[str]:
 
 
 def _what_it_rests_on(study: Study) -> list[str]:
-    """The budget, the seeds, and how small a difference can be seen."""
+    """The budget, the seeds, and how precisely a single difference is known."""
     budget = study.comparison.budget_words
     if max(row["n"] for row in study.table.values()) < 2:
         return [f"{budget}; one run each: no interval, no significance."]

@@ -1,4 +1,4 @@
-"""How levels, numbers and differences of a comparison are put into words."""
+"""Words for the levels, numbers and differences of a comparison."""
 
 from collections.abc import Collection
 from math import isnan, nan
@@ -18,7 +18,7 @@ def frame_rows(frame: pd.DataFrame) -> list[Row]:
 
 
 def level_number(level: str) -> float:
-    """The number that a level's name is; NaN if it is none."""
+    """A level's name as a number; NaN if it is not one."""
     try:
         return float(level)
     except ValueError:
@@ -49,7 +49,7 @@ def p_value_words(p: float, is_largest: bool = False) -> str:
 
 
 def noise_words(test: Row, p_column: str = "p") -> str:
-    """Whether a difference is more than what the seeds make by themselves.
+    """Whether a difference is more than noise between seeds, in words.
 
     Args:
         test: a row of `stats.contrasts_with_baseline`.
@@ -63,7 +63,7 @@ def noise_words(test: Row, p_column: str = "p") -> str:
 
 
 def difference_words(test: Row) -> str:
-    """A difference, seed for seed, with its interval.
+    """A difference, paired by seed, with its interval.
 
     Args:
         test: a row of `stats.contrasts_with_baseline`.

@@ -1,4 +1,4 @@
-"""Classification: a class is the mean of its prompts' features, an image goes to the nearest."""
+"""Zero-shot classification: each image goes to the class whose mean prompt feature is nearest."""
 
 from collections.abc import Sequence
 
@@ -33,9 +33,9 @@ def class_features(
 
 
 def accuracies(images: Tensor, classes: Tensor, labels: Tensor) -> dict[str, float]:
-    """(n, D), (C, D), (n,) -> acc1, acc5 (where C > 5) and mean_per_class_recall.
+    """(n, D) images, (C, D) classes, (n,) labels -> acc1, acc5 and mean_per_class_recall.
 
-    The last is the mean over the classes that have an image.
+    acc5 only if C > 5. Classes without an image do not count in the mean.
     """
     size = chunk_rows(len(classes))
     chunks_of_images = torch.split(images, size)
@@ -51,9 +51,9 @@ def accuracies(images: Tensor, classes: Tensor, labels: Tensor) -> dict[str, flo
 
 
 def class_in_top_k(values: Tensor, labels: Tensor) -> Tensor:
-    """(n, C) scores, (n,) labels -> (n, 1 or 2): is the right class among the best 1, and 5?
+    """(n, C) scores, (n,) labels -> (n, 1 or 2): is the right class the best, and in the top 5?
 
-    The second column is there where C > 5.
+    The second column exists only if C > 5.
     """
     classes = values.shape[1]
     ks = tuple(k for k in KS if k == 1 or k < classes)
@@ -63,13 +63,13 @@ def class_in_top_k(values: Tensor, labels: Tensor) -> Tensor:
 
 
 def class_accuracies(right: Tensor, labels: Tensor, classes: int) -> dict[str, float]:
-    """What `class_in_top_k` found -> CLIP_benchmark's metrics."""
+    """The result of `class_in_top_k` -> CLIP_benchmark's metrics."""
     metrics = {}
     for column in range(right.shape[1]):
         accuracy = right[:, column].mean()
         metrics[f"acc{KS[column]}"] = accuracy.item()
 
-    # (C,) images of each class, and how many of them were right
+    # (C,) images of each class; below, how many of them are classified correctly
     counts = torch.bincount(labels, minlength=classes)
     per_class = torch.zeros(classes, dtype=torch.float64)
     per_class.index_add_(0, labels, right[:, 0])
@@ -82,5 +82,5 @@ def class_accuracies(right: Tensor, labels: Tensor, classes: int) -> dict[str, f
 
 
 def class_chance(classes: int) -> dict[str, float]:
-    """acc1 and acc5 of a guess among C classes."""
+    """Chance levels of acc1 and acc5 among C classes."""
     return {f"acc{k}": k / classes for k in KS if k == 1 or k < classes}

@@ -1,4 +1,4 @@
-"""What commands that evaluate share: joining the ranks, loading a model, one task on one set."""
+"""Shared by the evaluation commands: joining ranks, loading a model, running a single task."""
 
 import argparse
 import os
@@ -22,10 +22,10 @@ from clipsmall.model.towers import Loaded
 
 
 def join_ranks() -> PartialState:
-    """The processes that the launcher started, joined; one process without a launcher.
+    """Join the processes that the launcher started; without a launcher there is one process.
 
     Raises:
-        ValueError: processes that are not joined.
+        ValueError: the processes cannot be joined.
     """
     single_threaded_tokenizers()
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=world.PATIENCE)
@@ -34,7 +34,7 @@ def join_ranks() -> PartialState:
 
 
 def single_threaded_tokenizers() -> None:
-    """Loader workers are forked, and a forked tokenizer with threads would warn or hang."""
+    """Turn off tokenizer threads: loader workers are forked, and would make them warn or hang."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
@@ -49,7 +49,7 @@ def load_encoder(
     """A model by name, as `load_model` takes it, on `device` and ready to encode.
 
     Raises:
-        ValueError: no such model, a broken one, or a batch of nothing.
+        ValueError: no such model, a broken model, or a batch size below 1.
     """
     single_threaded_tokenizers()
     model, loaded = load_model(name, pretrained)
@@ -64,7 +64,7 @@ def encoder_of(
     workers: int = 0,
     progress: bool = False,
 ) -> Encoder:
-    """A loaded model, moved to `device` and ready to encode. Raises ValueError, as `Encoder`."""
+    """Move a loaded model to `device`, ready to encode. Raises ValueError where `Encoder` does."""
     model = model.to(device).eval()
     return Encoder(model, loaded.tokenize, device, batch_size, workers, progress)
 
@@ -72,9 +72,7 @@ def encoder_of(
 def add_encoder_options(parser: argparse.ArgumentParser) -> None:
     """Add --batch_size and --workers."""
     parser.add_argument("--batch_size", type=int, default=256)
-    parser.add_argument(
-        "--workers", type=int, default=0, help="processes of each rank that decode images"
-    )
+    parser.add_argument("--workers", type=int, default=0, help="image-decoding processes per rank")
 
 
 def single_task_parser(command: str, description: str) -> argparse.ArgumentParser:
@@ -93,9 +91,9 @@ def single_task_parser(command: str, description: str) -> argparse.ArgumentParse
     )
     made.add_argument("--pretrained", default="", help="weight tag of an open_clip model")
     made.add_argument(
-        "--name", default="", help="of the data set in the result; default: its folder's"
+        "--name", default="", help="name of the data set in the result; default: its folder"
     )
-    made.add_argument("--out", type=Path, default=Path("eval"), help="folder for the JSON cell")
+    made.add_argument("--out", type=Path, default=Path("eval"), help="folder for the JSON result")
     add_encoder_options(made)
     return made
 
@@ -103,9 +101,9 @@ def single_task_parser(command: str, description: str) -> argparse.ArgumentParse
 def run_single_task(
     task: str, options: argparse.Namespace, open_data: Callable[[str], DataSet]
 ) -> int:
-    """Measure a task on the set that `open_data` returns for its name; print and write the result.
+    """Measure one task on the data set that `open_data` opens; print and write the result.
 
-    Exact on any number of ranks. Returns the exit code.
+    The result is the same on any number of ranks. Returns the exit code.
     """
     try:
         state = join_ranks()
@@ -121,10 +119,10 @@ def run_single_task(
         data = open_data(options.name or set_name(options.data[0]))
         request = TaskRequest(task, data, option_values(empty_classes=True))
         result = measure(DataView(encoder, data, empty_classes=True), request)
-        # of a path its last part
+        # a path is called by its last part
         source = Path(options.model)
         name = source.resolve().name if source.exists() else options.model
-        # without a tag the weights' digest: two runs' checkpoints may have one name
+        # without a tag, the weights' digest tells apart checkpoints of the same file name
         model = NamedModel(name, options.pretrained, encoder)
         if state.is_main_process:
             print(results_text([result]))

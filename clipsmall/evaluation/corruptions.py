@@ -1,11 +1,11 @@
-"""ImageNet-C's corruption families at five severities, made on the fly, always the same per image.
+"""ImageNet-C's corruptions at five severities, made on the fly and deterministic for each image.
 
 Hendrycks & Dietterich 2019, arXiv 1903.12261. Their images are 224 pixels wide (ImageNet-C) or 32
-(CIFAR-C), and each family has a strength for each severity and width; `FAMILIES` holds both.
-Strengths of other widths are interpolated linearly over the logarithm of the short side, and
-constant beyond both ends. One number per family: where theirs has a second, it follows from the
-first. Everything is numpy, scipy and Pillow, so results resemble the published sets but are not
-equal to the bit; frost is drawn crystals, not photographs, and fog is filtered noise.
+(CIFAR-C), and a corruption's strength depends on severity and width; `FAMILIES` has both widths.
+For other widths the strength is interpolated linearly in the logarithm of the short side, and
+constant below 32 and above 224. Each strength is one number; a second parameter of the original
+follows from the first. Everything is numpy, scipy and Pillow, so results resemble the published
+sets but are not identical: frost is drawn instead of photographed, and fog is filtered noise.
 """
 
 import zlib
@@ -22,8 +22,8 @@ from clipsmall.evaluation.task import TaskOption
 
 Five = tuple[float, float, float, float, float]
 
-# family -> its function, the strengths at 32 pixels, those at 224. Lengths are in pixels; noise is
-# on values from 0 to 1.
+# Name -> function, five strengths at 32 pixels, five at 224. Lengths are in pixels; noise is for
+# values from 0 to 1.
 FAMILIES: dict[str, tuple[Callable[..., d.Picture], Five, Five]] = {
     "gaussian_noise": (
         d.gaussian_noise,
@@ -61,15 +61,17 @@ FAMILIES: dict[str, tuple[Callable[..., d.Picture], Five, Five]] = {
     "spatter": (d.spatter, (0.03, 0.06, 0.10, 0.15, 0.20), (0.05, 0.10, 0.16, 0.24, 0.32)),
     "saturate": (d.saturate, (0.25, 0.5, 0.75, 1.0, 1.5), (0.5, 1.0, 2.0, 4.0, 8.0)),
 }
-# the benchmark's; the last four are its extra ones, for tuning
+# The benchmark's fifteen; the last four of FAMILIES are its extra ones, meant for tuning.
 COMMON = tuple(FAMILIES)[:15]
 SEVERITIES = (1, 2, 3, 4, 5)
-# of the tasks that corrupt images
+# Options of the tasks that corrupt images.
 OPTIONS = {
     "corruptions": TaskOption(
         COMMON, "corruptions by name; default: ImageNet-C's fifteen", choices=tuple(FAMILIES)
     ),
-    "severities": TaskOption(SEVERITIES, "of the corruptions: 1 to 5", choices=SEVERITIES),
+    "severities": TaskOption(
+        SEVERITIES, "severities of the corruptions, 1 to 5", choices=SEVERITIES
+    ),
 }
 
 
@@ -88,11 +90,10 @@ def strength(name: str, severity: int, side: int) -> float:
 
 @dataclass(frozen=True)
 class Corruption:
-    """An image and its number -> the corrupted image, for `Encoder.images(change=)`.
+    """(image, number) -> corrupted image, for `Encoder.images(change=)`.
 
-    Images larger than `side` (the model's own size) are first reduced until their short side has
-    it, as the published sets are: noise on larger ones would be averaged away by the model's own
-    resizing.
+    Images larger than `side` (the model's input size) are first reduced to it by their short side,
+    as in the published sets: the model's resizing would average noise on larger images away.
 
     Raises:
         ValueError: no such corruption or severity.
@@ -105,7 +106,7 @@ class Corruption:
     def __post_init__(self) -> None:
         if self.name not in FAMILIES:
             raise ValueError(
-                f"corruption {self.name!r}: there is none of that name, but {', '.join(FAMILIES)}"
+                f"corruption {self.name!r}: unknown; choose from {', '.join(FAMILIES)}"
             )
         if self.severity not in SEVERITIES:
             raise ValueError(f"severity {self.severity}: must be 1, 2, 3, 4 or 5")
@@ -117,10 +118,9 @@ class Corruption:
             new_width = max(1, round(width * self.side / short))
             new_height = max(1, round(height * self.side / short))
             image = image.resize((new_width, new_height), Image.Resampling.BICUBIC)
-        # The same seed for all severities of an image, so that a higher one is the same damage,
-        # only more of it.
+        # All severities of an image share a seed: a higher one is the same damage, but stronger.
         family = zlib.crc32(self.name.encode())
-        # as an unsigned number, which seeds must be
+        # seeds must be unsigned
         unsigned = number & 0xFFFFFFFFFFFFFFFF
         random = np.random.default_rng([unsigned, family])
 

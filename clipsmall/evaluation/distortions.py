@@ -11,10 +11,8 @@ from numpy.random import Generator
 from PIL import Image
 from scipy import ndimage, signal
 
-# an NDArray[np.float64], which neither numpy nor scipy keep sight of
+# An NDArray[np.float64]; typed Any because numpy's and scipy's annotations lose the dtype.
 Picture = Any
-
-# ---- noise ----
 
 
 def gaussian_noise(x: Picture, sigma: float, random: Generator) -> Picture:
@@ -23,7 +21,7 @@ def gaussian_noise(x: Picture, sigma: float, random: Generator) -> Picture:
 
 
 def shot_noise(x: Picture, one_photon: float, random: Generator) -> Picture:
-    """Photons are counted, each worth `one_photon` of white."""
+    """Poisson noise: photons are counted, and each adds `one_photon` (1 is white)."""
     expected = x / one_photon
     photons = random.poisson(expected)
     return photons * one_photon
@@ -31,7 +29,7 @@ def shot_noise(x: Picture, one_photon: float, random: Generator) -> Picture:
 
 def impulse_noise(x: Picture, fraction: float, random: Generator) -> Picture:
     """A fraction of all values turns black or white."""
-    # of each value: is it hit, and does it turn white?
+    # for each value, a number that decides whether it is hit, and whether it turns white
     chances = random.random(x.shape)
     hit = chances < fraction
     colours = random.random(x.shape)
@@ -45,9 +43,6 @@ def speckle_noise(x: Picture, sigma: float, random: Generator) -> Picture:
     return x + x * sigma * noise
 
 
-# ---- blur ----
-
-
 def gaussian_blur(x: Picture, sigma: float, random: Generator) -> Picture:
     # not across the channels
     sigmas = (sigma, sigma, 0)
@@ -55,7 +50,7 @@ def gaussian_blur(x: Picture, sigma: float, random: Generator) -> Picture:
 
 
 def _convolved(x: Picture, kernel: Picture) -> Picture:
-    """With a kernel of odd sides, edges continued."""
+    """Convolve with a kernel of odd sides; edge pixels are repeated."""
     up = kernel.shape[0] // 2
     left = kernel.shape[1] // 2
     margins = ((up, up), (left, left), (0, 0))
@@ -97,7 +92,7 @@ def motion_blur(x: Picture, sigma: float, random: Generator) -> Picture:
     weights = np.exp(-(distances**2) / 2)
 
     for row, column, weight in zip(rows, columns, weights, strict=True):
-        # shared among the four cells around the point, bilinearly
+        # spread bilinearly over the four cells around the point
         r = int(np.floor(row))
         c = int(np.floor(column))
         of_rows = [r + 1 - row, row - r]
@@ -113,7 +108,7 @@ def motion_blur(x: Picture, sigma: float, random: Generator) -> Picture:
 
 
 def glass_blur(x: Picture, sigma: float, random: Generator) -> Picture:
-    """Each pixel is taken from up to 2.5 sigma away, with a blur before and after."""
+    """Each pixel comes from up to 2.5 sigma away; blurred before and after."""
     h, w = x.shape[:2]
     soft = gaussian_blur(x, sigma, random)
     # (H, W) whole pixels down and to the right
@@ -121,7 +116,7 @@ def glass_blur(x: Picture, sigma: float, random: Generator) -> Picture:
     whole = np.rint(offsets)
     down, right = whole.astype(np.int64)
 
-    # where each pixel is taken from, not beyond the edges
+    # the source of each pixel, clipped at the edges
     own_rows = np.arange(h)[:, None]
     own_columns = np.arange(w)
     rows = (down + own_rows).clip(0, h - 1)
@@ -151,7 +146,7 @@ def zoom_blur(x: Picture, zoom: float, random: Generator) -> Picture:
 
 
 def _interpolated(x: Picture, rows: Picture, columns: Picture) -> Picture:
-    """The values at these places: bilinear, edges continued."""
+    """The values at these coordinates: bilinear; edge pixels are repeated."""
     channels = []
     for channel in range(3):
         channels.append(
@@ -160,13 +155,8 @@ def _interpolated(x: Picture, rows: Picture, columns: Picture) -> Picture:
     return np.stack(channels, axis=-1)
 
 
-# ---- weather ----
-
-
 def _clouds(shape: tuple[int, ...], roughness: float, random: Generator) -> Picture:
-    """(H, W) from 0 to 1: noise whose amplitudes fall with the frequency to the power of
-    `roughness`.
-    """
+    """(H, W) noise from 0 to 1, with amplitudes that fall as frequency to the power `roughness`."""
     h, w = shape[:2]
     # (H, W/2 + 1): length of the frequency vector; the mean, of frequency 0, is dropped
     down = np.fft.fftfreq(h)[:, None]
@@ -186,7 +176,7 @@ def _clouds(shape: tuple[int, ...], roughness: float, random: Generator) -> Pict
 
 
 def fog(x: Picture, amount: float, random: Generator) -> Picture:
-    """Clouds are added, then all is dimmed so far that the brightest stays as it was."""
+    """Clouds are added, then the image is dimmed so that its maximum stays the same."""
     brightest = max(float(x.max()), 1e-3)
     clouds = _clouds(x.shape, 1.7, random)
     # (H, W, 1), the same for all channels
@@ -196,9 +186,7 @@ def fog(x: Picture, amount: float, random: Generator) -> Picture:
 
 
 def frost(x: Picture, amount: float, random: Generator) -> Picture:
-    """Bluish white crystals, thickest where ridges of two cloud fields meet the edges of a
-    third.
-    """
+    """Bluish white crystals, thickest where ridges of two cloud fields meet edges of a third."""
     first = _clouds(x.shape, 1.0, random)
     second = _clouds(x.shape, 1.3, random)
     where = _clouds(x.shape, 1.8, random)
@@ -219,12 +207,12 @@ def frost(x: Picture, amount: float, random: Generator) -> Picture:
 
 
 def snow(x: Picture, amount: float, random: Generator) -> Picture:
-    """Flakes that fall aslant in front of a whitened, greyer picture."""
+    """Flakes falling at an angle in front of a whitened, greyer picture."""
     h, w = x.shape[:2]
-    # 1.5 pixels of an image whose short side has 224
+    # 1.5 pixels for a short side of 224
     size = max(0.5, min(h, w) / 224 * 1.5)
 
-    # a quarter of `amount` is flakes
+    # flakes cover a quarter of `amount`
     ranks = _smooth_ranks(h, w, size, random)
     above_threshold = ranks - 1 + amount / 4
     flakes = np.clip(above_threshold / 0.02, 0, 1)
@@ -239,9 +227,9 @@ def snow(x: Picture, amount: float, random: Generator) -> Picture:
 
 
 def spatter(x: Picture, fraction: float, random: Generator) -> Picture:
-    """Drops of muddy water on the lens, which cover a fraction of it."""
+    """Drops of muddy water that cover a fraction of the lens."""
     h, w = x.shape[:2]
-    # 4 pixels of an image whose short side has 224
+    # 4 pixels for a short side of 224
     size = max(0.7, min(h, w) / 224 * 4)
 
     # the highest ranks, with a soft edge
@@ -254,23 +242,18 @@ def spatter(x: Picture, fraction: float, random: Generator) -> Picture:
 
 
 def _smooth_ranks(h: int, w: int, size: float, random: Generator) -> Picture:
-    """(H, W) of a smooth random field: each pixel's rank, from 0 to 1."""
+    """(H, W) the rank of each pixel in a smooth random field, from 0 to 1."""
     noise = random.standard_normal((h, w))
     field = ndimage.gaussian_filter(noise, size, mode="wrap")
 
-    # the order of the order is the rank
+    # the argsort of an argsort is the rank
     order = field.ravel().argsort()
     ranks = order.argsort()
     return ranks.reshape(h, w) / (h * w)
 
 
-# ---- digital ----
-
-
 def brightness(x: Picture, more: float, random: Generator) -> Picture:
-    """Value + `more`, hue and saturation kept: all channels by one factor, up to white in the
-    brightest.
-    """
+    """Add `more` to the HSV value; all channels are scaled by one factor, clipped at white."""
     value = x.max(axis=2, keepdims=True)
     lighter = np.clip(value + more, 0, 1)
     # black has no hue to keep, and must not divide by 0
@@ -285,7 +268,7 @@ def saturate(x: Picture, more: float, random: Generator) -> Picture:
     low = x.min(axis=2, keepdims=True)
     saturation = (value - low) / np.maximum(value, 1e-9)
 
-    # how much further from the brightest channel the others go
+    # the factor for the other channels' distance from the brightest one
     wanted = np.clip(saturation * (1 + more), 0, 1)
     factor = wanted / np.maximum(saturation, 1e-9)
     # grey stays grey
@@ -294,13 +277,13 @@ def saturate(x: Picture, more: float, random: Generator) -> Picture:
 
 
 def contrast(x: Picture, less: float, random: Generator) -> Picture:
-    """(1 − less) of each channel's distance from its mean is left."""
+    """Each channel's distance from its mean is multiplied by 1 − `less`."""
     mean = x.mean(axis=(0, 1), keepdims=True)
     return (x - mean) * (1 - less) + mean
 
 
 def elastic_transform(x: Picture, pixels: float, random: Generator) -> Picture:
-    """Pixels are pulled about by a smooth field of `pixels` on average."""
+    """Pixels are displaced by a smooth field, by `pixels` on average."""
     h, w = x.shape[:2]
     smoothness = 0.04 * min(h, w)
     # (H, W) down, and to the right
@@ -320,7 +303,7 @@ def elastic_transform(x: Picture, pixels: float, random: Generator) -> Picture:
 
 
 def pixelate(x: Picture, less: float, random: Generator) -> Picture:
-    """Sides of 1 − `less` as many pixels, and large again."""
+    """Scale the sides by 1 − `less`, then enlarge to the original size."""
     image = _as_image(x)
     left = 1 - less
     fewer = []
@@ -345,6 +328,6 @@ def jpeg_compression(x: Picture, loss: float, random: Generator) -> Picture:
 
 
 def _as_image(x: Picture) -> Image.Image:
-    """Pixels from 0 to 1 as an image of whole numbers to 255."""
+    """Pixels from 0 to 1 as an 8-bit image."""
     levels = (x * 255).round()
     return Image.fromarray(levels.astype(np.uint8))

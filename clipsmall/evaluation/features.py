@@ -1,4 +1,4 @@
-"""Features of a whole data set: each rank encodes its batches, every rank gets all rows."""
+"""Features of a whole data set: the ranks divide the batches, and each gets all features."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ Change = Callable[[Image.Image, int], Image.Image]
 
 
 class NoReadableImage(ValueError):
-    """Not one image of those asked for can be read; the message names the first shard."""
+    """None of the requested images can be read; the message names the first shard."""
 
 
 class _Images(Dataset[tuple[int, Tensor | None]]):
@@ -52,7 +52,7 @@ def _collate(samples: list[tuple[int, Tensor | None]]) -> tuple[Tensor, Tensor]:
     rows = []
     images = []
     for row, image in samples:
-        # None: it cannot be read
+        # None = cannot be read
         if image is not None:
             rows.append(row)
             images.append(image)
@@ -64,9 +64,9 @@ def _collate(samples: list[tuple[int, Tensor | None]]) -> tuple[Tensor, Tensor]:
 
 
 def _dummy_passes(batches: list[Any], encoded: int) -> int:
-    """How many dummy batches this rank must still run so that all ranks run equally many.
+    """How many dummy batches this rank must run so that all ranks run the same number.
 
-    Where towers are sharded (FSDP), a rank that passes alone waits for ever.
+    With sharded towers (FSDP), a forward pass waits for all ranks.
     """
     # rounded up
     most = -(-len(batches) // world.size())
@@ -76,7 +76,7 @@ def _dummy_passes(batches: list[Any], encoded: int) -> int:
 def _of_this_rank(batches: list[Any]) -> list[Any]:
     """Every `world.size()`-th batch.
 
-    Batches stay whole, cut as one process would: the features are the same to the bit.
+    The batches are the same as in one process, so the features are the same bit for bit.
     """
     return batches[world.rank() :: world.size()]
 
@@ -91,7 +91,7 @@ class Texts:
 
 @dataclass
 class Encoder:
-    """A model with what it needs to see data sets; each call is in eval mode."""
+    """A model with preprocessing and tokenizer; encodes in eval mode."""
 
     model: DualEncoder
     tokenize: Callable[[list[str]], Tensor]
@@ -99,7 +99,7 @@ class Encoder:
     batch_size: int = 512
     workers: int = 0
     progress: bool = False
-    # of an image; larger ones count as broken
+    # larger images count as broken
     max_pixels: int = MAX_PIXELS
 
     def __post_init__(self) -> None:
@@ -111,11 +111,11 @@ class Encoder:
     ) -> tuple[Tensor, Tensor]:
         """(n, D) unit features and (n,) their rows in the catalog, ascending.
 
-        Images that cannot be read are not among them.
+        Images that cannot be read are left out.
 
         Args:
             only: these rows; None = all.
-            change: what happens to an image before it is resized and cropped.
+            change: applied to each decoded image before it is resized and cropped.
 
         Raises:
             NoReadableImage: every image is broken.
@@ -130,14 +130,14 @@ class Encoder:
             num_workers=self.workers,
             collate_fn=_collate,
             worker_init_fn=outlive_the_signal,
-            # the global one belongs to training
+            # leave the global generator to training
             generator=torch.Generator(),
         )
-        # a rank without an image still has D columns to gather
+        # a rank without an image still gathers a (0, D) tensor
         rows = [torch.empty(0, dtype=torch.int64)]
         parts = [torch.empty(0, self._width())]
         for batch_rows, images in self._bar(loader, "images"):
-            # nothing to encode where a whole batch is broken
+            # skip a batch in which no image can be read
             if len(batch_rows):
                 rows.append(batch_rows)
                 parts.append(self._encode(self.model.encode_image, images))
@@ -161,7 +161,7 @@ class Encoder:
             all_rows = torch.arange(len(captions))
             batches = list(torch.split(all_rows, self.batch_size))
 
-        # a rank without a batch still has D columns to gather
+        # a rank without a batch still gathers a (0, D) tensor
         rows = [torch.empty(0, dtype=torch.int64)]
         parts = [torch.empty(0, self._width())]
         for batch_rows in self._bar(_of_this_rank(batches), "texts"):
@@ -183,12 +183,12 @@ class Encoder:
         self.model.eval()
         on_device = inputs.to(self.device)
         features = encode(on_device).float().cpu()
-        # as it was
+        # back to the mode it was in
         self.model.train(was_training)
         return features
 
     def digest(self) -> str:
-        """Of all that features depend on: weights and layers, preprocessing, tokens."""
+        """Digest of everything features depend on: weights, layers, preprocessing, tokenizer."""
         model = self.model
         probe = self.tokenize(["A photo of 2 cats, é!"]).tolist()
         return model_digest(
@@ -196,13 +196,13 @@ class Encoder:
         )
 
     def _width(self) -> int:
-        """D, as a text shows it."""
+        """D, found by encoding a text."""
         tokens = self.tokenize(["a"])
         features = self._encode(self.model.encode_text, tokens)
         return int(features.shape[1])
 
     def _gathered(self, rows: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Every rank's rows and their features, in ascending order of the rows."""
+        """Rows and features of all ranks, sorted by row."""
         local_rows = rows.to(self.device)
         all_rows = world.gather_uneven(local_rows).cpu()
 
@@ -224,11 +224,11 @@ class Encoder:
 def read_texts(catalog: Catalog, label: str = "", rows: Sequence[int] | None = None) -> Texts:
     """Captions and labels of every pair, or of some rows.
 
-    A label is the json field `label` if that is named, else the `.cls` member (a number), else the
-    first caption.
+    A pair's label is its json field `label` if a field is given, else its `.cls` member (a number),
+    else its first caption.
 
     Raises:
-        ValueError: a pair without a label, or with one that is neither a name nor a whole number.
+        ValueError: a pair without a label, or a label that is neither a name nor an integer.
     """
     if rows is None:
         rows = range(len(catalog))
@@ -266,12 +266,12 @@ def _label_of(
 
 
 def class_indices(labels: Sequence[str | int], classes: Sequence[str]) -> Tensor:
-    """(n,) class numbers: a number as it is, a name by its place among the classes.
+    """(n,) class indices: a number stays as it is, a name is looked up among the classes.
 
-    Blind to letter case; of equal names the first counts.
+    Ignores letter case; of equal names the first counts.
 
     Raises:
-        ValueError: a label that is no class.
+        ValueError: a label that is not a class.
     """
     number_of = dict[str, int]()
     for class_number, name in enumerate(classes):

@@ -1,4 +1,4 @@
-"""Multi-label sets: which classes each image shows, and how well class scores rank the images."""
+"""Multi-label sets: reading the targets, and average precision per class."""
 
 import os
 from io import BytesIO
@@ -17,12 +17,12 @@ def average_precisions(images: Tensor, classes: Tensor, targets: Tensor) -> Tens
     """(n, D), (C, D), (n, C) bool -> (C,) average precision of each class over the images.
 
     Σ_t (R_t − R_{t−1}) P_t over the distinct scores t, as in scikit-learn; NaN for a class without
-    a positive. Images of one score come in together, so a collapsed model gets the fraction of
-    positives, a guess's value. CLIP_benchmark's `average_precision_per_class` takes tied images in
-    the order of its sort, which may be luck, and its mean counts a class without a positive as 0;
-    on other data the two are the same.
+    a positive. Tied images enter together, so a collapsed model gets the fraction of positives,
+    which is chance. CLIP_benchmark's `average_precision_per_class` ranks tied images in sort order,
+    which may be lucky, and its mean counts a class without a positive as 0; otherwise the two
+    agree.
     """
-    # a second of imports that only multi-label sets need
+    # imported here: takes a second, and only multi-label sets need it
     from sklearn.metrics import average_precision_score
 
     found = torch.full((len(classes),), torch.nan, dtype=torch.float64)
@@ -42,16 +42,15 @@ def average_precisions(images: Tensor, classes: Tensor, targets: Tensor) -> Tens
 def read_targets(catalog: Catalog, classes: int) -> Tensor:
     """(N, C) bool: which of C classes each image shows, from its `.npy` of C numbers, each 0 or 1.
 
-    Indexes do not know `.npy`, so the tars' headers are read here: once, and nothing between them.
+    Shard indexes do not list `.npy` members, so the tars' headers are read once.
 
     Raises:
-        ValueError: an image without a `.npy`, or with one that is something else; the message names
-            it.
-        ShardError: a cut tar.
+        ValueError: an image without a `.npy`, or with an invalid one; the message names the image.
+        ShardError: a truncated tar.
     """
     targets = torch.empty(len(catalog), classes, dtype=torch.bool)
     for number, shard in enumerate(catalog.shards):
-        # the .npy beside each member, which is known by its offset
+        # offset of an image's member -> its .npy member
         npy_beside: dict[int, Member | None] = {}
         for _, group in group_members(tar_members(shard)):
             for member in group.values():
@@ -77,11 +76,11 @@ def _target(file: int, member: Member | None, classes: int) -> NDArray[np.bool_]
     if member.size > MAX_TEXT_BYTES:
         raise ValueError(f"has {member.size:,} bytes")
     data = os.pread(file, member.size, member.offset)
-    # numpy.load would open archives, too
+    # unlike numpy.load, this does not open archives
     values = np.lib.format.read_array(BytesIO(data), allow_pickle=False)
     if values.shape != (classes,):
         raise ValueError(f"has shape {values.shape} for {classes} classes")
-    # NaN is neither
+    # NaN is neither 0 nor 1
     is_odd = (values != 0) & (values != 1)
     odd = values[is_odd].tolist()
     if odd:

@@ -1,4 +1,4 @@
-"""Class names and prompt templates: open_clip's, a user's files, or the data set's own words."""
+"""Class names and prompt templates: open_clip's, from a file, or from the data set."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -7,9 +7,9 @@ Template = Callable[[str], str]
 
 
 def prompt_templates(name: str) -> list[Template]:
-    """`plain` = the class name alone; `simple` and `openai` = open_clip's 7 and 80; or a file.
+    """`plain` = only the class name; `simple`, `openai` = open_clip's 7 and 80; else a file.
 
-    Each line of a file has {c} where the class name goes.
+    Each line of the file has {c} in place of the class name.
 
     Raises:
         ValueError: no such file, or a line without {c}.
@@ -30,9 +30,9 @@ def prompt_templates(name: str) -> list[Template]:
 
 
 def class_names(name: str, captions: list[list[str]], labels: list[str | int]) -> list[str]:
-    """`imagenet`, `captions` and `labels` (the data set's distinct ones, sorted), or a file.
+    """`imagenet`; `captions` or `labels` (the distinct ones of the data set, sorted); or a file.
 
-    A file has one class per line. Names that differ only in letter case are one class.
+    The file has one class per line. Names that differ only in letter case are one class.
 
     Raises:
         ValueError: no such file, or class numbers where names are needed.
@@ -54,7 +54,7 @@ def class_names(name: str, captions: list[list[str]], labels: list[str | int]) -
 
 
 def _distinct(names: Iterable[str]) -> list[str]:
-    # of spellings of one name the first in order stays
+    # of several spellings of a name, keep the first in sorted order
     spelling = {name.casefold(): name for name in sorted(names, reverse=True)}
     return sorted(spelling.values())
 

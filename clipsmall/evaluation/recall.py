@@ -1,4 +1,4 @@
-"""Retrieval: does a caption find its image, and an image its caption, among all of a data set?"""
+"""Retrieval recall: captions that find their image, and images that find a caption of theirs."""
 
 from dataclasses import dataclass
 
@@ -22,7 +22,7 @@ KS = (1, 5, 10)
 
 @dataclass
 class Relevance:
-    """Which of n images and m distinct captions belong together, as (pairs,) coordinates."""
+    """Which of n images and m distinct captions match, as (pairs,) coordinates."""
 
     image: Tensor
     text: Tensor
@@ -30,7 +30,7 @@ class Relevance:
     texts: int
 
     def block(self, side: str, start: int, stop: int) -> Tensor:
-        """(stop − start, other side) True where query and answer belong together."""
+        """(stop − start, other side) True where query and answer match."""
         if side == "image":
             query, answer, answers = self.image, self.text, self.texts
         else:
@@ -45,16 +45,16 @@ class Relevance:
         return block
 
     def counts(self, side: str) -> Tensor:
-        """(queries,) how many answers are right."""
+        """(queries,) the number of right answers."""
         if side == "image":
             return torch.bincount(self.image, minlength=self.images)
         return torch.bincount(self.text, minlength=self.texts)
 
 
 def relevance(captions: list[list[str]]) -> tuple[list[str], Relevance]:
-    """Captions by image -> the distinct captions, and which image has which.
+    """The captions of each image -> the distinct captions, and which image has which.
 
-    Captions that are equal up to case and white space are one.
+    Captions that differ only in case and white space count as one.
     """
     number_of: dict[int, int] = {}
     texts = list[str]()
@@ -68,7 +68,7 @@ def relevance(captions: list[list[str]]) -> tuple[list[str], Relevance]:
                 texts.append(caption)
             pairs.add((image, number))
 
-    # (pairs, 2), also where there are none
+    # (pairs, 2), even if there are no pairs
     columns = torch.tensor(sorted(pairs), dtype=torch.int64)
     columns = columns.reshape(-1, 2)
     image_column = columns[:, 0]
@@ -77,9 +77,9 @@ def relevance(captions: list[list[str]]) -> tuple[list[str], Relevance]:
 
 
 def one_to_one(belongs: Relevance, limit: int) -> tuple[Tensor, Tensor]:
-    """(p,), (p,) images and texts that belong together, each once.
+    """(p,) images and (p,) texts that match, each used once.
 
-    At most `limit` pairs, evenly chosen.
+    At most about `limit` pairs, evenly spaced over the data set.
     """
     text_of = dict[int, int]()
     taken = set[int]()
@@ -102,13 +102,13 @@ def one_to_one(belongs: Relevance, limit: int) -> tuple[Tensor, Tensor]:
 def recalls(queries: Tensor, answers: Tensor, belongs: Relevance, side: str) -> dict[int, float]:
     """recall@k: the fraction of queries with a right answer among the k best.
 
-    Exact, in chunks of queries. Memory: half a GiB, and the answers in float64, however many there
-    are.
+    Exact, in chunks of queries. Memory: half a GiB for any number of queries, and the answers in
+    float64.
     """
     ks = tuple(k for k in KS if k == 1 or k < len(answers))
     total = torch.zeros(len(ks), dtype=torch.float64)
     size = chunk_rows(len(answers))
-    # once, not in every chunk
+    # converted once, not in every chunk
     answers = answers.double()
     bar = tqdm(
         range(0, len(queries), size),
@@ -120,7 +120,7 @@ def recalls(queries: Tensor, answers: Tensor, belongs: Relevance, side: str) -> 
     for start in bar:
         part = queries[start : start + size]
         stop = start + len(part)
-        # (rows, n) both
+        # scores and `right` are (rows, n)
         right = belongs.block(side, start, stop)
         cosines = scores(part, answers)
         found = in_top_k(cosines, right, ks)
@@ -133,11 +133,11 @@ def recalls(queries: Tensor, answers: Tensor, belongs: Relevance, side: str) -> 
 def both_recalls(
     images: Tensor, texts: Tensor, belongs: Relevance, name: str, task: str, skipped: int = 0
 ) -> Result:
-    """(n, D) images, (m, D) distinct captions -> recall@k both ways, with those of a guess.
+    """(n, D) images, (m, D) distinct captions -> recall@k in both directions, with chance levels.
 
-    `image_retrieval_recall@k`: a caption finds one of its images; `text_retrieval_recall@k`: an
-    image one of its captions (CLIP_benchmark's names and definition). Equal captions count as one
-    text with several right images.
+    `image_retrieval_recall@k`: a caption finds one of its images. `text_retrieval_recall@k`: an
+    image finds one of its captions. Names and definitions are CLIP_benchmark's. Equal captions
+    count as one text with several right images.
 
     Raises:
         ValueError: features that are not finite.
@@ -147,14 +147,14 @@ def both_recalls(
     result = Result(name, task, {})
     result.counts = {"images": len(images), "captions": len(texts), "skipped": skipped}
 
-    # what is found, what is given, queries, answers
+    # what is retrieved, by what, queries, answers
     ways = (
         ("image_retrieval", "text", texts, images),
         ("text_retrieval", "image", images, texts),
     )
     for way, side, queries, answers in ways:
         found = recalls(queries, answers, belongs, side)
-        # (queries,) all answers, and the right ones
+        # (queries,) numbers of all answers and of right ones
         number_of_answers = torch.full((len(queries),), len(answers))
         number_of_right = belongs.counts(side)
         guess = chance_in_top_k(number_of_answers, number_of_right, tuple(found))

@@ -1,4 +1,4 @@
-"""One result, as a file and a table: CLIP_benchmark's JSON cell, and lines for the terminal."""
+"""One evaluation result: its JSON file in CLIP_benchmark's format, and its text for a terminal."""
 
 import os
 import re
@@ -11,31 +11,31 @@ from clipsmall.storage import atomic
 
 @dataclass
 class Result:
-    """One model on one data set for one task.
+    """The result of one model on one data set for one task.
 
     `metrics` have CLIP_benchmark's names (acc1, acc5, mean_per_class_recall,
-    image_retrieval_recall@5, ...), or a task's own; `chance` has the value of a guess for some of
-    them; `counts` says over how much.
+    image_retrieval_recall@5, ...) or names of the task's own. `chance` has the chance level of some
+    of them, and `counts` the numbers of images, pairs or classes measured.
     """
 
     dataset: str
-    # zeroshot_classification, zeroshot_retrieval, linear_probe; or one of ours
+    # zeroshot_classification, zeroshot_retrieval, linear_probe, or a name of our own
     task: str
     metrics: dict[str, float]
     chance: dict[str, float] = field(default_factory=dict)
     # pairs, classes, skipped, ...
     counts: dict[str, int] = field(default_factory=dict)
-    # JSON behind the metrics: bins, a table of corruptions
+    # more JSON on how the metrics came about: bins, a table of corruptions
     details: dict[str, Any] = field(default_factory=dict)
-    # digest of all that the numbers depend on: a file with this key need not be made again
+    # digest of everything the numbers depend on: a file with this key is up to date
     key: str = ""
-    # metrics are fractions, and printed in percent; not written
+    # whether metrics are fractions, printed in percent; not written to the file
     fractions: bool = True
 
 
 def check_folder(folder: Path) -> None:
-    """Raises ValueError if results could not be written there. Makes nothing."""
-    # the folder, or what it would be made in
+    """Raises ValueError if the folder is not writable. Creates nothing."""
+    # the folder itself, or the parent that it would be created in
     candidates = (folder, *folder.absolute().parents)
     there = next(path for path in candidates if path.exists())
     can_write = os.access(there, os.W_OK | os.X_OK)
@@ -44,7 +44,7 @@ def check_folder(folder: Path) -> None:
 
 
 def safe(name: str) -> str:
-    """The name as part of a file name."""
+    """The name with characters that are safe in a file name."""
     words = re.sub(r"[^\w.@-]+", "-", name)
     return words.strip("-")
 
@@ -57,7 +57,7 @@ def cell_path(folder: Path, dataset: str, pretrained: str, model: str, task: str
 
 
 def write_cell(cell: Result, folder: Path, model: str, pretrained: str) -> Path:
-    """Write the file `cell_path` names, whole or not at all."""
+    """Write the result to `cell_path`, whole or not at all."""
     path = cell_path(folder, cell.dataset, pretrained, model, cell.task)
     content = {
         "dataset": cell.dataset,
@@ -76,7 +76,7 @@ def write_cell(cell: Result, folder: Path, model: str, pretrained: str) -> Path:
 
 
 def results_text(results: list[Result]) -> str:
-    """One line per metric, in percent (where it is a fraction) beside the chance level."""
+    """One line per metric, fractions in percent, with the chance level if it is known."""
     lines = []
     for result in results:
         counts = ", ".join(f"{value:,} {name}" for name, value in result.counts.items())

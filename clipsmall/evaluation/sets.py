@@ -1,4 +1,4 @@
-"""A data set to evaluate on: our shards, or CLIP_benchmark's layout, with its class names."""
+"""Data sets to evaluate on: shards, or CLIP_benchmark's layout; with class names and labels."""
 
 import hashlib
 import shlex
@@ -12,65 +12,65 @@ from clipsmall.data.index import IMAGE_SUFFIXES
 from clipsmall.data.making.tables import TABLES
 from clipsmall.distributed import world
 
-# what dataset_type.txt may say; other words mean nothing here
+# The words of dataset_type.txt that have a meaning here; others are ignored.
 KINDS = ("retrieval", "multilabel")
-# files that data_tools.make_shards opens
+# Suffixes of files that data_tools.make_shards can convert.
 SOURCES = (*TABLES, ".zip")
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """Images with the words that belong to them: class names, templates, and how to find labels."""
+    """Shards of images, and where class names, prompt templates and labels come from."""
 
     name: str
     # folders, globs or brace lists
     shards: tuple[str, ...]
-    # of the images to learn from; () = none known
+    # shards of training images, for probes; () = none
     train: tuple[str, ...]
-    # one of KINDS, or "": whatever it has
+    # one of KINDS, or "" = unspecified
     kind: str
     # see `prompts`
     classes: str
     templates: str
     # see `read_texts`
     label: str
-    # images without a caption are left out before anything is encoded
+    # leave out images without a caption before encoding
     only_captioned: bool = False
 
     @cached_property
     def catalog(self) -> Catalog:
-        """Every image, with a caption or without (see `only_captioned`). Raises ShardError."""
+        """All images; see `only_captioned`. Raises ShardError."""
         return _indexed(self.shards, self.only_captioned)
 
     @cached_property
     def training(self) -> Catalog:
-        """The images to learn from.
+        """The training images, for probes.
 
         Raises:
-            ValueError: there are none, or they are the very ones to classify.
+            ValueError: there are none, or they overlap the test images.
         """
         if not self.train:
             raise ValueError(
-                f"{self.name}: no images to learn from beside it (a folder `train`); "
-                "name them by --train"
+                f"{self.name}: has no training images (a folder `train` beside it); "
+                "give their shards with --train"
             )
         learned = {path.resolve() for path in shard_paths(list(self.train))}
         asked = {path.resolve() for path in shard_paths(list(self.shards))}
         if both := learned & asked:
             raise ValueError(
-                f"{self.name}: would learn from the images it is asked about ({min(both)}); "
-                "see --train"
+                f"{self.name}: {min(both)} is both training and test data; "
+                "give other shards with --train"
             )
         return _indexed(self.train)
 
     @property
     def has_captions(self) -> bool:
-        """Is it made for tasks on captions?"""
+        """Whether the default tasks on captions apply."""
         return self.kind == "retrieval" or (not self.kind and self._some_captions)
 
     @property
     def has_classes(self) -> bool:
-        """Is it made for classification: has it a class list, or labels but no captions?"""
+        """Whether the default is classification: it has a class list, or labels but no captions."""
         if self.kind:
             return self.kind == "multilabel"
         return self.classes != "captions" or not self._some_captions
@@ -80,9 +80,9 @@ class DataSet:
         return bool(self.catalog.caption_hash.any())
 
     def digest(self, training: bool) -> str:
-        """Of all that results on it depend on; `training`: also of the images to learn from.
+        """Digest of everything that results depend on; with `training`, training images as well.
 
-        Keys of results depend on it: what goes in, and in which order, stays.
+        Part of the keys in existing result files: do not change what is hashed, nor the order.
         """
         words = [self.label, self.catalog.fingerprint]
         if self.kind == "multilabel":
@@ -91,12 +91,12 @@ class DataSet:
             try:
                 words.append(self.training.fingerprint)
             except ValueError as error:
-                # the task will say so
+                # the task will raise this error
                 words.append(str(error))
         for words_or_file in (self.classes, self.templates):
             path = Path(words_or_file)
             if path.is_file():
-                # bytes that are no text are for the task to refuse
+                # the task will refuse a file that is not UTF-8
                 words.append(path.read_text(encoding="utf-8", errors="replace"))
             else:
                 words.append(words_or_file)
@@ -113,7 +113,7 @@ def given_set(
     label: str = "",
     only_captioned: bool = False,
 ) -> DataSet:
-    """A data set as it is given, opened; nothing is looked for beside its shards.
+    """Open a data set exactly as given; no files beside its shards are used.
 
     Raises:
         ValueError: no shards, or an unknown kind.
@@ -123,7 +123,7 @@ def given_set(
     data = DataSet(
         name, tuple(shards), tuple(train), kind, classes, templates, label, only_captioned
     )
-    # opened now: what is missing shows before training or a model's loading
+    # open it now: missing shards should fail before training, or before a model is loaded
     assert len(data.catalog)
     assert not train or len(data.training)
     return data
@@ -132,7 +132,7 @@ def given_set(
 def open_set(
     path: str, classes: str = "", templates: str = "", label: str = "", train: str = ""
 ) -> DataSet:
-    """The data set at `path`; what is not given is looked for beside its shards.
+    """Open the data set at `path`; what is not given is looked for beside its shards.
 
     Args:
         path: a folder, glob or brace list of tars, or a folder with `test/` in CLIP_benchmark's
@@ -140,11 +140,11 @@ def open_set(
             `zeroshot_classification_templates.txt`, `dataset_type.txt`. The last three may also lie
             beside a folder of tars.
         classes, templates, label: as `zero_shot` takes them.
-        train: shards of images to learn from; default: the folder `train` beside.
+        train: shards of training images; default: the folder `train` beside the data.
 
     Raises:
-        ValueError: no shards (for images: with the command that makes them), or not as many as
-            nshards.txt says.
+        ValueError: no shards (for plain images the message has the command that makes shards), or
+            another number of shards than nshards.txt says.
     """
     root = Path(path).resolve()
     shards = path
@@ -169,23 +169,23 @@ def open_set(
         templates=templates or beside("zeroshot_classification_templates.txt", "plain"),
         label=label,
     )
-    # opened now: what is missing shows before a model is loaded
+    # open it now: missing shards should fail before a model is loaded
     assert len(data.catalog)
     assert not train or len(data.training)
     return data
 
 
 def set_name(path: str) -> str:
-    """The name of a data set in results: its folder's, with the parent's in front.
+    """The name of a data set in results: PARENT and FOLDER of its path.
 
-    Of a folder with `test/` in it, its own name.
+    For a folder that contains `test/`, only the folder's own name.
     """
     root = Path(path).resolve()
     return root.name if _has_test(root) else f"{root.parent.name}/{root.name}"
 
 
 def _has_test(root: Path) -> bool:
-    """Is it a folder in CLIP_benchmark's layout, and not one of shards?"""
+    """Whether the folder has CLIP_benchmark's layout instead of holding shards itself."""
     if not root.is_dir() or any(root.glob("*.tar")):
         return False
     return (root / "test").is_dir()
@@ -196,9 +196,9 @@ def _word(path: Path) -> str:
 
 
 def _refuse_images(path: str) -> None:
-    """Raises ValueError for images that are no shards yet, and says how they become some."""
+    """Raises ValueError for plain images; the message has the command that makes shards."""
     place = Path(path.removeprefix("hf:")).resolve()
-    # so that `train` can be made beside `test`
+    # keeps the name `test`, so that `train` can be made beside it
     made = f"{place.parent.name}-shards/test" if place.name == "test" else f"{place.stem}-shards"
     if path.startswith("hf:"):
         columns = "--split test --caption COLUMN --label COLUMN"
@@ -218,7 +218,7 @@ def _refuse_images(path: str) -> None:
 
 
 def _holds_images(folder: Path) -> bool:
-    """A folder of images, at any depth, and of no tars."""
+    """Whether the folder holds images, at any depth, but no tars."""
     if not folder.is_dir() or any(folder.glob("*.tar")):
         return False
 
@@ -231,7 +231,7 @@ def _holds_images(folder: Path) -> bool:
 
 
 def _check_count(shards: str) -> None:
-    """Raises ValueError where nshards.txt names another number of tars."""
+    """Raises ValueError if nshards.txt gives another number of tars than there are."""
     wanted = _word(Path(shards) / "nshards.txt")
     there = len(shard_paths(shards))
     if wanted and wanted != str(there):
@@ -241,7 +241,7 @@ def _check_count(shards: str) -> None:
 
 
 def _indexed(shards: Sequence[str], only_captioned: bool = False) -> Catalog:
-    """The catalog; tars that nobody has indexed yet are indexed now, by one rank."""
+    """Open the catalog; tars without an index are indexed first, by one rank."""
     try:
         paths = shard_paths(list(shards)) if world.rank() == 0 else []
         for shard in paths:
@@ -253,8 +253,8 @@ def _indexed(shards: Sequence[str], only_captioned: bool = False) -> Catalog:
             f"({error.strerror})"
         ) from None
     finally:
-        # also after an error, or the others would wait here for ever; they fail below
+        # reached after an error as well, so that no rank waits for ever; all fail below
         world.barrier()
-    # a single one stands in messages as it was given
+    # a single pattern appears in messages as it was given
     patterns = shards[0] if len(shards) == 1 else list(shards)
     return open_catalog(patterns, captions=only_captioned)

@@ -1,7 +1,7 @@
 """Features of one shard, encoded by one rank; images that cannot be read are left out.
 
-Those who keep features beside shards (frozen towers, search, scores for mining) divide the shards
-among the ranks; each rank then encodes its shards as if it were the only one.
+Used wherever features are stored beside shards (frozen towers, search, scores for mining): the
+shards are divided among the ranks, and each rank encodes its own without talking to the others.
 """
 
 import os
@@ -18,8 +18,9 @@ from clipsmall.evaluation.features import Encoder, NoReadableImage
 
 @contextmanager
 def _one_shard(catalog: Catalog, shard: int) -> Iterator[Catalog]:
-    """One shard as a catalog of its own, whose file is closed at the end: there may be more shards
-    than a process may hold open files.
+    """One shard as its own catalog.
+
+    Its file is closed at the end: there may be more shards than a process may have open files.
     """
     of_shard = catalog.only(shard)
     try:
@@ -29,14 +30,14 @@ def _one_shard(catalog: Catalog, shard: int) -> Iterator[Catalog]:
 
 
 def encode_shard_images(encoder: Encoder, catalog: Catalog, shard: int) -> tuple[Tensor, Tensor]:
-    """Features of the images of a shard that can be read; no other rank need take part.
+    """Features of a shard's readable images; the other ranks need not call.
 
     Args:
         shard: number of the shard in the catalog.
 
     Returns:
-        (m, D) features, m = 0 where no image can be read, and (m,) their rows, ascending: ordinals
-        among the good pairs of the shard.
+        (m, D) features (m = 0 if no image can be read), and their (m,) rows, ascending: ordinals
+        among the shard's good pairs.
 
     Raises:
         ShardError: the shard was cut while in use.
@@ -45,7 +46,7 @@ def encode_shard_images(encoder: Encoder, catalog: Catalog, shard: int) -> tuple
         try:
             return encoder.images(of_shard)
         except NoReadableImage:
-            # nothing to encode: the caption only tells D
+            # no image to encode; a caption is encoded to learn D
             no_features = encoder.texts(["a"])[:0]
             return no_features, torch.empty(0, dtype=torch.int64)
 
@@ -53,7 +54,7 @@ def encode_shard_images(encoder: Encoder, catalog: Catalog, shard: int) -> tuple
 def read_shard_captions(
     catalog: Catalog, shard: int, rows: list[int] | None = None
 ) -> list[list[str]]:
-    """All captions of each good pair of a shard, or of some: ordinals among its good pairs.
+    """All captions of each good pair of a shard, or of some pairs (ordinals among the good ones).
 
     Raises:
         ShardError: the shard was cut while in use.
@@ -69,6 +70,6 @@ def read_shard_captions(
 
 
 def encode_shard_texts(encoder: Encoder, captions: list[str]) -> Tensor:
-    """(n, D) features of n captions, n = 0 among them; no other rank need take part."""
+    """(n, D) features of n captions (n may be 0); the other ranks need not call."""
     with world.single_process():
         return encoder.texts(captions)

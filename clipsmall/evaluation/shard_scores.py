@@ -1,4 +1,4 @@
-"""Scores of the pairs of one shard, by which batches are mined before training."""
+"""Embeddings and similarities of one shard's pairs, from which hard batches are mined."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from clipsmall.model.dual_encoder import DualEncoder
 
 
 def scorer_of(model: DualEncoder, name: str, pretrained: str) -> Scorer:
-    """What the sidecars say of the model that made them."""
+    """How the score files (sidecars) describe the model that made them."""
     spec = model.spec
     digest = model_digest(model.named_modules(), model.state_dict(), spec)
     # plain numbers: they are written as JSON
@@ -29,12 +29,12 @@ def scorer_of(model: DualEncoder, name: str, pretrained: str) -> Scorer:
 
 
 def score_shard(encoder: Encoder, catalog: Catalog, place: int) -> tuple[pa.Table, int]:
-    """Score one shard of a catalog; no other rank need take part.
+    """Score one shard of a catalog; the other ranks need not call.
 
-    Returns the n pairs whose images can be read, and how many cannot: `row` (ordinal within the
-    shard's index), `key` and `index` (as in that index), `caption_hash`, `image_hash`, `image` and
-    `text` (unit rows, float16), `similarity` (their cosine). A pair's caption is its first one, its
-    image is not augmented.
+    Returns a table of the n pairs whose images can be read, and the number of the others. Columns:
+    `row` (ordinal within the shard's index), `key` and `index` (as in that index), `caption_hash`,
+    `image_hash`, `image` and `text` (unit embeddings, float16), `similarity` (their cosine). Only
+    the first caption of a pair is used, and images are not augmented.
     """
     shard = catalog.shards[place]
     image, found = encode_shard_images(encoder, catalog, place)
@@ -61,8 +61,8 @@ def score_shard(encoder: Encoder, catalog: Catalog, place: int) -> tuple[pa.Tabl
 
 
 def image_hashes(sha256: list[str]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    """(n,) the first 8 bytes of each checksum: `data.index.image_hash` of the images."""
-    # two hexadecimal digits a byte
+    """(n,) the first 8 bytes of each checksum, which are `data.index.image_hash` of the image."""
+    # two hexadecimal digits per byte
     digits = "".join(each[:16] for each in sha256)
     raw = bytes.fromhex(digits)
     return np.frombuffer(raw, "<i8").astype(np.int64)
@@ -76,10 +76,10 @@ def _halves(rows: Tensor) -> pa.Array:
 
 
 def needs_scores(shard: Path, folder: Path | None, scorer: Scorer, rescore: bool = False) -> bool:
-    """Whether a shard has no usable scores of this scorer yet.
+    """Whether a shard still lacks usable scores by this model.
 
     Raises:
-        ShardError: it has another scorer's, and these are not to be replaced.
+        ShardError: it has scores of another model, and `rescore` is False.
     """
     try:
         found = read_scores(shard, folder, ["row"])[1]

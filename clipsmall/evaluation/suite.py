@@ -1,4 +1,4 @@
-"""Results of a model: any task on any data set, each measured once and kept as a file."""
+"""Measures tasks on data sets; each result is a file, and an up-to-date file is not made again."""
 
 import hashlib
 import json
@@ -20,19 +20,19 @@ from clipsmall.evaluation.task import Task
 from clipsmall.evaluation.tasks import TASKS, task_options
 from clipsmall.evaluation.view import DataView
 
-# part of every key: to be raised when a task's numbers change
+# Part of every key: raise it when a change of code changes a task's numbers.
 VERSION = 2
 
 
 @dataclass(frozen=True)
 class TaskRequest:
-    """One result that is asked for: a task on a data set."""
+    """A request for one result: a task on a data set."""
 
     task: str
     data: DataSet
-    # of all tasks, by name; and `empty_classes`, which a `DataView` takes
+    # options of all tasks by name, and `empty_classes`, which is for `DataView`
     options: Mapping[str, Any]
-    # by a task that repeats others: which
+    # the tasks that this task repeats, if it repeats any
     repeated: tuple[str, ...] = ()
 
     @property
@@ -41,26 +41,26 @@ class TaskRequest:
 
 
 def option_values(**given: Any) -> dict[str, Any]:
-    """The options of all tasks: those given, the others' defaults.
+    """The options of all tasks: the given values, and defaults for the rest.
 
     Raises:
-        ValueError: a value that an option cannot have; the message names the option.
+        ValueError: an invalid value; the message names the option.
     """
     found = {}
     for name, option in task_options().items():
         value = given.get(name, option.default)
         found[name] = option.value(name, value)
 
-    # of the view, not of a task
+    # an option of the view, not of a task
     empty_classes = given.get("empty_classes", False)
     found["empty_classes"] = bool(empty_classes)
     return found
 
 
 def requests(data: DataSet, tasks: Sequence[str], options: Mapping[str, Any]) -> list[TaskRequest]:
-    """The tasks on a data set, each once; of no tasks, those the set is made for."""
+    """One request per task; if no tasks are given, the default tasks of the data set."""
     made_for = [name for name, task in TASKS.items() if task.default_for(data)]
-    # what a task like robustness repeats: of those asked for, the ones that can be repeated
+    # a task like robustness repeats all requested tasks that are repeatable
     can_repeat = {name for name in tasks if TASKS[name].repeatable}
     repeatable = sorted(can_repeat) or made_for
 
@@ -83,7 +83,7 @@ def measure(view: DataView, request: TaskRequest) -> Result:
     if view.data.kind == "multilabel" and not task.multilabel:
         names = [name for name, other in TASKS.items() if other.multilabel]
         fitting = " and ".join(names)
-        raise ValueError(f"a multi-label set has no such cell, only {fitting}")
+        raise ValueError(f"this task cannot run on a multi-label set; use {fitting}")
     arguments = task.chosen(request.options)
     if task.repeats:
         repeated = {}
@@ -108,9 +108,9 @@ def _main_metric(task: Task, options: Mapping[str, Any]) -> Callable[[DataView],
 
 
 def key_of(model_digest: str, request: TaskRequest) -> str:
-    """The digest of all that a result depends on: its file is done if it has this key.
+    """The digest of everything a result depends on: a file with this key is up to date.
 
-    Keys are in the files of everybody's results: what goes in, and in which order, stays.
+    Keys are stored in all existing result files: do not change what is hashed, nor the order.
     """
     tasks = [TASKS[name] for name in (*request.repeated, request.task)]
     learns = any(task.learns for task in tasks)
@@ -133,21 +133,21 @@ def key_of(model_digest: str, request: TaskRequest) -> str:
 def write_result(
     request: TaskRequest, result: Result, folder: Path, model: str, weights: str
 ) -> Path:
-    """Write a result's file, and first what else its task writes beside it."""
+    """Write a result's file, after the further files that its task writes beside it."""
     path = cell_path(folder, result.dataset, weights, model, result.task)
     if request.entry.write_files:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # first: a result whose file is there counts as done
+        # these first: once the result's own file exists, it counts as done
         request.entry.write_files(result, path)
     return write_cell(result, folder, model, weights)
 
 
 @dataclass
 class NamedModel:
-    """A model under its name in the results."""
+    """A model, and how results call it."""
 
     name: str
-    # a weight tag; "" = the first digits of the weights' digest
+    # weight tag; "" is replaced by the first digits of the weights' digest
     pretrained: str
     encoder: Encoder
 
@@ -163,11 +163,10 @@ def evaluate(
     options: Mapping[str, Any],
     out: Path,
 ) -> list[str]:
-    """Measure the results of a model that are not there yet; returns one line per failure.
+    """Measure the missing results of a model; returns one line per failure.
 
-    A result is there when its file says that it was made from these weights, these data and these
-    options. One that fails is reported and left out, the others go on. Every rank must call; the
-    first one writes.
+    A result is missing unless its file has the key of these weights, data and options. A failure is
+    reported and the next result is measured. Every rank must call; the first one writes.
     """
     asked = list[TaskRequest]()
     for data in sets:
@@ -178,7 +177,7 @@ def evaluate(
     for request, key in zip(asked, keys, strict=True):
         if not key:
             continue
-        # features of one data set at a time
+        # keep the features of only one data set in memory
         if view is None or view.data is not request.data:
             view = DataView(model.encoder, request.data, options["empty_classes"])
         try:
@@ -186,7 +185,7 @@ def evaluate(
         except Exception as error:
             of_the_input = isinstance(error, ValueError) and not isinstance(error, ShardError)
             if world.size() > 1 and not of_the_input:
-                # perhaps of this rank alone, and then the others are waiting for it
+                # it may have happened on this rank only, and the others would wait for ever
                 raise
             kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
             failures.append(f"{model.name} on {request.data.name}, {request.task}: {kind}{error}")
@@ -199,9 +198,9 @@ def evaluate(
 
 
 def _keys_to_do(model: NamedModel, asked: Sequence[TaskRequest], out: Path) -> list[str]:
-    """For each request its key, or "" if its result is there.
+    """The key of each request, or "" if its result is up to date.
 
-    As the first rank finds it, so that all ranks measure the same.
+    The first rank decides for all, so that all ranks measure the same.
     """
     keys = list[str]()
     for request in asked:

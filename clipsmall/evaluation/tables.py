@@ -1,4 +1,4 @@
-"""All results of a folder as tables: CLIP_benchmark's CSV, DataComp's lines, the terminal's."""
+"""All results of a folder as tables: CLIP_benchmark's CSV, DataComp's JSON lines, and text."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from clipsmall.evaluation.results import safe
 from clipsmall.evaluation.tasks import TASKS
 from clipsmall.storage import atomic
 
-# CLIP_benchmark's columns, in its order; what else we measure comes after them
+# CLIP_benchmark's columns in its order; our other metrics follow.
 FIRST = [
     "acc1",
     "acc5",
@@ -26,14 +26,14 @@ FIRST = [
     "model_fullname",
 ]
 
-# metrics that fit across a terminal
+# Number of metrics that fit across a terminal.
 WIDE = 3
 
 
 def read_cells(folder: Path) -> list[dict[str, Any]]:
     """Every result in the folder, ours or CLIP_benchmark's, by file name; other JSON is ignored."""
     found = []
-    # not the parts of files that a kill left behind
+    # skip partial files, which a killed process may leave behind
     for path in sorted(folder.glob("[!.]*.json")):
         try:
             cell = json.loads(path.read_text(encoding="utf-8"))
@@ -60,16 +60,16 @@ def benchmark_table(cells: list[dict[str, Any]]) -> pd.DataFrame:
 
 
 def eval_results(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The cells of one model that DataComp knows, as its lines.
+    """The results of one model for tasks that DataComp has, as lines of its eval_results.jsonl.
 
-    Each has key, dataset, and metrics with `main_metric`.
+    Each line has key, dataset, and metrics with `main_metric`.
     """
     by_name = {task.result_name: task for task in TASKS.values() if task.datacomp_key}
     lines = []
     for cell in cells:
         task = by_name.get(cell["task"])
         main = task.main_values(cell["metrics"]) if task else []
-        # CLIP_benchmark's own cells need not have them
+        # files that CLIP_benchmark wrote may lack these
         if not task or not main:
             continue
         metrics = dict(cell["metrics"])
@@ -82,13 +82,13 @@ def eval_results(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def write_tables(folder: Path) -> None:
-    """`benchmark.csv` of all cells, and `MODEL_PRETRAINED/eval_results.jsonl` of each model."""
+    """Write `benchmark.csv`, and `MODEL_PRETRAINED/eval_results.jsonl` for each model."""
     cells = read_cells(folder)
     if not cells:
         return
     csv = benchmark_table(cells).to_csv(index=False)
     atomic.write_text(folder / "benchmark.csv", csv)
-    # model and weights -> their cells
+    # model and weights -> results
     models: dict[str, list[dict[str, Any]]] = {}
     for cell in cells:
         model = safe(cell["model"])
@@ -98,14 +98,14 @@ def write_tables(folder: Path) -> None:
 
     for name, own in models.items():
         lines = eval_results(own)
-        # DataComp knows none of some models' cells
+        # a model may have no result that DataComp has a key for
         if lines:
             text = "".join(json.dumps(line) + "\n" for line in lines)
             atomic.write_text(folder / name / "eval_results.jsonl", text)
 
 
 def tables_text(cells: list[dict[str, Any]]) -> str:
-    """One table per task, with a row per model and data set, or with columns where that is wide."""
+    """One table per task: a row per model and data set, transposed if it has many metrics."""
     parts = []
     for task in dict.fromkeys(cell["task"] for cell in cells):
         own = [cell for cell in cells if cell["task"] == task]
@@ -122,13 +122,13 @@ def tables_text(cells: list[dict[str, Any]]) -> str:
             table = table.T
         numbers = table.to_string(float_format="{:.4f}".format, na_rep="")
 
-        # CLIP_benchmark's own cells have no counts
+        # files that CLIP_benchmark wrote have no counts
         missed = 0
         for cell in own:
             counts = cell.get("counts", {})
             missed += counts.get("skipped", 0)
         note = ""
         if missed:
-            note = f" ({missed:,} images could not be used: see counts.skipped of its cells)"
+            note = f" ({missed:,} images could not be used: see counts.skipped in its JSON files)"
         parts.append(f"{task}{note}\n{numbers}")
     return "\n\n".join(parts)

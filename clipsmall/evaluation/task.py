@@ -1,4 +1,4 @@
-"""What the rest of the package may ask of an evaluation task: its entry in `TASKS`."""
+"""The interface of an evaluation task: a `Task` in `TASKS`, with its options."""
 
 import argparse
 import math
@@ -13,9 +13,10 @@ from clipsmall.evaluation.sets import DataSet
 
 @dataclass(frozen=True)
 class TaskOption:
-    """An option of a task: a flag of `evaluate`, a key of a run's config, part of a result's key.
+    """An option of a task: a flag of `evaluate`, a field of a run's config, part of a result's key.
 
-    Its type is that of `default`; a tuple takes several values. `choices` and `least` limit it.
+    It has the type of `default`; if that is a tuple, it takes several values. `choices` and `least`
+    limit the values.
     """
 
     default: Any
@@ -25,12 +26,12 @@ class TaskOption:
 
     @property
     def type(self) -> type:
-        """Of one value."""
+        """The type of one value."""
         first = self.default[0] if isinstance(self.default, tuple) else self.default
         return type(first)
 
     def add_to(self, parser: argparse.ArgumentParser, name: str) -> None:
-        """Add it as the flag `--name`."""
+        """Add the option to a parser as the flag `--name`."""
         if isinstance(self.default, bool):
             parser.add_argument(f"--{name}", action="store_true", help=self.help)
             return
@@ -47,10 +48,10 @@ class TaskOption:
         )
 
     def value(self, name: str, given: Any) -> Any:
-        """`given` as this option's value. Raises ValueError, with `name`, if it cannot be that."""
+        """`given`, checked and converted. Raises ValueError, which names the option."""
         if not isinstance(self.default, tuple):
             return self._one(name, given)
-        # a single value may stand without a list around it
+        # a single value needs no list around it
         many = given if isinstance(given, list | tuple) else [given]
         if not many:
             raise ValueError(f"{name}: must hold one value at least")
@@ -58,7 +59,7 @@ class TaskOption:
 
     def _one(self, name: str, given: Any) -> Any:
         kind = self.type
-        # in YAML, 1 is a float, too, but `true` is no number
+        # an integer is accepted for a float (YAML reads 1 as int), but `true` is not a number
         allowed = (int, float) if kind is float else (kind,)
         is_odd_bool = isinstance(given, bool) and kind is not bool
         if is_odd_bool or not isinstance(given, allowed):
@@ -68,7 +69,7 @@ class TaskOption:
         if self.choices and given not in self.choices:
             words = ", ".join(str(choice) for choice in self.choices)
             raise ValueError(f"{name}={given}: must be one of {words}")
-        # names have no least value, and do not compare with one
+        # options that are names have no least value, and cannot be compared with one
         is_limited = self.least > -math.inf
         if is_limited and not self.least <= value < math.inf:
             number = "a finite number of at least" if kind is float else "at least"
@@ -78,54 +79,54 @@ class TaskOption:
 
 @dataclass(frozen=True)
 class PageTable:
-    """The table of a task's results on a run's page, with one row per data set."""
+    """The table of a task's results in a run's report, with one row per data set."""
 
     title: str
     metrics: tuple[str, ...]
-    # those of `metrics` that stand beside the value of a guess
+    # the metrics among them that are shown with their chance level
     with_chance: tuple[str, ...]
     counts: tuple[str, ...]
-    # several rows per data set: how a metric's name begins -> what the row is called
+    # for several rows per data set: prefix of a metric's name -> label of its row
     rows: Mapping[str, str] = field(default_factory=lambda: {"": ""})
 
 
 @dataclass(frozen=True)
 class Task:
-    """A task: how it is measured, and all that others have to know of it.
+    """An evaluation task: how it is measured, and what the rest of the package needs to know.
 
-    `measure(view, **options)` returns the result; a task that `repeats` others also gets
-    `tasks`, which maps their names to functions of a view that return their main metric.
+    `measure(view, **options)` returns the result. A task with `repeats` also gets `tasks`, a dict:
+    name of another task -> function of a view that returns this task's main metric.
     """
 
-    # in results and file names: CLIP_benchmark's, where it has the task
+    # name in results and file names: CLIP_benchmark's if it has this task
     result_name: str
     measure: Callable[..., Result]
-    # of `measure`, by name; two tasks with an option of one name share one `Option`
+    # options of `measure` by name; tasks that share an option name must share the `TaskOption`
     options: Mapping[str, TaskOption] = field(default_factory=dict)
-    # what it matches images with: the classes of a data set, or captions (images without a
-    # caption do not count); "" = neither
+    # what images are compared with: class names, or captions (images without a caption are
+    # left out); "" = neither
     matches: Literal["classes", "captions", ""] = ""
-    # is it measured on such a data set if no task is asked for?
+    # whether the task runs on a data set when no task is requested
     default_for: Callable[[DataSet], bool] = lambda data: False
     # works on multi-label sets
     multilabel: bool = False
     # learns from training images
     learns: bool = False
-    # metrics whose mean is the main one; the first of these groups that a result has
+    # groups of metrics; the main metric is the mean of the first group that a result has
     main: tuple[tuple[str, ...], ...] = ()
-    # robustness can repeat it on corrupted images, and compare the main metric
+    # robustness may repeat this task on corrupted images and compare its main metric
     repeatable: bool = False
-    # repeats such tasks
+    # this task repeats other tasks
     repeats: bool = False
-    # metrics by name, for those who must know them before they are measured; () = who knows
+    # the metrics' names, if they are known before measuring; () = unknown
     metrics: tuple[str, ...] = ()
-    # in a run's log its metrics are DATASET/METRIC; others' are TASK/DATASET/METRIC
+    # in a run's log: True = DATASET/METRIC, False = TASK/DATASET/METRIC
     short_in_log: bool = False
     # key of a line in DataComp's eval_results.jsonl; "" = DataComp has no such task
     datacomp_key: str = ""
-    # on a run's page; None = one row per metric
+    # layout in a run's report; None = one row per metric
     page_table: PageTable | None = None
-    # writes more files beside the result's, whose path it is given
+    # writes further files beside the result's file, whose path is the second argument
     write_files: Callable[[Result, Path], None] | None = None
 
     def chosen(self, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -133,7 +134,7 @@ class Task:
         return {name: options[name] for name in self.options}
 
     def main_values(self, metrics: Mapping[str, float]) -> list[float]:
-        """The values of the main metrics; [] if a result does not have them."""
+        """The values of the main metrics; [] if the result has none of them."""
         for group in self.main:
             is_complete = all(name in metrics for name in group)
             if is_complete:

@@ -6,10 +6,10 @@ from torch import Tensor
 
 
 def scores(queries: Tensor, answers: Tensor) -> Tensor:
-    """(q, D), (n, D) -> (q, n) cosines, where equal features get equal scores.
+    """(q, D) queries, (n, D) answers -> (q, n) cosines; equal features get exactly equal scores.
 
-    BLAS sums the columns of a one-row product, or of a block's edge, in another order than the
-    rest; in float64, rounded to float32, the order no longer shows.
+    BLAS may sum a one-row product, or the edge of a block, in another order than the rest.
+    Computing in float64 and rounding to float32 hides that difference.
     """
     columns = answers.double().T
     cosines = queries.double() @ columns
@@ -20,8 +20,8 @@ def tied_in_top_k(slots: Tensor, right: Tensor, wrong: Tensor) -> Tensor:
     """Probability that `slots` random draws from right + wrong tied answers hold a right one.
 
     1 − C(wrong, slots) / C(right + wrong, slots), for integer tensors of one shape; slots below 1
-    give 0. One factor per slot: accurate to 1e-14 for any number of answers, where log-gamma loses
-    all digits.
+    give 0. Computed as one factor per slot: accurate to 1e-14 for any number of answers, whereas
+    log-gamma would lose all digits.
     """
     # probability that all draws so far were wrong
     miss = torch.ones(slots.shape, dtype=torch.float64)
@@ -31,14 +31,14 @@ def tied_in_top_k(slots: Tensor, right: Tensor, wrong: Tensor) -> Tensor:
 
     tied = right + wrong
     for taken in range(most):
-        # without replacement: of both, those drawn are gone
+        # without replacement: answers already drawn no longer count
         wrong_left = (wrong - taken).clamp(min=0).double()
         left = (tied - taken).clamp(min=1)
         still_wrong = wrong_left / left
         has_slot = slots > taken
         miss = torch.where(has_slot, miss * still_wrong, miss)
 
-    # without a right answer nothing is found
+    # with no right answer the probability is 0
     return torch.where(right > 0, 1 - miss, 0.0)
 
 
@@ -59,7 +59,7 @@ def in_top_k(scores: Tensor, right: Tensor, ks: tuple[int, ...]) -> Tensor:
     tied_wrong = _count(tied & ~right)
     columns = []
     for k in ks:
-        # places among the k best that are left for the tied ones
+        # ranks among the k best that are left for the tied answers
         slots = k - above
         columns.append(tied_in_top_k(slots, tied_right, tied_wrong))
     return torch.stack(columns, dim=1)
@@ -72,11 +72,11 @@ def _count(mask: Tensor) -> Tensor:
 
 
 def chance_in_top_k(answers: Tensor, right: Tensor, ks: tuple[int, ...]) -> Tensor:
-    """(q,) numbers of answers and of right ones -> (len(ks),) what a random ranking reaches."""
+    """(q,) numbers of answers and of right answers -> (len(ks),) recall@k of a random ranking."""
     wrong = answers - right
     levels = []
     for k in ks:
-        # to a random ranking all answers are tied
+        # a random ranking is one in which all answers tie
         slots = torch.full_like(answers, k)
         found = tied_in_top_k(slots, right, wrong)
         levels.append(found.mean())
@@ -89,7 +89,7 @@ def chunk_rows(columns: int, budget: int = 1 << 24) -> int:
 
 
 def refuse_non_finite(features: Tensor, what: str) -> None:
-    """Raises ValueError: NaN compares false with everything and would pass for a bad model."""
+    """Raises ValueError for NaN or infinity, which would otherwise look like a merely bad model."""
     finite = torch.isfinite(features)
     if not finite.all():
         bad = int((~finite).any(dim=-1).sum())

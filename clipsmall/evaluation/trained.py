@@ -1,4 +1,4 @@
-"""What tasks share that classify images after learning from labelled training images."""
+"""Shared by tasks that classify images with a model fitted to labelled training images."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from clipsmall.evaluation.view import DataView
 
 
 def classified(view: DataView, task: str, scores: Tensor, counts: dict[str, int]) -> Result:
-    """(n, C) scores of the classes for each image -> the result of `task`."""
+    """(n, C) class scores of each image -> the result of `task`."""
     train, _, labels, classes = view.training
     size = chunk_rows(classes)
     chunks_of_scores = torch.split(scores, size)
@@ -28,6 +28,6 @@ def classified(view: DataView, task: str, scores: Tensor, counts: dict[str, int]
         "classes": classes,
         "skipped": view.skipped,
     }
-    # those that only some tasks have come last
+    # counts that only some tasks have come last
     all_counts |= counts
     return Result(view.data.name, task, metrics, chance, all_counts)

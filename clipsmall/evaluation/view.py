@@ -1,4 +1,4 @@
-"""A data set as a model sees it: every feature is made when a task first asks for it, and once."""
+"""One model's features, captions and labels of one data set, computed lazily and only once."""
 
 import copy
 from dataclasses import dataclass, field
@@ -19,20 +19,20 @@ from clipsmall.evaluation.top_k import refuse_non_finite
 
 @dataclass
 class DataView:
-    """A model and a data set, and what tasks share of the two.
+    """A model on a data set: everything that several tasks use, computed on first use.
 
-    `change` is what happens to images first; `empty_classes` allows classes without an image.
+    `change` is applied to each image first; `empty_classes` allows classes without an image.
     """
 
     encoder: Encoder
     data: DataSet
     empty_classes: bool = False
     change: Change | None = None
-    # by task: what it learned from the training images, used for changed images, too
+    # task -> its model fitted to the training images, reused for changed images
     learned: dict[str, Any] = field(default_factory=dict)
 
     def changed(self, change: Change) -> "DataView":
-        """The same data set with other images: texts, classes and what was learned are shared."""
+        """A view with changed images; text features, classes and fitted models are shared."""
         other = copy.copy(self)
         other.__dict__.pop("encoded", None)
         other.change = change
@@ -43,7 +43,7 @@ class DataView:
         """(n, D) features of the images that can be read, and (n,) their rows in the catalog."""
         catalog = self.data.catalog
         features, rows = self.encoder.images(catalog, change=self.change)
-        # NaN would pass for a bad model
+        # NaN would look like a merely bad model
         refuse_non_finite(features, "image")
         return features, rows
 
@@ -54,15 +54,13 @@ class DataView:
 
     @property
     def skipped(self) -> int:
-        """Images of the data set that are not among them."""
+        """The number of images without features: unreadable, or left out of the catalog."""
         return self.data.catalog.total - len(self.images)
 
     @property
     def uncaptioned(self) -> int:
-        """Images of the data set that are not among the `captioned`."""
+        """The number of images that are unreadable or have no caption."""
         return self.data.catalog.total - len(self.captioned)
-
-    # ---- captions ----
 
     @cached_property
     def words(self) -> Texts:
@@ -71,7 +69,7 @@ class DataView:
 
     @cached_property
     def captioned(self) -> Tensor:
-        """Which of `images` have a caption: their positions."""
+        """The positions in `images` of those that have a caption."""
         captions = self.words.captions
         rows = self.encoded[1].tolist()
         positions = []
@@ -84,7 +82,7 @@ class DataView:
 
     @cached_property
     def captions(self) -> tuple[list[str], Relevance]:
-        """The distinct captions, and which belong to which of the captioned images."""
+        """The distinct captions, and which captioned images each belongs to."""
         rows = self.encoded[1][self.captioned].tolist()
         return relevance([self.words.captions[row] for row in rows])
 
@@ -95,16 +93,14 @@ class DataView:
         refuse_non_finite(features, "text")
         return features
 
-    # ---- classes ----
-
     @cached_property
     def names(self) -> list[str]:
-        """Class names. Raises ValueError for none."""
+        """Class names. Raises ValueError if there are none."""
         if self.data.kind == "retrieval":
             raise ValueError(
                 f"{self.data.name}: a retrieval set (dataset_type.txt); it has no classes"
             )
-        # a .npy names no class: without a list of them there are none
+        # a .npy holds no class names: a multi-label set needs a list
         words = Texts([], []) if self.data.kind == "multilabel" else self.words
         names = prompts.class_names(self.data.classes, words.captions, words.labels)
         if not names:
@@ -115,12 +111,12 @@ class DataView:
 
     @cached_property
     def all_targets(self) -> Tensor:
-        """(N, C) bool, of a multi-label set: which classes each image of the catalog shows."""
+        """(N, C) bool, for a multi-label set: which classes each image of the catalog shows."""
         return read_targets(self.data.catalog, len(self.names))
 
     @cached_property
     def classes(self) -> list[str]:
-        """`names`; raises ValueError (without `empty_classes`) where one has no image."""
+        """`names`; raises ValueError if one has no image, unless `empty_classes`."""
         names = self.names
         if self.data.kind == "multilabel":
             # (C,)
@@ -141,40 +137,37 @@ class DataView:
 
     @cached_property
     def labels(self) -> Tensor:
-        """(n,) class numbers of `images`."""
+        """(n,) class indices of `images`."""
         numbers = class_indices(self.words.labels, self.classes)
         return numbers[self.encoded[1]]
 
     @property
     def targets(self) -> Tensor:
-        """(n, C) bool, of a multi-label set: which classes `images` show."""
+        """(n, C) bool, for a multi-label set: which classes `images` show."""
         return self.all_targets[self.encoded[1]]
 
     @cached_property
     def class_features(self) -> Tensor:
-        """(C, D)."""
+        """(C, D) features of the classes."""
         classes = self.classes
         templates = prompts.prompt_templates(self.data.templates)
         features = class_features(self.encoder, classes, templates)
         refuse_non_finite(features, "class")
         return features
 
-    # ---- training images ----
-
     @cached_property
     def training(self) -> tuple[Tensor, Tensor, Tensor, int]:
-        """What tasks learn from: features and labels, and the labels of `images` to judge by.
+        """(N, D) features and (N,) labels of training images, (n,) labels of `images`, classes.
 
-        (N, D) features and (N,) labels to learn from, (n,) labels of `images`, and how many
-        classes.
+        The last is the number of classes.
 
         Raises:
-            ValueError: an image to classify is of a class that no training image has.
+            ValueError: a test image is of a class that no training image has.
         """
         catalog = self.data.training
         features, rows = self.encoder.images(catalog)
         refuse_non_finite(features, "train image")
-        # label of each training image, and of each image to classify, blind to letter case
+        # labels of training and test images, ignoring letter case
         words = read_texts(catalog, self.data.label)
         all_learned = [str(label) for label in words.labels]
         learned = [all_learned[row].casefold() for row in rows.tolist()]

@@ -4,9 +4,9 @@
     python -m clipsmall.export runs/lora --to exported/adapter --adapter
     python -m clipsmall.export ViT-B-32 --pretrained laion2b_s34b_b79k --to vit-b-32 --push ORG/NAME
 
-LoRA adapters are merged; --adapter exports them without their base, with the logit scale beside
-them. The folder is loaded again by both libraries and compared with the model before it gets its
-name.
+LoRA adapters are merged into the weights; --adapter exports only the adapters and the logit scale.
+Before the folder gets its final name, both libraries load it, and its features are compared with
+the model's.
 """
 
 import argparse
@@ -30,10 +30,10 @@ from clipsmall.storage.yaml_files import read_yaml
 
 
 def find_run(name: str) -> tuple[str, dict[str, Any]]:
-    """The checkpoint that MODEL means, if it is a run's, and what the run's folder says of it.
+    """Find the checkpoint of MODEL if it is a run, and fields of the model card from the run.
 
     Returns:
-        The checkpoint's path, and fields of the model card; or the name as it is, and none.
+        The checkpoint's path and the fields; or the name unchanged and no fields.
     """
     path = Path(name)
     if (path / "checkpoints").is_dir():
@@ -47,7 +47,7 @@ def find_run(name: str) -> tuple[str, dict[str, Any]]:
         facts["config"] = read_yaml(str(run.path / "run.yaml"))
     if (run.path / "env.json").exists():
         facts["versions"] = _read_json(run.path / "env.json")
-    # results of another step are another model's
+    # evaluations of another step do not describe this checkpoint
     if run.last_evaluation() in (-1, progress["step"]):
         cells = sorted(run.evaluations.glob("[!.]*.json"))
         facts["cells"] = [_read_json(cell) for cell in cells]
@@ -70,7 +70,7 @@ def export(options: argparse.Namespace) -> None:
         ValueError: a model that cannot be exported.
     """
     target = Path(options.to).resolve()
-    # what users of the folder write to load it
+    # what users will write to load the model
     address = options.push or target.name
     source, facts = find_run(options.model)
     with folder.complete_folder(target) as partial:
@@ -88,7 +88,7 @@ def export(options: argparse.Namespace) -> None:
         base = described.get("base") or ("" if facts else options.model)
         revision = ""
         if options.adapter:
-            # nothing to compare: without their base the adapters are no model
+            # nothing to compare: adapters without their base are not a model
             base = adapter.base_name(loaded, options.model, public=bool(options.push))
             revision = described.get("revision") or ""
             config, tensors = lora.adapter(loaded.towers.adaptable)
@@ -121,7 +121,7 @@ def export(options: argparse.Namespace) -> None:
 
 
 def _scalars(model: DualEncoder, loaded: Loaded) -> dict[str, Tensor]:
-    """The scale's log; and the bias if one was learned, or this family of models has one."""
+    """The log of logit_scale, and logit_bias if it was learned or the model family has one."""
     found = {"logit_scale": model.logit_scale.detach()}
     if model.logit_bias.item() or loaded.towers.family == "siglip":
         found["logit_bias"] = model.logit_bias.detach()
@@ -137,10 +137,10 @@ def main(words: list[str] | None = None, api: Any = None) -> int:
     parser.add_argument("model", help=MODEL_HELP)
     parser.add_argument("--to", required=True, help="new folder")
     parser.add_argument("--pretrained", default="", help="weight tag of an open_clip model")
-    parser.add_argument("--adapter", action="store_true", help="LoRA alone, not merged")
+    parser.add_argument("--adapter", action="store_true", help="only the LoRA adapters, not merged")
     parser.add_argument("--name", default="", help="title of the model card; default: the folder's")
     parser.add_argument(
-        "--licence", default="", help="an identifier of the hub's, such as apache-2.0"
+        "--licence", default="", help="licence as the hub identifies it, such as apache-2.0"
     )
     parser.add_argument(
         "--push", default="", metavar="ORG/NAME", help="upload to the Hugging Face hub, too"

@@ -1,6 +1,6 @@
-"""LoRA adapters without their base, as peft loads them, and beside them the logit scale.
+"""Exports LoRA adapters without their base, in peft's format, with the logit scale in its own file.
 
-peft would leave the scale behind: it is no adapter.
+peft does not save the logit scale, as it is not part of an adapter.
 """
 
 import json
@@ -15,15 +15,15 @@ from clipsmall.model.towers import Loaded
 
 
 def base_name(loaded: Loaded, name: str, public: bool) -> str:
-    """What the base's library calls the base.
+    """The base model's name in its library.
 
     Args:
-        name: of the model, for messages.
-        public: others shall load it, so it must not be a folder of this machine.
+        name: the model's name, for messages.
+        public: whether others must be able to load it, so that it may not be a local folder.
 
     Raises:
-        ValueError: no adapters, a base that others do not have, or trained weights that no adapter
-            holds.
+        ValueError: no adapters, a base that others do not have, or trained weights outside the
+            adapters.
     """
     description = loaded.description
     if "lora" not in description:
@@ -57,13 +57,13 @@ def write_adapter(
     scalars: Tensors,
     folder: Path,
 ) -> None:
-    """adapter_config.json, adapter_model.safetensors and scale.json.
+    """Write adapter_config.json, adapter_model.safetensors and scale.json.
 
     Args:
-        config: as peft writes it, but for the base.
-        tensors: of the adapters, as peft names them.
-        base: what its library calls the model that the adapters are for.
-        revision: of the base on the hub, "" if unknown.
+        config: peft's adapter config, without the base.
+        tensors: the adapters' weights under peft's names.
+        base: the base model's name in its library.
+        revision: the base's revision on the hub, "" if unknown.
         scalars: logit_scale (its log) and perhaps logit_bias.
     """
     # peft looks here for the base that the adapters are for
@@ -71,11 +71,11 @@ def write_adapter(
     (folder / "adapter_config.json").write_text(json.dumps(named, indent=2) + "\n")
     path = folder / "adapter_model.safetensors"
     save_file({key: value.contiguous() for key, value in tensors.items()}, path)
-    # safetensors leaves 0600
+    # safetensors writes with mode 0600
     path.chmod(0o644)
     log = scalars["logit_scale"].item()
     bias = scalars.get("logit_bias")
-    # the log is what the libraries keep, the factor what people mean
+    # both the log, which libraries store, and the factor, which people expect
     scale = {
         "logit_scale": math.exp(log),
         "log_logit_scale": log,
@@ -85,7 +85,7 @@ def write_adapter(
 
 
 def adapter_note(scalars: Tensors, family: str) -> str:
-    """For the card: what is here, and what must be set by hand."""
+    """A note for the model card: what the folder holds, and what must be set by hand."""
     note = (
         "These are LoRA weights alone: they need their base, and the logit scale that stands in "
         "scale.json."

@@ -1,6 +1,6 @@
 """The model card of an exported model: README.md with the hub's front matter.
 
-It is written from what the run itself left: its config, versions and results.
+It is written from the files of the run: config, versions and results.
 """
 
 import re
@@ -13,26 +13,26 @@ import yaml
 from clipsmall.export import usage
 
 Rows = list[tuple[str, ...]]
-# the columns of the table of results
+# Columns of the table of results.
 MEASURES = ("data", "measure", "result", "chance", "over")
 
 
 @dataclass
 class Card:
-    """What a card says; what is empty is left out."""
+    """The content of a model card; empty fields are left out."""
 
-    # the title
+    # title of the card
     name: str
     where: usage.Where
-    # an identifier of the hub's
+    # licence as the hub identifies it
     licence: str
     # logit scale (not its log) and bias
     scale: float
     bias: float | None
-    # the model it was trained from, as model.name and model.pretrained named it
+    # the model it was fine-tuned from: model.name and model.pretrained of the run
     base: str = ""
     pretrained: str = ""
-    # sentences on what the folder lacks
+    # sentences on limitations of the folder
     notes: list[str] = field(default_factory=list)
     # content of run.yaml
     config: dict[str, Any] = field(default_factory=dict)
@@ -72,7 +72,7 @@ def card_text(card: Card) -> str:
 
 
 def _origin(card: Card) -> str:
-    """A sentence on where the model comes from."""
+    """A sentence on the model's origin."""
     base = f"`{shown(card.base)}`"
     if card.pretrained:
         base += f" ({card.pretrained})"
@@ -93,7 +93,7 @@ def _front_matter(card: Card) -> dict[str, Any]:
         "pipeline_tag": "zero-shot-image-classification",
         "tags": tags,
     }
-    # a base that the hub has, by its name
+    # the base, if its name is a hub id
     hub_id = re.fullmatch(r"(?:hf:)?([\w.-]+/[\w.-]+)", card.base)
     if hub_id and not Path(card.base).exists():
         front["base_model"] = hub_id[1]
@@ -103,7 +103,7 @@ def _front_matter(card: Card) -> dict[str, Any]:
 
 
 def _training(card: Card) -> Rows:
-    """The options that matter most."""
+    """Rows with the most important training options."""
     config = card.config
     optim = config["optim"]
     model = config["model"]
@@ -139,7 +139,7 @@ def _results(card: Card) -> Rows:
     """One row per measure."""
     rows: Rows = []
     for cell in sorted(card.cells, key=lambda cell: (cell["dataset"], cell["task"])):
-        # cells of CLIP_benchmark's own have neither
+        # files that CLIP_benchmark wrote have neither
         chances = cell.get("chance", {})
         counts = cell.get("counts", {})
         over = ", ".join(f"{count:,} {name}" for name, count in counts.items() if count)
@@ -159,19 +159,19 @@ def _table(head: tuple[str, ...], rows: Rows) -> str:
 
 
 def _cell(value: str) -> str:
-    """A name may hold what ends a cell of a Markdown table, or a line of it."""
+    """Escape characters that would end a table cell, and join lines."""
     one_line = " ".join(str(value).split())
     return one_line.replace("\\", "\\\\").replace("|", "\\|")
 
 
 def _folded(title: str, content: dict[str, Any]) -> str:
-    """YAML that opens at a click."""
+    """A collapsed section with YAML."""
     dumped = yaml.safe_dump(_shown_throughout(content), sort_keys=False, allow_unicode=True)
     return f"<details><summary>{title}</summary>\n\n```yaml\n{dumped}```\n\n</details>"
 
 
 def _shown_throughout(value: Any) -> Any:
-    """A tree with each of its strings as `shown`."""
+    """A tree in which every string is replaced by `shown`."""
     if isinstance(value, dict):
         return {key: _shown_throughout(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -182,9 +182,9 @@ def _shown_throughout(value: Any) -> Any:
 
 
 def shown(name: str) -> str:
-    """A name as it is, but of an absolute path only the last two parts.
+    """The last two parts of an absolute path; any other name unchanged.
 
-    A card must not tell how the machine's folders are named.
+    A card must not reveal the machine's folder names.
     """
     found = re.fullmatch(r"((?:hf:|open_clip:|local-dir:)*)([/~].+)", name)
     if found is None:
@@ -195,7 +195,7 @@ def shown(name: str) -> str:
 
 
 def scrubbed(text: str) -> str:
-    """Without secrets: users and queries of URLs, tokens of the hub."""
+    """The text without secrets: users and queries of URLs, tokens of the hub."""
     text = re.sub(r"(\w://)[^/\s@'\"]+@", r"\1", text)
     text = re.sub(r"(\w://[^\s?'\",]+)\?[^\s'\",\]]+", r"\1", text)
     return re.sub(r"\bhf_[A-Za-z0-9]{16,}", "…", text)

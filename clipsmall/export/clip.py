@@ -13,7 +13,7 @@ from clipsmall.export.weights import (
     name_pair,
 )
 
-# of a block: open_clip's name of a layer -> that of transformers
+# Layers of a block: open_clip's name -> transformers' name.
 LAYERS = {
     "ln_1": "layer_norm1",
     "ln_2": "layer_norm2",
@@ -21,17 +21,17 @@ LAYERS = {
     "mlp.c_fc": "mlp.fc1",
     "mlp.c_proj": "mlp.fc2",
 }
-# options that both towers of open_clip have and transformers, too
+# Options of both open_clip towers that transformers has, too.
 SHARED = {"width", "layers", "mlp_ratio", "act_kwargs", "norm_kwargs"}
-# this eos_token_id of transformers means: pool at the largest id, as OpenAI's first configs do
+# This eos_token_id makes transformers pool at the largest id, as in OpenAI's first configs.
 LARGEST_ID = 2
 
 
 def clip_names(vision_layers: int, text_layers: int, custom_text: bool) -> Iterator[NamePair]:
-    """Every tensor of a CLIP but scale and bias.
+    """Names of all CLIP tensors except logit_scale and logit_bias.
 
     Args:
-        custom_text: open_clip's text tower lies under "text.".
+        custom_text: whether names of open_clip's text tower begin with "text.".
     """
     text = "text." if custom_text else ""
     yield name_pair("visual.class_embedding", "vision_model.embeddings.class_embedding")
@@ -72,7 +72,7 @@ def clip_for_transformers(config: dict[str, Any], name: str) -> dict[str, Any]:
             f"{name}: transformers' CLIP takes square images, not {vision['image_size']}"
         )
     eos = _end_id(text, name)
-    # the start is looked at by nobody, but must be an id
+    # the start id is not used, but must be valid
     start = VOCABULARY - 2 if text["vocab_size"] == VOCABULARY else eos
     vision_heads = vision["width"] // vision["head_width"]
     return {
@@ -97,11 +97,11 @@ def clip_for_transformers(config: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _end_id(text: dict[str, Any], name: str) -> int:
-    """The id at which transformers pools where open_clip does. Raises Inexpressible."""
+    """The eos id that makes transformers pool where open_clip does. Raises Inexpressible."""
     pool = text["pool_type"]
     eos: int = text["eos_id"]
     if pool == "argmax":
-        # the largest id of CLIP's own vocabulary is its end
+        # the largest id of CLIP's own vocabulary is its end mark
         return VOCABULARY - 1 if text["vocab_size"] == VOCABULARY else LARGEST_ID
     if pool == "eos" and eos != LARGEST_ID:
         return eos

@@ -1,4 +1,4 @@
-"""An exported folder, loaded again by the libraries it is for, beside the model it was made of."""
+"""Checks an exported folder: loads it with each library and compares features with the model's."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +12,7 @@ from clipsmall.model.towers import Loaded
 from clipsmall.model.towers.open_clip_towers import load_open_clip
 from clipsmall.model.towers.transformers_towers import load_transformers
 
-# of a unit vector's coordinates: float32 in another order of operations gives about 1e-7; NaN fails
+# Largest difference of a unit vector's coordinate; reordered float32 sums give about 1e-7.
 TOLERANCE = 1e-5
 CAPTIONS = ["a photo of a cat", "Two dogs; one of them's asleep!", "", "é 猫 " * 40]
 
@@ -23,10 +23,10 @@ def compare_exported(
     """Load the folder with each library, and compare features with those of `loaded`.
 
     Returns:
-        The largest difference of a feature for each library.
+        library -> largest difference of a feature.
 
     Raises:
-        ValueError: a library makes another model of the folder.
+        ValueError: a library loads another model from the folder.
     """
     found = {}
     for library in libraries:
@@ -48,9 +48,9 @@ def compare_exported(
 def _difference(
     loaded: Loaded, exported: Loaded, text_features: Callable[[Loaded], Tensor]
 ) -> float:
-    """The largest difference of unit embeddings, of noise images and of CAPTIONS.
+    """The largest difference of unit embeddings, for noise images and for CAPTIONS.
 
-    Each side tokenizes captions by itself.
+    Each side uses its own tokenizer.
     """
     size = loaded.spec.size
     pixels = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(0))
@@ -72,7 +72,7 @@ def _tokenized_features(loaded: Loaded) -> Tensor:
 def _masked_features(loaded: Loaded) -> Tensor:
     """The features of CAPTIONS as users of transformers compute them.
 
-    Unlike in clipsmall, its tokenizer may also say where padding is, and the model then masks it.
+    Unlike clipsmall, their tokenizer may return an attention mask for padding.
     """
     tokenize: Any = loaded.tokenize
     model: Any = loaded.towers.model
@@ -83,7 +83,7 @@ def _masked_features(loaded: Loaded) -> Tensor:
     return features
 
 
-# how each library loads a folder, and how its users compute the features of a text
+# Library -> (how it loads a folder, how its users compute text features).
 LIBRARIES: dict[str, tuple[Callable[[Path], Loaded], Callable[[Loaded], Tensor]]] = {
     "transformers": (lambda folder: load_transformers(str(folder)), _masked_features),
     "open_clip": (lambda folder: load_open_clip(f"local-dir:{folder}", ""), _tokenized_features),
@@ -91,6 +91,6 @@ LIBRARIES: dict[str, tuple[Callable[[Path], Loaded], Callable[[Loaded], Tensor]]
 
 
 def _preprocessing(loaded: Loaded) -> tuple[Any, ...]:
-    """What the pixels of an image depend on."""
+    """Everything that an image's pixels depend on."""
     spec = loaded.spec
     return spec.size, tuple(spec.mean), tuple(spec.std), spec.interpolation, spec.resize

@@ -1,4 +1,4 @@
-"""Configs and weights of dual encoders, from open_clip to transformers and back."""
+"""Converts configs and weights of dual encoders between open_clip and transformers."""
 
 from typing import Any
 
@@ -11,14 +11,14 @@ from clipsmall.export.weights import Inexpressible, Tensors, renamed
 def to_transformers(
     config: dict[str, Any], tensors: Tensors, name: str
 ) -> tuple[dict[str, Any], Tensors]:
-    """An open_clip model as a `CLIPModel` or `SiglipModel` of transformers; no number changes.
+    """Convert an open_clip model to transformers' `CLIPModel` or `SiglipModel`, bit for bit.
 
-    A CLIPModel has no logit_bias: it is left out (a constant; no ranking depends on it).
+    A CLIPModel has no logit_bias, so it is dropped (a constant, which changes no ranking).
 
     Args:
         config: open_clip's `model_cfg`.
-        tensors: its state dict.
-        name: of the model, for messages.
+        tensors: the state dict.
+        name: the model's name, for messages.
 
     Returns:
         The content of config.json and of model.safetensors.
@@ -33,7 +33,7 @@ def to_transformers(
         made = siglip.siglip_for_transformers(config, name)
         vision_layers = made["vision_config"]["num_hidden_layers"]
         names = siglip.siglip_names(vision_layers, text_layers)
-        # both scalars, with an axis
+        # SiglipModel's scalars have shape (1,)
         kept = {key: value.reshape(1) for key, value in scalars.items()}
     else:
         made = clip.clip_for_transformers(config, name)
@@ -49,12 +49,12 @@ def to_transformers(
 def to_open_clip(
     config: dict[str, Any], tensors: Tensors, name: str
 ) -> tuple[dict[str, Any], Tensors]:
-    """A `CLIPModel` or `SiglipModel` of transformers as a model of open_clip; no number changes.
+    """Convert transformers' `CLIPModel` or `SiglipModel` to open_clip, bit for bit.
 
     Args:
-        config: the content of config.json; what it leaves out is transformers' default.
-        tensors: its state dict; a logit_bias beside a CLIP's weights comes along.
-        name: of the model, for messages.
+        config: the content of config.json; missing fields are transformers' defaults.
+        tensors: the state dict; a logit_bias is kept, also for a CLIP.
+        name: the model's name, for messages.
 
     Returns:
         The `model_cfg` of open_clip_config.json and the content of open_clip_model.safetensors.
@@ -92,7 +92,7 @@ def to_open_clip(
 
 
 def _without_scalars(tensors: Tensors) -> tuple[Tensors, dict[str, Tensor]]:
-    """The towers' tensors; and scale and bias, of shape () in open_clip, (1,) in SiglipModel."""
+    """(tensors of the towers, logit_scale and logit_bias)."""
     towers = dict(tensors)
     scalars = {}
     for key in ("logit_scale", "logit_bias"):

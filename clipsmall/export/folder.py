@@ -1,4 +1,4 @@
-"""A model's folder for transformers and open_clip at once: their files do not overlap."""
+"""Writes one folder that both transformers and open_clip load; their files do not overlap."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -19,16 +19,16 @@ from clipsmall.export.weights import Inexpressible, Tensors
 from clipsmall.model.towers import Loaded
 from clipsmall.storage import atomic
 
-# the libraries that load a folder, and notes for its card: why another does not, or not all of it
+# (libraries that load the folder, notes for the card on what another library lacks)
 Written = tuple[list[str], list[str]]
 
 
 @contextmanager
 def complete_folder(target: Path) -> Iterator[Path]:
-    """A folder to fill that gets its name when all went well, and is deleted when not.
+    """A temporary folder, renamed to `target` on success and deleted on an error.
 
     Raises:
-        ValueError: the name is taken, or cannot be written.
+        ValueError: `target` exists or is not writable.
     """
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise ValueError(f"{target}: is there already; give --to a new folder")
@@ -40,17 +40,17 @@ def complete_folder(target: Path) -> Iterator[Path]:
 
 
 def write_model(loaded: Loaded, scalars: Tensors, name: str, folder: Path) -> Written:
-    """Config, weights, tokenizer and preprocessing, for each library that has such a model.
+    """Write config, weights, tokenizer and preprocessing for each library that has such a model.
 
     Args:
-        loaded: towers of transformers or open_clip with plain layers: adapters are merged before.
-        scalars: logit_scale (its log) and, where it is learned or the model has one, logit_bias.
-        name: of the model: in messages, and what open_clip's config calls a HF tokenizer (its hub
-            id, if it gets one).
-        folder: there, and empty.
+        loaded: towers of transformers or open_clip, with adapters already merged.
+        scalars: logit_scale (its log) and, if it is learned or the model has one, logit_bias.
+        name: the model's name (its hub id, if it gets one): for messages, and for a Hugging Face
+            tokenizer in open_clip's config.
+        folder: an existing, empty folder.
 
     Returns:
-        The libraries that load it, and why another does not or not all of it.
+        See `Written`.
 
     Raises:
         ValueError: towers that neither library has.
@@ -66,19 +66,19 @@ def write_model(loaded: Loaded, scalars: Tensors, name: str, folder: Path) -> Wr
 
 
 def _write_from_transformers(loaded: Loaded, tensors: Tensors, name: str, folder: Path) -> Written:
-    """A model of transformers: as it is, and converted for open_clip."""
+    """Write a transformers model as it is, and converted for open_clip."""
     model: Any = loaded.towers.model
     tokenize: Any = loaded.tokenize
     config = model.config.to_dict()
     notes = []
     own = dict(tensors)
     if config["model_type"] == "siglip":
-        # SiglipModel's scalars have an axis
+        # SiglipModel's scalars have shape (1,)
         for key in ("logit_scale", "logit_bias"):
             own[key] = tensors[key].reshape(1)
     elif own.pop("logit_bias", None) is not None:
         notes.append(_bias_note(tensors))
-    # SigLIP was trained with its padding in sight
+    # SigLIP was trained without an attention mask
     has_mask = config["model_type"] == "clip"
     tokenizer = prepared_for_transformers(tokenize.tokenizer, tokenize.length, has_mask)
     _write_transformers(config, own, tokenizer, loaded.spec, folder)
@@ -86,7 +86,7 @@ def _write_from_transformers(loaded: Loaded, tensors: Tensors, name: str, folder
         converted, weights = to_open_clip(config, tensors, name)
     except Inexpressible as error:
         return ["transformers"], [*notes, f"For transformers alone: {error}."]
-    # open_clip has CLIP's own tokenizer itself, any other it looks for at this name
+    # open_clip has CLIP's tokenizer built in, and loads any other by name
     if not is_clip_tokenizer(tokenizer):
         converted["text_cfg"]["hf_tokenizer_name"] = name
     _write_open_clip(converted, weights, loaded.spec, folder)
@@ -94,7 +94,7 @@ def _write_from_transformers(loaded: Loaded, tensors: Tensors, name: str, folder
 
 
 def _write_from_open_clip(loaded: Loaded, tensors: Tensors, name: str, folder: Path) -> Written:
-    """A model of open_clip: as it is, and converted for transformers."""
+    """Write an open_clip model as it is, and converted for transformers."""
     loaded.save_files(folder)
     config = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]
     if "multimodal_cfg" in config:
@@ -116,7 +116,7 @@ def _write_from_open_clip(loaded: Loaded, tensors: Tensors, name: str, folder: P
     return ["transformers", "open_clip"], [_bias_note(tensors)] if lost_bias else []
 
 
-# by the kind of towers that a model has
+# kind of towers -> writer
 WRITERS: dict[str, Callable[[Loaded, Tensors, str, Path], Written]] = {
     "transformers": _write_from_transformers,
     "open_clip": _write_from_open_clip,
@@ -134,7 +134,7 @@ def _bias_note(tensors: Tensors) -> str:
 def _write_transformers(
     config: dict[str, Any], tensors: Tensors, tokenizer: Any, spec: ImageSpec, folder: Path
 ) -> None:
-    """config.json, model.safetensors, tokenizer and processor."""
+    """Write config.json, model.safetensors, tokenizer and processor."""
     import transformers
 
     family = {"clip": "CLIP", "siglip": "Siglip"}[config["model_type"]]
@@ -150,7 +150,7 @@ def _write_transformers(
 
 
 def image_processor(spec: ImageSpec) -> Any:
-    """transformers' image processor for the same pixels."""
+    """The transformers image processor that gives the same pixels."""
     from transformers import CLIPImageProcessor, SiglipImageProcessor
 
     square = {"height": spec.size, "width": spec.size}
@@ -167,7 +167,7 @@ def image_processor(spec: ImageSpec) -> Any:
 def _write_open_clip(
     config: dict[str, Any], tensors: Tensors, spec: ImageSpec, folder: Path
 ) -> None:
-    """open_clip_config.json and open_clip_model.safetensors."""
+    """Write open_clip_config.json and open_clip_model.safetensors."""
     preprocess = {
         "size": spec.size,
         "mean": list(spec.mean),
@@ -181,8 +181,8 @@ def _write_open_clip(
 
 
 def _save_tensors(tensors: Tensors, path: Path) -> None:
-    # copies: safetensors refuses tied weights, which share memory
+    # copy, as safetensors refuses tied weights, which share memory
     plain = {key: value.contiguous().clone() for key, value in tensors.items()}
     save_file(plain, path, {"format": "pt"})
-    # safetensors leaves 0600: nobody else could load what was exported
+    # safetensors writes with mode 0600, so that other users could not load the model
     path.chmod(0o644)

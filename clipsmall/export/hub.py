@@ -7,10 +7,10 @@ from typing import Any
 
 
 def check_access(repo: str, api: Any) -> None:
-    """Ask before the work: is this a name, is there a network, are we logged in?
+    """Check repository name, network and login before the export starts.
 
     Raises:
-        ValueError: one of them is not so.
+        ValueError: one of them fails.
     """
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo):
         raise ValueError(f"--push {repo}: give ORG/NAME")
@@ -18,10 +18,10 @@ def check_access(repo: str, api: Any) -> None:
 
 
 def upload_folder(folder: Path, repo: str, private: bool, api: Any) -> str:
-    """Upload a folder in one commit, into a repository that is made if it is not there.
+    """Upload a folder in one commit; the repository is created if it does not exist.
 
     Args:
-        private: of a new repository; a public one that is there already is refused.
+        private: make a new repository private; an existing public one is refused.
         api: a `huggingface_hub.HfApi`.
 
     Returns:
@@ -45,10 +45,10 @@ def upload_folder(folder: Path, repo: str, private: bool, api: Any) -> str:
 
 
 def _ask(repo: str, call: Callable[[], Any], ending: str = "") -> Any:
-    """The result of a call to the hub. What its client raises becomes a ValueError of one line.
+    """Call the hub; errors of its client become a one-line ValueError.
 
     Args:
-        ending: of the message.
+        ending: appended to the message.
     """
     from huggingface_hub.errors import LocalTokenNotFoundError
 
@@ -59,8 +59,8 @@ def _ask(repo: str, call: Callable[[], Any], ending: str = "") -> Any:
             f"--push {repo}: not logged in; run `hf auth login`, or set HF_TOKEN"
         ) from None
     except Exception as error:
-        # no network, HF_HUB_OFFLINE, a refusal: the client, httpx and urllib3 have errors of
-        # their own
+        # no network, HF_HUB_OFFLINE, a refusal: the client, httpx and urllib3 all have their own
+        # exceptions
         hints = {401: "; run `hf auth login`", 403: "; this account may not write there"}
         status = getattr(getattr(error, "response", None), "status_code", 0)
         reason = " ".join(str(error).split())[:200]

@@ -1,12 +1,12 @@
-"""The options of a tower as open_clip and as transformers call them."""
+"""Converts the options of a tower between open_clip's and transformers' names."""
 
 from dataclasses import asdict
 from typing import Any
 
 from clipsmall.export.weights import Inexpressible
 
-# options without effect on what a trained model computes: dropout, where pretrained parts came
-# from, tokenizer, unused ids
+# Options that do not affect what a trained model computes: dropout, origin of pretrained parts,
+# tokenizer, unused ids.
 WITHOUT_EFFECT = {
     "patch_dropout",
     "pos_embed_type",
@@ -20,7 +20,7 @@ WITHOUT_EFFECT = {
     "pad_id",
     "eos_id",
 }
-# what is known at the top of a `model_cfg`
+# Known keys at the top level of a `model_cfg`.
 TOP_LEVEL = {
     "embed_dim",
     "vision_cfg",
@@ -36,12 +36,12 @@ TOP_LEVEL = {
 def tower_options(
     config: dict[str, Any], side: str, converted: set[str], name: str
 ) -> dict[str, Any]:
-    """All options of one tower of an open_clip `model_cfg`, defaults filled in.
+    """All options of one tower of an open_clip `model_cfg`, with defaults filled in.
 
     Args:
         side: "vision" or "text".
         converted: options that the caller translates; any other must have its default.
-        name: of the model, for messages.
+        name: the model's name, for messages.
 
     Raises:
         Inexpressible: an option that transformers does not have.
@@ -87,10 +87,10 @@ def activation(quick_gelu: bool, act_kwargs: dict[str, Any] | None, name: str) -
 
 
 def open_clip_activation(config: Any, name: str) -> tuple[bool, dict[str, Any]]:
-    """open_clip's options for the activation of a tower of transformers.
+    """open_clip's options for the activation of a transformers tower.
 
     Returns:
-        quick_gelu, of the whole model; and act_kwargs, as a part of the tower's section.
+        quick_gelu, which applies to the whole model, and act_kwargs for the tower's section.
 
     Raises:
         Inexpressible: open_clip has no such activation.
@@ -103,15 +103,15 @@ def open_clip_activation(config: Any, name: str) -> tuple[bool, dict[str, Any]]:
 
 
 def norm_option(eps: float) -> dict[str, Any]:
-    """open_clip's option for LayerNorms of this eps; 1e-5 is its default."""
+    """open_clip's option for this LayerNorm eps; {} for its default, 1e-5."""
     return {} if eps == 1e-5 else {"norm_kwargs": {"eps": eps}}
 
 
 def mlp_ratio(config: Any) -> float:
-    """open_clip's `mlp_ratio` for a tower of transformers.
+    """open_clip's `mlp_ratio` for a transformers tower.
 
-    open_clip makes int(width * ratio) rows, which for 4304 / 1152 is one too few: then the ratio of
-    half a row more is given.
+    open_clip computes int(width * ratio) rows, which for 4304 / 1152 is one too few; then the ratio
+    is for half a row more.
     """
     rows = config.intermediate_size
     width = config.hidden_size
@@ -123,10 +123,10 @@ def mlp_ratio(config: Any) -> float:
 
 
 def transformers_sizes(tower: dict[str, Any], heads: int, act: str) -> dict[str, Any]:
-    """Width, depth, heads, MLP, activation and eps of an open_clip tower, as transformers' names.
+    """Width, depth, heads, MLP, activation and eps of an open_clip tower, for transformers.
 
     Args:
-        tower: of `tower_options`.
+        tower: the result of `tower_options`.
     """
     return {
         "hidden_size": tower["width"],
@@ -139,7 +139,7 @@ def transformers_sizes(tower: dict[str, Any], heads: int, act: str) -> dict[str,
 
 
 def open_clip_text_sizes(text: Any) -> dict[str, Any]:
-    """The sizes of a text tower of transformers, as open_clip's `text_cfg` names them."""
+    """The sizes of a transformers text tower, under the names of open_clip's `text_cfg`."""
     return {
         "context_length": text.max_position_embeddings,
         "vocab_size": text.vocab_size,

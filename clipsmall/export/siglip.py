@@ -15,7 +15,7 @@ from clipsmall.export.weights import (
     name_pair,
 )
 
-# of a block of the image tower: timm's name of a layer -> that of transformers
+# Layers of an image-tower block: timm's name -> transformers' name.
 LAYERS = {
     "norm1": "layer_norm1",
     "norm2": "layer_norm2",
@@ -23,8 +23,8 @@ LAYERS = {
     "mlp.fc1": "mlp.fc1",
     "mlp.fc2": "mlp.fc2",
 }
-# options that make open_clip's text tower SigLIP's: any word sees any other, the last is pooled,
-# and the projection has a bias
+# open_clip's options for SigLIP's text tower: bidirectional attention, pooling at the last token,
+# a projection with bias.
 TEXT = {"no_causal_mask": True, "pool_type": "last", "proj_bias": True}
 
 
@@ -35,7 +35,7 @@ def is_siglip(config: dict[str, Any]) -> bool:
 
 
 def siglip_names(vision_layers: int, text_layers: int) -> Iterator[NamePair]:
-    """Every tensor of a SigLIP but scale and bias."""
+    """Names of all SigLIP tensors except logit_scale and logit_bias."""
     trunk = "visual.trunk"
     pool = "visual.trunk.attn_pool"
     head = "vision_model.head"
@@ -68,12 +68,10 @@ def siglip_names(vision_layers: int, text_layers: int) -> Iterator[NamePair]:
 
 
 def trunk_config(timm_name: str, name: str) -> dict[str, Any]:
-    """The `vision_config` of transformers for an image tower of timm.
-
-    Reads the architecture; makes no weights.
+    """transformers' `vision_config` for a timm image tower; no weights are created.
 
     Raises:
-        Inexpressible: timm has no such model, or it is no plain ViT with attention pooling.
+        Inexpressible: timm has no such model, or it is not a plain ViT with attention pooling.
     """
     import timm
 
@@ -159,12 +157,12 @@ def siglip_for_open_clip(config: Any, name: str) -> dict[str, Any]:
 
 
 def timm_name(vision: Any, name: str) -> str:
-    """The image tower of timm that computes the same as one of transformers.
+    """The timm model that computes the same as a transformers image tower.
 
-    open_clip can name one, but not describe one.
+    open_clip configs can only name a timm model, not describe one.
 
     Raises:
-        Inexpressible: there is none; the message says what differs in the nearest.
+        Inexpressible: there is none; the message says how the nearest differs.
     """
     import timm
 

@@ -1,4 +1,4 @@
-"""Tokenizers of open_clip's models for transformers: CLIP's byte pairs, and SigLIP's."""
+"""Tokenizers for transformers that match open_clip's: CLIP's byte pairs, and SigLIP's."""
 
 import copy
 import re
@@ -7,20 +7,20 @@ from typing import Any
 
 from clipsmall.export.weights import Inexpressible
 
-# 256 bytes, those ending a word, 48,894 merges, and two marks: of every CLIP since OpenAI's
+# CLIP's vocabulary: 256 bytes, 256 word-final bytes, 48,894 merges, start and end marks.
 VOCABULARY = 49408
 
 
 def clip_tokenizer(context_length: int = 77) -> Any:
     """A `transformers.CLIPTokenizer` with the ids of `open_clip.SimpleTokenizer`.
 
-    It is made of open_clip's own vocabulary file and needs no network. open_clip repairs a text
-    with ftfy before (curly quotes become straight, "&amp;" becomes "&"), transformers does not:
-    captions that ftfy leaves as they are get equal ids. Padding differs, 49407 here and 0 there; no
-    CLIP looks at it.
+    It is built from open_clip's vocabulary file and needs no network. Unlike transformers,
+    open_clip first repairs a text with ftfy (curly quotes become straight, "&amp;" becomes "&"):
+    ids are equal for captions that ftfy does not change. Padding differs, 49407 here and 0 there,
+    but CLIP does not use it.
 
     Args:
-        context_length: ids of a caption, marks included, to which `truncation=True` cuts.
+        context_length: ids per caption, marks included; `truncation=True` cuts to it.
     """
     from open_clip.tokenizer import SimpleTokenizer
     from transformers import CLIPTokenizer
@@ -35,15 +35,15 @@ def clip_tokenizer(context_length: int = 77) -> Any:
 
 
 def is_clip_tokenizer(tokenizer: Any) -> bool:
-    """Whether open_clip's own tokenizer gives the same ids as this one of transformers."""
+    """Whether a transformers tokenizer gives the same ids as open_clip's."""
     return len(tokenizer) == VOCABULARY and tokenizer.get_vocab() == clip_tokenizer().get_vocab()
 
 
 def transformers_tokenizer_of(tokenize: Any, name: str) -> tuple[Any, int]:
-    """A tokenizer of transformers that gives what one of open_clip gives, and its context length.
+    """The transformers tokenizer that matches one of open_clip, and its context length.
 
     Raises:
-        Inexpressible: open_clip cuts or cleans captions as transformers cannot.
+        Inexpressible: open_clip truncates or cleans captions in a way that transformers cannot.
     """
     from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 
@@ -63,30 +63,28 @@ def transformers_tokenizer_of(tokenize: Any, name: str) -> tuple[Any, int]:
 
 
 def prepared_for_transformers(tokenizer: Any, length: int, has_mask: bool) -> Any:
-    """A copy of a tokenizer of transformers, to be saved beside a model.
+    """A copy of a transformers tokenizer, to be saved with a model.
 
     Args:
         length: the model's context length.
-        has_mask: whether it tells the model where padding is; SigLIP was trained with its padding
-            in sight.
+        has_mask: whether it returns an attention mask; SigLIP was trained without one.
     """
     prepared = copy.deepcopy(tokenizer)
     prepared.model_max_length = length
-    # where it was loaded from is nobody's business
+    # do not publish where it was loaded from
     for key in ("is_local", "local_files_only", "_commit_hash"):
         prepared.init_kwargs.pop(key, None)
     if not has_mask:
         prepared.model_input_names = ["input_ids"]
-        # what is saved
+        # init_kwargs are what gets saved
         prepared.init_kwargs["model_input_names"] = ["input_ids"]
     return prepared
 
 
 def _with_cleaning(tokenizer: Any, cleaning: str) -> Any:
-    """The tokenizer with open_clip's cleaning for SigLIP as a part of it.
+    """The tokenizer with open_clip's cleaning for SigLIP built in.
 
-    It takes out punctuation and makes letters lower case, which open_clip does before it calls the
-    tokenizer.
+    open_clip removes punctuation and lower-cases text before it calls the tokenizer.
     """
     from tokenizers import Regex, Tokenizer, normalizers
     from transformers import PreTrainedTokenizerFast

@@ -1,6 +1,6 @@
 """The code snippets of a model card.
 
-Every one runs as it stands, beside the model's folder and a photo.jpg.
+Each runs unchanged in a folder with the model's folder and a photo.jpg.
 """
 
 import json
@@ -21,15 +21,15 @@ class Where:
     family: str
     # transformers, open_clip, or peft
     formats: list[str]
-    # of an adapter's base
+    # hub revision of an adapter's base
     revision: str = ""
 
 
 def snippets(where: Where, base: str, pretrained: str) -> str:
-    """All snippets, each under the library's name.
+    """All snippets, each under its library's name.
 
     Args:
-        base: of an adapter: the model it is for; with `pretrained` one of open_clip.
+        base: for an adapter, the base model; with `pretrained`, an open_clip name.
     """
     if "peft" in where.formats:
         title = "The adapter and the temperature it was trained with, on its base:"
@@ -60,7 +60,7 @@ processor = AutoProcessor.from_pretrained({path})
 
 
 def _scored_by_transformers(where: Where) -> str:
-    """SigLIP's logits are each a probability of their own, CLIP's one of several."""
+    """Logits to probabilities: a sigmoid each for SigLIP, a softmax over captions for CLIP."""
     chance = "sigmoid()" if where.family == "siglip" else "softmax(dim=-1)"
     options = 'padding="max_length", truncation=True, return_tensors="pt"'
     return f"""{NAMES}
@@ -98,7 +98,7 @@ print(dict(zip(names, logits.softmax(dim=-1)[0].tolist())))
 def _clipsmall(where: Where) -> str:
     source = where.path
     if where.hub and where.formats == ["open_clip"]:
-        # without this a hub id is taken for one of transformers
+        # without this prefix a hub id means a transformers model
         source = f"open_clip:{HUB}{where.path}"
     return f"""
 import torch
@@ -116,7 +116,7 @@ print(dict(zip(names, logits.softmax(dim=-1)[0].tolist())))
 
 
 def _peft(where: Where, base: str, pretrained: str) -> str:
-    """Base, scale, adapter: peft carries only the last."""
+    """Load base, logit scale and adapter; peft handles only the adapter."""
     name = json.dumps(base)
     imports = ["import torch"]
     if where.hub:

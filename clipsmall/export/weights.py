@@ -1,4 +1,4 @@
-"""The same weights under the names of two libraries: a list of name pairs, read in either way."""
+"""Renames weights between two libraries by a list of name pairs, in either direction."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -10,16 +10,16 @@ Tensors = dict[str, Tensor]
 
 
 class Inexpressible(ValueError):
-    """A model that the other library does not have; the message names it and the reason."""
+    """The other library cannot express the model; the message says why."""
 
 
 @dataclass(frozen=True)
 class NamePair:
-    """Names of tensors of open_clip and of transformers that hold the same rows, in this order.
+    """Tensors of open_clip and of transformers that hold the same weights.
 
-    Several tensors of a side are parts of one: queries, keys and values stand in thirds, and
-    open_clip's pool of SigLIP has ("q", "kv"). `form` is how open_clip's differ: "transposed", or
-    "batched" (a leading axis of 1).
+    Several names on one side are concatenated in this order: queries, keys and values, or ("q",
+    "kv") in open_clip's attention pooling of SigLIP. `form` says how open_clip's layout differs:
+    "transposed", or "batched" (a leading axis of 1).
     """
 
     open_clip: tuple[str, ...]
@@ -45,10 +45,10 @@ def block_names(
 
     Args:
         open_clip: open_clip's name of the block.
-        transformers: that of transformers.
-        layers: open_clip's name of a layer in the block -> that of transformers.
-        fused: open_clip's name of queries, keys and values in one tensor, as "attn.qkv." before
-            "weight" and "bias".
+        transformers: transformers' name of the block.
+        layers: open_clip's name of a layer in the block -> transformers' name.
+        fused: open_clip's prefix of the fused query-key-value "weight" and "bias", such as
+            "attn.qkv.".
     """
     for theirs, ours in layers.items():
         yield from layer_names(f"{open_clip}.{theirs}", f"{transformers}.{ours}")
@@ -62,10 +62,10 @@ def renamed(tensors: Tensors, names: Iterable[NamePair], to: str, model: str) ->
     """`tensors` under the names of the library `to`: copies, bit for bit.
 
     Args:
-        model: its name, for messages.
+        model: the model's name, for messages.
 
     Raises:
-        Inexpressible: a tensor that no pair names, or one missing.
+        Inexpressible: a tensor that no pair names, or a missing tensor.
     """
     left = dict(tensors)
     found = {}
@@ -92,7 +92,7 @@ def renamed(tensors: Tensors, names: Iterable[NamePair], to: str, model: str) ->
 
 
 def _converted(whole: Tensor, form: str, to: str) -> Tensor:
-    """What `NamePair.form` says, done or undone."""
+    """Apply `NamePair.form`, or undo it."""
     if form == "transposed":
         return whole.T
     if form == "batched":

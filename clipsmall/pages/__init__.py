@@ -1,1 +1,1 @@
-"""What all HTML pages share: their frame, tables, retrieval queries, pictures and plots."""
+"""Shared by all HTML pages: frame, tables, retrieval queries, pictures and plots."""

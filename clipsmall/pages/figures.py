@@ -1,4 +1,4 @@
-"""The look that all plots share, and drawings as data: addresses for an HTML page."""
+"""The common plot style, and plots as data: addresses for an HTML page."""
 
 import io
 import warnings
@@ -15,10 +15,10 @@ from clipsmall.pages.html_page import data_address
 
 PLOT_STYLE: list[Any] = [
     "seaborn-v0_8-colorblind",
-    # Captions with $ are no formulas; with a fixed salt the same report gives the same bytes.
+    # $ in captions does not start a formula; a fixed salt makes reports reproducible
     {"text.parse_math": False, "svg.hashsalt": "page"},
 ]
-# Captions beside a heat map of more rows than this could not be read.
+# A heat map with more rows than this has no captions, as they would be unreadable.
 MOST_LABELS = 40
 
 
@@ -26,14 +26,14 @@ MOST_LABELS = 40
 def plot_style() -> Iterator[None]:
     """Draw in the common style, without warnings.
 
-    Captions become labels, and a script that the font lacks is worth an empty box, not a warning.
+    Captions become labels; characters that the font lacks become empty boxes, without a warning.
     """
     with style.context(PLOT_STYLE), warnings.catch_warnings(action="ignore"):
         yield
 
 
 def figure_address(figure: Any) -> str:
-    """A figure, drawn as SVG, as a data: address."""
+    """A figure as an SVG in a data: address."""
     file = io.BytesIO()
     # no date, so that the same figure gives the same bytes
     figure.savefig(file, format="svg", dpi=200, metadata={"Date": None})
@@ -43,15 +43,15 @@ def figure_address(figure: Any) -> str:
 def heat_map_address(
     matrix: NDArray[Any], labels: list[str], size: tuple[float, float] = (8.5, 7.2)
 ) -> str:
-    """The similarities of a batch as a heat map, which comes as a data: address.
+    """A heat map of a batch's similarities, as a data: address.
 
     Args:
         matrix: (n, n), images down and texts across.
-        labels: n captions, drawn where they can be read; or none.
+        labels: n captions, drawn if they are readable; or none.
         size: width and height in inches.
     """
     axes = Figure(figsize=size, layout="constrained").add_subplot(xlabel="texts", ylabel="images")
-    # white is 0; NaN and infinity have no say in the range of colours
+    # white is 0; NaN and infinity do not affect the range of colours
     finite = matrix[np.isfinite(matrix)]
     largest = np.abs(finite).max(initial=1e-6)
     image = axes.imshow(matrix, cmap="RdBu_r", vmin=-largest, vmax=largest)

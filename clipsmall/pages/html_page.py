@@ -15,14 +15,14 @@ from PIL import Image, ImageOps
 
 from clipsmall.storage import atomic
 
-# Names of columns and metrics whose numbers from 0 to 1 are shown in percent.
+# Matches names of columns and metrics that are fractions, which are shown in percent.
 FRACTION_NAME = re.compile(
     r"(?<![a-z])acc(?!um)|recall|chance|precision|share|wait|r@\d|top[- _]?\d|\bmap\b",
     re.IGNORECASE,
 )
 NUMBER = re.compile(r"[-+]?[\d,]*\.?\d+(e[-+]?\d+)?(\s?%)?", re.IGNORECASE)
 DASH = "\N{EN DASH}"
-# Pixels: a larger picture is shrunk to twice what the page shows, a tiny one drawn as squares.
+# Pixels: larger pictures are shrunk to this, twice their size on the page.
 LARGEST_PICTURE = 256
 TINY_PICTURE = 96
 TEMPLATES = Environment(
@@ -35,9 +35,9 @@ TEMPLATES = Environment(
 
 
 class TableCell(NamedTuple):
-    """How a cell of a table reads: its text and its CSS classes.
+    """A table cell: its text and its CSS classes.
 
-    A cell of class `number` is aligned to the right and sorted by its number.
+    A cell of class `number` is right-aligned and sorted by its number.
     """
 
     text: str
@@ -46,7 +46,7 @@ class TableCell(NamedTuple):
 
 @dataclass
 class Table:
-    """A table of results; numbers in columns of accuracy, chance and the like are percent."""
+    """A table of results; columns that hold fractions (see `is_fraction`) are shown in percent."""
 
     title: str
     note: str
@@ -64,7 +64,7 @@ class Query:
     # the true caption of an image query, or the query's text
     text: str
     direction: Literal["image_to_text", "text_to_image"]
-    # the group's label, such as "never-seen captions"
+    # label of the query's group, such as "never-seen captions"
     seen: str = ""
     # (image, caption, cosine, correct)
     images: list[tuple[bytes, str, float, bool]] = field(default_factory=list)
@@ -73,10 +73,10 @@ class Query:
 
 
 def fill_template(template: str, **values: Any) -> str:
-    """A template of this package as text, filled with `values`, which it escapes.
+    """Fill a template of this package with `values`, which are escaped.
 
     Args:
-        template: its path in the package, such as "report_page/run_report.html.jinja".
+        template: path in the package, such as "report_page/run_report.html.jinja".
     """
     functions = {"cell": value_cell, "picture": picture_address}
     return TEMPLATES.get_template(template).render(values, **functions)
@@ -89,7 +89,7 @@ def save_html(html: str, path: Path) -> None:
 
 
 def is_fraction(name: str) -> bool:
-    """Whether numbers of this name, such as recall@1, are fractions, shown in percent."""
+    """Whether numbers under this name, such as recall@1, are fractions, shown in percent."""
     return FRACTION_NAME.search(name) is not None
 
 
@@ -109,7 +109,7 @@ def format_quantity(value: float, fraction: bool = False) -> str:
 
 
 def value_cell(column: str, value: Any) -> TableCell:
-    """How a value under the heading `column` reads in a table."""
+    """The table cell for a value under the heading `column`."""
     if isinstance(value, TableCell):
         return value
 
@@ -126,7 +126,7 @@ def value_cell(column: str, value: Any) -> TableCell:
 
 
 def picture_address(data: bytes) -> tuple[str, bool]:
-    """An encoded image as a data: address, and whether it is tiny; a large one is shrunk."""
+    """An encoded image as a data: address, shrunk if large; and whether it is tiny."""
     try:
         image = Image.open(io.BytesIO(data))
         longest = max(image.size)
@@ -139,7 +139,7 @@ def picture_address(data: bytes) -> tuple[str, bool]:
         file = io.BytesIO()
         small.save(file, "webp", quality=85)
     except Exception:
-        # Pillow raises errors of many kinds; the browser marks a broken image itself
+        # Pillow raises many kinds of errors; the browser will mark the image as broken
         return data_address(data, "image/png"), False
 
     return data_address(file.getvalue(), "image/webp"), False

@@ -3,15 +3,15 @@
     python -m clipsmall.plan --config configs/demo.yaml [--section.field=value ...]
                              [--memory 16GiB] [--world_size 8]
 
-Answered on any machine, without GPU, weights or data: one step of the real training loop runs on
-tensors that have shapes but no numbers, and the tensors that are alive are counted. A model from
-the Hugging Face hub needs its config.json and tokenizer, in the hub's cache or a folder; an
+Works on any machine, without GPU, weights or data: one step of the real training loop runs on
+tensors that have shapes but no numbers, and the memory of all tensors in use is counted. A model
+from the Hugging Face hub needs its config.json and tokenizer, in the hub's cache or a folder; an
 open_clip name needs nothing. No weights are read.
 
 The reserve is memory that cannot be counted this way: on a GPU 0.5 GiB (CUDA context, cuBLAS
 workspaces), NCCL's buffers, and 5 % of the memory for gaps in the allocator; on a CPU Python and
-its libraries. FLOPs are those of matrix products, convolutions and attention; they do not say how
-long a device waits for its memory or its data. Exit codes: 0 it fits; 1 it does not; 2 bad input.
+its libraries. FLOPs are those of matrix products, convolutions and attention; time spent waiting
+for memory or data is not predicted. Exit codes: 0 it fits; 1 it does not; 2 bad input.
 """
 
 import argparse
@@ -45,9 +45,9 @@ CONTEXT = {
     # Python, torch, transformers
     "cpu": 0.6 * GIB,
 }
-# buffers of a communicator, with several GPUs
+# NCCL's buffers with several GPUs
 NCCL = 0.25 * GIB
-# fraction of all memory in blocks that the allocator holds and cannot hand out
+# fraction of the memory that is lost to gaps in the allocator
 GAPS = 0.05
 
 
@@ -64,14 +64,14 @@ def memory_size(text: str) -> int:
 
 
 def reserve(machine: Machine, memory: int) -> int:
-    """Bytes that cannot be counted; none of these numbers is measured on your machine."""
+    """Bytes that cannot be counted: typical values, not measured on this machine."""
     several_gpus = machine.device == "cuda" and machine.ranks > 1
     nccl = NCCL if several_gpus else 0
     return round(CONTEXT[machine.device] + nccl + GAPS * memory)
 
 
 def rows_per_rank(config: Config, ranks: int) -> int:
-    """Pairs of a rank. Raises ValueError if the batch cannot be divided evenly."""
+    """Pairs per rank. Raises ValueError if the batch cannot be divided evenly."""
     rows, rest = divmod(config.data.batch_size, ranks)
     if rest or not rows:
         raise ValueError(
@@ -83,7 +83,7 @@ def rows_per_rank(config: Config, ranks: int) -> int:
 def print_plan(
     config: Config, machine: Machine, memory: int, reserved: int, file: Path | None
 ) -> int:
-    """Print the plan, write it to `file` if there is one, and return the exit code."""
+    """Print the plan, write it to `file` if given, and return the exit code."""
     rows = rows_per_rank(config, machine.ranks)
     budget = memory - reserved
     planner = Planner(machine, budget)
@@ -108,7 +108,7 @@ def write_plan_json(
     memory: int,
     reserved: int,
 ) -> None:
-    """JSON: the machine, the memory at the peak by its parts, and all rows; amounts are bytes."""
+    """Write machine, memory at the peak by part, and all rows as JSON; amounts are in bytes."""
     settings = [row._asdict() | {"largest": row.largest._asdict()} for row in rows]
     facts = {
         "device": machine.device,
@@ -138,7 +138,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="file to write the plan to")
     options, rest = parser.parse_known_args(words)
 
-    # open_clip warns that there are no weights
+    # silence open_clip's warning that there are no weights
     logging.getLogger().setLevel(logging.ERROR)
     try:
         if options.world_size < 1:

@@ -1,4 +1,4 @@
-"""The rows of a plan: the config as it is, and what else could be chosen, each with its batch."""
+"""The rows of a plan: the config as it is, and alternatives, each with its largest batch."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from clipsmall.config import Config
 from clipsmall.plan.largest_batch import MOST, FitAnswer, Planner, changed
 
-# a batch that is computed at once, and nothing computed twice
+# The whole batch at once, with nothing recomputed.
 WHOLE_BATCH = {
     "model.attention": "auto",
     "model.checkpoint_activations": False,
@@ -15,24 +15,24 @@ WHOLE_BATCH = {
 
 
 class PlanRow(NamedTuple):
-    """One set of options, what the config's batch needs with it, and the largest that fits."""
+    """One set of options: memory for the config's batch, and the largest batch that fits."""
 
     title: str
-    # options that differ from the config's, by `section.field`
+    # `section.field` -> value, for options that differ from the config
     options: dict[str, Any]
-    # pairs of a rank in the config's batch
+    # pairs per rank in the config's batch
     rows: int
     # bytes at the peak of a step with that batch
     peak: int
     largest: FitAnswer
-    # of one pair
+    # FLOPs per pair
     flops: float
 
 
 def plan_rows(planner: Planner, config: Config, rows: int) -> Iterator[PlanRow]:
-    """First the config's own row; then others that are possible, each once.
+    """The row of the config itself, then the possible alternatives without repeats.
 
-    rows: pairs of a rank in the config's batch.
+    rows: pairs per rank in the config's batch.
     """
     base = as_configured(planner, config, rows)
     yield plan_row(planner, base, {}, f"as configured: {describe(base)}", rows)
@@ -57,14 +57,14 @@ def plan_row(
     peak = planner.peak(config, rows)
     largest = planner.largest(config, rows)
     chunk = config.model.chunk_size
-    # with two chunks at least: the FLOPs of a batch that is cut
+    # at least two chunks, so that FLOPs are those of a batch in chunks
     counted = max(rows, 2 * chunk) if isinstance(chunk, int) else rows
     flops = planner.flops(config, counted)
     return PlanRow(title, options, rows, peak, largest, flops)
 
 
 def as_configured(planner: Planner, config: Config, rows: int) -> Config:
-    """The config with `auto` decided as a run would decide it; what does not fit stays as it is."""
+    """The config with `auto` resolved as in a run; unchanged if nothing fits."""
     chunk = config.model.chunk_size
     checkpoint = config.model.checkpoint_activations
     plain = {
@@ -73,7 +73,7 @@ def as_configured(planner: Planner, config: Config, rows: int) -> Config:
     }
     config = changed(config, plain)
 
-    # a run decides by the memory of its GPU, and only if it must
+    # a run resolves `auto` by the memory of its GPU, and only if needed
     decides = planner.machine.device == "cuda" and "auto" in (chunk, checkpoint)
     if not decides or planner.fits(config, rows):
         return config
@@ -92,7 +92,7 @@ def as_configured(planner: Planner, config: Config, rows: int) -> Config:
 
 
 def is_possible(planner: Planner, config: Config, rows: int) -> bool:
-    """False if such a run is refused: towers that cannot do it, BatchNorm in chunks."""
+    """Whether a run would accept it: towers may lack an option, and BatchNorm forbids chunks."""
     try:
         planner.peak(config, rows)
     except ValueError:
@@ -108,7 +108,7 @@ def alternatives(planner: Planner, base: Config, rows: int) -> Iterator[dict[str
     whole = changed(base, WHOLE_BATCH)
     most = planner.largest(whole, rows).rows
 
-    # if all sizes fit, no chunks are needed
+    # chunks are pointless if every batch size fits
     if most < MOST:
         sizes = (longest_chunk(planner, whole, most), 8)
         for size in dict.fromkeys(sizes):
@@ -120,10 +120,10 @@ def alternatives(planner: Planner, base: Config, rows: int) -> Iterator[dict[str
 
 
 def longest_chunk(planner: Planner, whole: Config, most: int) -> int:
-    """The largest power of two that as a chunk size makes a batch of 4 · `most` pairs fit.
+    """The largest power of two as chunk size with which a batch of 4 · `most` pairs fits.
 
-    most: pairs that fit at once. A chunk must be smaller: beside it there are gradients, and the
-    embeddings of all pairs.
+    most: pairs that fit at once. A chunk must be smaller, as gradients and the embeddings of all
+    pairs are in memory beside it.
     """
     size = power_of_two(most)
     while size > 1:
@@ -131,7 +131,7 @@ def longest_chunk(planner: Planner, whole: Config, most: int) -> int:
             if planner.fits(changed(whole, {"model.chunk_size": size}), 4 * most):
                 break
         except ValueError:
-            # BatchNorm: refused again when it becomes a row
+            # BatchNorm; the row with chunks will be refused, too
             break
 
         size //= 2
@@ -140,7 +140,7 @@ def longest_chunk(planner: Planner, whole: Config, most: int) -> int:
 
 
 def power_of_two(number: int) -> int:
-    """The largest that is no larger than `number`; 1 at least."""
+    """The largest power of two up to `number`; at least 1."""
     return 1 << max(number, 1).bit_length() - 1
 
 

@@ -1,10 +1,10 @@
-"""Makes the CPU's memory use that of CUDA, by putting other functions in place of its kernels.
+"""Makes abstract CPU tensors use as much memory as CUDA's kernels would, by patching functions.
 
-Abstract tensors cannot lie on a GPU where there is none: PyTorch's autograd engine asks the driver
-for its streams (2.14: "hasPrimaryContext expects a valid device index"). So they lie on the CPU,
-and towers find other functions in torch.nn.functional: those that stand for the kernels of CUDA. (A
-TorchFunctionMode would not see what is called inside another function of PyTorch: the attention in
-nn.MultiheadAttention, or what a backward pass computes again.)
+Without a GPU, abstract tensors cannot be on "cuda": PyTorch's autograd engine asks the driver for
+its streams (2.14: "hasPrimaryContext expects a valid device index"). So they are on the CPU, and
+functions of torch.nn.functional are replaced by ones that keep what CUDA's kernels keep. (A
+TorchFunctionMode would miss calls from inside other PyTorch functions: the attention in
+nn.MultiheadAttention, or what a backward pass recomputes.)
 """
 
 from collections.abc import Callable, Iterator
@@ -20,17 +20,16 @@ from torch import Tensor
 from clipsmall.distributed.similarity import TILE
 from clipsmall.plan.meter import HOST, Meter
 
-# Functions of towers that CUDA's autocast computes in float32 and the CPU's does not (PyTorch's
-# list "CUDA Ops that can autocast to float32"): what they keep for the backward pass has twice the
-# bytes.
+# Functions that autocast computes in float32 on CUDA but not on the CPU (PyTorch's list "CUDA Ops
+# that can autocast to float32"): what they save for the backward pass takes twice the bytes.
 FLOAT32_ON_CUDA = ("layer_norm", "group_norm", "softmax", "log_softmax", "normalize")
 
 
 @contextmanager
 def as_on_cuda(meter: Meter) -> Iterator[None]:
-    """Inside, kernels are chosen as on CUDA, the loss has CUDA's tiles, `.cpu()` leaves the device.
+    """Inside, kernels and the loss's tile size are those of CUDA.
 
-    What is copied to the host is not counted.
+    A tensor copied to the host by `.cpu()` is not counted.
     """
 
     def to_host(x: Tensor) -> Tensor:
@@ -78,9 +77,9 @@ def memory_efficient_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """CUDA's memory-efficient kernel, which a V100 has, too: (B, heads, L, E) -> the same.
+    """CUDA's memory-efficient attention (also on V100): (B, heads, L, E) -> the same.
 
-    For the backward pass it keeps a log sum for each row, not the matrix.
+    For the backward pass it keeps one log-sum-exp per row, not the attention matrix.
     """
     if torch.is_autocast_enabled("cpu"):
         narrow = torch.get_autocast_dtype("cpu")
@@ -91,7 +90,7 @@ def memory_efficient_attention(
             attn_mask = attn_mask.to(narrow)
 
     if attn_mask is not None:
-        # the kernel adds a bias; a boolean mask becomes one
+        # the kernel takes an additive bias, so a boolean mask is converted
         if attn_mask.dtype == torch.bool:
             attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)
         attn_mask = attn_mask.expand(*query.shape[:-1], key.shape[-2])
@@ -107,7 +106,7 @@ def memory_efficient_attention(
 def dropout_with_byte_mask(
     x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
 ) -> Tensor:
-    """Dropout that keeps a byte for each entry, as CUDA's; the CPU's keeps a mask in x's dtype."""
+    """Dropout that keeps one byte per entry, as on CUDA; the CPU keeps a mask in x's dtype."""
     if not training or not p:
         return x
     made: Tensor = torch.native_dropout(x, p, True)[0]

@@ -1,8 +1,8 @@
 """Fake results for data-dependent operations, which FakeTensor cannot evaluate.
 
-Always those of an ordinary step: losses are finite, nothing overflows, queues are full, no two
-pairs or captions are equal. A mask lets everything through, unless it looks for what is unusual
-(`fake_truth`, set by Meter): then it finds nothing.
+The results are those of an ordinary step: losses are finite, nothing overflows, queues are full,
+and all pairs and captions differ. A mask is all True, except one that looks for unusual values
+(`fake_truth`, set by Meter), which is all False.
 """
 
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, ops
 
-# any counter whose value is asked for, such as the number of pairs a queue has seen
+# The value of every counter, such as the number of pairs a queue has seen.
 MANY = 2**40
 
 
@@ -51,7 +51,7 @@ def fake_result(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
 
 
 def _index_of_known_length(index: Tensor | None) -> Any:
-    """A mask becomes all rows, or none."""
+    """An index with a known number of rows: a mask selects all rows, or none."""
     if index is None:
         return slice(None)
     if index.dtype != torch.bool:

@@ -1,4 +1,4 @@
-"""Ranks that do not exist: `world` as the first of W ranks sees it, with no others to ask."""
+"""Pretends that this process is the first of W ranks, without the others."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,9 +9,9 @@ from clipsmall.distributed import world
 
 
 class NoOtherRanks:
-    """Stands for torch.distributed in `world`: every exchange leaves its tensors as they are.
+    """Replaces torch.distributed in `world`: every exchange leaves its tensors unchanged.
 
-    Their shapes are right, and a plan needs no more.
+    Their shapes are right, which is all that a plan needs.
     """
 
     class ReduceOp:
@@ -35,7 +35,7 @@ def _gather_nothing(out: Any, rows: Any) -> None:
 
 @contextmanager
 def fake_ranks(ranks: int) -> Iterator[None]:
-    """Inside, this process is the first of so many ranks: b rows are gathered to W·b columns."""
+    """Inside, this process is rank 0 of `ranks`: b rows are gathered to W·b columns."""
     with patch.multiple(
         world,
         size=lambda: ranks,

@@ -1,4 +1,4 @@
-"""A plan as a table, and in words."""
+"""A plan as a table and in sentences."""
 
 import textwrap
 from collections.abc import Sequence
@@ -42,7 +42,7 @@ def plan_table(rows: Sequence[PlanRow], machine: Machine, budget: int) -> str:
 def breakdown(step: Step, reserve: int) -> str:
     """What the memory is used for at the peak, largest part first."""
     parts = sorted(step.bytes.items(), key=lambda part: -part[1])
-    # those that are more than 0.00 GiB
+    # only parts that do not print as 0.00 GiB
     shown = [f"{name} {gib(size)}" for name, size in parts if size >= GIB / 200]
     listed = ", ".join(shown) or "next to nothing"
     return wrap(f"At the peak: {listed}; and {gib(reserve)} in reserve.")

@@ -1,7 +1,6 @@
 """How many pairs fit on a device.
 
-Memory grows with the number of pairs along a few straight lines, so that few abstract steps find
-the answer.
+Memory is piecewise linear in the number of pairs, so a few abstract steps find the answer.
 """
 
 from collections.abc import Mapping
@@ -13,28 +12,28 @@ from clipsmall.config.reader import validated
 from clipsmall.distributed.similarity import TILE
 from clipsmall.plan.step import Machine, Step, measure_step
 
-# pairs of one device beyond which no answer is looked for
+# Pairs per device at which the search stops.
 MOST = 32_768
-# Pairs of all devices beyond which a larger batch no longer improves a model (SigLIP, arXiv
-# 2303.15343, §4.2): printed as `any`.
+# Global batch beyond which a larger one no longer improves a model (SigLIP, arXiv 2303.15343,
+# §4.2): printed as `any`.
 ANY = 32_768
-# an answer that uses this fraction of the budget is good enough
+# An answer that uses this fraction of the budget is good enough.
 CLOSE = 0.98
 
 
 class FitAnswer(NamedTuple):
-    """The largest number of pairs of one rank that fits, and the memory it needs."""
+    """The largest number of pairs per rank that fits, and the memory it needs."""
 
-    # 0: not even one; MOST: or more
+    # 0 = not even one pair fits; MOST = this many or more
     rows: int
     bytes: int
 
 
 class Planner:
-    """Answers what a config needs on a machine; each abstract step is made once.
+    """Finds what configs need on a machine; each abstract step is made only once.
 
     Args:
-        budget: bytes of a device, less the reserve.
+        budget: bytes per device, minus the reserve.
     """
 
     def __init__(self, machine: Machine, budget: int) -> None:
@@ -50,28 +49,28 @@ class Planner:
         return self._known[key]
 
     def fits(self, config: Config, rows: int) -> bool:
-        """Whether a step of so many pairs on each rank is within the budget."""
+        """Whether a step with `rows` pairs per rank is within the budget."""
         return self.peak(config, rows) <= self.budget
 
     def peak(self, config: Config, rows: int) -> int:
-        """Bytes at the peak of a step of so many pairs on each rank."""
+        """Bytes at the peak of a step with `rows` pairs per rank."""
         if chunk := chunk_if_cut(config, rows):
             return self._peak_in_chunks(config, chunk, rows)
         return self.step(config, rows).total
 
     def flops(self, config: Config, rows: int) -> float:
-        """FLOPs of one pair in such a step."""
-        # two chunks stand for many
+        """FLOPs per pair in such a step."""
+        # two chunks represent any number of them
         step = self.step(config, 2 * chunk_if_cut(config, rows) or rows)
         return step.flops / step.rows
 
     def largest(self, config: Config, rows: int) -> FitAnswer:
         """The largest batch that fits: the secant method, between a lower and an upper bound.
 
-        A step of that size was measured, unless it is more than two chunks.
+        A step of the returned size has been measured, unless it has more than two chunks.
 
         Args:
-            rows: pairs of a rank to begin with.
+            rows: pairs per rank to start from.
 
         Raises:
             ValueError: what `measure` raises.
@@ -79,11 +78,11 @@ class Planner:
         unit = config.optim.accumulate
         found = FitAnswer(rows, self.peak(config, rows))
 
-        # bounds: the largest that fits, the smallest that does not
+        # bounds: the largest size known to fit, the smallest known not to
         low = FitAnswer(0, 0)
         high = FitAnswer(MOST + unit, 0)
 
-        # the first line begins at no pairs, with what is there in any case
+        # the first secant starts at 0 pairs, with the memory that is always in use
         first = self.step(config, 2 * chunk_if_cut(config, rows) or rows)
         before = FitAnswer(0, first.total - transient_bytes(first))
         while True:
@@ -102,16 +101,16 @@ class Planner:
     def _peak_in_chunks(self, config: Config, chunk: int, rows: int) -> int:
         """Bytes at the peak of a step of many chunks, extrapolated from smaller steps.
 
-        The peak is within a chunk or in the loss, and two chunks stand for all. For a pair outside
-        its chunk, pixels and embeddings are kept, the same amount for each. The loss is measured
-        with towers that cost nothing; from its first full tiles on its memory is linear.
+        The peak is within a chunk or in the loss, and two chunks represent all. A pair outside the
+        current chunk keeps its pixels and embeddings, the same amount for each pair. The loss is
+        measured with towers that cost nothing; above one full tile its memory is linear.
         """
         two_chunks = self.step(config, 2 * chunk)
         whole = changed(config, {"model.chunk_size": 0})
         height, width = TILE[self.machine.device]
         full_tiles = max(height, ceil(width / self.machine.ranks))
 
-        # memory of the loss: at full tiles, and for each further pair
+        # memory of the loss: with full tiles, and for each further pair
         small = transient_bytes(self.step(whole, full_tiles, hollow=True), "pixels")
         large = transient_bytes(self.step(whole, 2 * full_tiles, hollow=True), "pixels")
         per_pair = (large - small) / full_tiles
@@ -128,7 +127,7 @@ class Planner:
 
 
 def chunk_if_cut(config: Config, rows: int) -> int:
-    """The chunk size if so many pairs are more than two chunks, else 0."""
+    """The chunk size if `rows` pairs are more than two chunks, else 0."""
     chunk = config.model.chunk_size
     if isinstance(chunk, int) and 0 < 2 * chunk < rows:
         return chunk
@@ -136,13 +135,13 @@ def chunk_if_cut(config: Config, rows: int) -> int:
 
 
 def _line_meets_budget(one: FitAnswer, other: FitAnswer, budget: int) -> int:
-    """The number of rows where the straight line through both reaches the budget."""
+    """The number of rows at which the line through both points reaches the budget."""
     slope = (other.bytes - one.bytes) / (other.rows - one.rows)
     return int(other.rows + (budget - other.bytes) / max(slope, 1.0))
 
 
 def transient_bytes(step: Step, without: str = "") -> int:
-    """Bytes of what is made and freed within a step; `without`: a label that is left out."""
+    """Bytes allocated and freed within a step; `without`: a label to leave out."""
     labels = {"activations", "loss", "gradients", "pixels"} - {without}
     return sum(step.bytes.get(label, 0) for label in labels)
 

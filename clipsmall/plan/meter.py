@@ -1,4 +1,4 @@
-"""Counts the FLOPs of an abstract step, and the bytes that are alive at its peak, by label."""
+"""Counts the FLOPs of an abstract step, and the bytes in use at its peak by label."""
 
 import weakref
 from collections import Counter
@@ -13,7 +13,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from clipsmall.plan.data_dependent import fake_result
 
-# label of storages that lie in the host's memory; they are not counted
+# Label of storages in host memory, which are not counted.
 HOST = "host"
 LABELS = (
     "weights",
@@ -30,15 +30,16 @@ LABELS = (
 class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees every operation inside `with FakeTensorMode(), Meter() as meter:`, backward passes, too.
 
-    Each storage is counted once, from the operation that makes it to its end, however many tensors
-    are views of it, under the label that is set when it is made, until it is given another. What
-    asks for a number, which no abstract tensor has, gets a fake result (data_dependent.py).
+    Each storage is counted once, however many views it has, from the operation that creates it
+    until it is freed. Its label is the one set at its creation, unless `label` changes it. An
+    operation that needs a number, which abstract tensors lack, gets a fake result
+    (data_dependent.py).
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
 
-        # label of what is made from now on
+        # label of storages created from now on
         self.making = "weights"
         # bytes by label
         self.now = Counter[str]()
@@ -51,14 +52,14 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._most = 0
 
     def restart(self) -> None:
-        """Forget the peak and the FLOPs so far; what is alive stays counted."""
+        """Reset peak and FLOPs; storages in use stay counted."""
         self.flops = 0
         self._most = 0
         self._update_peak()
 
     @contextmanager
     def labelled(self, label: str) -> Iterator[None]:
-        """What is made inside gets this label."""
+        """Storages created inside get this label."""
         before = self.making
         self.making = label
         try:
@@ -67,7 +68,7 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.making = before
 
     def label(self, tensors: Iterable[Tensor | None], label: str) -> None:
-        """Give these tensors another label than that under which they were made."""
+        """Change the label of these tensors' storages."""
         for tensor in tensors:
             if tensor is None:
                 continue
@@ -91,14 +92,14 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         except (DataDependentOutputException, DynamicOutputShapeException):
             result = fake_result(func, args, kwargs)
 
-        # a gradient of what lies in the host's memory lies there, too
+        # the gradient of a tensor in host memory is in host memory, too
         on_host = func._opname == "zeros_like" and self._label_of(args[0]) == HOST
         with self.labelled(HOST if on_host else self.making):
             for each in result if isinstance(result, tuple | list) else (result,):
                 if isinstance(each, Tensor):
                     self._register(each)
 
-        # these look for what is unusual, and in an ordinary step there is nothing
+        # masks that look for unusual values; an ordinary step has none
         if func._opname in ("any", "ne"):
             result.fake_truth = False
         if count := FLOPS.get(func._overloadpacket):

@@ -1,4 +1,4 @@
-"""One step of the real training loop on abstract tensors, metered."""
+"""One step of the real training loop on abstract tensors, with memory and FLOPs counted."""
 
 import warnings
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Machine(NamedTuple):
-    """The devices that are planned for."""
+    """The devices to plan for."""
 
     # cuda or cpu
     device: str
@@ -39,9 +39,9 @@ class Machine(NamedTuple):
 class Step(NamedTuple):
     """What a training step needs on one rank."""
 
-    # pairs of the rank
+    # pairs per rank
     rows: int
-    # at the peak, by label (meter.LABELS, and DDP's buckets)
+    # bytes at the peak by label (meter.LABELS, and DDP's buckets)
     bytes: dict[str, int]
     flops: int
 
@@ -51,9 +51,9 @@ class Step(NamedTuple):
 
 
 class Abstract(FakeTensorMode):  # type: ignore[no-untyped-call]
-    """A mode that stays one when it is copied.
+    """A FakeTensorMode that is not duplicated by deepcopy.
 
-    A copied tensor (an averaged tower) copies its mode, too, and tensors of two modes do not mix.
+    Copying a tensor (for an averaged tower) copies its mode, and tensors of two modes do not mix.
     """
 
     def __deepcopy__(self, memo: Any) -> "Abstract":
@@ -61,12 +61,12 @@ class Abstract(FakeTensorMode):  # type: ignore[no-untyped-call]
 
 
 def measure_step(config: Config, machine: Machine, rows: int, hollow: bool = False) -> Step:
-    """The second of two steps of `rows` pairs on each rank.
+    """Measure the second of two steps with `rows` pairs per rank.
 
     In the second step the optimizer has its state, and queues are full.
 
     Args:
-        hollow: take towers that cost nothing in place of the config's, to see the loss alone.
+        hollow: replace the towers by ones that cost nothing, to measure only the loss.
 
     Raises:
         ValueError: what a run of this config would raise before its first step.
@@ -81,7 +81,7 @@ def measure_step(config: Config, machine: Machine, rows: int, hollow: bool = Fal
 
     parts = dict(meter.peak)
 
-    # DDP's copy of the gradients, for their exchange: gradient_as_bucket_view is off by default
+    # DDP's copy of the gradients for the all-reduce: gradient_as_bucket_view is off by default
     if machine.ranks > 1:
         parts["DDP's buckets"] = stage.trainable
     return Step(rows, parts, meter.flops)
@@ -94,7 +94,7 @@ def of_batch(config: Config, batch: int) -> Config:
     tree["model"]["pretrained"] = "none"
     tree["evaluate"] = {}
 
-    # a run must be a step long at least
+    # a run must have at least one step
     tree["optim"]["pairs"] = max(config.optim.pairs, batch)
     return validated(tree)
 
@@ -103,7 +103,7 @@ def of_batch(config: Config, batch: int) -> Config:
 def modules_stay() -> Iterator[None]:
     """Inside, `Module.to` does nothing: it cannot move abstract parameters (torch 2.14)."""
     with patch.object(nn.Module, "to", lambda module, *_, **__: module), warnings.catch_warnings():
-        # when a tower is copied
+        # raised when a tower is copied
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
         yield
 
@@ -123,7 +123,7 @@ class Hollow(Towers):
         return ids[:, :1] * self.weight
 
     def checkpoint_activations(self) -> None:
-        """There are none worth it."""
+        """Nothing to do: there are no large activations."""
 
 
 def hollowed(loaded: Loaded) -> Loaded:
@@ -133,18 +133,18 @@ def hollowed(loaded: Loaded) -> Loaded:
 
 
 class Stage:
-    """All that a run builds before its first step, on abstract tensors."""
+    """Everything that a run builds before its first step, on abstract tensors."""
 
     def __init__(self, config: Config, machine: Machine, meter: Meter, hollow: bool) -> None:
         self.config = config
         self.machine = machine
         self.meter = meter
-        # one caption is enough: the vocabulary of our own towers does not depend on the data
+        # one caption suffices: the vocabulary of our own towers does not depend on the data
         no_data: Any = SimpleNamespace(captions=lambda: ["a"])
         loaded = build.loaded_towers(config, no_data, None)
         loaded = hollowed(loaded) if hollow else loaded
 
-        # as if no pair came twice: the data set may lie on another machine
+        # assume that all pairs differ: the data may be on another machine
         ids = torch.arange(config.optim.pairs)
         self.loaded = loaded
         self.context = build.run_context(config, loaded, ids)
@@ -160,7 +160,7 @@ class Stage:
         if isinstance(self.objective, nn.Module):
             meter.label(tensors(self.objective), "memory")
         self.optimizer = build.optimizer(config, self.encoder)
-        # bytes
+        # bytes of trainable parameters
         self.trainable = 0
         for parameter in self.encoder.parameters():
             if parameter.requires_grad:
@@ -170,13 +170,13 @@ class Stage:
                 )
 
     def first_step(self) -> None:
-        """A step without a loss, in which the optimizer makes its state."""
+        """A step without a loss, in which the optimizer creates its state."""
         for parameter in self.encoder.parameters():
             if parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter)
 
         for group in self.optimizer.param_groups:
-            # as optim.adamw has it there
+            # as optim.adamw sets it on this device
             group["fused"] = self.machine.device == "cuda"
 
         with self.meter.labelled("optimizer"):
@@ -190,7 +190,7 @@ class Stage:
         self.optimizer.register_step_pre_hook(lambda *_: setattr(meter, "making", "optimizer"))
         encoder.forward = self.as_activations(encoder.forward)  # type: ignore[method-assign]
 
-        # without fp16's GradScaler, which holds two numbers
+        # fp16's GradScaler is left out: it holds only two numbers
         accelerator: Any = SimpleNamespace(
             backward=self.backward, unscale_gradients=lambda: None, scaler=None
         )
@@ -225,19 +225,19 @@ class Stage:
         )
         self.meter.label(made, "pixels")
 
-        # of chunks, pixels are copied to the device one chunk at a time; DDP copies all of them
+        # with chunks, pixels go to the device one chunk at a time; but DDP copies all of them
         if self.machine == ("cuda", 1) and self.encoder.chunk_size:
             self.meter.label([made.image], HOST)
         return made
 
     def as_activations(self, forward: Any) -> Any:
-        """`forward` in the config's precision, as Accelerate wraps it; it makes activations.
+        """`forward` in the config's precision, as Accelerate wraps it; new tensors are activations.
 
-        In the backward pass, too, once the gradients of both embeddings are there.
+        So are those of the backward pass once the gradients of both embeddings are known.
         """
         precision = self.config.run.precision
         if precision == "auto":
-            # bf16 has as many bytes
+            # bf16 takes as many bytes
             precision = "fp16" if self.machine.device == "cuda" else "fp32"
 
         if precision in DTYPES:
@@ -251,7 +251,7 @@ class Stage:
 
             def arrived(_: Tensor) -> None:
                 waiting.pop()
-                # the backward pass has left the loss and enters the towers
+                # the backward pass has finished with the loss and enters the towers
                 if not waiting:
                     self.meter.making = "activations"
 
@@ -267,7 +267,7 @@ class Stage:
         self.meter.making = "activations"
 
     def as_loss(self, function: Any) -> Any:
-        """The function, with all that it makes counted as the loss's."""
+        """The function, with everything it allocates counted as the loss's."""
 
         def wrapped(*arguments: Any) -> Any:
             with self.meter.labelled("loss"):

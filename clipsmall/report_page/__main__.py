@@ -1,8 +1,8 @@
-"""A run as one HTML page: curves, results beside chance, retrieved examples, the logit matrix.
+"""Report a run as one HTML page: curves, results with chance levels, retrievals, logit matrix.
 
     python -m clipsmall.report_page runs/demo [--open]
 
-writes `report.html` into the run's folder. It works from disk, without a network or other files.
+Writes `report.html` to the run's folder. The page needs no network and no other files.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def metrics_table(folder: RunFolder) -> pd.DataFrame:
 def result_tables(folder: RunFolder, names: list[str]) -> list[Table]:
     """The results of a run as one table per task, data sets in the order of `names`."""
     results = []
-    # not the parts of files that a kill left behind
+    # skip partial files, which a killed process may leave behind
     for path in folder.evaluations.glob("[!.]*.json"):
         text = path.read_text()
         results.append(json.loads(text))
@@ -51,7 +51,7 @@ def result_tables(folder: RunFolder, names: list[str]) -> list[Table]:
         dataset = result["dataset"]
         if dataset in names:
             return names.index(dataset)
-        # sets that the config does not name come last
+        # data sets that the config does not name come last
         return len(names)
 
     results.sort(key=position)
@@ -67,7 +67,7 @@ def result_tables(folder: RunFolder, names: list[str]) -> list[Table]:
 
 
 def _wide_table(layout: PageTable, results: list[dict[str, Any]]) -> Table:
-    """One row per data set, each metric beside the value of a guess."""
+    """One row per data set, each metric with its chance level."""
     several_rows = len(layout.rows) > 1
     columns = ["data"]
     if several_rows:
@@ -87,7 +87,7 @@ def _wide_table(layout: PageTable, results: list[dict[str, Any]]) -> Table:
             row += [result["counts"].get(name) for name in layout.counts]
 
             for metric in layout.metrics:
-                # as the result names it
+                # the metric's name in the result
                 full_name = prefix + metric
                 row.append(result["metrics"].get(full_name))
                 if metric in layout.with_chance:
@@ -102,7 +102,7 @@ def _long_table(title: str, results: list[dict[str, Any]]) -> Table:
     rows = []
     for result in results:
         for metric, value in result["metrics"].items():
-            # not every metric has the value of a guess
+            # not every metric has a chance level
             guess = result["chance"].get(metric)
             row = [result["dataset"], metric, value, guess]
             rows.append(row)
@@ -127,7 +127,7 @@ def run_report(folder: RunFolder) -> RunReport:
 
     matrix = None
     labels = list[str]()
-    # of a stream no pair can be read again
+    # pairs of a stream cannot be read again
     if not config.data.streaming:
         catalog = open_catalog(config.data.train)
         window = config.data.shuffle_window
@@ -136,10 +136,10 @@ def run_report(folder: RunFolder) -> RunReport:
         made, labels = logit_matrix(encoder, catalog, rows, scale)
         matrix = made.numpy()
 
-    # rows of evaluations have no loss
+    # evaluation rows have no loss
     trained = table.dropna(subset="loss")
     last = trained.iloc[-1]
-    # pairs seen since the row before; of the first row, since the start
+    # samples seen since the row before, or since the start
     pairs = trained["pairs"]
     pairs_of_row = pairs.diff().fillna(pairs)
     seconds_of_row = pairs_of_row / trained["pairs_per_second"]

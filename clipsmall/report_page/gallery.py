@@ -1,4 +1,4 @@
-"""What a model retrieves, and its logits of one batch."""
+"""Examples of a model's retrievals, and its logits of one batch."""
 
 import torch
 from torch import Tensor
@@ -19,15 +19,15 @@ MATRIX = 256
 
 
 def gallery_sets(section: EvaluateSection) -> list[tuple[list[str], str, str]]:
-    """(shards, name, classes) of the data sets that a gallery can show, each once.
+    """(shards, name, classes) of the data sets that a gallery can show, without repeats.
 
-    Those on which images are matched with named classes; if there are none, those with captions.
+    Data sets with named classes; if there are none, data sets with captions.
     """
     named = []
     captioned = []
     for each in section.all:
         matches = TASKS[each.task].matches
-        # labels of other kinds are not captions, by which the gallery knows a right answer
+        # the gallery recognises right answers by captions, so labels must be captions
         if matches == "classes" and not each.label and not each.kind:
             named.append((each.data, each.name, each.classes))
         elif matches == "captions":
@@ -42,27 +42,27 @@ def gallery_sets(section: EvaluateSection) -> list[tuple[list[str], str, str]]:
 
 
 def gallery(encoder: Encoder, catalog: Catalog, name: str, class_file: str) -> list[Query]:
-    """A few images with the names they find, and a few captions with the images they find.
+    """Image-to-text and text-to-image retrievals for a few queries.
 
-    Searched are at most CANDIDATES pairs, evenly spread over the data set.
+    The search is among at most CANDIDATES pairs, evenly spaced over the data set.
     """
     # rounded up
     step = -(-len(catalog) // CANDIDATES)
     candidates = list(range(0, len(catalog), step))
     words = read_texts(catalog, rows=candidates)
 
-    # row -> its captions, and their hashes, by which a right answer is known
+    # row -> captions, and hashes of captions, which tell whether an answer is right
     captions = dict(zip(candidates, words.captions, strict=True))
     hashes = {}
     for row, its_captions in captions.items():
         hashes[row] = {caption_hash(caption) for caption in its_captions}
 
     features, rows = encoder.images(catalog, candidates)
-    # some at random, the same ones every time
+    # a random choice with a fixed seed
     order_shown = permutation(len(rows), 0)
     shown = order_shown[:QUERIES].tolist()
 
-    # images that look for names
+    # image queries: find class names
     names = class_names(class_file, list(captions.values()), [])
     names_features = encoder.texts(names)
     names_shown = min(ANSWERS, len(names))
@@ -81,7 +81,7 @@ def gallery(encoder: Encoder, catalog: Catalog, name: str, class_file: str) -> l
         image = catalog.read(row).image
         queries.append(Query(image, captions[row][0], "image_to_text", name, texts=texts))
 
-    # captions that look for images
+    # text queries: find images
     shown_rows = [int(rows[position]) for position in shown]
     first_captions = [captions[row][0] for row in shown_rows]
     asked = encoder.texts(first_captions)
@@ -109,7 +109,7 @@ def first_batch(catalog: Catalog, seed: int, shuffle_window: int, batch_size: in
     shuffled = Order(catalog.sizes, seed, shuffle_window)
     count = min(MATRIX, batch_size)
     positions = torch.arange(count).numpy()
-    # of epoch 0
+    # rows of epoch 0
     first = shuffled.rows(0, positions)
     rows: list[int] = first.tolist()
     return rows
@@ -119,11 +119,11 @@ def first_batch(catalog: Catalog, seed: int, shuffle_window: int, batch_size: in
 def logit_matrix(
     encoder: Encoder, catalog: Catalog, rows: list[int], scale: Tensor
 ) -> tuple[Tensor, list[str]]:
-    """(n, n) scaled cosines of n pairs, images down and texts across; and their captions.
+    """(n, n) logits (scaled cosines) of n pairs, images down and texts across; and the captions.
 
-    In the order of `rows`. Pairs whose image cannot be read are left out.
+    In the order of `rows`, without pairs whose image cannot be read.
     """
-    # the encoder returns ascending rows; `position_of` leads back to the order asked for
+    # the encoder returns ascending rows; `position_of` restores the order of `rows`
     images, found = encoder.images(catalog, sorted(rows))
     position_of: dict[int, int] = {}
     for position, row in enumerate(found.tolist()):

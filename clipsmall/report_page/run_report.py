@@ -1,4 +1,4 @@
-"""The report of one run as an HTML page: from numbers and images to a string."""
+"""Renders the report of one run as an HTML page."""
 
 import math
 import re
@@ -23,9 +23,9 @@ from clipsmall.pages.html_page import (
     save_html,
 )
 
-# values over the pairs seen, and matplotlib's keywords
+# (values over samples seen, keyword arguments for matplotlib)
 Line = tuple["pd.Series[float]", dict[str, Any]]
-# title, last value in words, the drawing as a data: address
+# (title, last value in words, drawing as a data: address)
 Plot = tuple[str, str, str]
 # Known columns of the log and the titles of their plots, in the page's order.
 TITLES = {
@@ -36,15 +36,15 @@ TITLES = {
     "pairs_per_second": "Pairs per second",
     "data_wait": "Share of time waiting for data",
 }
-# Columns that are no curve of their own.
+# Columns without a plot of their own.
 NOT_PLOTTED = {"step", "pairs", "chance"}
-# An SVG of more points would only be larger.
+# Curves are thinned to this many points: more would only make the SVG larger.
 MOST_POINTS = 1000
 
 
 @dataclass
 class RunReport:
-    """Everything the page shows; what is empty leaves no heading behind."""
+    """Everything the page shows; empty parts have no heading."""
 
     title: str
     subtitle: str = ""
@@ -60,7 +60,7 @@ class RunReport:
 
 
 def render_run_report(report: RunReport) -> str:
-    """The whole page; captions, labels and config are untrusted and escaped."""
+    """The page as HTML; captions, labels and config are escaped."""
     with plot_style():
         curves = {
             "Training": list(training_plots(report.metrics)),
@@ -95,7 +95,7 @@ def training_plots(frame: pd.DataFrame) -> Iterator[Plot]:
         lines = _curve_and_median(name, curve)
         chance = finite_series(frame, "chance")
         if name == "loss" and not chance.empty:
-            # the loss of a guess is ln of the number of columns; exp must not overflow
+            # the chance loss is ln of the number of columns; exp must not overflow
             last = chance.iloc[-1]
             columns = math.exp(min(last, 50))
             note += f" · dashed: chance, ln {columns:,.0f} = {format_quantity(last)}"
@@ -107,7 +107,7 @@ def training_plots(frame: pd.DataFrame) -> Iterator[Plot]:
 
 def _curve_and_median(name: str, curve: "pd.Series[float]") -> list[Line]:
     """A noisy curve, faint, below its running median."""
-    # a fortieth of the run; learning rates and logit scales are smooth as they are
+    # the window is a fortieth of the run; learning rates and logit scales need no smoothing
     is_smooth = name.startswith(("lr", "logit"))
     window = 1
     if not is_smooth:
@@ -115,7 +115,7 @@ def _curve_and_median(name: str, curve: "pd.Series[float]") -> list[Line]:
     windows = curve.rolling(window, center=True, min_periods=1)
     median = windows.median()
 
-    # few points are marked: a line alone hides how few there are
+    # mark the points if there are few: a plain line would hide that
     marker = "o" if len(curve) < 20 else ""
     look = {"color": "C0", "marker": marker, "markersize": 3}
     faint = look | {"alpha": 0.35, "linewidth": 0.8}
@@ -125,11 +125,11 @@ def _curve_and_median(name: str, curve: "pd.Series[float]") -> list[Line]:
 def evaluation_plots(frame: pd.DataFrame) -> Iterator[Plot]:
     """One plot for each metric of columns [task/]set/metric, with one line for each data set.
 
-    A metric that was measured only once makes no curve. Chance is dashed where it is known.
+    A metric that was measured only once has no curve. Known chance levels are dashed.
     """
     for (task, metric), names in _columns_by_metric(frame).items():
         fraction = is_fraction(metric)
-        # acc5 or recall@10, but not acc1: a set's chance is that of the first guess
+        # acc5 or recall@10, but not acc1: the logged chance level is for top-1
         of_several_guesses = re.search(r"(?<!\d)(?!1$)\d+$", metric)
         lines: list[Line] = []
         for number, name in enumerate(names):
@@ -151,7 +151,7 @@ def evaluation_plots(frame: pd.DataFrame) -> Iterator[Plot]:
             if fraction and not of_several_guesses:
                 set_chance = f"{parent}/chance"
 
-            # a column that is not there has no values, and draws nothing
+            # a missing column gives no values and draws nothing
             dashed = {"color": colour, "linestyle": "--", "linewidth": 1}
             for chance in (f"{name}/chance", set_chance):
                 lines.append((finite_series(frame, chance), dashed))
@@ -181,12 +181,12 @@ def _columns_by_metric(frame: pd.DataFrame) -> dict[tuple[str, str], list[str]]:
 
 
 def finite_series(frame: pd.DataFrame, name: str) -> "pd.Series[float]":
-    """The finite values of a column over the pairs seen; empty where there is no such column.
+    """The finite values of a column over samples seen; empty if there is no such column.
 
-    A stretch that was repeated after a resume counts once, as it came last.
+    If steps were repeated after a resume, their last values count.
     """
     part = frame.reindex(columns=["pairs", name])
-    # text, None and infinity are no points of a curve
+    # drop text, None and infinity
     part = part.apply(pd.to_numeric, errors="coerce")
     part = part.astype(float)
     is_finite = np.isfinite(part).all(axis=1)
@@ -199,14 +199,14 @@ def finite_series(frame: pd.DataFrame, name: str) -> "pd.Series[float]":
 
 
 def draw_curves(lines: list[Line], fraction: bool) -> str:
-    """Lines over the pairs seen as a data: address; fractions are shown in percent."""
+    """Draw lines over samples seen, as a data: address; fractions are shown in percent."""
     labels = sum("label" in look for _, look in lines)
     # one more line of text below for each label
     figure = Figure(figsize=(4.6, 2.8 + 0.22 * labels), layout="constrained")
     axes = figure.add_subplot(xlabel="pairs seen")
 
     for curve, look in lines:
-        # thinned from the end, which must stay
+        # thinned from the end, so that the last point stays
         step = 1 + len(curve) // MOST_POINTS
         curve = curve.iloc[::-step]
         axes.plot(curve.index.to_numpy(), curve.to_numpy(), **look)
@@ -220,7 +220,7 @@ def draw_curves(lines: list[Line], fraction: bool) -> str:
     else:
         axes.yaxis.set_major_formatter(ScalarFormatter(useOffset=False))
 
-    # below: a few long names would cover the lines
+    # the legend is below, as long names would cover the lines
     if labels:
         figure.legend(loc="outside lower left", frameon=False)
 

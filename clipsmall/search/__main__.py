@@ -3,9 +3,9 @@
     python -m clipsmall.search runs/demo --data data/glyphs/test_unseen
     python -m clipsmall.search ViT-B-32 --pretrained laion2b_s34b_b79k --data data/photos --k 48
 
-Type a text to find pictures, or drop a picture to find similar ones and captions. On the first
-start all images and captions are embedded and kept in --embeddings, in clip-retrieval's layout;
-later starts embed only what has changed.
+Type a text to find pictures, or drop a picture to find similar pictures and captions. The first
+start embeds all images and captions and keeps them in --embeddings, in clip-retrieval's layout;
+later starts embed only shards that have changed.
 
 Only this machine can open the page (127.0.0.1). It needs Gradio: pip install 'clipsmall[demo]'.
 """
@@ -24,14 +24,14 @@ from clipsmall.distributed import devices
 from clipsmall.evaluation.command import load_encoder
 from clipsmall.search import INDEXES, Searcher, embed, search_page
 
-# pictures of the first answer, where the data set has as many
+# Pictures in the first answer, if the data set has that many.
 DEFAULT_K = 24
 
 
 def main(words: list[str] | None = None) -> int:
     options = _options(words)
     try:
-        # before a minute of embedding
+        # checked before embedding, which may take minutes
         search_page.require_gradio()
         catalog = open_catalog(options.data)
         searcher = _searcher(options, catalog)
@@ -52,7 +52,7 @@ def main(words: list[str] | None = None) -> int:
 
 
 def _searcher(options: argparse.Namespace, catalog: Catalog) -> Searcher:
-    """The model, with the embeddings that it made or makes of the data set."""
+    """Load the model and load or compute its embeddings of the data set."""
     folder = options.embeddings or _default_folder(options, catalog)
     device = _device(options.device)
     encoder = load_encoder(
@@ -76,7 +76,7 @@ def _searcher(options: argparse.Namespace, catalog: Catalog) -> Searcher:
 
 
 def _default_folder(options: argparse.Namespace, catalog: Catalog) -> Path:
-    """embeddings/DATA-MODEL-DIGEST: short names may be alike, embeddings are not."""
+    """embeddings/DATA-MODEL-DIGEST; the digest tells apart equal short names."""
     identity = [options.pretrained, str(Path(options.model).resolve())]
     for shard in catalog.shards:
         identity.append(str(shard.resolve()))
@@ -86,7 +86,7 @@ def _default_folder(options: argparse.Namespace, catalog: Catalog) -> Path:
     data = _short_name(options.data[0])
     model = _short_name(options.model)
     name = f"{data} {model} {digest[:8]}"
-    # a hub id has a slash, a folder may have blanks
+    # hub ids contain a slash, folder names may contain blanks
     return Path("embeddings") / re.sub(r"[^\w.-]+", "-", name)
 
 
@@ -96,7 +96,7 @@ def _device(given: str) -> torch.device:
         device = torch.device(
             given or torch.accelerator.current_accelerator(check_available=True) or "cpu"
         )
-        # a device that is not there has a name, too
+        # a missing device has a valid name, so try to use it
         torch.empty(1, device=device)
     except RuntimeError as error:
         raise ValueError(f"--device={given}: {str(error).splitlines()[0]}") from None
@@ -108,13 +108,13 @@ def _device(given: str) -> torch.device:
 
 
 def _short_name(given: str) -> str:
-    """A path's last two parts, which tell more than `test` or `run`; a hub id as it is."""
+    """The last two parts of a path, as one alone may be just `test`; a hub id stays as it is."""
     path = Path(given)
     if not path.exists():
         return given
 
     last_two = path.resolve().parts[-2:]
-    # in the root of the disk, one of the two is the root
+    # of a path in the root folder, one part is "/"
     return "/".join(last_two).lstrip("/")
 
 
@@ -135,9 +135,9 @@ def _options(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--embeddings",
         type=Path,
-        help="folder to keep the embeddings in [a folder of its own in embeddings/]",
+        help="folder to keep the embeddings in [embeddings/DATA-MODEL-DIGEST]",
     )
-    parser.add_argument("--port", type=int, default=7860, help="of the page [7860]")
+    parser.add_argument("--port", type=int, default=7860, help="port of the page [7860]")
     parser.add_argument(
         "--k", type=int, help="pictures in an answer at first; the page has a slider [24]"
     )
@@ -157,7 +157,10 @@ def _options(words: list[str] | None) -> argparse.Namespace:
         "--batch_size", type=int, default=256, help="images or captions embedded at once [256]"
     )
     parser.add_argument(
-        "--workers", type=int, default=0, help="processes that decode images; 0: this one [0]"
+        "--workers",
+        type=int,
+        default=0,
+        help="processes that decode images; 0: the main process [0]",
     )
     return parser.parse_args(words)
 

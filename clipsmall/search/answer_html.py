@@ -49,7 +49,7 @@ CSS = """
 
 
 def answer_html(answer: Answer, images: int) -> str:
-    """The answer as HTML; `images`: how many were compared."""
+    """The answer as HTML; `images`: the number of images searched."""
     comparing = 1e3 * answer.comparing
     embedding = 1e3 * answer.embedding
     note = (
@@ -59,7 +59,7 @@ def answer_html(answer: Answer, images: int) -> str:
 
 
 def note_html(text: str) -> str:
-    """A remark where an answer would stand."""
+    """A message in place of an answer."""
     return _fill(Answer(0, 0, []), text)
 
 

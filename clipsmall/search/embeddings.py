@@ -1,4 +1,4 @@
-"""Embeddings of all images and captions of a data set: made once, shard by shard, then read."""
+"""Embeddings of a data set's images and captions: computed once, shard by shard, then reused."""
 
 import hashlib
 import sys
@@ -26,29 +26,29 @@ from clipsmall.search.store import EmbeddingStore, Part, lock_folder
 
 @dataclass
 class StoredEmbeddings:
-    """n captions, each with its image, over all parts: an image with five captions has five rows.
+    """n captions, each with its image; an image with five captions has five rows.
 
-    A part is a shard of the data set.
+    The rows are divided into parts, one per shard of the data set.
     """
 
-    # (n_i, D) each, float16 unit rows, mapped from their files
+    # one (n_i, D) tensor per part: float16 unit rows, memory-mapped
     images: list[Tensor]
     texts: list[Tensor]
     # (n,)
     captions: pa.ChunkedArray
     # (n,) int64, ascending: the pair's row in the catalog
     rows: Tensor
-    # number of images that cannot be read, and have no row
+    # number of images that cannot be read and so have no row
     broken: int
 
     def distinct_images(self) -> Tensor:
-        """(images,) the first row of each."""
+        """(images,) the first row of each image."""
         is_first = torch.cat([torch.tensor([True]), self.rows.diff() != 0])
         return is_first.nonzero()[:, 0]
 
     def distinct_captions(self) -> Tensor:
-        """(captions,) the first row of each; letter case and white space make no difference."""
-        # filled one by one: a list of millions of Python numbers would be large
+        """(captions,) the first row of each caption, ignoring letter case and white space."""
+        # filled one by one, as a list of millions of Python numbers would be large
         hashes = np.empty(len(self.captions), np.int64)
         for row, caption in enumerate(self.captions):
             hashes[row] = caption_hash(caption.as_py())
@@ -58,17 +58,17 @@ class StoredEmbeddings:
 
 
 def embed(encoder: Encoder, catalog: Catalog, folder: Path, model: str = "") -> StoredEmbeddings:
-    """The embeddings of a catalog, from `folder`.
+    """The embeddings of a catalog, kept in `folder`.
 
-    What is missing there, or is of another model or shard, is made. Interrupt it at any time: it
-    goes on with the next shard.
+    Parts that are missing, or of another model or shard, are computed. After an interruption the
+    next call continues with the next shard.
 
     Args:
-        model: its name, for the record.
+        model: name of the model, for the record.
 
     Raises:
-        ValueError: a folder of something else, or that cannot be written; no image can be read;
-            features that are not finite.
+        ValueError: the folder holds other files or is not writable; no image can be read; or
+            features are not finite.
     """
     fingerprints = []
     for number, shard in enumerate(catalog.shards):
@@ -77,7 +77,7 @@ def embed(encoder: Encoder, catalog: Catalog, folder: Path, model: str = "") -> 
     with lock_folder(folder):
         store = EmbeddingStore(folder, model, encoder.digest(), fingerprints)
         if store.note:
-            print(f"{folder}: {store.note}; they are made again", file=sys.stderr)
+            print(f"{folder}: {store.note}; embedding them again", file=sys.stderr)
 
         missing = store.missing()
         silent = not (missing and encoder.progress)
@@ -87,7 +87,7 @@ def embed(encoder: Encoder, catalog: Catalog, folder: Path, model: str = "") -> 
         parts = [part for number in range(len(fingerprints)) if (part := store.part(number))]
 
     assert len(parts) == len(fingerprints)
-    # a part has rows within its shard, the catalog counts over all shards
+    # convert rows within a shard to rows of the catalog
     rows = []
     first_row = 0
     for part, size in zip(parts, catalog.sizes, strict=True):
@@ -108,19 +108,19 @@ def embed(encoder: Encoder, catalog: Catalog, folder: Path, model: str = "") -> 
 
 
 def _fingerprint(catalog: Catalog, number: int) -> str:
-    """A digest of a shard and of which pairs in it are good."""
+    """A digest of a shard and of which of its pairs are good."""
     shard = catalog.shards[number]
     identity = f"{shard.name} {proof(shard)}"
     digest = hashlib.sha256(identity.encode())
 
-    # where the good pairs lie in the file
+    # byte positions of the good pairs
     good = catalog.only(number).spans
     digest.update(good.tobytes())
     return digest.hexdigest()
 
 
 def _embed_shard(encoder: Encoder, catalog: Catalog, number: int) -> tuple[Part, int]:
-    """A shard's part, and how many of its images cannot be read.
+    """A shard's part, and the number of images that cannot be read.
 
     Raises:
         ValueError: features that are not finite.
@@ -133,7 +133,7 @@ def _embed_shard(encoder: Encoder, catalog: Catalog, number: int) -> tuple[Part,
     refuse_non_finite(image, f"{shard}: image")
     refuse_non_finite(text, f"{shard}: text")
 
-    # an image has a row for each of its captions
+    # one row per caption of an image
     counts = torch.tensor([len(of_image) for of_image in captions_of], dtype=torch.int64)
     rows = found.repeat_interleave(counts).numpy()
     index = read_index(shard, ["key", "status"])

@@ -1,4 +1,4 @@
-"""The k best of many rows, exactly: a matrix product in chunks over files that stay on disk."""
+"""Exact top-k search: matrix products over chunks of memory-mapped embeddings."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,22 +18,22 @@ Index = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
 
 def row_chunks(parts: list[Tensor], rows: Tensor) -> Iterator[Tensor]:
-    """Some rows of all parts, laid end to end: (at most CHUNK, D) at a time.
+    """Selected rows of the concatenated parts, at most CHUNK at a time, as (n, D).
 
     Args:
-        rows: (m,) which, ascending.
+        rows: (m,) rows to select, ascending.
     """
     start = 0
     for part in parts:
         end = start + len(part)
         low, high = torch.searchsorted(rows, torch.tensor([start, end])).tolist()
-        # `split` of nothing gives one empty chunk
+        # `split` of an empty tensor gives one empty chunk
         if low < high:
             for here in torch.split(rows[low:high] - start, CHUNK):
                 first = int(here[0])
                 last = int(here[-1])
                 without_gaps = last - first < len(here)
-                # a slice copies nothing
+                # without gaps, a slice avoids a copy
                 yield part[first : last + 1] if without_gaps else part[here]
 
         start = end
@@ -46,23 +46,22 @@ def _check_k(k: int, count: int) -> None:
 
 @dataclass
 class Exact:
-    """Compares with every row; equal cosines come in the order of their rows.
+    """Compares the query with every row; equal cosines keep the order of their rows.
 
     Args:
-        parts: (n_i, D) unit rows each, float16 or float32, mapped from files: none of them is
-            copied whole.
-        rows: (m,) which of all rows are searched, ascending.
+        parts: (n_i, D) unit rows each, float16 or float32, memory-mapped: no part is copied whole.
+        rows: (m,) the rows to search, ascending.
     """
 
     parts: list[Tensor]
     rows: Tensor
 
     def __call__(self, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """(D,) unit query -> (k,) cosines, best first, and their rows among all.
+        """(D,) unit query -> (k,) cosines, best first, and (k,) rows.
 
-        Takes 4 bytes of memory per row. Float32 products rank the rows up to their rounding error,
-        at most D · 2⁻²³ of a difference; whatever is that near to the k best is compared once more
-        in float64.
+        Takes 4 bytes of memory per row. Float32 cosines are computed first; their rounding error is
+        at most D · 2⁻²³. All rows that may be among the k best despite it are compared again in
+        float64.
 
         Raises:
             ValueError: k below 1 or above m; features or a query that are not finite.
@@ -76,7 +75,7 @@ class Exact:
                 "diverged, or the embeddings are broken; delete their folder and embed again"
             )
 
-        # twice the rounding error, as both cosines of a comparison have one
+        # twice the rounding error, as both cosines of a comparison are rounded
         rounding = len(query) * 2.0**-22
         kth = rough.topk(k).values[-1]
 
@@ -115,10 +114,10 @@ class Faiss:
             self.index.add(part.float().numpy())
 
     def __call__(self, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """As that of `Exact`."""
+        """The same as `Exact.__call__`."""
         _check_k(k, len(self.rows))
 
-        # of one query
+        # faiss takes a batch of queries
         cosines, positions = self.index.search(query[None].numpy(), k)
         best = torch.from_numpy(positions[0])
         return torch.from_numpy(cosines[0]), self.rows[best]

@@ -1,4 +1,4 @@
-"""The search page: Gradio on 127.0.0.1 alone, which serves no file of this machine."""
+"""The search page: Gradio on 127.0.0.1, without access to this machine's files."""
 
 import os
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from typing import Any
 from clipsmall.search import answer_html
 from clipsmall.search.searcher import Answer, Searcher
 
-# Pictures on a page: about 2 MB. Who asks for more on the command line gets them.
+# Largest value of the slider, about 2 MB of pictures; --k may exceed it.
 MOST_PICTURES = 200
 CSS = """
 .gradio-container { width: 100%; max-width: 84rem !important; margin: 0 auto !important; }
@@ -19,7 +19,7 @@ CSS = """
 #head p { opacity: .7; margin: .15rem 0 0; }
 #head .html-container, #answer .html-container { padding: 0 !important; }
 """
-# on a phone the answer lies below the query
+# On a phone the answer is below the query, so scroll to it.
 SHOW_ANSWER = """() => {
   if (innerWidth < 700) document.querySelector('#answer').scrollIntoView({behavior: 'smooth'});
 }"""
@@ -27,7 +27,7 @@ HINT = "Type a text and press Enter, or drop a picture."
 
 
 def require_gradio() -> None:
-    """Raises ValueError where Gradio is not installed."""
+    """Raises ValueError if Gradio is not installed."""
     if find_spec("gradio") is None:
         raise ValueError("the search page needs Gradio: pip install 'clipsmall[demo]'")
 
@@ -39,7 +39,7 @@ def build_search_page(searcher: Searcher, data: str, model: str, k: int) -> Any:
         data, model: their names, for the heading.
         k: how many pictures an answer has at first.
     """
-    # Gradio reads these on import: nothing leaves this machine
+    # read by Gradio on import: no analytics, so nothing leaves this machine
     for setting in ("GRADIO_ANALYTICS_ENABLED", "GRADIO_RUN_HISTORY"):
         os.environ.setdefault(setting, "False")
 
@@ -79,7 +79,7 @@ def build_search_page(searcher: Searcher, data: str, model: str, k: int) -> Any:
             with gr.Column(scale=3, min_width=320):
                 answer = gr.HTML(answer_html.note_html(HINT), elem_id="answer")
 
-        # One query at a time: they share one model. Nothing of it is an API for others.
+        # One query at a time, as all share one model; no public API.
         quiet: dict[str, Any] = {
             "concurrency_id": "search",
             "api_visibility": "private",
@@ -110,7 +110,7 @@ def _heading(searcher: Searcher, data: str, model: str) -> str:
 
 
 class _Answers:
-    """What the page does with a query: the answer as HTML, and None or "" for the other field."""
+    """The page's event handlers: each returns the answer as HTML, and may clear the other field."""
 
     def __init__(self, searcher: Searcher) -> None:
         self.searcher = searcher
@@ -126,7 +126,7 @@ class _Answers:
         return self._html(lambda: self.searcher.by_image(data, int(k))), ""
 
     def to_either(self, text: str, image: str | None, k: int) -> str:
-        """The query that stands there once more, with another k."""
+        """Repeat the current query with another k."""
         if image:
             return self.to_image(image, k)[0]
         if text.strip():
@@ -139,7 +139,7 @@ class _Answers:
 
 
 def answer_or_error(ask: Callable[[], Answer], images: int) -> str:
-    """HTML of the answer, or of what was wrong with the query."""
+    """HTML of the answer, or of the error in the query."""
     try:
         return answer_html.answer_html(ask(), images)
     except ValueError as error:
@@ -147,7 +147,7 @@ def answer_or_error(ask: Callable[[], Answer], images: int) -> str:
 
 
 def launch_search_page(page: Any, port: int) -> str:
-    """Start to serve on 127.0.0.1; returns the address.
+    """Serve the page on 127.0.0.1; returns the address.
 
     Raises:
         ValueError: the port is taken.
@@ -155,7 +155,7 @@ def launch_search_page(page: Any, port: int) -> str:
     import gradio as gr
 
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
-    # no fonts from outside
+    # no fonts from the network
     theme = gr.themes.Default(**fonts)
 
     try:
@@ -174,6 +174,6 @@ def launch_search_page(page: Any, port: int) -> str:
             css=answer_html.CSS + CSS,
         )
     except (OSError, OverflowError):
-        raise ValueError(f"--port={port}: taken, or not to be had; give another") from None
+        raise ValueError(f"--port={port}: taken or not permitted; give another") from None
 
     return str(address)

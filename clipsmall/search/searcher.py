@@ -20,13 +20,13 @@ class Hit(NamedTuple):
 
     cosine: float
     caption: str
-    # as in its shard; b"" for a caption alone
+    # encoded image as in its shard; b"" for a caption
     image: bytes
 
 
 @dataclass
 class Answer:
-    """What was found, best first, and the seconds it took to embed the query and to compare it."""
+    """The hits, best first, and the seconds taken to embed the query and to search."""
 
     embedding: float
     comparing: float
@@ -35,7 +35,7 @@ class Answer:
 
 
 class Searcher:
-    """Answers queries with a model and the embeddings that it made of a catalog.
+    """Answers queries with a model and its embeddings of a catalog.
 
     Args:
         index: `exact`, or `faiss` where it is installed.
@@ -54,14 +54,14 @@ class Searcher:
         encoder.model.eval()
         images = embeddings.distinct_images()
         self._distinct = embeddings.distinct_captions()
-        # how many there are to choose from
+        # numbers of distinct images and captions
         self.images = len(images)
         self.captions = len(self._distinct)
         self._images = INDEXES[index](embeddings.images, images)
         self._captions = INDEXES[index](embeddings.texts, self._distinct)
 
     def examples(self, count: int = 4) -> list[str]:
-        """Some captions of the data, evenly spread."""
+        """Some captions, evenly spaced over the data."""
         every = -(-self.captions // count)
         examples = []
         for row in self._distinct[::every].tolist():
@@ -88,9 +88,7 @@ class Searcher:
         return Answer(embedded - start, compared - embedded, hits)
 
     def by_image(self, image: bytes, k: int) -> Answer:
-        """The k images and the k captions nearest to an encoded picture.
-
-        All captions, if there are fewer.
+        """The k images and k captions (or all, if fewer) nearest to an encoded picture.
 
         Raises:
             ValueError: not a picture; k below 1, or more than there are images.

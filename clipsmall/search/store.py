@@ -1,9 +1,9 @@
-"""A folder of embeddings in clip-retrieval's layout, and the record of what they were made of.
+"""A folder of embeddings in clip-retrieval's layout, with a record of the model and shards.
 
     FOLDER/img_emb/img_emb_0.npy  text_emb/text_emb_0.npy  metadata/metadata_0.parquet
     embeddings.json
 
-A part is a shard of the data. Row i of its three files is one caption with its image.
+A part has the embeddings of one shard. Row i of its three files is one caption with its image.
 """
 
 import json
@@ -38,10 +38,10 @@ class Part(NamedTuple):
 
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Keep other commands from writing to a folder of embeddings meanwhile.
+    """Lock a folder of embeddings against other commands.
 
     Raises:
-        ValueError: another command is at it, or the folder cannot be written.
+        ValueError: another command holds the lock, or the folder is not writable.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(
@@ -62,11 +62,11 @@ def lock_folder(folder: Path) -> Iterator[None]:
 
 
 class EmbeddingStore:
-    """The parts of one model and one list of shards; those of others are deleted or made again.
+    """Parts for one model and one list of shards; outdated parts are deleted or replaced.
 
     Args:
-        model: its name, for the record.
-        digest: of the model's weights.
+        model: name of the model, for the record.
+        digest: digest of the model's weights.
         fingerprints: (name, digest) of each shard.
 
     Raises:
@@ -78,7 +78,7 @@ class EmbeddingStore:
     ) -> None:
         self.folder = folder
         self.fingerprints = fingerprints
-        # why parts are made again
+        # why parts must be replaced; "" if none
         self.note = ""
 
         found = self._read_record()
@@ -107,12 +107,12 @@ class EmbeddingStore:
             "digest": digest,
             "parts": kept,
         }
-        # before a part is replaced it must not be in the record
+        # a part must leave the record before its files are replaced
         self._save_record()
         self._delete_other_files()
 
     def _delete_other_files(self) -> None:
-        """Those of shards that are no longer there, or of another number of shards."""
+        """Delete files of shards that are gone, or named for another number of shards."""
         numbers = range(len(self.fingerprints))
         for kind, ending in ENDINGS.items():
             own = {self.file(kind, number) for number in numbers}
@@ -122,24 +122,21 @@ class EmbeddingStore:
                 file.unlink()
 
     def file(self, kind: str, number: int) -> Path:
-        """Where a part's features or metadata lie."""
-        # clip-retrieval reads parts in the order of their names
+        """The path of a part's features or metadata."""
+        # padded with zeros, as clip-retrieval reads parts in the order of their names
         width = len(str(len(self.fingerprints)))
         return self.folder / kind / f"{kind}_{number:0{width}d}.{ENDINGS[kind]}"
 
     def missing(self) -> list[int]:
-        """The numbers of the parts that are still to be made."""
+        """The numbers of the missing parts."""
         there = self.record["parts"]
         return [number for number in range(len(self.fingerprints)) if str(number) not in there]
 
     def add(self, number: int, part: Part, broken: int) -> None:
-        """Write a part, and then that it is there.
+        """Write a part's files, then enter it in the record.
 
         Args:
-            broken: number of images that are not in it, as they cannot be read.
-
-        Raises:
-            ValueError: it cannot be written.
+            broken: number of images of the shard that cannot be read.
         """
         for kind, rows in (("img_emb", part.image), ("text_emb", part.text)):
             self._write(self.file(kind, number), partial(_save, rows))
@@ -154,9 +151,9 @@ class EmbeddingStore:
         self._save_record()
 
     def part(self, number: int) -> Part | None:
-        """A part, its features mapped from their files; None if it is not there or not whole."""
+        """A part with memory-mapped features; None if it is missing or incomplete."""
         try:
-            # a private map: torch wants one that it may write to, the file stays as it is
+            # copy-on-write, as torch wants a writable array; the file does not change
             image = np.load(self.file("img_emb", number), mmap_mode="c")
             text = np.load(self.file("text_emb", number), mmap_mode="c")
             table = pq.read_table(self.file("metadata", number))
@@ -172,7 +169,7 @@ class EmbeddingStore:
 
     @property
     def broken(self) -> int:
-        """Images that cannot be read."""
+        """The number of images that cannot be read."""
         return sum(int(part["broken"]) for part in self.record["parts"].values())
 
     def _read_record(self) -> dict[str, Any]:
@@ -203,7 +200,7 @@ class EmbeddingStore:
         self._write(self.folder / "embeddings.json", lambda path: path.write_text(text))
 
     def _write(self, file: Path, save: Callable[[Path], object]) -> None:
-        """Whole or not at all."""
+        """Write a file, whole or not at all."""
         try:
             with atomic.new_file(file) as temporary:
                 save(temporary)

@@ -4,19 +4,19 @@
     torchrun --nproc_per_node 4 -m clipsmall.selfcheck --config configs/demo.yaml
     accelerate launch -m clipsmall.selfcheck --config configs/demo.yaml
 
-It takes one batch of the training data and the weights a run starts with, and compares loss and
-gradients with those of one process: of all ranks as they were started, of towers in chunks (the
-config's chunk size, else a third of a rank's pairs), and in the config's precision. No optimizer
-runs, and nothing is written.
+Takes two batches of the training data and the weights that a run starts with. Compares loss and
+gradients with those of a single process in three ways: on all ranks as started; on all ranks with
+chunks (the config's chunk size, else a third of a rank's pairs); and in the config's precision. No
+optimizer runs, and nothing is written.
 
-The second of two steps is compared, in which half of the pairs come again, on other ranks: by then
-what an objective remembers is used (a long queue is as full as one batch makes it). Random layers
-(dropout and the like) are off, as every rank draws other numbers.
+The second of two steps is compared, so that an objective's memory is in use (a long queue holds one
+batch then). Half of its pairs come from the first step, on other ranks. Random layers (dropout and
+the like) are off, as every rank draws different numbers.
 
-Numbers are float64 on a CPU, elsewhere float32 without TF32. How much rounding may change is
-measured: in one process once more, with every weight changed in its last places. Exit codes: 0 all
-exact; 1 something is wrong, or lost in rounding; 2 bad input. (`accelerate launch` and `torchrun`
-report any failure as 1.)
+The dtype is float64 on a CPU, elsewhere float32 without TF32. The effect of rounding is measured by
+repeating the reference with every weight changed in its last digits. Exit codes: 0 all exact; 1 an
+error, or lost in rounding; 2 bad input. (`accelerate launch` and `torchrun` report any failure as
+1.)
 """
 
 import argparse
@@ -40,7 +40,7 @@ from clipsmall.selfcheck.gradients import GradientRow, faults_of_exchange, gradi
 
 
 def print_selfcheck(config: Config, pairs: int, dtype: str | None) -> int:
-    """Compare, print the table on the first rank, and return the exit code."""
+    """Run the check, print the table on the first rank, and return the exit code."""
     started = time.perf_counter()
     subject = make_subject(config, pairs)
     device = subject.accelerator.device
@@ -68,14 +68,14 @@ def print_selfcheck(config: Config, pairs: int, dtype: str | None) -> int:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: of the GPU, or of this process."""
+    """Peak memory in bytes: of the GPU, or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def summary(rows: list[GradientRow], faults: list[str]) -> str:
-    """The last line: what is wrong, what is lost in rounding, or that all is exact."""
+    """The last line of the output: errors, what is lost in rounding, or "all exact"."""
     states = [row.verdict.state for row in rows]
     wrong_groups = dict.fromkeys(row.group for row in rows if row.verdict.state == "wrong")
     wrong_exchanges = [fault.partition(":")[0] for fault in faults]

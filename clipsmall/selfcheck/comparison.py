@@ -1,4 +1,4 @@
-"""What the self-check compares: one step on all ranks, in chunks and not, with one process."""
+"""The self-check's comparison: one step on all ranks (also with chunks) against one process."""
 
 import copy
 from dataclasses import dataclass
@@ -32,23 +32,23 @@ from clipsmall.selfcheck.gradients import (
 
 @dataclass
 class Subject:
-    """What is checked; each pass works on copies of its own."""
+    """The model, objective and batches to check; each pass works on its own copies."""
 
     config: Config
     accelerator: Accelerator
     loaded: Loaded
     encoder: DualEncoder
     objective: Any
-    # of all ranks
+    # global batches
     batches: list[Pairs]
 
     @property
     def rows(self) -> int:
-        """Pairs of one rank."""
+        """Pairs per rank."""
         return len(self.batches[0].index) // world.size()
 
     def copies(self, dtype: torch.dtype) -> tuple[DualEncoder, Any]:
-        """Model and objective, to be changed freely."""
+        """Copies of model and objective that a pass may change."""
         encoder = copy.deepcopy(self.encoder).to(dtype)
         objective = copy.deepcopy(self.objective)
         if isinstance(objective, torch.nn.Module):
@@ -56,9 +56,9 @@ class Subject:
         return encoder, objective
 
     def in_one_process(self, dtype: torch.dtype, perturbed: bool = False) -> StepResult:
-        """The reference: one process, the whole batch at once, gathered.
+        """The reference: one process with the whole global batch at once.
 
-        perturbed: change the weights in their last places, to see what rounding does.
+        perturbed: change the weights by a few units in the last place, to measure rounding errors.
         """
         encoder, objective = self.copies(dtype)
         if perturbed:
@@ -71,21 +71,21 @@ class Subject:
     def on_all_ranks(
         self, dtype: torch.dtype, chunk_size: int = 0, autocast: bool = False
     ) -> StepResult:
-        """All ranks, as training has them; every rank must call."""
+        """The step on all ranks, as in training; every rank must call."""
         encoder, objective = self.copies(dtype)
         encoder.chunk_size = chunk_size
         self.accelerator.autocast_handler = None if autocast else AutocastKwargs(enabled=False)
         model = self.accelerator.prepare(build.synchronised(encoder))
         batches = [self.local_rows(pairs) for pairs in self.batches]
 
-        # training leaves the pixels of chunks in host memory
+        # as in training, pixels stay in host memory if there are chunks
         if chunk_size:
             batches = [pairs._replace(image=pairs.image.cpu()) for pairs in batches]
         columns = build_objective.columns_of_exchange(self.config.objective.exchange)
         result = run_steps(model, encoder, objective, columns, batches, self.accelerator.backward)
         self.accelerator.free_memory()
 
-        # fp16 multiplies the loss, and so all gradients
+        # fp16's GradScaler multiplies the loss, and so all gradients
         scaler = self.accelerator.scaler
         scale = 1.0 if scaler is None else scaler.get_scale()
         for name, gradient in result.items():
@@ -101,9 +101,9 @@ class Subject:
 
 
 def of_two_steps(config: Config, pairs: int) -> Config:
-    """The config for a run of two steps of `pairs`.
+    """The config of a run with two steps of `pairs` each.
 
-    In the second step, schedules have ended and what an objective remembers is used.
+    In the second step, schedules have ended, and an objective's memory (such as a queue) is used.
     """
     tree = config.model_dump(mode="json")
     tree["data"]["batch_size"] = pairs
@@ -120,18 +120,18 @@ def of_two_steps(config: Config, pairs: int) -> Config:
 
 
 def make_subject(config: Config, pairs: int) -> Subject:
-    """Model and objective as a run starts with them, and two batches that share half the pairs.
+    """Model and objective as at the start of a run, and two batches that share half their pairs.
 
     Args:
-        pairs: of a batch, over all ranks; 0 = 64, or the config's batch if that is smaller.
+        pairs: global batch size; 0 = 64, or the config's batch size if that is smaller.
 
     Raises:
-        ValueError: the batch, or `pairs` if given, cannot be divided among ranks and parts.
+        ValueError: the batch size is not divisible by ranks x optim.accumulate.
     """
     plain = of_two_steps(config, config.data.batch_size)
     accelerator = build.accelerator(plain.run, plain.out, plain.model.chunk_size)
 
-    # fp16: in its first steps a run lowers the scale until nothing overflows
+    # fp16: start with the scale that a run reaches after a few steps, when nothing overflows
     if accelerator.scaler is not None:
         accelerator.scaler = torch.amp.GradScaler(accelerator.device.type, init_scale=1024.0)
     unit = world.size() * config.optim.accumulate
@@ -142,11 +142,11 @@ def make_subject(config: Config, pairs: int) -> Subject:
 
     least = build_objective.least_batch(config.objective)
     if not pairs:
-        # 64, or what all parts and the objective need at least, in whole units
+        # 64, or the least that all parts and the objective need, in whole units
         wanted = max(64, 4 * unit, least)
         pairs = min(batch, -(-wanted // unit) * unit)
 
-    # the second batch repeats half of the first one's pairs, if there are data for that
+    # the second batch repeats half of the first batch's pairs, if there are enough pairs
     more = pairs // 2 // unit * unit
     data = training_data(of_two_steps(config, pairs + more).data, config.seed)
     if data.pairs < pairs + more:
@@ -169,13 +169,13 @@ def make_subject(config: Config, pairs: int) -> Subject:
 
 
 def checked_chunk_size(subject: Subject) -> tuple[int, str]:
-    """The chunk size to check, and ""; or 0, and why there are no chunks.
+    """(chunk size to check, ""), or (0, why chunks cannot be checked).
 
-    It is the config's; if that has none, about a third of a rank's pairs, a number that does not
-    divide them.
+    The size is the config's; without one, about a third of a rank's pairs, chosen so that it does
+    not divide them.
 
     Raises:
-        ValueError: the config asks for chunks of a model that has BatchNorm.
+        ValueError: the config asks for chunks, but the model has BatchNorm.
     """
     rows = subject.rows
     towers = (subject.accelerator, subject.loaded, subject.encoder)
@@ -184,19 +184,19 @@ def checked_chunk_size(subject: Subject) -> tuple[int, str]:
     if 0 < size < rows:
         return size, ""
     if rows == 1:
-        return 0, "chunks: one pair a rank cannot be cut; give more --pairs"
+        return 0, "chunks: one pair per rank cannot be split; give more --pairs"
     uneven = (n for n in range(max(rows // 3, 2), rows) if rows % n)
     size = next(uneven, 1)
     try:
         return build_chunks.chunk_size(size, rows, parts, *towers), ""
     except ValueError:
-        return 0, "chunks: refused: BatchNorm, which would take a chunk for the batch"
+        return 0, "chunks: refused, as BatchNorm would normalise over a chunk instead of the batch"
 
 
 def compare_gradients(subject: Subject, dtype: torch.dtype, chunk: int) -> list[GradientRow]:
-    """All rows of the table: ranks, ranks with chunks, and the run's precision.
+    """All rows of the table: all ranks, all ranks with chunks, and the run's precision.
 
-    Every rank must call. chunk: pairs; 0 = no chunks.
+    Every rank must call. chunk: chunk size in pairs; 0 = no chunks.
     """
     few_pairs = Pairs(*(field[:2] for field in subject.batches[0]))
     named = gradient_check.gradient_groups(copy.deepcopy(subject.encoder), few_pairs)
@@ -210,14 +210,14 @@ def compare_gradients(subject: Subject, dtype: torch.dtype, chunk: int) -> list[
     if precision != "no":
         low = subject.on_all_ranks(torch.float32, autocast=True)
 
-    # 2. The reference, and what rounding does to it. TF32's 10 bits would drown all else.
+    # 2. The reference, and its rounding error. TF32 has too few bits (10) to see anything else.
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     reference = subject.in_one_process(dtype)
     perturbed = subject.in_one_process(dtype, perturbed=True)
     judge = Judge(differences(perturbed, reference, named, device), dtype)
 
-    # 3. All ranks, whole and in chunks.
+    # 3. All ranks, without and with chunks.
     rows = []
     for size in (0, chunk) if chunk else (0,):
         found = differences(subject.on_all_ranks(dtype, size), reference, named, device)
@@ -237,10 +237,10 @@ def compare_gradients(subject: Subject, dtype: torch.dtype, chunk: int) -> list[
 
 
 def known_mistakes(chunks: int) -> dict[str, float]:
-    """Mistakes in words, and the factor by which they multiply a gradient."""
+    """Common mistakes in words -> the factor by which they multiply a gradient."""
     ranks = world.size()
     return {
         f"= 1/W, W = {ranks} ranks: a sum over ranks is missing?": 1 / ranks,
         f"= W, W = {ranks} ranks: summed over ranks, not averaged?": ranks,
-        "= the number of chunks: counted once a chunk?": chunks,
+        "= the number of chunks: counted once per chunk?": chunks,
     }

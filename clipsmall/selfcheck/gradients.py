@@ -1,7 +1,7 @@
 """Compares one step's loss and gradients with a reference, by groups of parameters.
 
-What is wrong is said with the factor by which it is wrong, as most mistakes multiply a gradient by
-the number of ranks or of chunks.
+An error is reported with its factor, as most mistakes multiply a gradient by the number of ranks or
+of chunks.
 """
 
 import json
@@ -20,21 +20,21 @@ from clipsmall.model.dual_encoder import DualEncoder
 
 # In host memory: the gradient of each parameter by its name, None where there is none; and "loss".
 StepResult = dict[str, Tensor | None]
-# Smaller relative differences are fine in any case. On glyphs rounding causes 1e-15 and 1e-6; one
-# pair of 1,024 that is left out causes 1e-3, and every mistake in the number of ranks or chunks
-# more.
+# Relative differences below this always pass. On glyphs rounding causes 1e-15 (float64) and 1e-6
+# (float32); leaving out one pair of 1,024 causes 1e-3, and any mistake in the number of ranks or
+# chunks more.
 FLOOR = {torch.float64: 1e-8, torch.float32: 3e-4}
-# units in the last place by which weights are perturbed to see what rounding does
+# Units in the last place by which weights are perturbed, to measure the effect of rounding.
 PERTURBATION = 8
-# a difference of up to so many times what the perturbation causes is still rounding
+# Differences up to this many times the perturbation's effect still count as rounding.
 MARGIN = 10
 
 
 def disable_randomness(model: nn.Module) -> None:
     """Training mode without random layers (dropout, stochastic depth, ...).
 
-    They all look at `training`, so it is set to False. Batch normalisation stays in training mode,
-    to see the batch; what is in evaluation mode during training (averaged towers) stays in that.
+    Random layers check `training`, so it is set to False. Batch normalisation stays in training
+    mode and uses batch statistics; averaged towers stay in evaluation mode, as during training.
     """
     for part in model.train().modules():
         is_norm = isinstance(part, GlobalBatchNorm | nn.modules.batchnorm._BatchNorm)
@@ -44,7 +44,7 @@ def disable_randomness(model: nn.Module) -> None:
 
 @torch.no_grad()
 def perturb(model: nn.Module) -> None:
-    """Change every weight by a few units in its last place: that causes no more than rounding."""
+    """Change every weight by a few units in the last place, an effect like that of rounding."""
     for p in model.parameters():
         eps = torch.finfo(p.dtype).eps
         noise = torch.randn_like(p)
@@ -61,7 +61,7 @@ def run_steps(
 ) -> StepResult:
     """Loss (mean over ranks) and gradients of the last batch.
 
-    The batches before it go forward only, to fill what an objective remembers.
+    Earlier batches only run forward, to fill the objective's memory.
 
     Args:
         encoder: `model` without DDP or other wrapping; it must have no gradients yet.
@@ -83,10 +83,10 @@ def run_steps(
 
 
 def faults_of_exchange(device: torch.device) -> list[str]:
-    """What is wrong with the differentiable exchanges between ranks, each tried by itself."""
+    """Errors of the differentiable exchanges between ranks, each tested separately."""
     ranks = world.size()
 
-    # each rank's loss has another factor, 1 to W: the gradient must be their sum
+    # the ranks' losses have different factors, 1 to W: the gradient must be their sum
     factor = world.rank() + 1.0
     expected = ranks * (ranks + 1) / 2
     exchanges = {"gather": world.gather, "differentiable_sum": world.differentiable_sum}
@@ -103,10 +103,10 @@ def faults_of_exchange(device: torch.device) -> list[str]:
 
 
 def gradient_groups(model: DualEncoder, pairs: Pairs) -> dict[str, list[str]]:
-    """Names of trainable parameters by tower, head, or their own name; and the "loss".
+    """Group (tower, head, or a parameter's own name) -> names of parameters; and the "loss".
 
-    What the images' outputs depend on is the image tower, whatever its library calls it; what the
-    outputs of both modalities depend on is a group of its own.
+    Parameters that image embeddings depend on are the image tower, whatever the library calls them;
+    parameters that both modalities depend on are a separate group.
     """
     towers = {f"towers.{name}": p for name, p in model.towers.named_parameters() if p.requires_grad}
     of_image = _used_by(model.towers.image(model.normalised(pairs.image)), towers)
@@ -149,11 +149,11 @@ class Difference:
     # norms of the two gradients
     norm: float
     reference: float
-    # between them
+    # cosine between the two gradients
     cosine: float
     # norm of their difference
     apart: float
-    # the largest difference of one number
+    # the largest difference of a single number
     largest: float
     # how many numbers the group has
     numbers: int
@@ -161,12 +161,12 @@ class Difference:
     missing: int
     # parameters that have a gradient, but none in the reference
     extra: int
-    # numbers that are not finite, in either
+    # numbers that are not finite in either gradient
     broken: int
 
     @property
     def ratio(self) -> float:
-        """Of the norms; NaN where the reference has no gradient."""
+        """Ratio of the norms; NaN if the reference has no gradient."""
         return self.norm / self.reference if self.reference else math.nan
 
 
@@ -176,11 +176,11 @@ def differences(
     named: Mapping[str, Sequence[str]],
     device: torch.device,
 ) -> dict[str, Difference]:
-    """By group, the same on all ranks: those of the rank that differs most. Every rank must call.
+    """Group -> its difference on the rank that differs most. Every rank must call.
 
     Args:
-        named: names of parameters by group, as of `parameter_groups`.
-        device: what ranks exchange lies there.
+        named: names of parameters by group, from `gradient_groups`.
+        device: device of the tensors that ranks exchange.
     """
     local = {}
     for group, names in named.items():
@@ -210,7 +210,7 @@ def _group_difference(found: StepResult, reference: StepResult, names: Sequence[
         if x is None and y is None:
             continue
 
-        # a gradient that is missing counts as zeros
+        # a missing gradient counts as zeros
         if x is None:
             assert y is not None
             missing += 1
@@ -249,27 +249,27 @@ def _group_difference(found: StepResult, reference: StepResult, names: Sequence[
 
 class Verdict(NamedTuple):
     words: str
-    # unclear: lost in rounding; idle: there is no gradient; near: lower precision
+    # unclear: lost in rounding; idle: no gradient; near: agrees, in lower precision
     state: Literal["exact", "wrong", "unclear", "idle", "near"]
 
 
 @dataclass(frozen=True)
 class Judge:
-    """Decides what a difference means.
+    """Decides whether a difference is an error or rounding.
 
     Args:
-        noise: what perturbing the weights of the reference does to each group.
-        dtype: of the computation.
+        noise: for each group, the effect of perturbing the reference's weights.
+        dtype: dtype of the computation.
     """
 
     noise: Mapping[str, Difference]
     dtype: torch.dtype
 
     def verdict(self, group: str, d: Difference, mistakes: Mapping[str, float]) -> Verdict:
-        """Of a group's difference d.
+        """The verdict on the difference d of a group.
 
         Args:
-            mistakes: known ones in words, and the factor by which they multiply a gradient.
+            mistakes: common mistakes in words -> the factor by which they multiply a gradient.
         """
         if broken := max(d.broken, self.noise[group].broken):
             return Verdict(f"not finite: {broken} of {d.numbers} numbers", "wrong")
@@ -288,7 +288,7 @@ class Judge:
             what = "loss" if group == "loss" else "gradient"
             return Verdict(_explain(what, d, mistakes), "wrong")
 
-        # what rounding may change is far less than the gradient
+        # rounding can change far less than the gradient itself
         if group == "loss" or allowed < 0.1 * d.reference:
             return Verdict("exact", "exact")
         if d.reference <= 1000 * eps * size:
@@ -298,9 +298,9 @@ class Judge:
         return Verdict(f"cannot tell: rounding alone makes {noise / d.reference:.1%}", "unclear")
 
     def _size(self, group: str) -> float:
-        """What rounding errors are relative to: the norm of all gradients of the reference.
+        """The scale of rounding errors: the norm of all gradients of the reference.
 
-        For the loss, the loss itself, but at least 1.
+        For the loss it is the loss itself, but at least 1.
         """
         if group == "loss":
             return max(1.0, self.noise["loss"].reference)
@@ -309,7 +309,7 @@ class Judge:
 
 
 def _explain(what: str, d: Difference, mistakes: Mapping[str, float]) -> str:
-    """How a gradient is wrong: another direction, or another length, and why perhaps."""
+    """How a gradient is wrong, in direction or in length, and possible causes."""
     if not d.reference:
         return f"a {what} of {d.norm:.3g}, where one process has none"
     factor = math.copysign(d.ratio, d.cosine)
@@ -322,7 +322,7 @@ def _explain(what: str, d: Difference, mistakes: Mapping[str, float]) -> str:
 
     known = []
     for words, value in mistakes.items():
-        # a factor of 1 would explain nothing
+        # a factor of 1 explains nothing
         if value != 1 and abs(factor / value - 1) < 0.01:
             known.append(words)
 
@@ -333,26 +333,26 @@ def _explain(what: str, d: Difference, mistakes: Mapping[str, float]) -> str:
 
 
 def low_precision_verdict(d: Difference) -> Verdict:
-    """The verdict on a precision that rounds more: wrong is only a direction that is lost."""
+    """The verdict on a lower precision, which is wrong only if the direction is lost."""
     if d.broken:
         return Verdict(f"not finite: {d.broken} of {d.numbers} numbers", "wrong")
     if not d.reference:
         return Verdict("no gradient", "idle")
 
-    # a single number may be near 0, where its sign means nothing
+    # for a single number the cosine is only its sign, which means nothing near 0
     if d.numbers == 1:
         return Verdict(f"{math.copysign(d.ratio, d.cosine):.4f} x", "near")
 
-    # a cosine of NaN is lost, too
+    # NaN counts as lost, too
     if d.cosine >= 0.9:
         return Verdict(f"cosine {d.cosine:.4f}", "near")
     return Verdict(f"cosine {d.cosine:.4f}: direction lost", "wrong")
 
 
 class GradientRow(NamedTuple):
-    """One line of the table: a group of parameters in one of the ways to train."""
+    """One line of the table: a group of parameters in one way to train."""
 
-    # what was compared with one process: ranks, chunks, precision
+    # the way to train: ranks, chunks, precision
     compared: str
     group: str
     difference: Difference
@@ -360,19 +360,19 @@ class GradientRow(NamedTuple):
 
 
 HEAD = ("compared with one process", "", "|g| / |g one|", "cosine", "largest diff", "verdict")
-# of the columns but the last: words to the left, numbers to the right
+# Alignment of all columns but the last.
 ALIGNMENT = "<<>>>"
 
 
 def gradient_table(rows: Sequence[GradientRow]) -> str:
-    """One line per row; what is compared is named on the first of its lines."""
+    """One line per row; consecutive rows with the same `compared` name it only once."""
     lines = [HEAD]
     before = ""
     for row in rows:
         d = row.difference
         compared = row.compared if row.compared != before else ""
 
-        # between two single numbers it could only be 1 or -1
+        # for a single number the cosine can only be 1 or -1
         cosine = _number(d.cosine) if d.numbers > 1 else ""
         largest = f"{d.largest / (d.reference or 1):.0e}"
         words = row.verdict.words
@@ -392,5 +392,5 @@ def gradient_table(rows: Sequence[GradientRow]) -> str:
 
 
 def _number(x: float) -> str:
-    """Six decimals where they say something."""
+    """The number with up to six decimals."""
     return f"{x:.6f}" if 1e-3 < abs(x) < 1e3 else f"{x:.3g}"

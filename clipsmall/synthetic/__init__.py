@@ -1,1 +1,1 @@
-"""Mining studied on free embeddings, as in Cho et al. (arXiv 2307.05906)."""
+"""Cho et al.'s study of batch mining on free embeddings (arXiv 2307.05906)."""

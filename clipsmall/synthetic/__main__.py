@@ -3,8 +3,8 @@
     python -m clipsmall.synthetic --loss sigmoid --out runs/synthetic
 
 This is the synthetic study of Cho et al. (2023, arXiv 2307.05906): N pairs of free vectors are
-trained by plain SGD, and nothing but the choice of batches differs. It prints a table and writes
-curves.csv, curves.png, summary.json and heatmaps.safetensors (final cosines, one array for each
+trained by plain SGD, and only the choice of batches differs. It prints a table and writes
+curves.csv, curves.png, summary.json and heatmaps.safetensors (final cosines, one array per
 selection and seed).
 """
 
@@ -21,7 +21,7 @@ from clipsmall.cli import refuse
 from clipsmall.synthetic.free_embeddings import LOGITS, LOSSES, SELECTIONS
 from clipsmall.synthetic.study import draw_study, run_study, study_table, summarise_study
 
-# of all C(N, B): NcB and osgd_NcB look at each for every update
+# Most batches C(N, B): NcB and osgd_NcB compute all of them in every update.
 MOST_BATCHES = 20_000
 
 
@@ -37,14 +37,14 @@ def main(words: list[str] | None = None) -> int:
     summary = summarise_study(options, curves)
 
     curves.to_csv(options.out / "curves.csv", index=False, float_format="%.8g")
-    # safetensors takes arrays of one piece only
+    # safetensors takes only contiguous arrays
     arrays = {name: np.ascontiguousarray(array) for name, array in cosines.items()}
     save_file(arrays, options.out / "heatmaps.safetensors")
     (options.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     draw_study(options, curves, cosines, summary["loss_at_target"])
 
     print(study_table(options, curves))
-    # not to stdout, where the table may be piped on
+    # to stderr, as the table on stdout may be piped
     files = "curves.csv, heatmaps.safetensors, summary.json, curves.png"
     print(f"written to {options.out}: {files}", file=sys.stderr)
     return 0
@@ -64,7 +64,7 @@ def _options(words: list[str] | None) -> argparse.Namespace:
         "--steps",
         type=int,
         default=500,
-        help="each of N / B updates; of full and NcB one update [500]",
+        help="steps of N / B updates each; one update for full and NcB [500]",
     )
     parser.add_argument("--lr", type=float, default=0.5, help="learning rate of SGD [0.5]")
     parser.add_argument(
@@ -84,7 +84,11 @@ def _options(words: list[str] | None) -> argparse.Namespace:
         help="added to the scaled cosines; matters for sigmoid only [sigmoid -2, the others 0]",
     )
     parser.add_argument(
-        "--seeds", type=int, nargs="+", default=[0, 1, 2], help="of start and batches [0 1 2]"
+        "--seeds",
+        type=int,
+        nargs="+",
+        default=[0, 1, 2],
+        help="seeds of start vectors and batches [0 1 2]",
     )
     parser.add_argument(
         "--out", type=Path, default=Path("runs/synthetic"), help="folder [runs/synthetic]"
@@ -102,7 +106,7 @@ def _options(words: list[str] | None) -> argparse.Namespace:
 
 
 def _check_options(options: argparse.Namespace) -> None:
-    """Raises ValueError for the first option that makes no study."""
+    """Raises ValueError for the first invalid option."""
     _check_batches(options.pairs, options.batch_size, options.selections)
     for name in ("width", "steps", "lr", "scale"):
         value = getattr(options, name)

@@ -1,4 +1,4 @@
-"""Free embeddings, trained by plain SGD on batches that six selections choose."""
+"""Free embeddings, trained by plain SGD, with six ways to select batches."""
 
 from collections.abc import Callable, Iterator
 from itertools import combinations, islice
@@ -20,12 +20,12 @@ SELECTIONS = {
     "osgd_NcB": "OSGD: worst of all batches",
     "sc_even": "even spectral clusters",
 }
-# Rounds of Sinkhorn's row and column steps.
+# Sinkhorn iterations.
 ROUNDS = 20
 
 
 def softmax_of_batches(logits: Tensor) -> Tensor:
-    """(..., B, B) -> (...): mean over rows of the *sum* of both directions.
+    """(..., B, B) -> (...): mean over rows of the *sum* (not the mean) of both directions.
 
     Source: Cho et al. 2023, arXiv 2307.05906.
     """
@@ -45,18 +45,18 @@ def sigmoid_of_batches(logits: Tensor) -> Tensor:
 def sinkhorn_of_batches(logits: Tensor) -> Tensor:
     """(..., B, B) -> (...): −mean log P_ii of the transport plan P after 20 rounds.
 
-    The rows' potential is held constant: the envelope gradient, see `objectives.sinkhorn`.
+    The row potential is treated as constant (envelope gradient), see `objectives.sinkhorn`.
 
     Source: Peyré and Cuturi 2019, arXiv 1803.00567, §4.4.
     """
     with torch.no_grad():
         rows = -logits.logsumexp(-1, keepdim=True)
         for _ in range(ROUNDS):
-            # each column of the plan sums to 1, then each row
+            # normalise columns to sum 1, then rows
             columns = -(logits + rows).logsumexp(-2, keepdim=True)
             rows = -(logits + columns).logsumexp(-1, keepdim=True)
 
-    # the last step of the columns has a gradient
+    # the last column step is differentiated
     moved = logits + rows
     own = moved.diagonal(dim1=-2, dim2=-1)
     return (moved.logsumexp(-2) - own).mean(-1)
@@ -68,18 +68,18 @@ LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": sigmoid_of_batches,
     "sinkhorn": sinkhorn_of_batches,
 }
-# Logit scale and bias. Cho et al.'s softmax has neither. With sigmoid's, batches of 2 lead to the
-# simplex, and a full batch of 8 elsewhere: a pair that meets seven others and not one weighs
-# repulsion seven times.
+# Logit scale and bias. Cho et al.'s softmax has neither. With the values for sigmoid, batches of 2
+# converge to the simplex but a full batch of 8 does not: there, a pair has seven negatives instead
+# of one, so repulsion weighs seven times as much.
 LOGITS = {"softmax": (1.0, 0.0), "sigmoid": (5.0, -2.0), "sinkhorn": (1.0, 0.0)}
 
 
 class FreeEmbeddings:
-    """N pairs of d free numbers each, made unit length before the loss, under plain SGD.
+    """N pairs of free d-dimensional vectors, normalised in the loss and trained by plain SGD.
 
     Args:
-        image, text: (N, d) each: where to start; copied, float64.
-        loss: softmax, sigmoid or sinkhorn, of the logits scale · cos + bias.
+        image, text: (N, d) start vectors; copied to float64.
+        loss: softmax, sigmoid or sinkhorn, applied to the logits scale · cos + bias.
         scale, bias: None = those of `LOGITS`.
         lr: learning rate of SGD.
     """
@@ -106,16 +106,16 @@ class FreeEmbeddings:
         self.bias = usual_bias if bias is None else bias
 
     def cosines(self) -> Tensor:
-        """(N, N): image i against text j."""
+        """(N, N) cosines of image i and text j."""
         image, text = F.normalize(self.free, dim=-1)
         cosines: Tensor = image @ text.T
         return cosines
 
     def losses(self, batches: Ints) -> Tensor:
-        """Losses of M batches: (M, B) numbers of pairs -> (M,)."""
+        """(M, B) pair indices of M batches -> (M,) losses."""
         logits = self.scale * self.cosines() + self.bias
 
-        # (M, B, 1) and (M, 1, B) choose the (M, B, B) logits of the batches
+        # (M, B, 1) and (M, 1, B) indices select the (M, B, B) logits of the batches
         pairs = torch.from_numpy(batches)
         images = pairs[:, :, None]
         texts = pairs[:, None, :]
@@ -123,7 +123,7 @@ class FreeEmbeddings:
         return LOSSES[self.loss](of_batches)
 
     def full_loss(self) -> float:
-        """The loss of one batch of all pairs."""
+        """The loss of a single batch of all pairs."""
         return float(self.losses(np.arange(self.pairs)[None]).detach())
 
     def update(self, batches: Ints) -> None:
@@ -131,14 +131,14 @@ class FreeEmbeddings:
         mean = self.losses(batches).mean()
         (slope,) = torch.autograd.grad(mean, self.free)
 
-        # in place: the vectors stay leaves of the graph
+        # in place, so that the vectors stay leaves of the graph
         with torch.no_grad():
             self.free -= self.lr * slope
 
     def clusters(self, size: int, generator: np.random.Generator) -> Ints:
-        """(N / B, B) even spectral clusters of the embeddings as they are.
+        """(N / B, B) spectral clusters of equal size, from the current embeddings.
 
-        Sinkhorn's loss is no sum over pairs: softmax's weights stand in.
+        Sinkhorn's loss is not a sum over pairs, so softmax's weights are used for it.
         """
         unit = F.normalize(self.free.detach(), dim=-1)
         # mining works in float32
@@ -150,7 +150,7 @@ class FreeEmbeddings:
         else:
             weights = softmax_weights(scored, size)
 
-        # free vectors have no duplicates to keep apart
+        # no duplicates to keep in different batches
         cannot_link = np.zeros_like(weights, dtype=bool)
         quotas = one_owner(self.pairs, size)
         return spectral_groups(scored, quotas, cannot_link, generator, weights)
@@ -159,21 +159,21 @@ class FreeEmbeddings:
 def choose_batches(
     free: FreeEmbeddings, selection: str, size: int, generator: np.random.Generator
 ) -> Iterator[Ints]:
-    """Without end, the (M, B) batches of the next update, decided when they are asked for.
+    """An endless iterator of (M, B) batches, one item per update, chosen when requested.
 
-    f: one random partition into N / B batches, over and over.
-    s: a fresh partition every step.
+    f: one random partition into N / B batches, repeated.
+    s: a new random partition every step.
     full: one batch of all pairs.
     NcB: all C(N, B) batches at once.
-    osgd_NcB: of all of them the one whose loss is highest now (the first of equals).
-    sc_even: the clusters of the embeddings as they are when a step begins, one by one.
+    osgd_NcB: of all C(N, B) batches, the one whose loss is highest now (the first of equals).
+    sc_even: spectral clusters of the embeddings at the start of each step, one by one.
 
     Args:
-        selection: one of these.
+        selection: one of these names.
         size: B.
     """
     pairs = free.pairs
-    # one batch per update
+    # (N / B, 1, B): one batch per update
     partition = generator.permutation(pairs).reshape(-1, 1, size)
     batches = np.arange(pairs)[None]
 
@@ -197,11 +197,11 @@ def choose_batches(
 def train_free_embeddings(
     free: FreeEmbeddings, selection: str, size: int, steps: int, generator: np.random.Generator
 ) -> Iterator[dict[str, float | None]]:
-    """The state before the first and after every step, as columns of a table.
+    """One dict (row of a table) before the first step and after every step.
 
-    A step makes N / B updates, but one for full and NcB, as in Cho et al.'s code. `pairs` counts
-    those that entered a gradient: selections can be compared by either. See `optimum_distances` for
-    the other columns.
+    As in Cho et al.'s code, a step is N / B updates, but one update for full and NcB. `pairs`
+    counts the pairs in all gradients so far; selections can be compared by steps or by pairs. See
+    `optimum_distances` for further columns.
 
     Args:
         selection, size: see `choose_batches`.
@@ -213,7 +213,7 @@ def train_free_embeddings(
     updates = 0
     seen = 0
     for step in range(steps + 1):
-        # the first row is of the state before any update
+        # the first row is the state before any update
         for chosen in islice(batches, updates_per_step if step else 0):
             free.update(chosen)
             updates += 1
@@ -239,9 +239,9 @@ def simplex(pairs: int, width: int) -> Tensor:
     """
     centred = torch.eye(pairs, dtype=torch.float64) - 1 / pairs
     directions = torch.linalg.svd(centred)[0]
-    # the last direction is that of the mean, along which nothing varies
+    # the last direction is the mean, along which nothing varies
     corners = F.normalize(directions[:, :-1], dim=1)
-    # of the N − 1 dimensions that it takes to all d
+    # pad from N − 1 to d dimensions
     spare = width - pairs + 1
     return F.pad(corners, (0, spare))
 
@@ -249,8 +249,8 @@ def simplex(pairs: int, width: int) -> Tensor:
 def cross_polytope(width: int) -> Tensor:
     """(2 d, d) float64: ± unit vectors, so that a row's cosines are 1, one −1 and N − 2 zeros.
 
-    Its full softmax loss is 2 ln(1 + e^(−2) + (N−2) e^(−1)): the least that we, like Cho et al.
-    among antipodal ones, know of.
+    Its full softmax loss is 2 ln(1 + e^(−2) + (N−2) e^(−1)), the lowest that we know. Cho et al.
+    know no lower one among antipodal arrangements.
     """
     unit = torch.eye(width, dtype=torch.float64)
     return torch.cat([unit, -unit])
@@ -259,7 +259,7 @@ def cross_polytope(width: int) -> Tensor:
 def known_optimum(pairs: int, width: int) -> Tensor | None:
     """(N, d): the optimum image = text of the full softmax loss, where its form is known.
 
-    For other losses it is only a landmark.
+    For other losses it is only a point of reference.
     """
     if width >= pairs - 1:
         return simplex(pairs, width)
@@ -270,9 +270,9 @@ def known_optimum(pairs: int, width: int) -> Tensor | None:
 def optimum_distances(cosines: Tensor, optimum: Tensor | None) -> dict[str, float | None]:
     """How far (N, N) cosines are from those of the optimum; None where it is not known.
 
-    row_distance: the Frobenius norm after sorting each row. It does not ask which pair is whose
-        opposite, nor which is its own: look at `diagonal` for that.
-    distance: the plain norm, where all pairs are alike.
+    row_distance: the Frobenius norm after sorting each row. It ignores which pairs are opposite,
+        and even whether true pairs match: see `diagonal` for that.
+    distance: the Frobenius norm without sorting, for optima in which all pairs are equivalent.
     diagonal: the mean cosine of true pairs.
     """
     row_distance = None

@@ -1,4 +1,4 @@
-"""The study of Cho et al.: all selections trained from the same start, then table and plot."""
+"""The study of Cho et al.: trains all selections from the same start, then makes table and plot."""
 
 import argparse
 import json
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure, SubFigure
 
-# Okabe and Ito's, which the colour-blind tell apart.
+# Okabe and Ito's colour-blind-safe palette.
 COLOURS = dict(
     zip(SELECTIONS, ["#000000", "#E69F00", "#CC79A7", "#56B4E9", "#D55E00", "#009E73"], strict=True)
 )
@@ -29,11 +29,11 @@ COLOURS = dict(
 def run_study(options: argparse.Namespace) -> tuple[pd.DataFrame, dict[str, Floats]]:
     """All curves, and the final (N, N) cosines of each selection and seed.
 
-    Every selection starts from the seed's numbers and draws its batches from a generator of its
-    own, whichever others run.
+    With the same seed, every selection starts from the same vectors. Each has its own generator for
+    batches, so its result does not depend on which others run.
 
     Args:
-        options: of the command.
+        options: options of the command.
     """
     rows = list[dict[str, Any]]()
     cosines = dict[str, Floats]()
@@ -52,13 +52,13 @@ def run_study(options: argparse.Namespace) -> tuple[pd.DataFrame, dict[str, Floa
 
             cosines[f"{selection}_{seed}"] = free.cosines().detach().numpy()
 
-    # columns of None alone would be objects
+    # a column of only None would have dtype object
     curves = pd.DataFrame(rows).astype({"row_distance": float, "distance": float})
     return curves, cosines
 
 
 def _start(options: argparse.Namespace, seed: int) -> FreeEmbeddings:
-    """Random vectors of the seed."""
+    """Random start vectors for a seed."""
     generator = np.random.default_rng(seed)
     image, text = generator.standard_normal((2, options.pairs, options.width))
     return FreeEmbeddings(
@@ -90,7 +90,7 @@ def summarise_study(options: argparse.Namespace, curves: pd.DataFrame) -> dict[s
     for name, rows in last.groupby("selection", sort=False):
         final[str(name)] = rows[columns].agg(["mean", "std"]).to_dict()
 
-    # NaN, of one seed or without an optimum, becomes null
+    # NaN (one seed, or no known optimum) becomes null
     without_nan = json.loads(pd.Series(final).to_json())
     return {
         "options": {**vars(options), "out": str(options.out)},
@@ -100,17 +100,17 @@ def summarise_study(options: argparse.Namespace, curves: pd.DataFrame) -> dict[s
 
 
 def study_table(options: argparse.Namespace, curves: pd.DataFrame) -> str:
-    """Means over seeds, on the way and at the end, as text.
+    """Means over seeds, during training and at the end, as text.
 
-    On the way: the distance from the optimum, or the loss where none is known.
+    During training: the distance from the optimum, or the loss if no optimum is known.
 
     Args:
-        curves: of `run_study`.
+        curves: the curves of `run_study`.
     """
     optimum_is_unknown = curves.row_distance.isna().all()
     column = "full_loss" if optimum_is_unknown else "row_distance"
 
-    # differences come early: after a tenth of the steps, two tenths, four and at the end
+    # differences show early: after a tenth of the steps, two tenths, four tenths, and at the end
     steps = set[int]()
     for tenths in (1, 2, 4, 10):
         steps.add(max(options.steps * tenths // 10, 1))
@@ -122,7 +122,7 @@ def study_table(options: argparse.Namespace, curves: pd.DataFrame) -> str:
     last = curves[curves.step == options.steps]
     columns = ["updates", "pairs", "full_loss", "diagonal"]
     end = last.groupby("selection", sort=False)[columns].mean()
-    # of seeds that all made as many
+    # the same for all seeds, so the means are integers
     end = end.astype({"updates": int, "pairs": int})
 
     table = on_the_way.join(end).rename_axis(None)
@@ -140,7 +140,7 @@ def draw_study(
     """Write curves.png: loss and distance over the steps, and the final cosines of the first seed.
 
     Args:
-        curves, cosines: of `run_study`.
+        curves, cosines: the results of `run_study`.
     """
     from matplotlib.figure import Figure
 
@@ -165,13 +165,13 @@ def _draw_curves(
     loss_at_optimum: float | None,
 ) -> None:
     """The distance from the optimum, where it is known, and the loss."""
-    # the loss stands on the right of the distance, or alone
+    # the loss is to the right of the distance, or the only panel
     columns = 1 if loss_at_optimum is None else 2
     panels = figure.subplots(1, columns, squeeze=False)[0]
     loss_panel = panels[-1]
     _draw_mean_and_range(loss_panel, curves, "full_loss", f"{options.loss} loss of the full batch")
 
-    # the first steps would leave no room for the differences
+    # the y range ignores the first steps, whose high loss would hide the differences
     settled = curves.full_loss[curves.step >= options.steps // 5].max()
     bottom, top = loss_panel.get_ylim()
     loss_panel.set_ylim(bottom, min(top, settled * 1.02))
@@ -183,7 +183,7 @@ def _draw_curves(
         panels[0].set_yscale("log")
         loss_panel.axhline(loss_at_optimum, color="0.4", linestyle="--", label=f"at the {shape}")
 
-    # both panels have the same lines; that of the optimum is in the loss alone
+    # both panels have the same lines, but only the loss shows the optimum
     handles, names = loss_panel.get_legend_handles_labels()
     figure.legend(handles, names, loc="outside upper center", ncols=4, frameon=False)
 
@@ -201,13 +201,12 @@ def _draw_cosines(
         axes.set_title(name, color=COLOURS[name])
         axes.set(xticks=[], yticks=[])
 
-    # all maps have the same range, so that one bar stands for all
-
+    # all maps have the same range, so one colour bar suffices
     figure.colorbar(image, ax=panels, shrink=0.8, label="cosine, image i and text j")
 
 
 def _draw_mean_and_range(axes: "Axes", curves: pd.DataFrame, column: str, name: str) -> None:
-    """A line per selection, the mean over seeds, in a band from the least to the greatest."""
+    """For each selection, a line (mean over seeds) and a band (minimum to maximum)."""
     for selection, rows in curves.groupby("selection", sort=False):
         over_seeds = rows.groupby("step")[column].agg(["mean", "min", "max"])
         steps = over_seeds.index

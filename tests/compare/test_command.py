@@ -527,7 +527,7 @@ def test_stopped_and_killed_it_goes_on_where_it_was(grid: dict[str, Any], tmp_pa
     first = start(path, "--jobs", "2")
     until(lambda: len(calls(tmp_path)) == 2)
     first.send_signal(signal.SIGTERM)
-    assert "stopped; the same command goes on" in first.communicate()[1]
+    assert "stopped; run the same command to continue" in first.communicate()[1]
     assert first.returncode == 128 + signal.SIGTERM
     # the runs were stopped, too
     assert set(table(grid, tmp_path)["state"]) == {"begun", "missing"}

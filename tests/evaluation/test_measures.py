@@ -150,7 +150,7 @@ def test_rare_and_single_classes() -> None:
     labels[0] = 7
     model, _ = linear_probe.fit(train, labels)
     assert 7 in model.classes_
-    with pytest.raises(ValueError, match="two classes at least; all 30 train images are of one"):
+    with pytest.raises(ValueError, match="at least two classes; all 30 train images are of one"):
         linear_probe.fit(train, torch.zeros(30, dtype=torch.int64))
 
 

@@ -250,7 +250,8 @@ def test_tasks_that_need_one_class_an_image_say_so(
     failed = [line for line in capsys.readouterr().err.splitlines() if line.startswith("failed: ")]
     others = [name for name, task in TASKS.items() if not task.multilabel]
     assert failed == [
-        f"failed: model on voc, {task}: a multi-label set has no such cell, only zero_shot and top1"
+        f"failed: model on voc, {task}: this task cannot run on a multi-label set; "
+        "use zero_shot and top1"
         for task in others
     ]
     assert set(cells(out)) == {"zeroshot_classification", "top1"}

@@ -215,7 +215,7 @@ def test_metrics_that_an_entry_lists_are_those_it_may_give(
         ),
         ({"candidates": 1}, "evaluate.tasks.0.candidates=1: must be at least 2"),
         ({"candidates": "many"}, "evaluate.tasks.0.candidates=many: must be of type int"),
-        ({"task": "knn", "train": []}, "pictures: no images to learn from"),
+        ({"task": "knn", "train": []}, "pictures: has no training images"),
         ({"data": "nowhere"}, "nowhere: no shards there"),
         ({"kind": "single"}, "evaluate.tasks.0.kind: "),
     ],

@@ -313,7 +313,7 @@ TEXT = {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "lay
 @pytest.mark.parametrize(
     ("vision", "said_of_chunks"),
     [
-        ({"image_size": 32, "layers": [1, 1, 1, 1], "width": 8}, "chunks: refused: BatchNorm"),
+        ({"image_size": 32, "layers": [1, 1, 1, 1], "width": 8}, "chunks: refused, as BatchNorm"),
         (
             {"image_size": 32, "layers": 1, "width": 64, "patch_size": 8, "patch_dropout": 0.5},
             "chunks of 10",

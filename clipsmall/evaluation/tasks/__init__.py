@@ -1,4 +1,4 @@
-"""All evaluation tasks by name: one file each, which ends with the task's entry."""
+"""All evaluation tasks by name. Each has its own file, which ends with its `Task`."""
 
 from clipsmall.evaluation.task import Task, TaskOption
 from clipsmall.evaluation.tasks import (
@@ -33,8 +33,10 @@ def task_options() -> dict[str, TaskOption]:
     found: dict[str, TaskOption] = {}
     for name, task in TASKS.items():
         for key, option in task.options.items():
-            # tasks may share an option, but then it is the same one
+            # tasks that share an option name must share the object
             first = found.setdefault(key, option)
             if first != option:
-                raise TypeError(f"option {key} of {name}: another task has one of that name")
+                raise TypeError(
+                    f"option {key} of {name}: another task has a different option of this name"
+                )
     return found

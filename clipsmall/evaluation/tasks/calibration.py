@@ -1,4 +1,4 @@
-"""Calibration: is a model right as often as it is confident? ECE, and a reliability diagram."""
+"""Calibration: does a model's confidence match its accuracy? ECE and a reliability diagram."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,22 +16,22 @@ from clipsmall.evaluation.view import DataView
 
 NAME = "calibration"
 BINS = 15
-# images: all pairs of more of them would be another 100 MiB for every thousand
+# Images whose pairs are all formed: each further thousand would take another 100 MiB.
 PAIRS_OF = 2000
-# those that are not empty, each with its mean confidence, accuracy and count
+# The non-empty bins, each with mean confidence, accuracy and count.
 Bins = list[dict[str, float]]
 
 
 def equal_width(confidence: NDArray[Any], right: NDArray[Any], bins: int = BINS) -> Bins:
-    """(n,) probabilities and (n,) whether they came true, in bins (0, 1/15], (1/15, 2/15], ..."""
-    # bins are open below and closed above; a probability of 0 is in the first
+    """(n,) confidences and (n,) whether each was right, in bins (0, 1/15], (1/15, 2/15], ..."""
+    # bins are open below and closed above; a confidence of 0 goes to the first
     upper_edge = np.ceil(confidence * bins).clip(1, bins)
     bin_of = upper_edge.astype(np.int64) - 1
     return _binned(confidence, right, bin_of)
 
 
 def equal_mass(confidence: NDArray[Any], right: NDArray[Any], bins: int = BINS) -> Bins:
-    """The same in bins of equally many, from the least confident to the most.
+    """The same in bins of equal count, from least to most confident.
 
     Nixon et al. 2019, arXiv 1904.01685.
     """
@@ -71,7 +71,7 @@ def ece(bins: Bins) -> float:
 def most_confident(
     images: Tensor, answers: Tensor, scale: float
 ) -> tuple[NDArray[Any], NDArray[Any]]:
-    """(n, D), (C, D) -> (n,) each image's highest probability, and (n,) of which answer it is.
+    """(n, D), (C, D) -> (n,) highest probability of each image, and (n,) the answer that has it.
 
     Probabilities are the softmax of scale · cosine over the answers.
     """
@@ -92,12 +92,12 @@ def most_confident(
 
 
 def calibration(view: DataView) -> Result:
-    """Calibration of the softmax over classes (or captions), and of the sigmoid of all pairs.
+    """Calibration of the softmax over classes (or captions), and of the sigmoid over all pairs.
 
-    The softmax is over captions where there are no classes. Sigmoid probabilities
-    σ(scale · cosine + bias) are reported of models that have a bias, over all pairs of up to 2,000
-    images (evenly chosen) with their captions: most of them do not belong together, so a model
-    trained on batches of other sizes meets other odds here.
+    The softmax is over captions if there are no classes. Models with a logit_bias also get the
+    calibration of σ(scale · cosine + bias), over all combinations of up to 2,000 images (evenly
+    spaced) with these images' captions. Nearly all are negatives, so the fraction of positives is
+    not the one of the training batches.
     """
     model = view.encoder.model
     scale = model.logit_scale.exp().item()
@@ -125,12 +125,12 @@ def calibration(view: DataView) -> Result:
 
 
 def _all_pairs(view: DataView, scale: float, bias: float) -> tuple[NDArray[Any], NDArray[Any]]:
-    """(pairs,) sigmoid probabilities of all pairs of some images, and whether they belong."""
+    """(pairs,) sigmoid probabilities of all pairs of some images, and whether each pair matches."""
     images = view.images[view.captioned]
     belongs = view.captions[1]
     # rounded up
     step = -(-len(images) // PAIRS_OF)
-    # (i,) images, and (t,) all texts that belong to one of them
+    # (i,) images, and the (t,) texts that match one of them
     chosen = torch.arange(len(images))[::step]
     of_chosen = torch.isin(belongs.image, chosen)
     texts = torch.unique(belongs.text[of_chosen])
@@ -140,7 +140,7 @@ def _all_pairs(view: DataView, scale: float, bias: float) -> tuple[NDArray[Any],
     logits = cosines.double() * scale + bias
     probabilities = logits.sigmoid()
 
-    # (i, t), row by row: a block of all texts would be too large
+    # (i, t), built row by row: a block over all texts would be too large
     rows = []
     for image in chosen.tolist():
         row = belongs.block("image", image, image + 1)
@@ -158,14 +158,14 @@ def _report(result: Result, name: str, confidence: NDArray[Any], right: NDArray[
     metrics[f"{name}_ece_adaptive"] = ece(adaptive_bins)
     metrics[f"{name}_confidence"] = float(confidence.mean())
     metrics[f"{name}_accuracy"] = float(right.mean())
-    # the diagram is drawn from these
+    # the reliability diagram is drawn from these bins
     result.details[f"{name}_reliability"] = bins
 
 
 def draw_reliability(result: Result, path: Path) -> None:
     """The reliability diagram as a PNG beside the result's file `path`.
 
-    One dot per bin, on the diagonal where the model is as right as it is confident.
+    One dot per bin; on the diagonal, accuracy equals confidence.
     """
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""Retrieval among hard candidates: small sets of pairs whose captions share most of their words."""
+"""Retrieval among hard candidates: small sets of pairs whose captions share many words."""
 
 import numpy as np
 import torch
@@ -14,34 +14,34 @@ from clipsmall.mining.scored_pairs import Bools, Floats, Ints, ScoredPairs, one_
 from clipsmall.mining.swaps import count_conflicts, improve_by_swaps, separate_conflicts
 
 NAME = "candidates"
-# at most: all pairs of them are 100 MB (and COCO's test images are as many)
+# Most pairs to use: their (p, p) matrix takes 100 MB. COCO's test set has as many images.
 PAIRS = 5000
-# of exchanges between sets: mean cosine of words 0.132, 0.155, 0.159 after none, one, two; 0.159
-# after ten
+# Rounds of exchanging pairs between sets. The mean word cosine is 0.132, 0.155, 0.159 after none,
+# one and two rounds, and still 0.159 after ten.
 SWEEPS = 2
-# single letters, which scikit-learn drops, and what is no letter: each caption has words
+# Keeps single letters (which scikit-learn drops) and symbols, so that no caption is without words.
 WORD = r"\w+|[^\w\s]"
 
 
 def measure_candidates(view: DataView, candidates: int = 32) -> Result:
-    """R@1 both ways within hard sets of pairs, and within random sets of the same pairs.
+    """recall@1 in both directions within hard sets of pairs, and within random sets of these pairs.
 
-    The counterpart between images and texts of Cho et al.'s corrupted top-1 (arXiv 2307.05906, §5),
-    whose candidates are versions of one image. Sets are made as the miner makes groups (they grow,
-    then exchange pairs), but only captions decide what is hard, no model's scores: pairs of one
-    set share many words, weighted by tf-idf. So all models get the same sets, and none gets its own
-    mistakes; sets chosen by a model would be hardest for similar models. In a script without spaces
-    a sentence is one word: such sets are hardly harder than random ones, as `details` show.
+    The image-text counterpart of Cho et al.'s corrupted top-1 (arXiv 2307.05906, §5), whose
+    candidates are versions of one image. Sets are built like the miner's groups (they grow, then
+    exchange pairs), but hardness comes from the captions alone: pairs of a set share many words,
+    weighted by tf-idf. So all models get the same sets; sets chosen by one model's scores would be
+    hardest for similar models. In a script without spaces a sentence counts as one word, and the
+    sets are hardly harder than random ones: see `details`.
 
-    A pair is an image with one of its captions, each once, and no set holds a caption that is right
-    for two of its images, so a guess is right once in `candidates`. Up to 5,000 pairs, evenly
-    chosen; those that fill no set are left out.
+    A pair is an image with one of its captions, each used once. No set holds a caption that is
+    right for two of its images, so chance is 1 / `candidates`. Up to 5,000 pairs, evenly spaced;
+    pairs that do not fill a set are left out.
 
     Args:
-        candidates: pairs of a set.
+        candidates: pairs per set.
 
     Raises:
-        ValueError: no set of that size can be made.
+        ValueError: no set of this size can be made.
     """
     size = candidates
     images = view.images[view.captioned]
@@ -73,7 +73,7 @@ def measure_candidates(view: DataView, candidates: int = 32) -> Result:
         result.metrics[f"{name}_image_retrieval_recall@1"] = text_finds
         result.metrics[f"{name}_text_retrieval_recall@1"] = image_finds
         inside = [words[np.ix_(members, members)].sum() for members in groups]
-        # over the pairs of a set, without the diagonal
+        # mean over the combinations within a set, without the diagonal
         result.details["word_cosine"][name] = float(np.mean(inside)) / (size * (size - 1))
     result.chance = dict.fromkeys(result.metrics, 1 / size)
     result.counts = {
@@ -97,13 +97,13 @@ def word_cosines(captions: list[str]) -> Floats:
 
 def confusable(belongs: Relevance, images: Tensor, texts: Tensor) -> Bools:
     """(p,), (p,) pairs -> (p, p) True where one pair's caption is right for the other's image."""
-    # the pair of each text and of each image; −1 = of none
+    # the pair of each text, and of each image; −1 = none
     pair_of_text = torch.full((belongs.texts,), -1)
     pair_of_text[texts] = torch.arange(len(texts))
     pair_of_image = torch.full((belongs.images,), -1)
     pair_of_image[images] = torch.arange(len(images))
 
-    # (belonging,) the pair of each image and of each text that belong together
+    # (matches,) for each matching image and text, the pair that each is part of
     one = pair_of_image[belongs.image]
     other = pair_of_text[belongs.text]
     both_in_pairs = (one >= 0) & (other >= 0)
@@ -114,22 +114,22 @@ def confusable(belongs: Relevance, images: Tensor, texts: Tensor) -> Bools:
     pairs = len(images)
     found = np.zeros((pairs, pairs), dtype=bool)
     found[rows, columns] = True
-    # confusion counts both ways
+    # symmetric: either caption may be right for the other image
     return found | found.T
 
 
 def candidate_sets(words: Floats, cannot: Bools, size: int) -> tuple[Ints, Ints]:
-    """(p, p) word cosines and which pairs may not meet -> (m, size) pairs of hard and random sets.
+    """(p, p) word cosines and forbidden combinations -> (m, size) hard sets and random sets.
 
-    The same ones every time.
+    Deterministic: the seed is fixed.
     """
     quotas = one_owner(len(words), size)
     random = np.random.default_rng(0)
-    # `grow_groups` only asks them for their number
+    # `grow_groups` uses only the number of pairs
     pairs = ScoredPairs(words, words)
     groups = grow_groups(pairs, quotas, cannot, random, words)
     hard = improve_by_swaps(words, groups, quotas.owner, cannot, SWEEPS, random)
-    # sets that still hold a conflict are left out
+    # sets that still hold a forbidden combination are left out
     conflicts = count_conflicts(hard, cannot)
     hard = hard[conflicts == 0]
 
@@ -143,9 +143,9 @@ def candidate_sets(words: Floats, cannot: Bools, size: int) -> tuple[Ints, Ints]
 
 
 def recalls_within(images: Tensor, texts: Tensor, groups: Tensor) -> tuple[float, float]:
-    """(p, D), (p, D), (m, C) -> fraction of images that find their caption in their set, and back.
+    """(p, D), (p, D), (m, C) -> recall@1 within sets: image to caption, and caption to image.
 
-    Ties count as a random order.
+    Ties are broken at random, in expectation.
     """
     size = groups.shape[1]
     # the k-th image of a set belongs to its k-th text
@@ -156,7 +156,7 @@ def recalls_within(images: Tensor, texts: Tensor, groups: Tensor) -> tuple[float
         cosines = scores(images[members], texts[members])
         of_images = in_top_k(cosines, own, (1,))
         of_texts = in_top_k(cosines.T, own, (1,))
-        # (C, 2): both ways
+        # (C, 2): both directions
         both = torch.cat([of_images, of_texts], dim=1)
         found.append(both.mean(dim=0))
 
@@ -169,7 +169,7 @@ TASK = Task(
     NAME,
     measure_candidates,
     options={
-        "candidates": TaskOption(32, "pairs of a hard set of the task candidates", least=2),
+        "candidates": TaskOption(32, "pairs per hard set, for the task candidates", least=2),
     },
     matches="captions",
     metrics=tuple(

@@ -1,4 +1,4 @@
-"""The shape of an embedding: its modality gap, how even it is, how many directions it uses."""
+"""Geometry of the embeddings: modality gap, alignment, uniformity, effective rank."""
 
 import math
 
@@ -22,7 +22,7 @@ def modality_gap(images: Tensor, texts: Tensor) -> float:
 
 
 def alignment(images: Tensor, texts: Tensor) -> float:
-    """(p, D), (p, D) of pairs -> E ‖x − y‖²; 0 is best.
+    """(p, D), (p, D) embeddings of pairs -> E ‖x − y‖²; 0 is best.
 
     Wang & Isola 2020, arXiv 2005.10242, §4.1, with α = 2.
     """
@@ -46,12 +46,12 @@ def uniformity(rows: Tensor, t: float = 2.0) -> float:
         exponents = 2 * t * (part @ x.T - 1)
         total += exponents.exp().sum().item()
 
-    # the same for each row with itself, which is no pair
+    # the terms of each row with itself, which are to be subtracted
     squared_lengths = x.square().sum(dim=1)
     own_exponents = 2 * t * (squared_lengths - 1)
     with_itself = own_exponents.exp().sum().item()
 
-    # log 0 must not be asked for where all is lost to rounding
+    # keep log finite if rounding leaves nothing
     of_pairs = max(total - with_itself, 1e-300)
     pairs = len(x) * (len(x) - 1)
     return math.log(of_pairs / pairs)
@@ -72,7 +72,7 @@ def effective_rank(rows: Tensor) -> float:
 
 
 def mean_cosines(images: Tensor, texts: Tensor, belongs: Relevance) -> tuple[float, float]:
-    """The mean cosine of the pairs that belong together, and of all the others (NaN for none)."""
+    """The mean cosine of matching pairs, and of all other pairs (NaN if there are none)."""
     x = images.double()
     y = texts.double()
     pairs = len(belongs.image)
@@ -92,7 +92,7 @@ def mean_cosines(images: Tensor, texts: Tensor, belongs: Relevance) -> tuple[flo
 
 
 def geometry(view: DataView) -> Result:
-    """All of the above over the images with captions and the distinct captions of a data set."""
+    """All measures of this file, over captioned images and the distinct captions of a data set."""
     images = view.images[view.captioned]
     texts = view.texts
     belongs = view.captions[1]
@@ -106,7 +106,7 @@ def geometry(view: DataView) -> Result:
         "text_effective_rank": effective_rank(texts),
         "mean_cosine_of_pairs": pairs,
     }
-    # of a single pair there are no others
+    # with a single pair there are no others
     if not math.isnan(others):
         metrics["mean_cosine_of_others"] = others
     return Result(

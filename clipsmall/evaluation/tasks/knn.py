@@ -1,4 +1,4 @@
-"""k nearest neighbours: an image goes to the class of the training images around it."""
+"""kNN classification: the nearest training images vote for an image's class."""
 
 import torch
 from torch import Tensor
@@ -24,16 +24,16 @@ def votes(
         ValueError: k is not between 1 and N.
     """
     refuse_k(k, len(train))
-    # once, not in every chunk
+    # converted once, not in every chunk
     train = train.double()
     size = chunk_rows(len(train))
     parts = []
     for part in torch.split(test, size):
-        # (rows, k) cosines and places of the nearest
+        # (rows, k) cosines and indices of the nearest
         cosines = scores(part, train).double()
         near = cosines.topk(k, dim=1)
         if temperature:
-            # only ratios of votes matter; at a small temperature votes would overflow
+            # only ratios matter; dividing by the largest vote avoids overflow
             best = near.values[:, :1]
             worth = ((near.values - best) / temperature).exp()
         else:
@@ -48,7 +48,7 @@ def votes(
 
 
 def refuse_k(k: int, count: int) -> None:
-    """Raises ValueError if there are no k images to learn from."""
+    """Raises ValueError if there are fewer than k training images."""
     if not 1 <= k <= count:
         raise ValueError(
             f"k={k}: there are {count} images to learn from; choose k from 1 to {count}"
@@ -61,7 +61,7 @@ def knn(view: DataView, k: int = 20, temperature: float = 0.07) -> Result:
     Raises:
         ValueError: k larger than the training set, or classes without a training image.
     """
-    # before anything is encoded
+    # checked before anything is encoded
     refuse_k(k, len(view.data.training))
     train, labels, _, classes = view.training
     # (n, C)
@@ -74,7 +74,7 @@ TASK = Task(
     knn,
     options={
         "k": TaskOption(20, "neighbours of kNN", least=1),
-        "temperature": TaskOption(0.07, "of kNN's votes; 0 = majority", least=0),
+        "temperature": TaskOption(0.07, "temperature of kNN's votes; 0 = majority", least=0),
     },
     learns=True,
     main=(("acc1",),),

@@ -13,22 +13,22 @@ from clipsmall.evaluation.trained import classified
 from clipsmall.evaluation.view import DataView
 
 NAME = "linear_probe"
-# values of C: eight per decade, as CLIP's sweep had
+# Candidates for scikit-learn's C: eight per decade, as in CLIP's sweep.
 STRENGTHS = np.logspace(-6, 6, 97)
 
 
 def fit(features: Tensor, labels: Tensor, seed: int = 0) -> tuple[Any, float]:
     """(N, D), (N,) -> scikit-learn's logistic regression and the C it was fitted with.
 
-    As CLIP's linear probe (arXiv 2103.00020, §A.3): L-BFGS, at most 1,000 iterations, C from 1e-6
-    to 1e6 by a search on log scale: seven of them, then half the way around the best, down to eight
-    per decade. A fifth of the images judges it (chosen by `seed`, stratified where classes are
-    large enough); then it is fitted to all.
+    CLIP's linear probe (arXiv 2103.00020, §A.3): L-BFGS with at most 1,000 iterations, and C from
+    1e-6 to 1e6. C is searched on a log scale: seven values, then half the step around the best one,
+    down to eight values per decade. A fifth of the images is held out to choose C (drawn with
+    `seed`, stratified if the classes are large enough); then the probe is fitted to all images.
 
     Raises:
-        ValueError: a single class.
+        ValueError: all images are of one class.
     """
-    # a second of imports that only this task needs
+    # imported here: takes a second, and only this task needs it
     from sklearn.model_selection import train_test_split
 
     x = features.double().numpy()
@@ -37,9 +37,9 @@ def fit(features: Tensor, labels: Tensor, seed: int = 0) -> tuple[Any, float]:
     sizes = sizes[sizes > 0]
     if len(sizes) < 2:
         raise ValueError(
-            f"a linear probe needs two classes at least; all {len(y)} train images are of one"
+            f"a linear probe needs at least two classes; all {len(y)} train images are of one"
         )
-    # a fifth judges, rounded up
+    # a fifth is held out, rounded up
     held_out = -(-len(y) // 5)
     smaller_part = min(held_out, len(y) - held_out)
     # scikit-learn stratifies only where each part can hold all classes
@@ -52,13 +52,13 @@ def fit(features: Tensor, labels: Tensor, seed: int = 0) -> tuple[Any, float]:
         random_state=seed,
         stratify=strata,
     )
-    # nothing to search with
+    # only one class left to fit: C cannot be searched
     if len(set(y_fit.tolist())) < 2:
         return _fitted(x, y, 1.0), 1.0
     accuracy_at = dict[int, float]()
 
     def accuracy(position: int) -> float:
-        # the search comes to some positions twice
+        # the search visits some positions twice
         if position not in accuracy_at:
             strength = STRENGTHS[position]
             model = _fitted(x_fit, y_fit, strength)
@@ -67,7 +67,7 @@ def fit(features: Tensor, labels: Tensor, seed: int = 0) -> tuple[Any, float]:
         return accuracy_at[position]
 
     def accurate_and_simple(position: int) -> tuple[float, int]:
-        # of equals the smallest C, the simplest model
+        # among equal accuracies the smallest C: the simplest model
         return accuracy(position), -position
 
     best = max(range(0, 97, 16), key=accuracy)
@@ -85,7 +85,7 @@ def _fitted(x: Any, y: Any, strength: float) -> Any:
     from sklearn.linear_model import LogisticRegression
 
     with warnings.catch_warnings():
-        # 1,000 iterations are the protocol
+        # the protocol stops at 1,000 iterations, converged or not
         warnings.simplefilter("ignore", ConvergenceWarning)
         return LogisticRegression(C=strength, max_iter=1000).fit(x, y)
 
@@ -93,13 +93,13 @@ def _fitted(x: Any, y: Any, strength: float) -> Any:
 def linear_probe(view: DataView) -> Result:
     """Classify images by a logistic regression on the training images' unit features; see `fit`."""
     train, labels, _, _ = view.training
-    # fitted once: changed images are classified by the same model
+    # fitted once: corrupted images are classified by the same probe
     if NAME not in view.learned:
         view.learned[NAME] = fit(train, labels)
     model, strength = view.learned[NAME]
 
     features = view.images.double().numpy()
-    # (n, C); they rank as probabilities do
+    # (n, C) log-probabilities, which rank as probabilities do
     predicted = model.predict_log_proba(features)
     log_probabilities = torch.from_numpy(predicted)
     result = classified(view, NAME, log_probabilities, {})

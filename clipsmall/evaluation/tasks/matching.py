@@ -1,4 +1,4 @@
-"""Retrieval when each answer is taken once: Sinkhorn scores, best assignment, and argmax."""
+"""Retrieval with one-to-one constraints: Sinkhorn scores, Hungarian assignment, and argmax."""
 
 import math
 
@@ -12,24 +12,25 @@ from clipsmall.evaluation.top_k import chunk_rows, in_top_k, scores
 from clipsmall.evaluation.view import DataView
 
 NAME = "matching"
-# pairs of the square part: scipy assigns them in seconds, and takes cubically longer for more
+# Pairs of the one-to-one subset: scipy assigns these in seconds; its time grows cubically.
 SQUARE = 2000
 
 
 def dual_potentials(
     x: Tensor, y: Tensor, scale: float, iterations: int, tolerance: float
 ) -> tuple[Tensor, Tensor, float]:
-    """(n, D), (m, D) -> f (n,), g (m,) and the largest error of a row sum.
+    """(n, D), (m, D) -> potentials f (n,) and g (m,), and the largest error of a row sum.
 
-    exp(scale · x_i·y_j + f_i + g_j) has row sums 1 and column sums n/m: Sinkhorn in the log domain
-    (Peyré & Cuturi 2019, arXiv 1803.00567, §4.4), without ever holding the n × m matrix.
+    exp(scale · x_i·y_j + f_i + g_j) then has row sums 1 and column sums n/m. Sinkhorn's algorithm
+    in the log domain (Peyré & Cuturi 2019, arXiv 1803.00567, §4.4); the n × m matrix is never
+    stored.
     """
     g = torch.zeros(len(y), dtype=torch.float64)
     f = -_log_sums(x, y, g, scale)
     log_column_sum = math.log(len(x) / len(y))
     error = math.inf
     for _ in range(iterations):
-        # columns first, then see how far the rows have gone from 1
+        # normalise the columns, then see how far the row sums are from 1
         g = log_column_sum - _log_sums(y, x, f, scale)
         row = _log_sums(x, y, g, scale)
         row_sums = (row + f).exp()
@@ -53,10 +54,10 @@ def _log_sums(x: Tensor, y: Tensor, offset: Tensor, scale: float) -> Tensor:
 
 
 def assigned(x: Tensor, y: Tensor) -> Tensor:
-    """(p, D), (p, D) -> (p,) the column of each row in the one-to-one assignment of highest sum.
+    """(p, D), (p, D) -> (p,) the column of each row in the best one-to-one assignment (Hungarian).
 
-    The Hungarian method. Columns are shuffled first: among equal scores scipy prefers the diagonal,
-    which here is the truth.
+    Columns are shuffled first: among equal scores scipy prefers the diagonal, which here would be
+    the right answer.
     """
     from scipy.optimize import linear_sum_assignment
 
@@ -71,13 +72,14 @@ def assigned(x: Tensor, y: Tensor) -> Tensor:
 
 
 def matching(view: DataView, iterations: int = 50, tolerance: float = 1e-3) -> Result:
-    """What knowing that each answer is taken once is worth.
+    """How much retrieval gains from knowing that each answer is used once.
 
-    `sinkhorn_*_retrieval_recall@k` over all images and captions: an answer's score is lowered by
-    its potential, so hubs that everybody finds step back. On a one-to-one part (up to 2,000 pairs)
-    three ways beside each other: `argmax`, `sinkhorn` (argmax of normalised scores) and `hungarian`
-    (the best assignment). Both use the whole set of queries at once, which a search engine does not
-    have. The scale is the model's own. Memory is bounded, time that of up to a hundred retrievals.
+    `sinkhorn_*_retrieval_recall@k`, over all images and captions: each answer's score is corrected
+    by its Sinkhorn potential, which lowers hubs (answers near to many queries). A one-to-one subset
+    of up to 2,000 pairs compares `argmax`, `sinkhorn` (argmax of the corrected scores) and
+    `hungarian` (the best assignment). Sinkhorn and Hungarian need all queries at once, which a
+    search engine does not have. The scale is the model's logit scale. Memory is bounded; time is
+    that of up to a hundred retrievals.
     """
     images = view.images[view.captioned]
     texts = view.texts
@@ -87,7 +89,7 @@ def matching(view: DataView, iterations: int = 50, tolerance: float = 1e-3) -> R
     f, g, error = dual_potentials(images, texts, scale, iterations, tolerance)
     result = _normalised_recalls(view, images, texts, scale, f, g)
 
-    # the one-to-one part: p pairs, the k-th image with the k-th text
+    # the one-to-one subset: p pairs, the k-th image with the k-th text
     mine, own = one_to_one(belongs, SQUARE)
     x = images[mine]
     y = texts[own]
@@ -120,8 +122,8 @@ def _normalised_recalls(
     view: DataView, images: Tensor, texts: Tensor, scale: float, f: Tensor, g: Tensor
 ) -> Result:
     """Recall@k of scale · x·y + f + g over all images and captions."""
-    # A query's own potential moves all its answers alike, so both potentials can be two more
-    # coordinates: (x · scale, f, 1) · (y, 1, g)
+    # Both potentials become two more coordinates: (x · scale, f, 1) · (y, 1, g). The query's own
+    # potential shifts all its answers alike and changes no ranking.
     image_ones = torch.ones(len(images), 1)
     text_ones = torch.ones(len(texts), 1)
     f_column = f[:, None].float()
@@ -141,7 +143,7 @@ def _normalised_recalls(
         view.uncaptioned,
     )
 
-    # plain retrieval has the names without a prefix
+    # the names without a prefix belong to plain retrieval
     result.metrics = {f"sinkhorn_{name}": value for name, value in result.metrics.items()}
     result.chance = {f"sinkhorn_{name}": value for name, value in result.chance.items()}
     return result

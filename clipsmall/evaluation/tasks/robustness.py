@@ -1,4 +1,4 @@
-"""Robustness: what is left of a model's results on corrupted images."""
+"""Robustness: a model's results on corrupted images, relative to clean ones."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -18,18 +18,18 @@ def robustness(
     corruptions: Sequence[str] = COMMON,
     severities: Sequence[int] = SEVERITIES,
 ) -> Result:
-    """Other tasks on clean images, and on every corruption at every severity.
+    """Measure other tasks on clean images, and under every corruption at every severity.
 
     For each task: `{task}_clean`, `{task}_corrupted` (the mean over severities, then corruptions),
-    `{task}_relative` (corrupted / clean); `details` has each corruption's values by severity. Texts
-    and what was learned are those of the clean images. One pass through the image tower for each
-    corruption and severity.
+    `{task}_relative` (corrupted / clean); `details` has each corruption's values by severity. Text
+    features and trained probes are reused from the clean images. Each corruption and severity costs
+    one pass through the image tower.
 
     Args:
         tasks: by name, functions of a view that return the task's main metric.
 
     Raises:
-        ValueError: no such corruption or severity, or no task.
+        ValueError: unknown corruption or severity, or no task to repeat.
     """
     if not tasks or not corruptions or not severities:
         raise ValueError(
@@ -43,9 +43,9 @@ def robustness(
     def measure(some_view: DataView) -> dict[str, float]:
         return {task: main_metric(some_view) for task, main_metric in tasks.items()}
 
-    # first: what it makes of texts and training images is shared with the changed views
+    # clean images first: text features and probes made here are reused for corrupted images
     clean = measure(view)
-    # corruption -> at each severity, the metric of each task
+    # corruption -> one dict per severity: task -> metric
     corrupted: dict[str, list[dict[str, float]]] = {}
     for name in corruptions:
         corrupted[name] = [measure(view.changed(change)) for change in changes[name]]

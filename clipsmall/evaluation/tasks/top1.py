@@ -1,4 +1,4 @@
-"""Cho et al.'s two retrieval tasks, and what they become between images and texts."""
+"""Cho et al.'s two top-1 retrieval tasks, and their counterparts between images and texts."""
 
 import zlib
 from collections.abc import Sequence
@@ -23,15 +23,15 @@ NAME = "top1"
 
 @dataclass(frozen=True)
 class Augmented:
-    """A random view of an image as SimCLR makes it (arXiv 2002.05709, §A).
+    """A random SimCLR view of an image (arXiv 2002.05709, §A).
 
-    Always the same for an image and `view`. Crop of 8 to 100 % of the area, flip, colour jitter
-    (0.4, 0.4, 0.2, 0.1; 4 of 5), grey (1 of 5), blur.
+    The same for every call with the same image and `view`. Crop of 8 to 100 % of the area, flip,
+    colour jitter (0.4, 0.4, 0.2, 0.1; probability 0.8), grey (probability 0.2), blur.
     """
 
     view: int
     side: int
-    # a corruption, which comes first
+    # a corruption that is applied first
     before: Change | None = None
 
     def __call__(self, image: Image.Image, number: int) -> Image.Image:
@@ -62,7 +62,7 @@ class Augmented:
 
 @dataclass(frozen=True)
 class InTurn:
-    """Each image by one of several corruptions, by its number."""
+    """Applies one of several corruptions to each image, chosen by the image's number."""
 
     changes: tuple[Corruption, ...]
 
@@ -76,19 +76,19 @@ def top1(
     severities: Sequence[int] = (1, 3, 5),
     limit: int = 1000,
 ) -> Result:
-    """R@1, both ways averaged, ties as a random order (Cho et al., arXiv 2307.05906, §5).
+    """recall@1, averaged over both directions (Cho et al., arXiv 2307.05906, §5).
 
-    - `top1_accuracy`: two random views of every image; does one find the other among all?
-    - `corrupted_top1_accuracy/S`: all corruptions of one image at severity S, two random views of
-      each; does a view find the other of its own corruption among these? Pure hard negatives; a
-      guess is right once in as many.
-    - `cross_modal_top1_accuracy`: images and captions instead of two views; and
-      `cross_modal_corrupted_top1_accuracy/S`: corrupted images (each by one corruption, in turn)
-      and captions.
+    - `top1_accuracy`: two random views of every image; does one find the other among all images?
+    - `corrupted_top1_accuracy/S`: every corruption of one image at severity S, two random views of
+      each; does a view find the other view of its corruption? All negatives are hard. Chance is
+      1 / number of corruptions.
+    - `cross_modal_top1_accuracy`: images and captions instead of two views.
+    - `cross_modal_corrupted_top1_accuracy/S`: captions and corrupted images, where the images take
+      the corruptions in turn.
 
-    The paper multiplies projector outputs as they are; here rows are of length one, as this model
-    compares them. The corrupted task is measured on `limit` images, evenly chosen. Data without
-    captions has no cross-modal part.
+    Ties are broken at random, in expectation. The paper multiplies projector outputs as they are;
+    here embeddings are normalised, as in this model's loss. The corrupted task uses `limit` images,
+    evenly spaced. The cross-modal metrics need captions.
     """
     catalog = view.data.catalog
     side = view.encoder.model.spec.size
@@ -147,41 +147,41 @@ def top1(
 
 
 def both_ways(first: Tensor, second: Tensor) -> float:
-    """(n, D), (n, D) of two views -> the mean of both directions' R@1."""
+    """(n, D), (n, D) features of two views -> recall@1, averaged over both directions."""
     own = torch.arange(len(first))
     return cross_modal(first, second, Relevance(own, own, len(first), len(first)))
 
 
 def cross_modal(images: Tensor, texts: Tensor, belongs: Relevance) -> float:
-    """(n, D), (m, D) -> the mean of both directions' R@1."""
+    """(n, D), (m, D) -> recall@1, averaged over both directions."""
     of_images = recalls(images, texts, belongs, "image")
     of_texts = recalls(texts, images, belongs, "text")
-    # recall@1 of each
+    # recall@1 of each direction
     both = (of_images[1], of_texts[1])
     return sum(both) / 2
 
 
 def among_corruptions(first: Tensor, second: Tensor) -> float:
-    """(n, C, D), (n, C, D) of two views of C corruptions of n images -> R@1 among the C.
+    """(n, C, D), (n, C, D) two views of C corruptions of n images -> recall@1 among the C.
 
-    The mean over images and both directions.
+    Averaged over images and both directions.
     """
     corruptions = first.shape[1]
-    # a view of a corruption is to find the other view of the same one
+    # the right answer is the other view of the same corruption
     own = torch.eye(corruptions, dtype=torch.bool)
     unit_first = F.normalize(first, dim=-1)
     unit_second = F.normalize(second, dim=-1)
 
     found = []
     for one, other in zip(unit_first, unit_second, strict=True):
-        # (C, C) cosines of the views of one image, both ways
+        # (C, C) cosines between the two views of one image, in both directions
         forth_cosines = scores(one, other)
         back_cosines = scores(other, one)
         forth = in_top_k(forth_cosines, own, (1,)).mean().item()
         back = in_top_k(back_cosines, own, (1,)).mean().item()
         found.append(forth + back)
 
-    # each image counts two directions
+    # `found` holds two directions per image
     return sum(found) / len(found) / 2
 
 

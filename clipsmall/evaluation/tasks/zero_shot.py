@@ -10,7 +10,7 @@ NAME = "zeroshot_classification"
 
 
 def zero_shot(view: DataView) -> Result:
-    """acc1, acc5 and mean_per_class_recall; of a multi-label set its mean average precision.
+    """acc1, acc5 and mean_per_class_recall; for a multi-label set, mean average precision.
 
     Raises:
         ValueError: labels without a class, classes without an image (unless allowed), templates
@@ -18,7 +18,7 @@ def zero_shot(view: DataView) -> Result:
     """
     if view.data.kind == "multilabel":
         return mean_average_precision(view)
-    # before images, which may take hours: a wrong list of classes shows at once
+    # classes first: images may take hours, and a wrong class list should fail at once
     classes = view.class_features
     labels = view.labels
     return Result(
@@ -36,8 +36,8 @@ def mean_average_precision(view: DataView) -> Result:
     See `average_precisions`.
 
     Raises:
-        ValueError: targets that are none, classes without an image (unless allowed), or none at all
-            with one.
+        ValueError: invalid targets, classes without an image (unless allowed), or no class that
+            has an image.
     """
     classes = view.classes
     features = view.class_features
@@ -46,7 +46,7 @@ def mean_average_precision(view: DataView) -> Result:
     with_image = ~precisions.isnan()
     if not with_image.any():
         raise ValueError(f"{view.data.name}: no class has an image; check its .npy members")
-    # of a guess: the fraction of positives
+    # chance level: the fraction of positives
     positives = targets[:, with_image].double().mean().item()
     counts = {
         "images": len(targets),
