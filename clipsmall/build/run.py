@@ -153,7 +153,8 @@ def accelerator(run: RunSection, out: str, chunk_size: int | str) -> Accelerator
 def resumed_folder(config: Config, folder: RunFolder, device: torch.device) -> Path | None:
     """The checkpoint to continue from; None for a new run.
 
-    `resume=auto` takes the newest complete checkpoint of `folder`, or starts anew if there is none.
+    `resume=auto` takes the newest complete checkpoint of `folder`, or starts a new run if there is
+    none.
 
     Raises:
         CheckpointError: the named checkpoint is incomplete, or every checkpoint in `folder` is.

@@ -351,10 +351,20 @@ class TaskSection(Section):
 
 
 class EvaluateSection(Section):
-    batch_size: int = Field(512, ge=1)
-    zero_shot: list[ZeroShotSection] = Field([])
-    retrieval: list[RetrievalSection] = Field([])
-    tasks: list[TaskSection] = Field([], description="any task: {task: knn, name: ..., data: ...}")
+    """What is evaluated at the end of a run, and on the way (run.evaluate_every)."""
+
+    batch_size: int = Field(512, ge=1, description="images or captions encoded at a time")
+    zero_shot: list[ZeroShotSection] = Field(
+        [], description="zero-shot classification, a list of {name: ..., data: ..., classes: ...}"
+    )
+    retrieval: list[RetrievalSection] = Field(
+        [], description="image-text retrieval, a list of {name: ..., data: ...}"
+    )
+    tasks: list[TaskSection] = Field(
+        [],
+        description="further tasks of clipsmall.evaluate, a list of "
+        "{task: knn, name: ..., data: ...}",
+    )
 
     @property
     def all(self) -> list[TaskSection]:

@@ -102,7 +102,7 @@ def _rows(path: Path, pairs: Rows, catalog: Catalog) -> Rows:
 
 
 class PlannedOrder:
-    """The batches of a plan in random order, shuffled anew each epoch; the pairs in them stay.
+    """The batches of a plan in random order, shuffled again each epoch; the pairs in them stay.
 
     Used in place of `Order`; like it, a pure function of (plan, seed, epoch, position). Its window,
     the unit of reading ahead, is AHEAD batches.

@@ -137,7 +137,7 @@ class StreamedBatches(IterableDataset[LoadedBatch]):
             image_hashes = torch.tensor([pair.image_hash for pair in good])
             position += self.local * streams
             yield LoadedBatch(pairs, replace(skips, seen=self.local), image_hashes)
-            # start counting anew for the next batch
+            # start counting again for the next batch
             skips.reasons = Counter()
             skips.examples = {}
 

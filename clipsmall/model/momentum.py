@@ -44,14 +44,14 @@ class MovingAverage(nn.Module):
     def update(self, towers: nn.Module) -> None:
         """One step towards the towers."""
         # 1 − m, computed on the device, so that the host does not wait
-        share = torch.full_like(self.step, 1 - self.momentum, dtype=torch.float32)
+        step_size = torch.full_like(self.step, 1 - self.momentum, dtype=torch.float32)
         if self.steps:
             done = (self.step / self.steps).clamp(max=1)
-            share *= (1 + torch.cos(math.pi * done)) / 2
+            step_size *= (1 + torch.cos(math.pi * done)) / 2
 
         parameters = zip(self.towers.parameters(), towers.parameters(), strict=True)
         for mine, theirs in parameters:
-            mine.lerp_(theirs, share.to(mine.dtype))
+            mine.lerp_(theirs, step_size.to(mine.dtype))
 
         buffers = zip(self.towers.buffers(), towers.buffers(), strict=True)
         for kept, new in buffers:
@@ -59,7 +59,7 @@ class MovingAverage(nn.Module):
             if not kept.is_floating_point():
                 kept.copy_(new)
                 continue
-            moved = kept.lerp(new, share.to(kept.dtype))
+            moved = kept.lerp(new, step_size.to(kept.dtype))
             # equal entries stay: lerp would make NaN of an attention mask's −inf
             is_equal = kept == new
             kept.copy_(torch.where(is_equal, kept, moved))

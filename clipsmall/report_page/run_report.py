@@ -34,7 +34,7 @@ TITLES = {
     "logit_bias": "Logit bias",
     "lr": "Learning rate",
     "pairs_per_second": "Pairs per second",
-    "data_wait": "Share of time waiting for data",
+    "data_wait": "Fraction of time waiting for data",
 }
 # Columns without a plot of their own.
 NOT_PLOTTED = {"step", "pairs", "chance"}

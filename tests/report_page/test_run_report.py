@@ -128,7 +128,7 @@ def test_numbers_read_well_and_stand_right(column: str, value: object, text: str
 
 
 def test_any_column_may_be_missing_and_chance_is_dashed_where_known() -> None:
-    drawn = ["Loss*", "Learning rate", "Share of time waiting for data", "zero shot · acc1*"]
+    drawn = ["Loss*", "Learning rate", "Fraction of time waiting for data", "zero shot · acc1*"]
     assert curves(frame()) == drawn
     for column, title in [
         ("lr", drawn[1]),

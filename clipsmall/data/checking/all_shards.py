@@ -28,7 +28,7 @@ def check_shards(
 
     Args:
         missing: shards that should exist but do not, for the report.
-        rebuild: make every index anew, not only missing ones.
+        rebuild: make every index again, not only missing ones.
         decode: decode every image, and mark broken ones in the index.
         workers: number of processes, each checking one shard at a time.
 

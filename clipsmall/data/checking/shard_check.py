@@ -134,7 +134,7 @@ def check_shard(shard: Path, rebuild: bool, decode_images: bool) -> tuple[Path, 
     """Check one shard; make its index if it is missing or `rebuild` is set.
 
     Args:
-        rebuild: make the index anew even if there is one.
+        rebuild: make the index again even if there is one.
         decode_images: decode every image, and mark broken ones in the index.
 
     Returns:

@@ -137,5 +137,5 @@ def _compare(path: Path, record: dict[str, Any]) -> None:
         if changed:
             reason = f"made with other arguments: {', '.join(changed)}"
         raise ValueError(
-            f"{path.parent}: {reason}; choose another folder, or --overwrite to make it anew"
+            f"{path.parent}: {reason}; choose another folder, or --overwrite to make it again"
         )
