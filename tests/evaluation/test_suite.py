@@ -504,7 +504,7 @@ BAD_SETS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no shards": (shutil.rmtree, "no shards there"),
     "cut": (
         lambda f: (f / "test" / "1.tar").write_bytes((f / "test" / "1.tar").read_bytes()[:3000]),
-        r"1\.tar: .*cut",
+        r"1\.tar: .*truncated",
     ),
 }
 

@@ -565,7 +565,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path) -> None:
         [sys.executable, "-c", FULL_DISK, str(tmp_path)], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode != 0
-    assert "make room" in done.stderr
+    assert "free some space" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
     checkpoint.verify(tmp_path / "step_00000001")
 
