@@ -1,5 +1,6 @@
 """Features of one shard: what cannot be read is left out, other errors are not taken for it."""
 
+import gc
 import os
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,8 @@ def catalog(tmp_path: Path) -> Catalog:
 
 
 def open_files() -> int:
+    # files of other tests that wait for the collector may be closed at any time
+    gc.collect()
     return len(os.listdir("/proc/self/fd"))
 
 
@@ -64,7 +67,7 @@ def test_one_shard_is_encoded_and_its_file_closed(catalog: Catalog) -> None:
     assert captions == [[f"a {colour} box it"] for colour in ("blue", "green", "gold")]
     assert read_shard_captions(catalog, 1, [2, 0]) == [captions[2], captions[0]]
     assert encode_shard_texts(encoder, ["a", "abc"]).tolist() == [[1.0], [3.0]]
-    assert open_files() == before
+    assert open_files() <= before
 
 
 def test_a_shard_without_a_readable_image_has_no_features(catalog: Catalog) -> None:
@@ -83,4 +86,4 @@ def test_another_error_is_not_taken_for_unreadable_images(
     encoder: Any = FakeEncoder(kind("none of 3 images can be read"))
     with pytest.raises(kind):
         encode_shard_images(encoder, catalog, 0)
-    assert open_files() == before
+    assert open_files() <= before

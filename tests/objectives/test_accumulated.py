@@ -83,7 +83,7 @@ def test_what_it_asks_of_a_run() -> None:
         found = build_chunks.chunk_size(asked, 32, 4, None, loaded, model)  # type: ignore[arg-type]
         assert found == size
     for words in (["--objective=byol"], ["--objective.queue=xbm"]):
-        with pytest.raises(ValueError, match=r"take model\.chunk_size"):
+        with pytest.raises(ValueError, match=r"use model\.chunk_size"):
             build.objective(run("--optim.accumulate=4", *words), setting)
 
 

@@ -215,7 +215,9 @@ def test_what_is_no_plan_is_refused(catalog: Catalog, file: Path, how: str) -> N
     else:
         table = pa.table({"pairs": [1]}) if how == "other parquet" else pq.read_table(file)
         pq.write_table(table.replace_schema_metadata({"clipsmall_plan": "9"}), file)
-    with pytest.raises(ShardError, match=r"plan\.parquet: (no plan|not a plan).*mine_shards plan"):
+    with pytest.raises(
+        ShardError, match=r"plan\.parquet: (cannot be read as a plan|not a plan).*mine_shards plan"
+    ):
         read_plan(file, catalog)
 
 
