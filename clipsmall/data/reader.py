@@ -60,11 +60,6 @@ class Skips:
     def total(self) -> int:
         return sum(self.reasons.values())
 
-    @property
-    def rate(self) -> float:
-        """Fraction of unreadable pairs among the pairs seen."""
-        return self.total / max(self.seen, 1)
-
     def __str__(self) -> str:
         parts = []
         for reason, count in self.reasons.items():

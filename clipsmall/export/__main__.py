@@ -11,7 +11,6 @@ the model's.
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from clipsmall.cli import MODEL_HELP, refuse
+from clipsmall.evaluation.command import single_threaded_tokenizers
 from clipsmall.export import adapter, card, comparison, folder, hub, usage
 from clipsmall.model import lora
 from clipsmall.model.dual_encoder import DualEncoder
@@ -147,7 +147,7 @@ def main(words: list[str] | None = None, api: Any = None) -> int:
     )
     parser.add_argument("--private", action="store_true", help="make the hub's repository private")
     options = parser.parse_args(words)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    single_threaded_tokenizers()
     try:
         if options.push:
             from huggingface_hub import HfApi

@@ -15,16 +15,6 @@ from clipsmall.plan.data_dependent import fake_result
 
 # Label of storages in host memory, which are not counted.
 HOST = "host"
-LABELS = (
-    "weights",
-    "gradients",
-    "optimizer",
-    "activations",
-    "pixels",
-    "loss",
-    "memory",
-    "averaged towers",
-)
 
 
 class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]

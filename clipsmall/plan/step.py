@@ -41,7 +41,8 @@ class Step(NamedTuple):
 
     # pairs per rank
     rows: int
-    # bytes at the peak by label (meter.LABELS, and DDP's buckets)
+    # bytes at the peak by label: weights, gradients, optimizer, activations, pixels, loss, memory,
+    # averaged towers, and DDP's buckets
     bytes: dict[str, int]
     flops: int
 
